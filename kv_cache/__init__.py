@@ -1,0 +1,1 @@
+"""Quantized KV-cache formats: page layout, reference codec, attention kernels and scale calibration."""
