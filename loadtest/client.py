@@ -1,0 +1,266 @@
+"""HTTP to the endpoint: JSON calls, and one streamed generation measured chunk by chunk.
+
+Built on geventhttpclient, whose sockets are gevent's own: it works with and without gevent's monkey-patching, parses
+HTTP in C, and hands over each line of a stream at the moment it arrives.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from typing import Any
+from urllib.parse import urlsplit
+
+import gevent
+from geventhttpclient import HTTPClient
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+
+from loadtest import clock, records
+from loadtest.errors import LoadTestError
+from loadtest.records import Record
+from loadtest.sse import Event, MalformedSSEError, SSEParser
+
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+# The pool is a cap on open connections; load is shaped by users and arrivals, so the pool must never be what waits.
+_CONNECTIONS = 1_000_000
+_READ_SIZE = 65536
+
+
+class HTTPStatusError(Exception):
+    """A JSON call was answered with another status than 200."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"HTTP {status}: {error_message(body)}")
+        self.status = status
+
+
+def error_message(body: bytes) -> str:
+    """Return the message in an OpenAI-style error body, or the start of the body."""
+    text = body.decode("utf-8", "replace")
+    try:
+        data = json.loads(text)
+        error = data.get("error", data)
+        message = error.get("message", error) if isinstance(error, dict) else error
+        return " ".join(str(message).split())[:300]
+    except (ValueError, AttributeError):
+        return " ".join(text.split())[:300]
+
+
+def normalize_base_url(url: str) -> str:
+    """Return ``url`` without a trailing slash or ``/v1``.
+
+    Raises:
+        LoadTestError: it is no http or https URL.
+
+    """
+    parts = urlsplit(url)
+    try:
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise LoadTestError(f"--base-url {url}: expected http://HOST:PORT or https://HOST:PORT")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class Client:
+    """Connections to one server, shared by all users and kept alive between requests.
+
+    Args:
+        base_url: as :func:`normalize_base_url` returns it; a path in it goes in front of every request's path.
+        timeout: seconds that one request may take from being sent to its end.
+        headers: sent with every request.
+        insecure: do not verify the server's certificate.
+
+    """
+
+    def __init__(
+        self, base_url: str, timeout: float, headers: dict[str, str] | None = None, insecure: bool = False
+    ) -> None:
+        self.base_url = base_url
+        self.timeout = timeout
+        parts = urlsplit(base_url)
+        self._prefix = parts.path
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
+        self._http = HTTPClient(
+            parts.hostname or "",
+            port=parts.port,
+            ssl=parts.scheme == "https",
+            insecure=insecure,
+            concurrency=_CONNECTIONS,
+            connection_timeout=timeout,
+            network_timeout=timeout,
+            block_size=_READ_SIZE,
+        )
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._http.close()
+
+    def get(self, path: str, timeout: float) -> bytes:
+        """Return the body of ``GET path``; see :meth:`call` for errors."""
+        return self._read("GET", path, b"", timeout)
+
+    def call(self, path: str, body: dict[str, Any] | None = None, timeout: float = 10.0) -> dict[str, Any]:
+        """GET (no body) or POST JSON and return the JSON object of the answer.
+
+        Raises:
+            HTTPStatusError: the status is not 200.
+            OSError, TimeoutError: no connection, or no answer in time.
+            ValueError: the answer is no HTTP or no JSON object.
+
+        """
+        data = self._read(
+            "GET" if body is None else "POST", path, b"" if body is None else json.dumps(body).encode(), timeout
+        )
+        answer = json.loads(data)
+        if not isinstance(answer, dict):
+            raise ValueError("the answer is not a JSON object")
+        return answer
+
+    def _read(self, method: str, path: str, body: bytes, timeout: float) -> bytes:
+        try:
+            with gevent.Timeout(timeout):
+                response = self._http.request(method, self._prefix + path, body=body, headers=self._headers)
+                data = bytes(response.read())
+        except gevent.Timeout:
+            raise TimeoutError(f"no answer within {timeout:g} s") from None
+        except HTTPConnectionClosed:
+            raise ConnectionError("the connection was closed without an answer") from None
+        except HTTPParseError as error:
+            raise ValueError(f"not HTTP: {error}") from error
+        if response.status_code != 200:
+            raise HTTPStatusError(response.status_code, data)
+        return data
+
+    def stream(self, path: str, body: bytes, record: Record, intended: float) -> None:
+        """Send one generation request and note in ``record`` when what arrived, or how it failed.
+
+        Args:
+            path: one of ``PATHS``' values.
+            body: the JSON request, which asks for a stream with usage.
+            record: filled in; its times count from ``intended``.
+            intended: the intended start by :data:`loadtest.clock.now`, not after the present.
+
+        Only the greenlet being killed raises; then the record is marked cancelled.
+
+        """
+        stream = _Stream(record, intended)
+        try:
+            with gevent.Timeout(self.timeout):
+                record.start_s = clock.now() - intended
+                response = self._http.request("POST", self._prefix + path, body=body, headers=self._headers)
+                record.status = response.status_code
+                stream.read(response)
+        except gevent.Timeout:
+            record.fail(records.TIMEOUT, f"not finished after {self.timeout:g} s")
+        except gevent.GreenletExit:
+            record.outcome = records.CANCELLED
+            raise
+        except MalformedSSEError as error:
+            record.fail(records.MALFORMED_SSE, str(error))
+        except ConnectionRefusedError as error:
+            record.fail(records.CONNECTION_REFUSED, str(error))
+        except (HTTPParseError, OSError) as error:
+            _classify_broken(error, record)
+        except Exception as error:
+            # A defect of the generator must not end the run; it is counted apart and never taken for the server's.
+            record.fail(records.CLIENT_ERROR, f"{type(error).__name__}: {error}")
+        finally:
+            if stream.end is None:
+                stream.end = clock.now()
+            record.end_s = stream.end - intended
+
+
+def _classify_broken(error: Exception, record: Record) -> None:
+    if isinstance(error, TimeoutError):
+        record.fail(records.TIMEOUT, str(error))
+    elif record.status is not None:
+        record.fail(records.STREAM_CUT, f"the stream ended in the middle: {error}")
+    elif isinstance(error, ssl.SSLError):
+        record.fail(records.CONNECTION_ERROR, f"TLS: {error}")
+    else:
+        record.fail(records.CONNECTION_ERROR, str(error) or type(error).__name__)
+
+
+class _Stream:
+    """Reads one response into its record."""
+
+    def __init__(self, record: Record, intended: float) -> None:
+        self.record = record
+        self.end: float | None = None
+        self._intended = intended
+        self._finished = False
+
+    def read(self, response: Any) -> None:
+        record, status = self.record, response.status_code
+        if status != 200:
+            kind = {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+            record.fail(kind, f"HTTP {status}: {error_message(bytes(response.read()))}")
+            return
+        content_type = str(response.get("content-type", ""))
+        if not content_type.startswith("text/event-stream"):
+            body = bytes(response.read())
+            raise MalformedSSEError(f"content type {content_type!r} instead of text/event-stream: {body[:120]!r}")
+        parser = SSEParser()
+        while line := response.readline(b"\n"):
+            arrived = clock.now() - self._intended
+            for event in parser.feed(line):
+                self._take(event, arrived)
+        self._conclude(parser)
+
+    def _take(self, event: Event, arrived: float) -> None:
+        if event.data == "[DONE]":
+            self.end = arrived + self._intended
+            self._finished = True
+            return
+        try:
+            chunk = json.loads(event.data)
+        except ValueError:
+            raise MalformedSSEError(f"data is not JSON: {event.data[:120]!r}") from None
+        if not isinstance(chunk, dict):
+            raise MalformedSSEError(f"data is not a JSON object: {event.data[:120]!r}")
+        if event.type == "error" or chunk.get("error") is not None:
+            self.record.fail(records.STREAM_ERROR, error_message(event.data.encode()))
+            return
+        self._take_chunk(chunk, arrived)
+
+    def _take_chunk(self, chunk: dict[str, Any], arrived: float) -> None:
+        record = self.record
+        choices = chunk.get("choices")
+        if choices:
+            choice = choices[0]
+            if choice.get("finish_reason") is not None:
+                record.finish_reason = str(choice["finish_reason"])
+            if _content(choice):
+                if record.first_token_s is None:
+                    record.first_token_s = arrived
+                record.token_s.append(arrived)
+            if record.first_token_s is not None:
+                record.last_token_s = arrived
+        usage = chunk.get("usage")
+        if usage:
+            record.prompt_tokens = usage.get("prompt_tokens")
+            record.output_tokens = usage.get("completion_tokens")
+            record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+
+    def _conclude(self, parser: SSEParser) -> None:
+        record = self.record
+        if record.outcome != records.OK:
+            return
+        if parser.pending():
+            record.fail(records.STREAM_CUT, "the stream ended inside an event")
+        elif not self._finished and record.finish_reason is None:
+            record.fail(records.STREAM_CUT, "the stream ended without [DONE] and without a finish reason")
+        elif record.first_token_s is None:
+            record.fail(records.EMPTY_RESPONSE, "the stream held no text")
+
+
+def _content(choice: dict[str, Any]) -> bool:
+    """Whether a choice carries generated text, of an answer or of a model's visible reasoning."""
+    if choice.get("text"):
+        return True
+    delta = choice.get("delta") or {}
+    return bool(
+        delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls")
+    )

@@ -1,0 +1,64 @@
+"""``pareto loadtest``: load-test an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from loadtest.errors import LoadTestError
+
+HELP = "load-test an OpenAI-compatible endpoint; exact percentiles, throughput, goodput"
+DESCRIPTION = """\
+Load-test any OpenAI-compatible endpoint and report exact P50/P90/P95/P99 of time to first token (TTFT), time per
+output token (TPOT), inter-token latency (ITL) and end-to-end latency, throughput, goodput, and failures by class.
+
+Closed loop: N users, each sending its next request when the last one has ended.
+  pareto loadtest --concurrency 8 --requests 200 --warmup 8 --prompt-tokens 512 --output-tokens 128
+
+Open loop: requests arrive at a rate whatever the server does, and latency counts from the intended start, so that a
+stalled server cannot hide behind requests that were never sent.
+  pareto loadtest --rate 4 --arrival poisson --duration 60 --goodput ttft:500 tpot:50
+
+Sweep: several values are several stages, with one row each in the table.
+  pareto loadtest --concurrency 1 4 16 64 --requests 200 --label int4_per_head --out results/int4
+  pareto loadtest --rate 1 2 4 8 --duration 30 --prompt-tokens lognormal:512:0.8:16:4096 --output-tokens uniform:32:256
+
+Results in --out: records.jsonl (one line a request), summary.json, server_metrics.jsonl (the server's own metrics).
+Ctrl-C stops the run and reports what was measured, marked as interrupted. Exit status: 0; 1 when every request failed;
+2 for bad input; 130 after Ctrl-C. No server at hand: python -m loadtest.mock_server. With Locust's web UI and
+distributed workers: locust -f loadtest/locustfile.py (docs/loadtest.md).
+"""
+USER_ERRORS = (LoadTestError,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    # Locust is imported by no flag, so that --help is quick.
+    from loadtest.settings import add_load_arguments, add_request_arguments
+
+    add_load_arguments(parser)
+    add_request_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the load test and print its table; returns the exit status."""
+    from loadtest.settings import load_settings
+
+    settings = load_settings(args)
+    # Everything here uses gevent's own sockets. Patching the standard library of a process that already runs, as Locust
+    # does when it is imported, is neither needed nor safe.
+    os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
+    from loadtest.console import print_summary
+    from loadtest.runner import SUMMARY, run_load_test
+
+    summary = run_load_test(settings)
+    print_summary(summary)
+    print(f"results: {settings.out / SUMMARY}")
+    if summary.status == "interrupted":
+        print("pareto loadtest: interrupted; the results above are partial", file=sys.stderr)
+        return 130
+    if not any(stage.requests.ok for stage in summary.stages):
+        print("pareto loadtest: error: no request succeeded", file=sys.stderr)
+        return 1
+    return 0

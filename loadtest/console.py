@@ -1,0 +1,161 @@
+"""What the user sees: progress while the load runs, and the table of results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+import gevent
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from loadtest.schema import Distribution, StageResult, Summary
+from loadtest.sink import Sink
+from loadtest.stage import Stage, StageSpec
+
+# Drawing shares the core with the requests being timed, so it happens rarely.
+_REDRAW_S = 0.5
+
+
+class Progress:
+    """A progress bar on standard error, for the present stage; silent unless that is a terminal.
+
+    Args:
+        stages: all of them, for the count.
+        sink: knows the requests in flight and finished.
+        enabled: ``--progress``.
+
+    """
+
+    def __init__(self, stages: Sequence[StageSpec], sink: Sink, enabled: bool) -> None:
+        self._count = len(stages)
+        self._sink = sink
+        self._stage: Stage | None = None
+        self._greenlet: gevent.Greenlet | None = None
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeElapsedColumn(),
+            console=Console(file=sys.stderr),
+            auto_refresh=False,
+            transient=True,
+            disable=not enabled or not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=1.0, counts="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        self._greenlet = gevent.spawn(self._run)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._greenlet is not None:
+            self._greenlet.kill()
+        self._bar.stop()
+
+    def show(self, stage: Stage) -> None:
+        """Turn to another stage."""
+        self._stage = stage
+        self._draw()
+
+    def _run(self) -> None:
+        while True:
+            gevent.sleep(_REDRAW_S)
+            self._draw()
+
+    def _draw(self) -> None:
+        stage, sink = self._stage, self._sink
+        if stage is None or self._bar.disable:
+            return
+        phase = "warm-up" if stage.measured_from is None else load_name(stage.spec)
+        self._bar.update(
+            self._task,
+            description=f"stage {stage.spec.index + 1}/{self._count}: {phase}",
+            completed=stage.progress(),
+            counts=f"{sink.ok} ok, {sink.failed} failed, {sink.in_flight} in flight",
+        )
+        self._bar.refresh()
+
+
+def load_name(stage: StageSpec | StageResult) -> str:
+    """Return a stage's load in words: ``4 users`` or ``10/s poisson``."""
+    if stage.rate is None:
+        return f"{stage.concurrency} user{'' if stage.concurrency == 1 else 's'}"
+    return f"{stage.rate:g}/s {stage.arrival}"
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Print throughput and latencies of all stages, then failures by class and what to know about the numbers."""
+    console = console or Console()
+    console.print(f"{summary.label}: {summary.server.model} at {summary.server.base_url}", markup=False)
+    console.print(_throughput_table(summary.stages))
+    console.print(_latency_table(summary.stages))
+    for stage in summary.stages:
+        name = load_name(stage)
+        for kind, count in stage.failures.items():
+            example = stage.failure_examples.get(kind, "")
+            console.print(f"{name}: {count} failed as {kind}, for example: {example}", markup=False, highlight=False)
+        for note in stage.notes:
+            console.print(f"{name}: note: {note}", markup=False, highlight=False)
+    lag = summary.generator.loop_lag_ms
+    if lag is not None and lag.p99 > 10:
+        console.print(
+            f"note: the load generator itself ran late (P99 {lag.p99:.0f} ms, {summary.generator.cpu_percent:.0f}% CPU), "
+            "and latencies include that; use fewer users, or Locust's distributed workers",
+            markup=False,
+        )
+
+
+def _throughput_table(stages: Sequence[StageResult]) -> Table:
+    table = Table(box=SIMPLE)
+    table.add_column("load")
+    for heading in ("ok", "failed", "seconds", "req/s", "out tok/s", "all tok/s", "goodput/s", "good"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        rates, good = stage.throughput, stage.goodput
+        table.add_row(
+            load_name(stage),
+            str(stage.requests.ok),
+            str(stage.requests.failed),
+            f"{rates.window_s:.1f}" if rates else "-",
+            f"{rates.requests_per_s:.2f}" if rates else "-",
+            f"{rates.output_tokens_per_s:.1f}" if rates else "-",
+            f"{rates.total_tokens_per_s:.1f}" if rates else "-",
+            f"{good.requests_per_s:.2f}" if good else "-",
+            f"{good.fraction:.0%}" if good else "-",
+        )
+    return table
+
+
+def _latency_table(stages: Sequence[StageResult]) -> Table:
+    table = Table(box=SIMPLE)
+    table.add_column("load")
+    table.add_column("milliseconds")
+    for heading in ("mean", "P50", "P90", "P95", "P99", "max"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        latency = stage.latency
+        rows = (
+            ("TTFT", latency.ttft_ms),
+            ("TPOT", latency.tpot_ms),
+            ("ITL", latency.itl_ms),
+            ("end to end", latency.e2e_ms),
+        )
+        for number, (name, values) in enumerate(rows):
+            table.add_row(
+                "" if number else load_name(stage), name, *_cells(values), end_section=number == len(rows) - 1
+            )
+    return table
+
+
+def _cells(values: Distribution | None) -> list[str]:
+    if values is None:
+        return ["-"] * 6
+    return [f"{v:.1f}" for v in (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)]

@@ -1,0 +1,35 @@
+"""How late the generator's own event loop runs: its share of every measured latency."""
+
+from __future__ import annotations
+
+import time
+from array import array
+
+import gevent
+
+from loadtest import clock
+from loadtest.schema import Generator
+from loadtest.summary import distribution
+
+_PERIOD_S = 0.02
+
+
+class LoopLag:
+    """Sleeps over and over and notes by how much it overslept."""
+
+    def __init__(self) -> None:
+        self._lags = array("d")
+        self._cpu, self._wall = time.process_time(), clock.now()
+        self._greenlet = gevent.spawn(self._run)
+
+    def stop(self) -> Generator:
+        """Stop and return what was found."""
+        self._greenlet.kill()
+        wall = max(clock.now() - self._wall, 1e-9)
+        return Generator(distribution(self._lags), round(100 * (time.process_time() - self._cpu) / wall, 1))
+
+    def _run(self) -> None:
+        while True:
+            due = clock.now() + _PERIOD_S
+            gevent.sleep(_PERIOD_S)
+            self._lags.append((clock.now() - due) * 1000)

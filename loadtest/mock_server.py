@@ -1,0 +1,391 @@
+"""A mock OpenAI-compatible server with known delays and planted faults, so that a load test can be tested itself.
+
+By hand: ``python -m loadtest.mock_server --port 8000 --ttft-ms 200 --itl-ms 20``. It serves ``/v1/completions`` and
+``/v1/chat/completions`` (streaming or not), ``/v1/models``, ``/tokenize``, ``/version``, ``/health`` and ``/metrics``.
+A token is a word, and a word of more than 8 letters is two; a completions prompt costs 1 token more and a chat 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+FAULTS = (
+    *("http_400", "http_404", "http_429", "http_500", "http_503"),
+    *("reset", "hang", "cut", "malformed", "error_event"),
+)
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
+_LONG_WORD = 8
+_WORDS = ("lorem", "ipsum", "dolor", "größe", "日本", "amet", "sit", "elit")
+
+
+@dataclass
+class MockConfig:
+    """What the server does.
+
+    Attributes:
+        ttft_ms: delay from the end of the request to its first token.
+        itl_ms: delay between tokens, counted from the first, so that delays do not add up to a drift.
+        tokens_per_chunk: tokens sent together.
+        capacity: requests served at once; later ones wait in a queue, first come first served. 0 is no limit.
+        faults: fault -> every how many streamed requests it strikes; one that is due strikes instead of the answer.
+        stall_at_s: seconds after the first streamed request at which the whole server freezes. Negative: never.
+        stall_s: for how long.
+        models: names of the served models.
+        tokenize: whether ``/tokenize`` exists, as in vLLM.
+        usage: whether answers carry the usage field.
+        owner: ``owned_by`` of the models; vLLM says ``vllm``.
+
+    """
+
+    ttft_ms: float = 0.0
+    itl_ms: float = 0.0
+    tokens_per_chunk: int = 1
+    capacity: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    stall_at_s: float = -1.0
+    stall_s: float = 0.0
+    models: tuple[str, ...] = ("mock-model",)
+    tokenize: bool = True
+    usage: bool = True
+    owner: str = "vllm"
+
+
+class _Reply(Exception):
+    """Answer with this status and JSON body."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
+
+
+def _error(status: int, message: str) -> _Reply:
+    return _Reply(status, {"error": {"message": message, "type": "mock_error", "code": status}})
+
+
+def count_tokens(text: str) -> int:
+    """Return what ``text`` costs."""
+    return sum(1 + (len(word) > _LONG_WORD) for word in text.split())
+
+
+class MockServer:
+    """The server, on an event loop in a thread of its own.
+
+    A context manager: listens on loopback from ``with`` on; ``url`` is its address and ``requests`` every JSON body
+    received for generation.
+    """
+
+    def __init__(self, config: MockConfig | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.config = config or MockConfig()
+        self.requests: list[dict[str, Any]] = []
+        self._host, self._port = host, port
+        self._streamed = 0
+        self._running = self._waiting = 0
+        self._prompt_tokens = self._output_tokens = 0
+        self._first_at: float | None = None
+        self._loop = asyncio.new_event_loop()
+        self._slots: asyncio.Semaphore | None = None
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mock-server", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``."""
+        return f"http://{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listen; ``port`` 0 takes a free one."""
+        if self.config.capacity:
+            self._slots = asyncio.Semaphore(self.config.capacity)
+        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=1 << 24)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """Stop listening and drop every connection."""
+        if self._server is not None:
+            self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    def __enter__(self) -> MockServer:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self.start(), self._loop).result(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self.close(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._serve_one(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            with contextlib.suppress(OSError, RuntimeError):
+                writer.close()
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Serve one request; whether the connection may serve another."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        method, path, _ = head[0].split(" ", 2)
+        headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:])}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        try:
+            routes = {"/v1/completions": False, "/v1/chat/completions": True}
+            if path in routes:
+                if method != "POST":
+                    raise _error(405, "use POST")
+                return await self._generate(self._json(body), routes[path], writer)
+            self._send(writer, 200, *self._page(method, path, body))
+        except _Reply as reply:
+            self._send(writer, reply.status, json.dumps(reply.body).encode(), "application/json")
+        await writer.drain()
+        return True
+
+    @staticmethod
+    def _json(body: bytes) -> dict[str, Any]:
+        try:
+            data = json.loads(body)
+        except ValueError:
+            data = None
+        if not isinstance(data, dict):
+            raise _error(400, "the body is not a JSON object")
+        return data
+
+    @staticmethod
+    def _send(writer: asyncio.StreamWriter, status: int, body: bytes, content_type: str) -> None:
+        head = f"HTTP/1.1 {status} {_REASONS.get(status, 'Error')}\r\nContent-Type: {content_type}\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    def _page(self, method: str, path: str, body: bytes) -> tuple[bytes, str]:
+        config = self.config
+        if path == "/metrics":
+            return self._metrics().encode(), "text/plain; version=0.0.4"
+        if path == "/v1/models":
+            data = [{"id": name, "object": "model", "owned_by": config.owner} for name in config.models]
+            answer: dict[str, Any] = {"object": "list", "data": data}
+        elif path == "/version":
+            answer = {"version": "0.0-mock"}
+        elif path == "/health":
+            answer = {}
+        elif path == "/tokenize" and method == "POST" and config.tokenize:
+            answer = self._tokenize(self._json(body))
+        else:
+            raise _error(404, f"no such path: {path}")
+        return json.dumps(answer).encode(), "application/json"
+
+    def _tokenize(self, data: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = {"count": self._prompt_cost(data), "max_model_len": 1 << 20}
+        if data.get("return_token_strs"):
+            pieces = [[w[:_LONG_WORD], w[_LONG_WORD:]] for w in str(data.get("prompt", "")).split()]
+            answer["token_strs"] = ["<s>", *(p for a, b in pieces for p in ([f"Ġ{a}", b] if b else [f"Ġ{a}"]))]
+        return answer
+
+    @staticmethod
+    def _prompt_cost(data: dict[str, Any]) -> int:
+        if "messages" in data:
+            return 5 + sum(count_tokens(str(message.get("content", ""))) for message in data["messages"])
+        prompt = data.get("prompt", "")
+        return len(prompt) if isinstance(prompt, list) else 1 + count_tokens(str(prompt))
+
+    def _metrics(self) -> str:
+        label = f'{{engine="0",model_name="{self.config.models[0]}"}}'
+        usage = min(1.0, self._running / (self.config.capacity or 100))
+        values = {
+            "vllm:num_requests_running": self._running,
+            "vllm:num_requests_waiting": self._waiting,
+            "vllm:kv_cache_usage_perc": usage,
+            "vllm:prompt_tokens_total": self._prompt_tokens,
+            "vllm:generation_tokens_total": self._output_tokens,
+        }
+        lines = [f"{name}{label} {float(value)}" for name, value in values.items()]
+        lines.append('vllm:cache_config_info{block_size="16",cache_dtype="auto",num_gpu_blocks="1000"} 1.0')
+        return "\n".join(["# HELP vllm:num_requests_running Requests running", *lines, "process_open_fds 9.0", ""])
+
+    async def _generate(self, data: dict[str, Any], chat: bool, writer: asyncio.StreamWriter) -> bool:
+        if data.get("model") not in self.config.models:
+            raise _error(404, f"The model `{data.get('model')}` does not exist.")
+        if ("messages" if chat else "prompt") not in data:
+            raise _error(400, "no prompt")
+        self.requests.append(data)
+        fault = None
+        if data.get("stream"):
+            if self._first_at is None:
+                self._first_at = self._loop_time()
+            self._streamed += 1
+            fault = next((f for f, every in self.config.faults.items() if self._streamed % every == 0), None)
+        if fault is not None and fault.startswith("http_"):
+            raise _error(int(fault.removeprefix("http_")), f"planted {fault}")
+        if fault == "reset":
+            return False
+        if fault == "hang":
+            await asyncio.sleep(3600)
+        async with self._slot():
+            return await self._answer(data, chat, writer, fault)
+
+    @staticmethod
+    def _loop_time() -> float:
+        return asyncio.get_running_loop().time()
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            if self._slots is not None:
+                await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if self._slots is not None:
+                self._slots.release()
+
+    async def _sleep_until(self, moment: float) -> None:
+        """Sleep until ``moment`` of the loop's clock, and through the planted stall if it covers that."""
+        await asyncio.sleep(max(0.0, moment - self._loop_time()))
+        if self.config.stall_at_s >= 0 and self._first_at is not None:
+            begin = self._first_at + self.config.stall_at_s
+            if begin <= self._loop_time() < begin + self.config.stall_s:
+                await asyncio.sleep(begin + self.config.stall_s - self._loop_time())
+
+    async def _answer(self, data: dict[str, Any], chat: bool, writer: asyncio.StreamWriter, fault: str | None) -> bool:
+        config = self.config
+        tokens = int(data.get("max_tokens") or 16)
+        prompt_tokens = self._prompt_cost(data)
+        self._prompt_tokens += prompt_tokens
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": prompt_tokens + tokens,
+        }
+        first = self._loop_time() + config.ttft_ms / 1000
+        if not data.get("stream"):
+            await self._sleep_until(first + (tokens - 1) * config.itl_ms / 1000)
+            text = " ".join(_WORDS[i % len(_WORDS)] for i in range(tokens))
+            answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            whole: dict[str, Any] = {"id": "mock", "choices": [{"index": 0, "finish_reason": "length", **answer}]}
+            whole["usage"] = usage if config.usage else None
+            self._send(writer, 200, json.dumps(whole).encode(), "application/json")
+            await writer.drain()
+            return True
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        if chat:
+            self._event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        await writer.drain()
+        for sent in range(0, tokens, config.tokens_per_chunk):
+            count = min(config.tokens_per_chunk, tokens - sent)
+            await self._sleep_until(first + (sent + count - 1) * config.itl_ms / 1000)
+            if fault and sent >= tokens // 2 and not self._strike(writer, fault):
+                return False
+            text = "".join(f" {_WORDS[(sent + i) % len(_WORDS)]}" for i in range(count))
+            self._output_tokens += count
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if sent + count == tokens else None}
+            choice |= {"delta": {"content": text}} if chat else {"text": text}
+            self._event(writer, {"id": "mock", "choices": [choice]})
+            await writer.drain()
+        if config.usage and (data.get("stream_options") or {}).get("include_usage"):
+            self._event(writer, {"id": "mock", "choices": [], "usage": usage})
+        self._chunk(writer, b"data: [DONE]\n\n")
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return True
+
+    def _strike(self, writer: asyncio.StreamWriter, fault: str) -> bool:
+        """Commit a fault in the middle of a stream; whether the connection survives it."""
+        if fault == "malformed":
+            self._chunk(writer, b"data: {not json\n\n")
+        elif fault == "error_event":
+            self._event(writer, {"error": {"message": "planted error event", "type": "mock_error", "code": 500}})
+        return False
+
+    def _event(self, writer: asyncio.StreamWriter, data: dict[str, Any]) -> None:
+        self._chunk(writer, b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n")
+
+    @staticmethod
+    def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+        writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def _fault(text: str) -> tuple[str, int]:
+    name, _, every = text.partition(":")
+    if name not in FAULTS or not every.isdigit() or int(every) < 1:
+        raise argparse.ArgumentTypeError(f"expected FAULT:EVERY with FAULT one of {', '.join(FAULTS)}")
+    return name, int(every)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the mock server until Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.mock_server", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port and prints it (default: 8000)")
+    parser.add_argument("--ttft-ms", type=float, default=50.0, help="delay of the first token (default: 50)")
+    parser.add_argument("--itl-ms", type=float, default=10.0, help="delay between tokens (default: 10)")
+    parser.add_argument("--tokens-per-chunk", type=int, default=1)
+    parser.add_argument("--capacity", type=int, default=0, help="requests served at once; 0 is no limit")
+    parser.add_argument(
+        "--fault", type=_fault, action="append", default=[], metavar="FAULT:EVERY", help=", ".join(FAULTS)
+    )
+    parser.add_argument("--stall-at-s", type=float, default=-1.0, help="freeze this long after the first request")
+    parser.add_argument("--stall-s", type=float, default=0.0, help="length of the freeze")
+    parser.add_argument("--model", action="append", metavar="NAME", help="served model; may be given again")
+    parser.add_argument("--no-tokenize", action="store_true", help="have no /tokenize, unlike vLLM")
+    parser.add_argument("--no-usage", action="store_true", help="send no usage")
+    parser.add_argument("--owner", default="vllm", help="owned_by of the models (default: vllm)")
+    args = parser.parse_args(argv)
+    config = MockConfig(
+        args.ttft_ms,
+        args.itl_ms,
+        args.tokens_per_chunk,
+        args.capacity,
+        dict(args.fault),
+        args.stall_at_s,
+        args.stall_s,
+        tuple(args.model or ("mock-model",)),
+        not args.no_tokenize,
+        not args.no_usage,
+        args.owner,
+    )
+
+    async def serve() -> None:
+        server = MockServer(config, args.host, args.port)
+        await server.start()
+        print(f"mock server on {server.url}", flush=True)
+        await asyncio.Event().wait()
+
+    try:
+        asyncio.run(serve())
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        print(f"mock_server: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Runs the stages of a load test on a Locust runner and writes the results."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import gevent
+from gevent.event import Event
+from locust.env import Environment
+
+from loadtest import clock
+from loadtest.client import Client
+from loadtest.console import Progress
+from loadtest.errors import LoadTestError
+from loadtest.exporter import Exporter
+from loadtest.loop_lag import LoopLag
+from loadtest.preflight import calibrate, check_server
+from loadtest.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
+from loadtest.records import RecordWriter, read_records, write_json_atomically
+from loadtest.schema import Server, Summary
+from loadtest.server_metrics import Sampler
+from loadtest.settings import RequestSettings, Settings
+from loadtest.sink import Sink
+from loadtest.stage import Stage, StageSpec
+from loadtest.summary import summarize
+from loadtest.users import GenerationUser, Session
+from loadtest.workload import Workload
+
+RECORDS, SUMMARY, SERVER_METRICS = "records.jsonl", "summary.json", "server_metrics.jsonl"
+_PACKAGES = ("vllm-pareto", "locust", "gevent", "geventhttpclient", "numpy", "prometheus-client")
+
+
+class RunUser(GenerationUser):
+    """The user that ``pareto loadtest`` starts."""
+
+
+def prepare_output(out: Path, overwrite: bool) -> None:
+    """Make sure that nothing in ``out`` would be overwritten unasked, and that it can be written.
+
+    Raises:
+        LoadTestError: results are there already, or the directory cannot be made.
+
+    """
+    existing = [name for name in (RECORDS, SUMMARY, SERVER_METRICS) if (out / name).exists()]
+    if existing and not overwrite:
+        raise LoadTestError(f"--out {out}: {existing[0]} exists; give another directory or --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in existing:
+            # An old summary must never be taken for that of a run that was cut short.
+            (out / name).unlink()
+    except OSError as error:
+        raise LoadTestError(f"--out {out}: {error.strerror or error}") from error
+    if not os.access(out, os.W_OK):
+        raise LoadTestError(f"--out {out}: not writable")
+
+
+def make_workload(client: Client, server: Server, settings: RequestSettings) -> tuple[Workload, dict[str, Any]]:
+    """Return the workload, and how the lengths of its prompts were calibrated.
+
+    Raises:
+        LoadTestError: the prompt file is no good, or the server refuses the calibration.
+
+    """
+    source: PromptSource
+    if settings.prompts:
+        source = FilePrompts(read_prompts(settings.prompts, settings.chat))
+        calibration: dict[str, Any] = {"how": "none: prompts from a file"}
+    elif settings.prompt_token_ids:
+        source = TokenIdPrompts(
+            settings.prompt_tokens, settings.prefix_tokens, *settings.prompt_token_ids, settings.seed
+        )
+        calibration = {"how": "none: prompts are token ids"}
+    else:
+        cost = calibrate(client, server.model, settings.chat)
+        source = WordPrompts(settings.prompt_tokens, settings.prefix_tokens, cost, settings.seed)
+        calibration = {
+            "how": cost.how,
+            "tokens_per_word": cost.per_word,
+            "overhead_tokens": cost.overhead,
+            "words": len(cost.words),
+        }
+    ignore_eos = server.is_vllm if settings.ignore_eos is None else settings.ignore_eos
+    workload = Workload(
+        settings.chat,
+        server.model,
+        source,
+        settings.output_tokens,
+        ignore_eos,
+        settings.temperature,
+        settings.extra_body,
+        settings.seed,
+    )
+    return workload, {**calibration, "ignore_eos": ignore_eos}
+
+
+def environment_info() -> dict[str, Any]:
+    """Return versions and machine of the load generator."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Event]:
+    """Yield an event that Ctrl-C or SIGTERM sets; a second signal acts as it does without us."""
+    stop = Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        stop.set()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_load_test(settings: Settings) -> Summary:
+    """Run every stage, and write ``records.jsonl``, ``server_metrics.jsonl`` and ``summary.json`` to ``settings.out``.
+
+    Interrupted by Ctrl-C or SIGTERM, it cancels what is in flight and returns a summary of what was measured, whose
+    status is ``interrupted``.
+
+    Raises:
+        LoadTestError: the endpoint, a file or a port is no good; then nothing was measured.
+
+    """
+    with ExitStack() as cleanup:
+        request = settings.request
+        client = Client(settings.base_url, request.timeout, request.headers, request.insecure)
+        cleanup.callback(client.close)
+        server = check_server(client, request.model, settings.ready_timeout)
+        exporter = Exporter()
+        if settings.exporter_port is not None:
+            cleanup.callback(exporter.serve(settings.exporter_host, settings.exporter_port))
+        workload, calibration = make_workload(client, server, request)
+        prepare_output(settings.out, settings.overwrite)
+        writer = RecordWriter(settings.out / RECORDS)
+        cleanup.callback(writer.close)
+        sink = Sink(writer.write, exporter.observe)
+        exporter.watch(lambda: sink.in_flight)
+        sampler = _start_sampler(settings, client, cleanup)
+
+        # Locust warns about spawn rates and CPU on a log that nobody configured; the summary has better numbers.
+        logging.getLogger("locust").setLevel(logging.ERROR)
+        environment = Environment(user_classes=[RunUser], host=settings.base_url)
+        environment.create_local_runner()
+        cleanup.callback(environment.runner.quit)
+        started, began = datetime.datetime.now(datetime.UTC), clock.now()
+        lag = LoopLag()
+        unfinished = frozenset(spec.index for spec in settings.stages)
+        entered: list[StageSpec] = []
+        stop = cleanup.enter_context(_stop_on_signals())
+        progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))
+        for spec in settings.stages:
+            entered.append(spec)
+            exporter.begin_stage(spec.concurrency, spec.rate)
+            stage = Stage(spec, request.seed)
+            environment.loadtest_session = Session(environment, client, workload, stage, sink)
+            if sampler:
+                sampler.enter(spec.index)
+            progress.show(stage)
+            _run_stage(environment, spec, stop)
+            if stop.is_set():
+                break
+            unfinished -= {spec.index}
+            if sampler:
+                sampler.sample()
+        duration, generator = clock.now() - began, lag.stop()
+        summary = Summary(
+            label=settings.label or server.model,
+            status="interrupted" if stop.is_set() else "complete",
+            started_at=started.isoformat(timespec="milliseconds"),
+            duration_s=duration,
+            settings=settings.flags,
+            environment=environment_info(),
+            server=server,
+            calibration=calibration,
+            stages=summarize(
+                read_records(settings.out / RECORDS),
+                entered,
+                request.slo_ms,
+                {spec.index: sampler.series(spec.index) for spec in entered} if sampler else {},
+                unfinished,
+            ),
+            generator=generator,
+            files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
+        )
+        write_json_atomically(settings.out / SUMMARY, summary.to_dict())
+        return summary
+
+
+def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack) -> Sampler | None:
+    if not settings.server_metrics:
+        return None
+    path = settings.out / SERVER_METRICS
+    sampler = Sampler(client, path, settings.metrics_interval)
+    sampler.sample()
+    if not sampler.found():
+        sampler.stop()
+        path.unlink()
+        return None
+    sampler.start()
+    cleanup.callback(sampler.stop)
+    return sampler
+
+
+def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
+    """Start the stage's users and wait until all have ended by themselves, or until ``stop``."""
+    runner = environment.runner
+    users = spec.concurrency or 1
+    runner.start(users, spawn_rate=users)
+
+    def await_users() -> None:
+        runner.spawning_greenlet.join()
+        runner.user_greenlets.join()
+
+    waiting = gevent.spawn(await_users)
+    gevent.wait([waiting, stop], count=1)
+    waiting.kill()
+    runner.stop()

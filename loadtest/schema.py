@@ -1,0 +1,204 @@
+"""What ``summary.json`` holds: typed results, apart from the code that computes them.
+
+Every time is in milliseconds where its name ends in ``_ms`` and in seconds where it ends in ``_s``. ``None`` means that
+the value is undefined for this run, never zero. ``dataclasses.asdict`` of a :class:`Summary` is the JSON document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = "vllm-pareto/loadtest/1"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Exact statistics of one quantity over the measured, successful requests of a stage.
+
+    Percentiles are computed from all values with linear interpolation between the two nearest ranks (numpy's
+    default), not from histogram buckets. ``std`` is the population standard deviation.
+    """
+
+    count: int
+    mean: float
+    std: float
+    min: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class RequestCounts:
+    """How the requests of a stage ended.
+
+    ``sent = ok + failed + cancelled`` counts measured requests; ``warmup`` requests are in no other number of the
+    stage. ``cancelled`` requests were in flight when the run was interrupted: neither successes nor failures.
+    """
+
+    sent: int
+    ok: int
+    failed: int
+    cancelled: int
+    warmup: int
+    warmup_failed: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Client-side latencies of the successful measured requests, in milliseconds.
+
+    All but ``itl_ms`` and ``tpot_ms`` count from the request's *intended* start, so in an open loop the time a request
+    waited for the generator or for ``--max-concurrency`` is part of it (no coordinated omission). In a closed loop the
+    intended start is the actual one.
+
+    Attributes:
+        ttft_ms: first chunk with non-empty content.
+        tpot_ms: time per output token after the first: (last token - first token) / (output tokens - 1). Undefined for
+            requests of one output token (left out), and for servers that send no usage the number of chunks stands in
+            for the number of tokens (the stage's ``notes`` say so).
+        itl_ms: gaps between consecutive content chunks, pooled over all requests. Equals the inter-token latency only
+            when the server sends one token a chunk: see ``StageResult.tokens_per_chunk``. A server that coalesces
+            tokens has larger gaps and fewer of them; then use ``tpot_ms``.
+        e2e_ms: end of the stream.
+        schedule_lag_ms: actual start minus intended start: what the generator or ``--max-concurrency`` added.
+
+    """
+
+    ttft_ms: Distribution | None
+    tpot_ms: Distribution | None
+    itl_ms: Distribution | None
+    e2e_ms: Distribution | None
+    schedule_lag_ms: Distribution | None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Rates over the stage's window: first intended start to last end of a measured request.
+
+    Tokens are those of successful requests, as counted by the server's usage field. The window includes the drain after
+    the last request was sent, so short stages understate a saturated server; give the stage more requests.
+    """
+
+    window_s: float
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    offered_requests_per_s: float
+    mean_in_flight: float
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Requests that met every limit of the SLO. Failed requests never do; an undefined TPOT counts as met.
+
+    ``fraction`` is of the measured requests that ended (ok and failed); ``requests_per_s`` is over the stage's window.
+    """
+
+    slo_ms: dict[str, float]
+    good: int
+    fraction: float
+    requests_per_s: float
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of the successful requests as the server counted them; ``requested_mean`` is what was asked for."""
+
+    total: int
+    mean: float
+    min: int
+    max: int
+    requested_mean: float | None
+
+
+@dataclass(frozen=True)
+class MetricSeries:
+    """One of the server's own metrics while the stage ran, sampled once an interval.
+
+    Label sets of the same name are added up (``*_perc`` gauges: their maximum). ``delta`` is last minus first sample:
+    the amount counted during the stage, for counters and for a histogram's ``_sum`` and ``_count``.
+    """
+
+    samples: int
+    mean: float
+    peak: float
+    first: float
+    last: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage: one concurrency (closed loop) or one arrival rate (open loop)."""
+
+    index: int
+    mode: str
+    concurrency: int | None
+    rate: float | None
+    arrival: str | None
+    burstiness: float | None
+    max_concurrency: int | None
+    started_unix_s: float | None
+    finished: bool
+    requests: RequestCounts
+    failures: dict[str, int]
+    failure_examples: dict[str, str]
+    latency: Latency
+    throughput: Throughput | None
+    goodput: Goodput | None
+    prompt_tokens: TokenCounts | None
+    output_tokens: TokenCounts | None
+    tokens_per_chunk: float | None
+    finish_reasons: dict[str, int]
+    server_metrics: dict[str, MetricSeries]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Health of the load generator itself: a late event loop makes every latency look larger than it was.
+
+    ``loop_lag_ms`` is by how much a 20 ms sleep overslept; ``cpu_percent`` is of one core.
+    """
+
+    loop_lag_ms: Distribution | None
+    cpu_percent: float
+
+
+@dataclass(frozen=True)
+class Server:
+    """What was found out about the endpoint before the run."""
+
+    base_url: str
+    model: str
+    served_models: list[str]
+    version: str | None
+    is_vllm: bool
+    cache_config: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole run. ``status`` is ``complete`` or ``interrupted`` (then the last stages are partial or missing)."""
+
+    label: str
+    status: str
+    started_at: str
+    duration_s: float
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    server: Server
+    calibration: dict[str, Any]
+    stages: list[StageResult]
+    generator: Generator
+    files: dict[str, str]
+    schema: str = field(default=SCHEMA)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON document, its ``schema`` first."""
+        document = asdict(self)
+        return {"schema": document.pop("schema"), **document}

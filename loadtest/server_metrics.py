@@ -1,0 +1,130 @@
+"""The server's own ``vllm:`` and ``pareto_`` metrics, sampled beside the load."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gevent
+import numpy as np
+
+from loadtest import clock
+from loadtest.client import Client, HTTPStatusError
+from loadtest.schema import MetricSeries
+
+PREFIXES = ("vllm:", "pareto_")
+_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
+# Buckets are most of the bytes and _created are constants; sums and counts say what a stage needs.
+_LEFT_OUT = ("_bucket", "_created", "_info")
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Return sample name with labels -> value, for the project's and vLLM's metrics.
+
+    Deliberately not a full parser of the exposition format: it must take well under a millisecond, since it shares a
+    core with the requests being timed.
+    """
+    samples = {}
+    for line in text.splitlines():
+        if not line.startswith(PREFIXES):
+            continue
+        name, _, value = line.rpartition("}") if "}" in line else line.partition(" ")
+        key = name + "}" if "{" in line else name
+        if key.partition("{")[0].endswith(_LEFT_OUT):
+            continue
+        try:
+            samples[key] = float(value.split()[0])
+        except (ValueError, IndexError):
+            continue
+    return samples
+
+
+def cache_config(text: str) -> dict[str, str]:
+    """Return the labels of ``vllm:cache_config_info``: cache dtype, block size, number of blocks and the like."""
+    for line in text.splitlines():
+        if line.startswith("vllm:cache_config_info{"):
+            return dict(_LABEL.findall(line))
+    return {}
+
+
+class Sampler:
+    """Reads ``/metrics`` once an interval and appends each sample to a JSON Lines file.
+
+    A line is ``{"unix_s": ..., "stage": ..., "metrics": {name: value}}``; stage -1 is before the first. A failed read
+    is a line with ``error`` instead of ``metrics``: it never disturbs the load.
+    """
+
+    def __init__(self, client: Client, path: Path, interval: float, metrics_path: str = "/metrics") -> None:
+        self._client = client
+        self._interval = interval
+        self._metrics_path = metrics_path
+        self._file = path.open("w", encoding="utf-8")
+        self._greenlet: gevent.Greenlet | None = None
+        self._samples: dict[int, list[dict[str, float]]] = {}
+        self._stage = -1
+
+    def found(self) -> bool:
+        """Whether any sample held metrics of vLLM or of this project."""
+        return bool(self._samples)
+
+    def enter(self, stage: int) -> None:
+        """Attribute samples to ``stage`` from now on, and take its first one."""
+        self._stage = stage
+        self.sample()
+
+    def start(self) -> None:
+        """Begin sampling."""
+        self._greenlet = gevent.spawn(self._run)
+
+    def stop(self) -> None:
+        """Stop sampling and close the file."""
+        if self._greenlet is not None:
+            self._greenlet.kill()
+        self._file.close()
+
+    def sample(self) -> None:
+        """Take one sample now, for the present stage."""
+        line: dict[str, Any] = {"unix_s": round(clock.to_unix(clock.now()), 3), "stage": self._stage}
+        try:
+            text = self._client.get(self._metrics_path, max(self._interval, 5.0)).decode("utf-8", "replace")
+            line["metrics"] = parse_metrics(text)
+        except (OSError, HTTPStatusError, ValueError) as error:
+            line["error"] = str(error)[:200]
+        if line.get("metrics"):
+            self._samples.setdefault(int(line["stage"]), []).append(line["metrics"])
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def series(self, stage: int) -> dict[str, MetricSeries]:
+        """Return mean, peak and growth of every metric during a stage."""
+        return summarize_samples(self._samples.get(stage, []))
+
+    def _run(self) -> None:
+        due = clock.now()
+        while True:
+            self.sample()
+            due = max(due + self._interval, clock.now())
+            gevent.sleep(due - clock.now())
+
+
+def summarize_samples(samples: Iterable[dict[str, float]]) -> dict[str, MetricSeries]:
+    """Reduce samples to one series per metric name; label sets are added up, ``*_perc`` gauges take their maximum."""
+    collected: dict[str, list[float]] = {}
+    for sample in samples:
+        merged: dict[str, float] = {}
+        for key, value in sample.items():
+            name = key.partition("{")[0]
+            if name not in merged:
+                merged[name] = value
+            else:
+                merged[name] = max(merged[name], value) if name.endswith("_perc") else merged[name] + value
+        for name, value in merged.items():
+            if np.isfinite(value):
+                collected.setdefault(name, []).append(value)
+    return {
+        name: MetricSeries(len(v), float(np.mean(v)), max(v), v[0], v[-1], v[-1] - v[0])
+        for name, v in sorted(collected.items())
+    }

@@ -1,0 +1,136 @@
+"""One stage of a run: which request is next, and when the stage is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from gevent.event import Event
+
+from loadtest import clock
+from loadtest.arrivals import intended_starts
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage is asked to do.
+
+    Attributes:
+        index: position in the run.
+        concurrency: users of a closed loop; None in an open loop.
+        rate: requests per second of an open loop; None in a closed loop.
+        arrival: ``constant`` or ``poisson``.
+        burstiness: see :func:`loadtest.arrivals.intended_starts`.
+        max_concurrency: most requests in flight in an open loop; later ones wait, and their wait counts as latency.
+        warmup: requests to send and await first, left out of the results.
+        requests: measured requests; None for no limit.
+        duration_s: seconds in which measured requests may start; None for no limit.
+
+    """
+
+    index: int = 0
+    concurrency: int | None = None
+    rate: float | None = None
+    arrival: str = "poisson"
+    burstiness: float = 1.0
+    max_concurrency: int | None = None
+    warmup: int = 0
+    requests: int | None = None
+    duration_s: float | None = None
+
+    @property
+    def mode(self) -> str:
+        """``closed`` or ``open``."""
+        return "closed" if self.rate is None else "open"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Leave to send one request: its number, and whether it is warm-up."""
+
+    index: int
+    warmup: bool
+
+
+class Stage:
+    """Hands out the requests of one stage.
+
+    Closed loop: users call :meth:`take` for each request and :meth:`done` after it. Warm-up requests come first; the
+    measured phase begins when the last of them has ended, so that none of them overlaps it. Open loop: the scheduler
+    asks :meth:`arrivals` for the offsets of each phase.
+    """
+
+    def __init__(self, spec: StageSpec, seed: int) -> None:
+        self.spec = spec
+        self.sent = 0
+        self.ended = 0
+        self.measured_from: float | None = None
+        self._seed = seed
+        self._warmups_taken = 0
+        self._warmups_ended = 0
+        self._warm = Event()
+        if spec.warmup == 0:
+            self.begin_measuring()
+
+    def begin_measuring(self) -> None:
+        """Start the measured phase: ``duration_s`` counts from here."""
+        self.measured_from = clock.now()
+        self._warm.set()
+
+    def take(self) -> Ticket | None:
+        """Return the next request of a closed loop, waiting for the end of the warm-up; None when there is no more."""
+        if self._warmups_taken < self.spec.warmup:
+            self._warmups_taken += 1
+            return Ticket(self._warmups_taken - 1, warmup=True)
+        self._warm.wait()
+        if self.exhausted():
+            return None
+        self.sent += 1
+        return Ticket(self.sent - 1, warmup=False)
+
+    def done(self, ticket: Ticket) -> None:
+        """Note that a request has ended, however it did."""
+        if not ticket.warmup:
+            self.ended += 1
+            return
+        self._warmups_ended += 1
+        if self._warmups_ended == self.spec.warmup and self.measured_from is None and self.spec.mode == "closed":
+            self.begin_measuring()
+
+    def exhausted(self) -> bool:
+        """Whether no further measured request may start."""
+        spec = self.spec
+        if spec.requests is not None and self.sent >= spec.requests:
+            return True
+        return (
+            spec.duration_s is not None
+            and self.measured_from is not None
+            and clock.now() - self.measured_from >= spec.duration_s
+        )
+
+    def arrivals(self, warmup: bool, stream_id: int = 0) -> Iterator[tuple[float, Ticket]]:
+        """Yield (seconds after the phase's start, request) of an open loop's phase, in order of time."""
+        spec = self.spec
+        assert spec.rate is not None
+        rng = np.random.default_rng([self._seed, 2, spec.index, int(warmup), stream_id])
+        limit = spec.warmup if warmup else spec.requests
+        for index, offset in enumerate(intended_starts(spec.rate, spec.arrival, rng, spec.burstiness)):
+            if limit is not None and index >= limit:
+                return
+            if not warmup and spec.duration_s is not None and offset >= spec.duration_s:
+                return
+            if not warmup:
+                self.sent += 1
+            yield offset, Ticket(index, warmup)
+
+    def progress(self) -> float:
+        """Return how much of the measured phase is done, 0 to 1, by whichever limit is nearer."""
+        if self.measured_from is None:
+            return 0.0
+        spec, parts = self.spec, [0.0]
+        if spec.requests:
+            parts.append(self.ended / spec.requests)
+        if spec.duration_s:
+            parts.append((clock.now() - self.measured_from) / spec.duration_s)
+        return min(1.0, max(parts))

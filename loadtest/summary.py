@@ -1,0 +1,223 @@
+"""Records in, exact statistics out."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from loadtest import records
+from loadtest.records import Record
+from loadtest.schema import (
+    Distribution,
+    Goodput,
+    Latency,
+    MetricSeries,
+    RequestCounts,
+    StageResult,
+    Throughput,
+    TokenCounts,
+)
+from loadtest.stage import StageSpec
+
+_LAG_WORTH_A_NOTE_MS = 10.0
+
+
+def distribution(values: Sequence[float] | array[float]) -> Distribution | None:
+    """Return exact statistics of ``values`` (linear interpolation between ranks), or None when there are none."""
+    if len(values) == 0:
+        return None
+    data = np.asarray(values, dtype=np.float64)
+    p50, p90, p95, p99 = np.percentile(data, (50, 90, 95, 99))
+    numbers = (data.mean(), data.std(), data.min(), p50, p90, p95, p99, data.max())
+    return Distribution(len(data), *(round(float(number), 4) for number in numbers))
+
+
+class StageAccumulator:
+    """Collects the records of one stage, one at a time, keeping numbers only.
+
+    Args:
+        slo_ms: limits for goodput: any of ``ttft``, ``tpot`` and ``e2el``, in milliseconds.
+
+    """
+
+    def __init__(self, slo_ms: dict[str, float]) -> None:
+        self._slo = slo_ms
+        self._outcomes: Counter[str] = Counter()
+        self._warmups: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._reasons: Counter[str] = Counter()
+        self._ttft, self._tpot, self._itl, self._e2e, self._lag = (array("d") for _ in range(5))
+        self._prompt_tokens, self._output_tokens = array("q"), array("q")
+        self._asked_prompt, self._asked_output = array("q"), array("q")
+        self._chunks = 0
+        self._good = 0
+        self._without_usage = 0
+        self._first_start: float | None = None
+        self._last_start = 0.0
+        self._last_end = 0.0
+        self._busy_s = 0.0
+
+    def add(self, record: Record) -> None:
+        """Take one record."""
+        if record.warmup:
+            self._warmups[record.outcome] += 1
+            return
+        self._outcomes[record.outcome] += 1
+        if record.outcome == records.CANCELLED:
+            return
+        begin, end = record.intended_unix_s, record.intended_unix_s + record.end_s
+        self._first_start = begin if self._first_start is None else min(self._first_start, begin)
+        self._last_start = max(self._last_start, begin)
+        self._last_end = max(self._last_end, end)
+        self._busy_s += record.end_s - (record.start_s or 0.0)
+        if record.outcome == records.ERROR:
+            kind = record.error or records.CLIENT_ERROR
+            self._failures[kind] += 1
+            self._examples.setdefault(kind, record.message or "")
+        else:
+            self._add_success(record)
+
+    def _add_success(self, record: Record) -> None:
+        ttft, tpot, e2e = record.first_token_s, record.tpot_s, record.end_s
+        assert ttft is not None, "a success has at least one content chunk"
+        self._ttft.append(ttft * 1000)
+        self._e2e.append(e2e * 1000)
+        self._lag.append((record.start_s or 0.0) * 1000)
+        if tpot is not None:
+            self._tpot.append(tpot * 1000)
+        times = record.token_s
+        self._itl.extend((after - before) * 1000 for before, after in pairwise(times))
+        self._chunks += len(times)
+        self._without_usage += record.output_tokens is None
+        self._output_tokens.append(record.counted_output_tokens)
+        if record.prompt_tokens is not None:
+            self._prompt_tokens.append(record.prompt_tokens)
+        if record.requested_prompt_tokens is not None:
+            self._asked_prompt.append(record.requested_prompt_tokens)
+        if record.requested_output_tokens is not None:
+            self._asked_output.append(record.requested_output_tokens)
+        self._reasons[record.finish_reason or "unknown"] += 1
+        measured = {"ttft": ttft * 1000, "tpot": 0.0 if tpot is None else tpot * 1000, "e2el": e2e * 1000}
+        self._good += all(measured[name] <= limit for name, limit in self._slo.items())
+
+    def result(self, spec: StageSpec, finished: bool, server_metrics: dict[str, MetricSeries]) -> StageResult:
+        """Return the stage's results.
+
+        Args:
+            spec: what the stage was asked to do.
+            finished: whether it ran to its end.
+            server_metrics: the server's own metrics meanwhile.
+
+        """
+        latency = Latency(*(distribution(v) for v in (self._ttft, self._tpot, self._itl, self._e2e, self._lag)))
+        throughput = self._throughput()
+        output = self._tokens(self._output_tokens, self._asked_output)
+        per_chunk = output.total / self._chunks if output and self._chunks else None
+        ok, failed = self._outcomes[records.OK], self._outcomes[records.ERROR]
+        goodput = None
+        if self._slo and throughput is not None:
+            goodput = Goodput(dict(self._slo), self._good, self._good / (ok + failed), self._good / throughput.window_s)
+        open_loop = spec.mode == "open"
+        return StageResult(
+            index=spec.index,
+            mode=spec.mode,
+            concurrency=spec.concurrency,
+            rate=spec.rate,
+            arrival=spec.arrival if open_loop else None,
+            burstiness=spec.burstiness if open_loop else None,
+            max_concurrency=spec.max_concurrency if open_loop else None,
+            started_unix_s=self._first_start,
+            finished=finished,
+            requests=RequestCounts(
+                sent=self._outcomes.total(),
+                ok=ok,
+                failed=failed,
+                cancelled=self._outcomes[records.CANCELLED],
+                warmup=self._warmups.total(),
+                warmup_failed=self._warmups[records.ERROR],
+            ),
+            failures=dict(sorted(self._failures.items())),
+            failure_examples=dict(sorted(self._examples.items())),
+            latency=latency,
+            throughput=throughput,
+            goodput=goodput,
+            prompt_tokens=self._tokens(self._prompt_tokens, self._asked_prompt),
+            output_tokens=output,
+            tokens_per_chunk=per_chunk,
+            finish_reasons=dict(sorted(self._reasons.items())),
+            server_metrics=server_metrics,
+            notes=self._notes(spec, latency, per_chunk, finished),
+        )
+
+    def _throughput(self) -> Throughput | None:
+        if self._first_start is None:
+            return None
+        window = max(self._last_end - self._first_start, 1e-6)
+        ended = self._outcomes[records.OK] + self._outcomes[records.ERROR]
+        output, prompt = sum(self._output_tokens), sum(self._prompt_tokens)
+        gaps = self._last_start - self._first_start
+        return Throughput(
+            window_s=window,
+            requests_per_s=self._outcomes[records.OK] / window,
+            output_tokens_per_s=output / window,
+            total_tokens_per_s=(output + prompt) / window,
+            offered_requests_per_s=(ended - 1) / gaps if gaps > 0 else ended / window,
+            mean_in_flight=self._busy_s / window,
+        )
+
+    @staticmethod
+    def _tokens(counts: array[int], asked: array[int]) -> TokenCounts | None:
+        if not counts:
+            return None
+        wanted = float(np.mean(asked)) if asked else None
+        return TokenCounts(sum(counts), float(np.mean(counts)), min(counts), max(counts), wanted)
+
+    def _notes(self, spec: StageSpec, latency: Latency, per_chunk: float | None, finished: bool) -> list[str]:
+        notes = []
+        if not finished:
+            notes.append("interrupted: the stage is partial")
+        if self._without_usage:
+            notes.append(
+                f"{self._without_usage} answers had no usage: their output tokens are counted as content chunks"
+            )
+        elif per_chunk is not None and not 0.95 <= per_chunk <= 1.05:
+            notes.append(
+                f"{per_chunk:.2f} tokens a chunk: itl_ms is the gap between chunks, not between tokens; use tpot_ms"
+            )
+        lag = latency.schedule_lag_ms
+        if lag is not None and lag.p99 > _LAG_WORTH_A_NOTE_MS and spec.mode == "open":
+            cause = "--max-concurrency or the generator" if spec.max_concurrency else "the generator"
+            notes.append(f"requests left up to {lag.p99:.0f} ms (P99) late because of {cause}; latencies include it")
+        return notes
+
+
+def summarize(
+    items: Iterable[Record],
+    specs: Sequence[StageSpec],
+    slo_ms: dict[str, float] | None = None,
+    server_metrics: dict[int, dict[str, MetricSeries]] | None = None,
+    unfinished: frozenset[int] = frozenset(),
+) -> list[StageResult]:
+    """Return the results of every stage in ``specs``.
+
+    Args:
+        items: records of any order; those of other stages are ignored.
+        specs: the stages.
+        slo_ms: limits for goodput.
+        server_metrics: by stage.
+        unfinished: indices of stages that were cut short.
+
+    """
+    accumulators = {spec.index: StageAccumulator(slo_ms or {}) for spec in specs}
+    for record in items:
+        if record.stage in accumulators:
+            accumulators[record.stage].add(record)
+    return [
+        accumulators[spec.index].result(spec, spec.index not in unfinished, (server_metrics or {}).get(spec.index, {}))
+        for spec in specs
+    ]

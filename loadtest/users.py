@@ -1,0 +1,158 @@
+"""Locust users that generate text, in a closed or an open loop."""
+
+from __future__ import annotations
+
+import gevent
+from gevent.lock import DummySemaphore, Semaphore
+from gevent.pool import Group
+from locust import User, task
+from locust.env import Environment
+from locust.exception import StopUser
+
+from loadtest import clock, records
+from loadtest.client import PATHS, Client
+from loadtest.records import Record
+from loadtest.sink import Sink
+from loadtest.stage import Stage, Ticket
+from loadtest.workload import Request, Workload
+
+
+class RequestFailedError(Exception):
+    """What Locust counts as a failure: the error's class and message."""
+
+
+class Session:
+    """What the users of one process share while a stage runs.
+
+    Args:
+        environment: Locust's; every request is fired as its ``request`` event, so its statistics, web UI and reports
+            are right.
+        client: connections to the endpoint.
+        workload: makes the requests.
+        stage: says which request is next.
+        sink: takes the records.
+        stream_id: sets the prompts and arrivals of this process apart from those of other workers.
+
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        client: Client,
+        workload: Workload,
+        stage: Stage,
+        sink: Sink,
+        *,
+        stream_id: int = 0,
+    ) -> None:
+        self.stage = stage
+        self.stream_id = stream_id
+        self._environment = environment
+        self._client = client
+        self._workload = workload
+        self._sink = sink
+        self._path = PATHS["chat" if workload.chat else "completions"]
+        limit = stage.spec.max_concurrency
+        self._slots: Semaphore | DummySemaphore = Semaphore(limit) if limit else DummySemaphore()
+        self._streams = 0
+
+    def next_stream(self) -> int:
+        """Return a number for another arrival stream of this process, unique over all workers below 1000 streams."""
+        self._streams += 1
+        return self.stream_id * 1000 + self._streams - 1
+
+    def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Request:
+        """Build a request before it is due, so that its making costs no latency."""
+        stream = self.stream_id if stream_id is None else stream_id
+        return self._workload.request(self.stage.spec.index, ticket.index, ticket.warmup, stream)
+
+    def send(self, ticket: Ticket, request: Request, intended: float | None = None) -> None:
+        """Send a request now, record it and tell Locust, whatever becomes of it.
+
+        Args:
+            ticket: what :class:`Stage` handed out.
+            request: what :meth:`prepare` built.
+            intended: when it was meant to start; None means now (closed loop).
+
+        """
+        intended = clock.now() if intended is None else intended
+        record = Record(
+            self.stage.spec.index,
+            ticket.index,
+            ticket.warmup,
+            clock.to_unix(intended),
+            requested_prompt_tokens=request.prompt_tokens,
+            requested_output_tokens=request.output_tokens,
+        )
+        self._sink.begin()
+        try:
+            with self._slots:
+                self._client.stream(self._path, request.body, record, intended)
+        except gevent.GreenletExit:
+            if record.start_s is None:
+                record.end_s = clock.now() - intended
+            record.outcome = records.CANCELLED
+            raise
+        finally:
+            self._sink.end(record)
+            self.stage.done(ticket)
+            self._tell_locust(record)
+
+    def _tell_locust(self, record: Record) -> None:
+        if record.outcome == records.CANCELLED:
+            return
+        error = None
+        if record.outcome == records.ERROR:
+            # Locust groups failures by this text: the class alone keeps the groups few.
+            error = RequestFailedError(record.error)
+        self._environment.events.request.fire(
+            request_type="WARMUP" if record.warmup else "POST",
+            name=self._path,
+            response_time=record.end_s * 1000,
+            response_length=record.counted_output_tokens,
+            exception=error,
+            context={},
+            start_time=record.intended_unix_s,
+            url=self._client.base_url + self._path,
+        )
+
+
+class GenerationUser(User):
+    """Asks for text: one request after the other (closed loop), or an arrival process of its own (open loop).
+
+    In a closed loop the number of Locust users is the concurrency. In an open loop each Locust user is one stream of
+    arrivals at the stage's rate: ``n`` users offer ``n`` times the rate, and requests never wait for each other.
+    Needs ``environment.loadtest_session``.
+    """
+
+    abstract = True
+
+    @task
+    def generate(self) -> None:
+        """Send the next request, or run the whole arrival stream."""
+        session: Session = self.environment.loadtest_session
+        if session.stage.spec.rate is not None:
+            self._run_arrivals(session)
+            raise StopUser
+        ticket = session.stage.take()
+        if ticket is None:
+            raise StopUser
+        session.send(ticket, session.prepare(ticket))
+
+    def _run_arrivals(self, session: Session) -> None:
+        stage, stream_id = session.stage, session.next_stream()
+        in_flight = Group()
+        try:
+            for warmup in (True, False):
+                if warmup and not stage.spec.warmup:
+                    continue
+                if not warmup and stage.spec.warmup:
+                    stage.begin_measuring()
+                zero = clock.now()
+                for offset, ticket in stage.arrivals(warmup, stream_id):
+                    request = session.prepare(ticket, stream_id)
+                    gevent.sleep(max(0.0, zero + offset - clock.now()))
+                    in_flight.spawn(session.send, ticket, request, zero + offset)
+                in_flight.join()
+        finally:
+            in_flight.kill()
