@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     # does when it is imported, is neither needed nor safe.
     os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
     from loadtest.console import print_summary
-    from loadtest.runner import SUMMARY, run_load_test
+    from loadtest.output import SUMMARY
+    from loadtest.runner import run_load_test
 
     summary = run_load_test(settings)
     print_summary(summary)

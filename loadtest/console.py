@@ -107,16 +107,16 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     lag = summary.generator.loop_lag_ms
     if lag is not None and lag.p99 > 10:
         console.print(
-            f"note: the load generator itself ran late (P99 {lag.p99:.0f} ms, {summary.generator.cpu_percent:.0f}% CPU), "
-            "and latencies include that; use fewer users, or Locust's distributed workers",
+            f"note: the load generator itself ran late (P99 {lag.p99:.0f} ms, {summary.generator.cpu_percent:.0f}% CPU)"
+            ", and latencies include that; use fewer users, or Locust's distributed workers",
             markup=False,
         )
 
 
 def _throughput_table(stages: Sequence[StageResult]) -> Table:
     table = Table(box=SIMPLE)
-    table.add_column("load")
-    for heading in ("ok", "failed", "seconds", "req/s", "out tok/s", "all tok/s", "goodput/s", "good"):
+    table.add_column("load", no_wrap=True)
+    for heading in ("ok", "failed", "time s", "req/s", "out tok/s", "tok/s", "good/s", "good"):
         table.add_column(heading, justify="right")
     for stage in stages:
         rates, good = stage.throughput, stage.goodput
@@ -136,7 +136,7 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
 
 def _latency_table(stages: Sequence[StageResult]) -> Table:
     table = Table(box=SIMPLE)
-    table.add_column("load")
+    table.add_column("load", no_wrap=True)
     table.add_column("milliseconds")
     for heading in ("mean", "P50", "P90", "P95", "P99", "max"):
         table.add_column(heading, justify="right")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import logging
-import os
-import platform
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,9 +18,9 @@ from locust.env import Environment
 from loadtest import clock
 from loadtest.client import Client
 from loadtest.console import Progress
-from loadtest.errors import LoadTestError
 from loadtest.exporter import Exporter
 from loadtest.loop_lag import LoopLag
+from loadtest.output import RECORDS, SERVER_METRICS, SUMMARY, environment_info, prepare_output
 from loadtest.preflight import calibrate, check_server
 from loadtest.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
 from loadtest.records import RecordWriter, read_records, write_json_atomically
@@ -37,33 +33,9 @@ from loadtest.summary import summarize
 from loadtest.users import GenerationUser, Session
 from loadtest.workload import Workload
 
-RECORDS, SUMMARY, SERVER_METRICS = "records.jsonl", "summary.json", "server_metrics.jsonl"
-_PACKAGES = ("vllm-pareto", "locust", "gevent", "geventhttpclient", "numpy", "prometheus-client")
-
 
 class RunUser(GenerationUser):
     """The user that ``pareto loadtest`` starts."""
-
-
-def prepare_output(out: Path, overwrite: bool) -> None:
-    """Make sure that nothing in ``out`` would be overwritten unasked, and that it can be written.
-
-    Raises:
-        LoadTestError: results are there already, or the directory cannot be made.
-
-    """
-    existing = [name for name in (RECORDS, SUMMARY, SERVER_METRICS) if (out / name).exists()]
-    if existing and not overwrite:
-        raise LoadTestError(f"--out {out}: {existing[0]} exists; give another directory or --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in existing:
-            # An old summary must never be taken for that of a run that was cut short.
-            (out / name).unlink()
-    except OSError as error:
-        raise LoadTestError(f"--out {out}: {error.strerror or error}") from error
-    if not os.access(out, os.W_OK):
-        raise LoadTestError(f"--out {out}: not writable")
 
 
 def make_workload(client: Client, server: Server, settings: RequestSettings) -> tuple[Workload, dict[str, Any]]:
@@ -103,23 +75,6 @@ def make_workload(client: Client, server: Server, settings: RequestSettings) -> 
         settings.seed,
     )
     return workload, {**calibration, "ignore_eos": ignore_eos}
-
-
-def environment_info() -> dict[str, Any]:
-    """Return versions and machine of the load generator."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "system": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-    }
 
 
 @contextmanager

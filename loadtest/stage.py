@@ -73,6 +73,10 @@ class Stage:
         if spec.warmup == 0:
             self.begin_measuring()
 
+    def elapsed(self) -> float:
+        """Return the seconds since measuring began; 0 before."""
+        return 0.0 if self.measured_from is None else clock.now() - self.measured_from
+
     def begin_measuring(self) -> None:
         """Start the measured phase: ``duration_s`` counts from here."""
         self.measured_from = clock.now()
@@ -103,11 +107,7 @@ class Stage:
         spec = self.spec
         if spec.requests is not None and self.sent >= spec.requests:
             return True
-        return (
-            spec.duration_s is not None
-            and self.measured_from is not None
-            and clock.now() - self.measured_from >= spec.duration_s
-        )
+        return spec.duration_s is not None and self.elapsed() >= spec.duration_s
 
     def arrivals(self, warmup: bool, stream_id: int = 0) -> Iterator[tuple[float, Ticket]]:
         """Yield (seconds after the phase's start, request) of an open loop's phase, in order of time."""
@@ -132,5 +132,5 @@ class Stage:
         if spec.requests:
             parts.append(self.ended / spec.requests)
         if spec.duration_s:
-            parts.append((clock.now() - self.measured_from) / spec.duration_s)
+            parts.append(self.elapsed() / spec.duration_s)
         return min(1.0, max(parts))

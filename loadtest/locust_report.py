@@ -1,0 +1,92 @@
+"""``--out`` of the locustfile: the files that ``pareto loadtest`` writes, for a test that Locust starts and stops."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+from typing import Any
+
+from loadtest import clock
+from loadtest.output import RECORDS, SUMMARY, environment_info, prepare_output
+from loadtest.records import Record, RecordWriter, read_records, write_json_atomically
+from loadtest.schema import Generator, Server, Summary
+from loadtest.settings import public_flags
+from loadtest.stage import StageSpec
+from loadtest.summary import summarize
+
+
+class LocustReport:
+    """Writes ``records.jsonl`` while a test runs and ``summary.json`` when it stops.
+
+    A second test of the same process (from the web UI) goes to ``DIR-2``, and so on.
+
+    Args:
+        environment: Locust's.
+        out: directory to write to.
+        overwrite: whether results there may be replaced.
+
+    Raises:
+        LoadTestError: they may not, or the directory cannot be written.
+
+    """
+
+    def __init__(self, environment: Any, out: Path, overwrite: bool) -> None:
+        prepare_output(out, overwrite)
+        self._environment = environment
+        self._out, self._overwrite = out, overwrite
+        self._tests = 0
+        self._dir = out
+        self._writer: RecordWriter | None = None
+        self._server = Server(environment.host or "", "", [], None, False, {})
+        self._calibration: dict[str, Any] = {"how": "on the workers"}
+
+    def begin(self, spec: StageSpec, slo_ms: dict[str, float], options: argparse.Namespace) -> None:
+        """Open the files of a test."""
+        self._tests += 1
+        if self._tests > 1:
+            self._dir = self._out.with_name(f"{self._out.name}-{self._tests}")
+            prepare_output(self._dir, self._overwrite)
+        self._spec, self._slo, self._options = spec, slo_ms, options
+        self._server = Server(self._environment.host or "", options.model or "", [], None, False, {})
+        self._started, self._began = datetime.datetime.now(datetime.UTC), clock.now()
+        self._peak_users = 0
+        self._writer = RecordWriter(self._dir / RECORDS)
+
+    def describe(self, server: Server, calibration: dict[str, Any]) -> None:
+        """Add what is known of the server to the summary."""
+        self._server, self._calibration = server, calibration
+
+    def write(self, record: Record) -> None:
+        """Append one record, unless no test is open."""
+        if self._writer is not None:
+            self._peak_users = max(self._peak_users, self._environment.runner.user_count)
+            self._writer.write(record)
+
+    def end(self) -> None:
+        """Close the records and write the summary; does nothing when no test is open."""
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        spec = self._spec
+        if spec.rate is None:
+            spec = StageSpec(0, concurrency=self._peak_users)
+        else:
+            spec = StageSpec(
+                0, rate=spec.rate * max(1, self._peak_users), arrival=spec.arrival, burstiness=spec.burstiness
+            )
+        summary = Summary(
+            label=self._options.label or self._server.model or "locust",
+            status="complete",
+            started_at=self._started.isoformat(timespec="milliseconds"),
+            duration_s=clock.now() - self._began,
+            settings=public_flags(self._options),
+            environment=environment_info(),
+            server=self._server,
+            calibration=self._calibration,
+            stages=summarize(read_records(self._dir / RECORDS), [spec], self._slo),
+            generator=Generator(None, self._environment.runner.current_cpu_usage),
+            files={"records": RECORDS},
+        )
+        write_json_atomically(self._dir / SUMMARY, summary.to_dict())

@@ -1,0 +1,206 @@
+"""The load test under plain Locust: its web UI, headless mode, and distributed workers.
+
+    locust -f loadtest/locustfile.py --host http://127.0.0.1:8000
+    locust -f loadtest/locustfile.py --host ... --headless -u 8 -r 8 -t 60s --out results/locust
+    locust -f loadtest/locustfile.py --host ... --headless -u 2 -t 60s --request-rate 5     # 2 streams of 5/s
+    locust -f loadtest/locustfile.py --master ...    and, in other shells,    locust -f loadtest/locustfile.py --worker
+
+Without ``--request-rate`` Locust's users are a closed loop; with it, each user is a stream of Poisson arrivals at that
+rate. ``loadtest/shapes.py`` adds load shapes. See docs/loadtest.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import events
+from locust.exception import StopTest
+from locust.runners import MasterRunner, WorkerRunner
+
+from loadtest.arrivals import ARRIVALS
+from loadtest.client import Client, normalize_base_url
+from loadtest.distributed import RecordForwarder, receive_records
+from loadtest.errors import LoadTestError
+from loadtest.exporter import Exporter
+from loadtest.locust_report import LocustReport
+from loadtest.preflight import check_server
+from loadtest.records import Record
+from loadtest.runner import make_workload
+from loadtest.settings import add_request_arguments, request_settings, require
+from loadtest.sink import Sink
+from loadtest.stage import Stage, StageSpec, Ticket
+from loadtest.users import GenerationUser, Session
+
+logger = logging.getLogger(__name__)
+_NOT_IN_WEB_UI = ("--api-key", "--header", "--insecure", "--out", "--overwrite", "--exporter-port", "--exporter-host")
+
+
+class TextGenerationUser(GenerationUser):
+    """Asks the endpoint for text, as the command line says."""
+
+
+class EndlessStage(Stage):
+    """A stage without end, as Locust decides when to stop; requests of its first seconds are warm-up."""
+
+    def __init__(self, spec: StageSpec, seed: int, warmup_s: float) -> None:
+        super().__init__(spec, seed)
+        self._warmup_s = warmup_s
+
+    def take(self) -> Ticket | None:
+        """Return the next request."""
+        ticket = super().take()
+        return replace(ticket, warmup=self._warming()) if ticket else None
+
+    def arrivals(self, warmup: bool, stream_id: int = 0) -> Any:
+        """Yield the arrivals of one stream."""
+        for offset, ticket in super().arrivals(warmup, stream_id):
+            yield offset, replace(ticket, warmup=self._warming())
+
+    def _warming(self) -> bool:
+        return self.elapsed() < self._warmup_s
+
+
+class _WebUIArguments:
+    """Takes add_argument calls for Locust's parser, and keeps secrets and local paths out of its web UI."""
+
+    def __init__(self, parser: Any) -> None:
+        self._parser = parser
+
+    def add_argument_group(self, title: str) -> _WebUIArguments:
+        return self
+
+    def add_argument(self, *flags: str, **options: Any) -> None:
+        self._parser.add_argument(*flags, include_in_web_ui=flags[0] not in _NOT_IN_WEB_UI, **options)
+
+
+@events.init_command_line_parser.add_listener
+def add_arguments(parser: Any) -> None:
+    """Add the load test's flags to Locust's."""
+    # Locust would listen on every address; here nothing does unless asked to.
+    parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
+    ui = _WebUIArguments(parser)
+    add_request_arguments(ui)
+    ui.add_argument("--request-rate", default="", metavar="R", help="open loop: requests per second of each user")
+    ui.add_argument("--arrival", choices=ARRIVALS, default="poisson", help="open loop (default: poisson)")
+    ui.add_argument("--burstiness", type=float, default=1.0, help="of poisson arrivals: below 1 bursts")
+    ui.add_argument("--warmup-s", type=float, default=0.0, metavar="S", help="seconds of warm-up, left out of --out")
+    ui.add_argument("--out", default="", metavar="DIR", help="write records.jsonl and summary.json there")
+    ui.add_argument("--overwrite", action="store_true", help="replace the results in --out")
+    ui.add_argument("--label", default="", metavar="TEXT", help="name of the run in reports")
+    ui.add_argument("--exporter-port", type=int, default=0, metavar="PORT", help="Prometheus metrics; 0 is off")
+    ui.add_argument("--exporter-host", default="127.0.0.1", metavar="ADDR", help="default: 127.0.0.1 only")
+
+
+class LocustTest:
+    """What hangs on Locust's events in one process: a standalone one, the master, or a worker."""
+
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+        self.options: argparse.Namespace = environment.parsed_options
+        self.stage_spec()
+        request_settings(self.options)
+        self.exporter = Exporter()
+        self.report: LocustReport | None = None
+        self.sink = Sink(self._record)
+        self.client: Client | None = None
+        self.forwarder: RecordForwarder | None = None
+        runner = environment.runner
+        if isinstance(runner, WorkerRunner):
+            self.forwarder = RecordForwarder(runner)
+            return
+        if isinstance(runner, MasterRunner):
+            receive_records(runner, self._record)
+        if self.options.out:
+            self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
+        if self.options.exporter_port:
+            self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
+            self.exporter.watch(lambda: self.sink.in_flight)
+
+    def stage_spec(self) -> StageSpec:
+        """Return the stage that the options ask for."""
+        text = str(self.options.request_rate or "").strip()
+        try:
+            rate = float(text) if text else None
+        except ValueError:
+            rate = math.nan
+        require(rate is None or 0 < rate < math.inf, f"--request-rate {text}: must be a number above 0")
+        burstiness = float(self.options.burstiness)
+        require(0 < burstiness < math.inf, f"--burstiness {burstiness:g}: must be above 0")
+        return StageSpec(0, rate=rate, arrival=self.options.arrival, burstiness=burstiness)
+
+    def start(self) -> None:
+        """Prepare this process's users for a test that begins."""
+        spec = self.stage_spec()
+        settings = request_settings(self.options)
+        if self.report:
+            self.report.begin(spec, settings.slo_ms, self.options)
+        self.exporter.begin_stage(None, spec.rate)
+        runner = self.environment.runner
+        if isinstance(runner, MasterRunner):
+            return
+        require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")
+        self.client = Client(
+            normalize_base_url(self.environment.host), settings.timeout, settings.headers, settings.insecure
+        )
+        server = check_server(self.client, settings.model, 0.0)
+        workload, calibration = make_workload(self.client, server, settings)
+        if self.report:
+            self.report.describe(server, calibration)
+        self.environment.loadtest_session = Session(
+            self.environment,
+            self.client,
+            workload,
+            EndlessStage(spec, settings.seed, float(self.options.warmup_s)),
+            self.sink,
+            stream_id=runner.worker_index,
+        )
+
+    def stop(self) -> None:
+        """Finish a test: pass the last records on, or write the summary."""
+        if self.forwarder:
+            self.forwarder.flush()
+        if self.report:
+            self.report.end()
+        if self.client:
+            self.client.close()
+
+    def _record(self, record: Record) -> None:
+        if self.forwarder:
+            self.forwarder.add(record)
+            return
+        self.exporter.observe(record)
+        if self.report:
+            self.report.write(record)
+
+
+@events.init.add_listener
+def on_init(environment: Any, **_: Any) -> None:
+    """Hang the load test on Locust's events, or leave with one line when the flags are no good."""
+    if environment.parsed_options is None:
+        return
+    try:
+        test = LocustTest(environment)
+    except LoadTestError as error:
+        print(f"locustfile: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    def on_test_start(**_: Any) -> None:
+        try:
+            test.start()
+        except LoadTestError as error:
+            logger.error("cannot start: %s", error)
+            environment.process_exit_code = 2
+            # The event is fired from within the start of the runner, which must be over before it can be stopped.
+            gevent.spawn_later(0.1, environment.runner.quit)
+            raise StopTest from error
+
+    environment.events.test_start.add_listener(on_test_start)
+    environment.events.test_stop.add_listener(lambda **_: test.stop())
+    environment.events.quit.add_listener(lambda **_: test.stop())
