@@ -1,0 +1,3 @@
+// Attention for any processor.
+#define PARETO_ENTRY pareto_attention_generic
+#include "attention_impl.h"

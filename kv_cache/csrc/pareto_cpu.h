@@ -1,0 +1,72 @@
+// Interface of the CPU kernels: plain C, called through ctypes (kv_cache/cpu_kernels.py mirrors these structs).
+// The arithmetic and its reasons are described in attention_impl.h; the page layout in kv_cache/layout.py.
+#ifndef PARETO_CPU_H
+#define PARETO_CPU_H
+
+#include <stdint.h>
+
+enum pareto_dtype { PARETO_F32 = 0, PARETO_BF16 = 1, PARETO_F16 = 2 };
+enum pareto_isa { PARETO_GENERIC = 0, PARETO_AVX2 = 1, PARETO_AVX512 = 2, PARETO_AMX = 3 };
+
+// One layer's pages and how to read them. Strides and offsets are in bytes.
+typedef struct {
+    uint8_t *base;          // page of block b and KV head h: base + b * block_stride + h * head_stride
+    int64_t block_stride;
+    int64_t head_stride;
+    int32_t block_size;     // tokens of a page
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t key_bits;       // 4, 6 or 8
+    int32_t value_bits;
+    int32_t group_size;     // channels that share a scale kept in the page; 0: scales below
+    int32_t key_offset;     // planes within the page of one head
+    int32_t key_high_offset;    // 2-bit plane of 6-bit codes
+    int32_t value_offset;
+    int32_t value_high_offset;
+    int32_t key_meta_offset;    // float16 (scale, minimum) of each group, token-major
+    int32_t value_meta_offset;
+    const float *key_scale;     // [num_kv_heads][head_dim] each, null when group_size > 0
+    const float *key_zero;
+    const float *value_scale;
+    const float *value_zero;
+} pareto_cache;
+
+typedef struct {
+    pareto_cache cache;
+    const void *query;          // [tokens][heads][head_dim]; strides in elements, channels contiguous
+    void *out;
+    int64_t query_token_stride, query_head_stride;
+    int64_t out_token_stride, out_head_stride;
+    const int32_t *block_table; // [num_reqs][table_stride]
+    int64_t table_stride;
+    const int32_t *seq_lens;    // [num_reqs], the new tokens included
+    const int32_t *query_start; // [num_reqs + 1]
+    int32_t num_reqs;
+    int32_t num_heads;
+    int32_t dtype;              // enum pareto_dtype of query and out
+    int32_t window;             // a token attends to the last `window` tokens, itself included; 0: to all
+    int32_t num_threads;
+    float scale;                // of q.k, before the soft cap
+    float soft_cap;             // 0: none
+} pareto_attention_args;
+
+typedef struct {
+    pareto_cache cache;
+    const void *key;            // [tokens][num_kv_heads][head_dim]; strides in elements, channels contiguous
+    const void *value;
+    int64_t key_token_stride, key_head_stride;
+    int64_t value_token_stride, value_head_stride;
+    const int64_t *slots;       // [num_tokens] block * block_size + offset; negative: not stored
+    int64_t num_tokens;
+    int32_t dtype;
+    int32_t num_threads;
+} pareto_store_args;
+
+typedef int (*pareto_attention_fn)(const pareto_attention_args *);
+
+int pareto_attention_generic(const pareto_attention_args *);
+int pareto_attention_avx2(const pareto_attention_args *);
+int pareto_attention_avx512(const pareto_attention_args *);
+int pareto_attention_amx(const pareto_attention_args *);
+
+#endif
