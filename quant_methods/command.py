@@ -1,0 +1,196 @@
+"""``pareto compress``: flags, progress bar and report; the work is in ``compress.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kv_cache.errors import ParetoError
+
+if TYPE_CHECKING:
+    from quant_methods.compress import Report
+    from quant_methods.recipe import Recipe
+
+HELP = "write a compressed checkpoint that stock vLLM serves"
+USER_ERRORS = (ParetoError,)
+DESCRIPTION = """\
+Compress a Hugging Face model: its linear layers' weights to 4 or 8 bits, and scales for a quantized KV cache.
+
+A recipe says how: a built-in one (pareto compress --list-recipes) or a YAML file. Flags override its settings. The
+result is a compressed-tensors checkpoint that stock vLLM serves, with its recipe in pareto_recipe.json.
+
+examples:
+  pareto compress ref-7m --recipe gptq-w4 --out ref-7m-w4
+  pareto compress Qwen/Qwen3-0.6B --recipe gptq-w4-g32 --text calibration.jsonl --device cuda --out qwen-w4
+  pareto compress ref-7m --recipe gptq-w4 --group-size 64 --symmetric --verbose --out ref-7m-w4-g64
+  pareto compress ref-7m --recipe kv-scales --out ref-7m-kv        (weights as they are, KV scales added)
+
+Calibration runs on --text (a .txt file, or .jsonl with a "text" field) or, without it, on text that the model writes
+itself from a fixed seed. Layers run one block at a time, so the model need not fit in memory.
+
+Interrupted? The same command goes on from the first unfinished block and writes the same bytes.
+
+A recipe file:
+  description: 4-bit GPTQ, down_proj left alone
+  ignore: [lm_head, down_proj]          # globs over module names
+  calibration: {num_samples: 128, length: 1024, seed: 0}
+  kv_scales: true
+  steps:
+    - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
+"""
+
+# Flags that override a step's settings, where the step has such a setting.
+STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("model", nargs="?", default="ref-7m", help="directory, hub name, or ref-7m (the default)")
+    parser.add_argument("--recipe", default="gptq-w4", help="built-in name or YAML file (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the checkpoint")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text: .txt, or .jsonl with a text field")
+    parser.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and exit")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR, or another unfinished run of it")
+    parser.add_argument("--verbose", action="store_true", help="print the error of every layer")
+    parser.add_argument("--device", default="cpu", help="torch device for the arithmetic (default: %(default)s)")
+    recipe = parser.add_argument_group("overrides of the recipe")
+    recipe.add_argument("--bits", type=int, help="4 or 8")
+    recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
+    recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
+    recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
+    recipe.add_argument("--activations", choices=("none", "int8"), help="precision of activations at serving time")
+    recipe.add_argument("--search", choices=("minmax", "mse"), help="how each group's range is chosen")
+    recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
+    recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
+    recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
+    recipe.add_argument("--num-calibration-samples", type=int, metavar="N", help="sequences")
+    recipe.add_argument("--calibration-length", type=int, metavar="TOKENS", help="tokens in each sequence")
+    recipe.add_argument("--seed", type=int, help="seed of sampling and of the KV calibration")
+    recipe.add_argument("--kv-scales", action=switch, default=None, help="calibrate KV-cache scales in the same pass")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    console = Console()
+    if args.list_recipes:
+        console.print(_recipes_table())
+        return 0
+    if args.out is None:
+        raise ParetoError("--out DIR is missing: where to write the checkpoint")
+    # transformers' own progress bars and notices would tear the one below.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from quant_methods.compress import compress
+    from quant_methods.recipe import load_recipe
+
+    recipe = override(load_recipe(args.recipe), args)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(f"{recipe.name}", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{recipe.name}: {what}")
+
+        report = compress(
+            args.model,
+            recipe,
+            args.out,
+            text=args.text,
+            device=args.device,
+            overwrite=args.overwrite,
+            progress=show,
+        )
+    _print_report(console, report, recipe, verbose=args.verbose)
+    return 0
+
+
+def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
+    """Return the recipe with the flags' values in place of its own.
+
+    Raises:
+        ParetoError: a flag that no step of the recipe has, or a combination that a step refuses.
+
+    """
+    steps = list(recipe.steps)
+    for name in STEP_FLAGS:
+        value = getattr(args, name)
+        if value is None:
+            continue
+        having = [i for i, step in enumerate(steps) if any(f.name == name for f in dataclasses.fields(step))]
+        if not having:
+            methods = ", ".join(step.method for step in steps) or "none"
+            raise ParetoError(f"--{name.replace('_', '-')}: no step of recipe {recipe.name} has it (steps: {methods})")
+        for i in having:
+            changes: dict[str, Any] = {name: value}
+            steps[i] = dataclasses.replace(steps[i], **changes)
+    for step in steps:
+        step.check()
+    calibration = recipe.calibration
+    given = {"num_samples": args.num_calibration_samples, "length": args.calibration_length, "seed": args.seed}
+    calibration = dataclasses.replace(calibration, **{k: v for k, v in given.items() if v is not None})
+    calibration.check()
+    return dataclasses.replace(
+        recipe,
+        steps=tuple(steps),
+        calibration=calibration,
+        ignore=recipe.ignore if args.ignore is None else tuple(args.ignore),
+        kv_scales=recipe.kv_scales if args.kv_scales is None else args.kv_scales,
+    )
+
+
+def _recipes_table() -> Table:
+    from quant_methods.recipe import WeightStep, built_in_recipes, load_recipe
+
+    table = Table(title="built-in recipes", title_justify="left")
+    for heading in ("recipe", "what it does", "vLLM serves it on"):
+        table.add_column(heading)
+    for name in built_in_recipes():
+        recipe = load_recipe(name)
+        devices = {"cpu", "cuda"}.intersection(*(s.devices() for s in recipe.steps if isinstance(s, WeightStep)))
+        table.add_row(name, recipe.description, _devices(sorted(devices)))
+    return table
+
+
+def _devices(devices: list[str]) -> str:
+    return " and ".join({"cpu": "CPU", "cuda": "CUDA"}[device] for device in devices)
+
+
+def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: bool) -> None:
+    if verbose and report.layers:
+        table = Table(title="relative output error of each layer", title_justify="left")
+        for heading in ("layer", "shape", "bits/weight", "error"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for layer in report.layers:
+            shape = "x".join(map(str, layer.shape))
+            table.add_row(layer.name, shape, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.4f}")
+        console.print(table)
+    lines = [f"checkpoint   {report.out}"]
+    if report.layers:
+        mean = sum(layer.relative_error for layer in report.layers) / len(report.layers)
+        worst = max(report.layers, key=lambda layer: layer.relative_error)
+        lines += [
+            f"weights      {len(report.layers)} layers at {report.bits_per_weight:.3f} bits a weight, scales included",
+            f"error        {mean:.4f} mean relative, {worst.relative_error:.4f} worst ({worst.name})",
+        ]
+    lines.append(
+        f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
+        f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"
+    )
+    if recipe.kv_scales:
+        lines.append("KV scales    calibrated; serve with --kv-cache-dtype int4_per_head (or another per-head dtype)")
+    resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
+    lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
+    lines.append(f"serves on    {_devices(report.devices)}")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    if "cpu" not in report.devices:
+        console.print(
+            "note: vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8",
+            soft_wrap=True,
+        )

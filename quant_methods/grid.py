@@ -1,0 +1,175 @@
+"""The grid that weights are rounded to: integer codes, a scale and a zero-point for each group of input channels.
+
+A weight is stored as ``code``, an integer of ``bits`` bits in the signed range ``[-2^(bits-1), 2^(bits-1) - 1]``, and
+read back as ``(code - zero_point) * scale``. One scale (and zero-point) serves ``group_size`` neighbouring input
+channels of one output channel. This is the arithmetic of compressed-tensors' ``pack-quantized`` format.
+
+Scales are always values of the dtype that they are stored in, so that what calibration saw is what serving reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Search = Literal["minmax", "mse"]
+
+# Steps of the scale search, and the smallest fraction of the unclipped range that it tries. At 4 bits the best
+# fraction of a Gaussian group of 128 lies near 0.8; heavy tails want less.
+SEARCH_STEPS = 24
+SEARCH_FLOOR = 0.4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shape of a quantization grid.
+
+    Attributes:
+        bits: bits a code, 2 to 8.
+        group_size: input channels that share one scale; -1 for a whole row ("per channel").
+        symmetric: without zero-points (they are 0).
+
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def low(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def groups(self, columns: int) -> int:
+        """Return the number of groups in a row of ``columns`` input channels."""
+        return 1 if self.group_size == -1 else columns // self.group_size
+
+    def bits_per_weight(self, rows: int, columns: int, scale_bits: int = 16) -> float:
+        """Return the storage of a [rows, columns] weight in bits a weight, scales and zero-points included."""
+        overhead = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + overhead * self.groups(columns) / columns
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Return the nearest codes.
+
+    Args:
+        weight: [..., n] floating point.
+        scale: broadcastable to ``weight``.
+        zero_point: broadcastable to ``weight``.
+        grid: the grid.
+
+    Returns:
+        Codes in ``weight``'s dtype and shape.
+
+    """
+    return torch.clamp(torch.round(weight / scale) + zero_point, grid.low, grid.high)
+
+
+def expand(parameter: Tensor, columns: int) -> Tensor:
+    """Repeat per-group values [rows, groups] to one value per input channel [rows, columns]."""
+    rows, groups = parameter.shape
+    return parameter[:, :, None].expand(rows, groups, columns // groups).reshape(rows, columns)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Read codes back.
+
+    Args:
+        codes: [rows, columns] integers of any dtype.
+        scale: [rows, groups] in the stored dtype.
+        zero_point: [rows, groups] integers.
+
+    Returns:
+        [rows, columns] float32 weights, ``(code - zero_point) * scale``.
+
+    """
+    columns = codes.shape[1]
+    return (codes.float() - expand(zero_point.float(), columns)) * expand(scale.float(), columns)
+
+
+def fit(
+    weight: Tensor,
+    grid: Grid,
+    importance: Tensor | None = None,
+    search: Search = "mse",
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """Choose the scales and zero-points of a weight.
+
+    ``minmax`` covers the largest weight of each group, as round-to-nearest does by convention. ``mse`` tries clipped
+    ranges too and keeps the one with the least ``sum_j importance_j (w_j - dequantized_j)^2``; with the Hessian's
+    diagonal as importance that is the layer's output error under uncorrelated inputs (the objective of OBQ, Frantar &
+    Alistarh 2022, Eq. 3, with off-diagonal terms dropped).
+
+    A symmetric grid has one more code below zero than above; a negative scale turns that around, so ``mse`` tries
+    both signs (llama.cpp's Q4_0 does the same).
+
+    Args:
+        weight: [rows, columns] floating point; ``grid.group_size`` divides ``columns``.
+        grid: the grid.
+        importance: [columns] nonnegative weights of the error; None for equal weights.
+        search: how the range is chosen.
+        scale_dtype: dtype that scales are stored in; the result is rounded to it.
+
+    Returns:
+        (scale, zero_point), both [rows, groups] in ``weight``'s dtype; zero-points are integral.
+
+    """
+    rows, columns = weight.shape
+    groups = grid.groups(columns)
+    grouped = weight.reshape(rows, groups, columns // groups)
+    if importance is None:
+        importance = torch.ones(columns, dtype=weight.dtype, device=weight.device)
+    importance = importance.to(weight.dtype).reshape(1, groups, columns // groups)
+    low = grouped.amin(-1, keepdim=True).clamp(max=0)
+    high = grouped.amax(-1, keepdim=True).clamp(min=0)
+    span = (grid.high - grid.low) / 2 if search == "minmax" else float(grid.high)
+    widest = torch.maximum(-low, high) / span if grid.symmetric else (high - low) / (grid.high - grid.low)
+    # A group of zeros: any scale reads back zeros. A subnormal scale would overflow the division.
+    widest = torch.where(widest > torch.finfo(scale_dtype).tiny * 16, widest, torch.ones_like(widest))
+
+    def stored(scale: Tensor) -> Tensor:
+        return scale.to(scale_dtype).to(weight.dtype)
+
+    if search == "minmax":
+        scale = stored(widest)
+        zero = torch.zeros_like(scale) if grid.symmetric else torch.round(grid.low - low / scale)
+        return scale.squeeze(-1), zero.clamp(grid.low, grid.high).squeeze(-1)
+
+    best_error = torch.full_like(widest, torch.inf)
+    best_scale, best_zero = widest.clone(), torch.zeros_like(widest)
+
+    buffer = torch.empty_like(grouped)
+
+    def consider(scale: Tensor, zero: Tensor) -> None:
+        # round_to_grid and dequantize, in one buffer: this loop is most of the time of round-to-nearest.
+        torch.div(grouped, scale, out=buffer)
+        buffer.round_().clamp_(grid.low - zero, grid.high - zero).mul_(scale).sub_(grouped).square_().mul_(importance)
+        error = buffer.sum(-1, keepdim=True)
+        better = error < best_error
+        torch.where(better, error, best_error, out=best_error)
+        torch.where(better, scale, best_scale, out=best_scale)
+        torch.where(better, zero, best_zero, out=best_zero)
+
+    for step in range(SEARCH_STEPS):
+        shrink = 1.0 - (1.0 - SEARCH_FLOOR) * step / SEARCH_STEPS
+        scale = stored(widest * shrink)
+        if grid.symmetric:
+            zero = torch.zeros_like(scale)
+            consider(scale, zero)
+            consider(-scale, zero)
+        else:
+            # The zero-point that centres the clipped range on the group's range, and its neighbours.
+            centre = torch.round((grid.low + grid.high) / 2 - (low + high) / 2 / scale)
+            for offset in (0, -1, 1):
+                consider(scale, (centre + offset).clamp(grid.low, grid.high))
+    return best_scale.squeeze(-1), best_zero.squeeze(-1)

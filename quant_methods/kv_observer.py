@@ -1,0 +1,77 @@
+"""Shows an observer the queries, keys and values of every attention layer of a transformers model.
+
+transformers lets a model's attention be any registered function, which it calls with the tensors after rotary
+embedding. The function here does what ``sdpa`` does and, while ``observing(...)`` is active, hands the tensors to the
+observer; models that use transformers' attention interface need nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kv_cache.errors import ParetoError
+
+ATTENTION = "pareto_observed"
+
+
+class Observer(Protocol):
+    """What takes the tensors; ``kv_cache.calibration.KVCalibrator`` is one."""
+
+    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Take one sequence from its first position.
+
+        Args:
+            layer: index of the decoder layer.
+            query: float32 [tokens, num_heads, head_dim], after rotary embedding.
+            key: float32 [tokens, num_kv_heads, head_dim], after rotary embedding.
+            value: float32 [tokens, num_kv_heads, head_dim].
+
+        """
+
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer | None) -> Iterator[None]:
+    """Show ``observer`` every attention call of models built with ``ATTENTION`` inside the block."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _observed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Compute ``sdpa`` attention; tensors are [batch, heads, tokens, head_dim]."""
+    observer = _observer.get()
+    if observer is not None:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise ParetoError(f"{type(module).__name__} does not know its layer; KV scales cannot be calibrated")
+        for q, k, v in zip(query, key, value, strict=True):
+            observer.observe(layer, *(x.transpose(0, 1).float() for x in (q, k, v)))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _observed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def kv_geometry(config: Any) -> tuple[int, int, int]:
+    """Return (layers, KV heads, head_dim) of a transformers configuration."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, kv_heads, head_dim

@@ -1,0 +1,212 @@
+"""Where a model comes from: the embedded reference model, a local directory, or the Hugging Face hub.
+
+``resolve_model`` is the one door: what it returns is a directory that holds a complete, unquantized safetensors
+checkpoint of a decoder that this project supports, or it raises one clear line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from kv_cache.errors import ParetoError
+
+EMBEDDED = Path(__file__).parent / "models"
+DEFAULT_MODEL = "ref-7m"
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+# Bytes per element of safetensors' dtype names, to check that a header's ranges are what its shapes say.
+_DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "U16": 16, "U32": 32, "U64": 64, "F8_E4M3": 8, "F8_E5M2": 8,
+}  # fmt: skip
+
+
+def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False) -> Path:
+    """Return the directory of a model's checkpoint, validated.
+
+    Args:
+        name: an embedded model's name (``ref-7m``), a directory, or a hub name such as ``Qwen/Qwen3-0.6B``. An
+            existing directory wins over an embedded name, and both win over the hub.
+        quantized: accept a checkpoint that is already quantized (to serve or evaluate it).
+
+    Returns:
+        A local directory.
+
+    Raises:
+        ParetoError: not found, offline, incomplete, truncated, or not a supported decoder.
+
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        pass
+    elif path.exists():
+        raise ParetoError(f"{text} is a file; a model is a directory with config.json and *.safetensors")
+    elif (EMBEDDED / text / "config.json").is_file():
+        path = EMBEDDED / text
+    elif text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
+        path = _download(text)
+    else:
+        raise ParetoError(
+            f"model {text!r} not found: no such directory, and not one of the embedded models "
+            f"({', '.join(embedded_models())}); a hub name has the form owner/name"
+        )
+    validate_checkpoint(path, quantized=quantized)
+    return path
+
+
+def embedded_models() -> list[str]:
+    """Return the names of the models that ship with the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError as NotFound
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except HFValidationError as error:
+        raise ParetoError(f"model {name!r}: no such directory, and not a valid hub name") from error
+    except NotFound as error:
+        raise ParetoError(f"model {name!r}: no such directory, and the hub has no such (public) model") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ParetoError(
+            f"model {name!r}: no such directory, and the hub cannot be reached ({reason}); "
+            f"give a local directory or the embedded model {DEFAULT_MODEL}"
+        ) from error
+
+
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """Return config.json.
+
+    Raises:
+        ParetoError: it is missing or no JSON object.
+
+    """
+    path = model_dir / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ParetoError(
+            f"{model_dir}: no config.json; a model is a directory with config.json and weights"
+        ) from error
+    except ValueError as error:
+        raise ParetoError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ParetoError(f"{path} is not a JSON object")
+    return config
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in order.
+
+    Raises:
+        ParetoError: there are none, or the index names a file that is missing.
+
+    """
+    if (model_dir / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((model_dir / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ParetoError(f"{model_dir / INDEX} is not a valid safetensors index") from error
+        missing = [n for n in names if not (model_dir / n).is_file()]
+        if missing:
+            raise ParetoError(f"{model_dir}: {INDEX} names {len(missing)} missing file(s), first {missing[0]}")
+        return [model_dir / n for n in names]
+    if (model_dir / SINGLE).is_file():
+        return [model_dir / SINGLE]
+    foreign = sorted(p.name for p in model_dir.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".ckpt"))
+    hint = f" (found {foreign[0]}: convert it to safetensors first)" if foreign else ""
+    raise ParetoError(f"{model_dir}: no {SINGLE} and no {INDEX}{hint}")
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the header of a safetensors file: tensor name to dtype, shape and data_offsets.
+
+    Raises:
+        ParetoError: it is not a safetensors file, or shorter than its header says.
+
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        # safetensors itself refuses headers over 100 MB; a longer one means that this is some other format.
+        if not 2 <= length <= 100_000_000:
+            raise ParetoError(f"{path} is not a safetensors file")
+        if size < 8 + length:
+            raise ParetoError(f"{path} is truncated: {size:,} bytes, and its header alone needs {8 + length:,}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ParetoError(f"{path} is not a safetensors file (its header is no JSON)") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise ParetoError(f"{path} is {state}: {size:,} bytes on disk, {8 + length + end:,} expected")
+    for name, entry in header.items():
+        count = 1
+        for extent in entry["shape"]:
+            count *= extent
+        begin, stop = entry["data_offsets"]
+        bits = _DTYPE_BITS.get(entry["dtype"])
+        if bits is not None and (stop - begin) * 8 != count * bits:
+            raise ParetoError(f"{path}: tensor {name} has a size that contradicts its shape; the file is damaged")
+    return header
+
+
+def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
+    """Check a checkpoint without reading its weights.
+
+    Raises:
+        ParetoError: config.json is missing or names no supported decoder; weights are missing, truncated, of another
+            format, incomplete for the architecture or (unless ``quantized``) already quantized.
+
+    """
+    config = read_config(model_dir)
+    if not quantized and (config.get("quantization_config") or config.get("compression_config")):
+        scheme = (config.get("quantization_config") or config["compression_config"]).get("quant_method", "unknown")
+        raise ParetoError(f"{model_dir} is already quantized ({scheme}); compress the original checkpoint")
+    headers = [read_header(path) for path in weight_files(model_dir)]
+    present = {name for header in headers for name in header}
+    if (model_dir / INDEX).is_file():
+        mapped = json.loads((model_dir / INDEX).read_text())["weight_map"]
+        absent = sorted(set(mapped) - present)
+        if absent:
+            raise ParetoError(f"{model_dir}: {INDEX} lists {absent[0]}, which its file does not hold")
+    architectures = config.get("architectures") or []
+    layers = config.get("num_hidden_layers")
+    if not config.get("model_type") or not any(str(a).endswith("ForCausalLM") for a in architectures) or not layers:
+        found = ", ".join(map(str, architectures)) or config.get("model_type") or "no architecture"
+        raise ParetoError(f"{model_dir}: {found} is not a supported decoder (a transformers ...ForCausalLM model)")
+    for index in range(int(layers)):
+        if not any(f"layers.{index}." in name for name in present):
+            raise ParetoError(
+                f"{model_dir}: config.json says {layers} decoder layers and the weights of layer {index} are missing"
+            )
+
+
+def fingerprint(model_dir: Path) -> str:
+    """Return a SHA-256 over config.json, tokenizer.json and every weight file (hex).
+
+    Two checkpoints with the same fingerprint compress to the same bytes under the same recipe.
+    """
+    digest = hashlib.sha256()
+    files = [model_dir / "config.json", model_dir / "tokenizer.json", *weight_files(model_dir)]
+    for path in files:
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

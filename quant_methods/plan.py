@@ -1,0 +1,129 @@
+"""Decides, before any work, which layers a recipe quantizes and how, and refuses what cannot work."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from pathlib import Path
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibrator import Decoder
+from quant_methods.recipe import HANDLERS, Recipe, WeightStep
+
+# Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to each linear layer.
+
+    Attributes:
+        steps: full module name to the step that quantizes it, in model order.
+        ignored: full names of the linear layers left alone, in model order.
+
+    """
+
+    steps: dict[str, WeightStep]
+    ignored: list[str]
+
+    @property
+    def schemes(self) -> list[tuple[WeightStep, list[str]]]:
+        """The distinct steps, each with the layers that it quantizes."""
+        schemes: dict[WeightStep, list[str]] = {}
+        for name, step in self.steps.items():
+            schemes.setdefault(step, []).append(name)
+        return list(schemes.items())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a step looks at activations."""
+        return any(HANDLERS[type(step)].needs_hessian for step in self.steps.values())
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether a step compares with the original model's activations."""
+        return any(HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values())
+
+    @property
+    def devices(self) -> list[str]:
+        """Devices on which stock vLLM serves the result."""
+        found = {"cpu", "cuda"}
+        for step in self.steps.values():
+            found &= set(step.devices())
+        return sorted(found)
+
+
+def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
+    """Assign a step to every linear layer.
+
+    Raises:
+        ParetoError: nothing is matched, a group size does not divide a layer's width, or layers that vLLM merges
+            would be stored differently.
+
+    """
+    weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
+    steps: dict[str, WeightStep] = {}
+    ignored: list[str] = []
+    for index in range(len(decoder.blocks)):
+        chosen: dict[str, WeightStep | None] = {}
+        for local, linear in decoder.linears(index).items():
+            name = decoder.name(index, local)
+            step = None
+            if not matches(name, recipe.ignore):
+                step = next((s for s in weight_steps if matches(name, s.targets)), None)
+            chosen[local] = step
+            if step is None:
+                ignored.append(name)
+            else:
+                steps[name] = step
+                _check_width(name, linear.in_features, linear.out_features, step)
+        _check_fused(decoder.name(index, ""), chosen)
+    if weight_steps and not steps:
+        raise ParetoError(
+            f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
+            f"ignore ({', '.join(recipe.ignore)})"
+        )
+    if not weight_steps and not recipe.kv_scales:
+        raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
+    outside = [
+        name
+        for name, module in decoder.model.named_modules()
+        if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
+    ]
+    return Plan(steps, ignored + outside)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a module's full name, or its last parts, match one of the globs.
+
+    ``lm_head`` and ``down_proj`` match by last part, ``model.layers.0.*`` by full name.
+    """
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def _check_width(name: str, width: int, rows: int, step: WeightStep) -> None:
+    if step.group_size != -1 and width % step.group_size:
+        fits = [str(size) for size in (32, 64, 128) if width % size == 0]
+        raise ParetoError(
+            f"group size {step.group_size} does not divide the {width} input channels of {name}; sizes that do: "
+            f"{', '.join([*fits, '-1 (one scale per channel)'])}"
+        )
+    if step.activations == "none" and (width % 32 or rows % 32):
+        # Both of vLLM's W4A16 families want multiples of 32: its CPU kernel refuses others, Marlin's tiles need them.
+        raise ParetoError(
+            f"{name} is [{rows}, {width}], and vLLM's 4-bit kernels want multiples of 32; leave it out with "
+            f"ignore: ['{name.rsplit('.', 1)[-1]}']"
+        )
+
+
+def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:
+    for family in FUSED:
+        members = {local: step for local, step in chosen.items() if local.rsplit(".", 1)[-1] in family}
+        if len({step for step in members.values()}) > 1:
+            quantized = next(local for local, step in members.items() if step is not None)
+            different = next(local for local, step in members.items() if step != members[quantized])
+            raise ParetoError(
+                f"{prefix}{quantized} and {prefix.split('.')[-2]}.{different} would be stored differently, and vLLM "
+                f"merges {', '.join(family)} into one matrix; ignore or target them together"
+            )

@@ -1,0 +1,238 @@
+"""Token sequences for calibration and evaluation: from a text file, or sampled from the model itself.
+
+Text: each document is encoded with the special tokens that the model's tokenizer adds by itself (for most, a
+beginning-of-sequence token in front), the documents are concatenated in file order and cut into windows of ``length``
+tokens, of which the first ``num`` are taken. Only a window that starts with a document therefore starts with that
+token. Both splits read a file alike: give calibration and evaluation two different files.
+
+No text: the model writes its own. Sequences start from the beginning-of-sequence token and are sampled at
+temperature 1 with a seed that depends on the split, so calibration and evaluation differ. Text that a model finds
+likely is what its quantized version must reproduce (Liu et al., "LLM-QAT", 2023, section 3.1, calibrates so), and it
+needs no data set. The samples are cached under the model's fingerprint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+
+from kv_cache.errors import ParetoError
+from quant_methods.model_source import fingerprint
+
+Split = Literal["calibration", "evaluation"]
+SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
+# Sequences sampled side by side. Part of what determines the samples: each batch has its own seed.
+SAMPLE_BATCH = 32
+
+
+def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
+    model_dir: Path,
+    text: Path | None,
+    num: int,
+    length: int,
+    seed: int = 0,
+    split: Split = "calibration",
+    device: str = "cpu",
+) -> torch.Tensor:
+    """Return token sequences.
+
+    Args:
+        model_dir: the model's directory (its tokenizer encodes the text; it samples when there is none).
+        text: a ``.txt`` file, or a ``.jsonl`` file whose lines have a ``text`` field; None to sample.
+        num: number of sequences.
+        length: tokens in each.
+        seed: seed of the sampling; unused with a text.
+        split: which of two disjoint sets of samples; unused with a text.
+        device: where to sample.
+
+    Returns:
+        int64 [num, length], on the CPU.
+
+    Raises:
+        ParetoError: the file is missing, empty, malformed, or too short.
+
+    """
+    if split not in SPLITS:
+        raise ParetoError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+    if num < 1 or length < 2:
+        raise ParetoError(f"need at least 1 sequence of at least 2 tokens, got {num} of {length}")
+    if text is None:
+        return _sampled(model_dir, num, length, seed, split=split, device=device)
+    return _windows(model_dir, Path(text), num, length, split)
+
+
+def read_documents(text: Path) -> Iterator[str]:
+    """Yield the documents of a text file in file order (a ``.txt`` file is one document).
+
+    Raises:
+        ParetoError: the file cannot be read, is of another type, or has a line without a ``text`` field.
+
+    """
+    if text.suffix not in (".txt", ".jsonl"):
+        raise ParetoError(f"{text}: expected a .txt file, or a .jsonl file with a 'text' field")
+    try:
+        with text.open(encoding="utf-8") as file:
+            if text.suffix == ".txt":
+                yield file.read()
+                return
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    document = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ParetoError(f"{text}, line {number}: not a JSON object with a 'text' field") from error
+                if not isinstance(document, str):
+                    raise ParetoError(f"{text}, line {number}: 'text' is not a string")
+                yield document
+    except OSError as error:
+        raise ParetoError(f"{text}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ParetoError(f"{text}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """Return the model's tokenizer.
+
+    Raises:
+        ParetoError: the directory has none.
+
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    previous = logging.get_verbosity()
+    # Whole documents are encoded and cut into windows afterwards: the warning about their length misleads.
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise ParetoError(f"{model_dir}: no usable tokenizer ({' '.join(str(error).split())[:160]})") from error
+    finally:
+        logging.set_verbosity(previous)
+
+
+def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -> torch.Tensor:
+    tokenizer = load_tokenizer(model_dir)
+    needed = num * length
+    ids: list[int] = []
+    content = False
+    for document in read_documents(text):
+        content = content or bool(document.strip())
+        ids += tokenizer(document, verbose=False)["input_ids"]
+        if len(ids) >= needed:
+            break
+    if not content:
+        raise ParetoError(f"{text} is empty: no tokens to use for {split}")
+    if len(ids) < needed:
+        raise ParetoError(f"{text} has {len(ids):,} tokens; {num} x {length} = {needed:,} are needed for {split}")
+    return torch.tensor(ids[:needed], dtype=torch.int64).view(num, length)
+
+
+def cache_dir() -> Path:
+    """Return where samples are cached: ``$PARETO_CACHE``, else ``$XDG_CACHE_HOME/pareto``, else ``~/.cache/pareto``."""
+    named = os.environ.get("PARETO_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pareto"
+
+
+def _sampled(model_dir: Path, num: int, length: int, seed: int, *, split: Split, device: str) -> torch.Tensor:
+    from safetensors.torch import load_file, save
+
+    # The device and the library version are part of the key: both change which tokens a seed draws.
+    key = f"{fingerprint(model_dir)} {num} {length} {seed} {split} {torch.device(device).type} {torch.__version__}"
+    path = cache_dir() / "samples" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        # A damaged cache entry is sampled again.
+        with contextlib.suppress(Exception):
+            cached = load_file(path)["tokens"]
+            if cached.shape == (num, length):
+                return cached
+    tokens = sample_sequences(model_dir, num, length, seed, split=split, device=device)
+    # A cache that cannot be written costs time, not correctness.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(save({"tokens": tokens}))
+        os.replace(file.name, path)
+    return tokens
+
+
+@torch.no_grad()
+def sample_sequences(
+    model_dir: Path, num: int, length: int, seed: int, *, split: Split, device: str = "cpu"
+) -> torch.Tensor:
+    """Sample sequences from the model at temperature 1, end-of-sequence never drawn so that all are full.
+
+    The whole model is loaded in the dtype of its checkpoint; decoding is batched and uses the KV cache.
+
+    Args:
+        model_dir: the model's directory.
+        num: number of sequences.
+        length: tokens in each, the beginning-of-sequence token included.
+        seed: together with the split, determines the samples.
+        split: ``calibration`` or ``evaluation``.
+        device: torch device.
+
+    Returns:
+        int64 [num, length], on the CPU.
+
+    Raises:
+        ParetoError: ``length`` exceeds the model's context, or the model cannot be loaded.
+
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    config = AutoConfig.from_pretrained(model_dir)
+    context = getattr(config, "max_position_embeddings", None)
+    if context and length > context:
+        raise ParetoError(f"{model_dir}: sequences of {length} tokens exceed the model's context of {context}")
+    # bf16 without hardware support is slow on CPUs; float32 samples the same distribution.
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+    start, banned = _special_tokens(config)
+    rows: list[torch.Tensor] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"sampling {num} x {length} {split} tokens", total=-(-num // SAMPLE_BATCH) * length)
+        for batch in range(-(-num // SAMPLE_BATCH)):
+            size = min(SAMPLE_BATCH, num - batch * SAMPLE_BATCH)
+            generator = torch.Generator().manual_seed(_derive(seed, split, batch))
+            tokens = torch.empty((size, length), dtype=torch.int64)
+            tokens[:, 0] = start
+            cache = DynamicCache(config=config)
+            for position in range(1, length):
+                latest = tokens[:, position - 1 : position].to(device)
+                logits = model(latest, past_key_values=cache, use_cache=True).logits[:, -1].float()
+                if banned:
+                    logits[:, banned] = -torch.inf
+                # Drawn on the CPU, whose generator is the same on every machine.
+                probabilities = torch.softmax(logits, -1).cpu()
+                tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+                progress.advance(task)
+            rows.append(tokens)
+    return torch.cat(rows)
+
+
+def _special_tokens(config: Any) -> tuple[int, list[int]]:
+    """Return the token to start from and the tokens never to draw."""
+    end = config.eos_token_id if config.eos_token_id is not None else []
+    banned = list(end) if isinstance(end, (list, tuple)) else [end]
+    # Models without a beginning-of-sequence token (Qwen) separate documents by an end token: start from that.
+    start = config.bos_token_id if config.bos_token_id is not None else (banned[0] if banned else 0)
+    return int(start), [int(token) for token in banned]
+
+
+def _derive(seed: int, split: Split, batch: int) -> int:
+    digest = hashlib.sha256(f"{seed} {split} {batch}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
