@@ -22,7 +22,9 @@ from loadtest.sse import Event, MalformedSSEError, SSEParser
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 # The pool is a cap on open connections; load is shaped by users and arrivals, so the pool must never be what waits.
-_CONNECTIONS = 1_000_000
+_STREAMS = 1_000_000
+# A GET whose connection is closed without an answer is tried again once for every connection of its pool.
+_CALLS = 2
 _READ_SIZE = 65536
 
 
@@ -82,20 +84,24 @@ class Client:
         parts = urlsplit(base_url)
         self._prefix = parts.path
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
-        self._http = HTTPClient(
-            parts.hostname or "",
-            port=parts.port,
-            ssl=parts.scheme == "https",
-            insecure=insecure,
-            concurrency=_CONNECTIONS,
-            connection_timeout=timeout,
-            network_timeout=timeout,
-            block_size=_READ_SIZE,
+        self._streams, self._calls = (
+            HTTPClient(
+                parts.hostname or "",
+                port=parts.port,
+                ssl=parts.scheme == "https",
+                insecure=insecure,
+                concurrency=connections,
+                connection_timeout=timeout,
+                network_timeout=timeout,
+                block_size=_READ_SIZE,
+            )
+            for connections in (_STREAMS, _CALLS)
         )
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._http.close()
+        self._streams.close()
+        self._calls.close()
 
     def get(self, path: str, timeout: float) -> bytes:
         """Return the body of ``GET path``; see :meth:`call` for errors."""
@@ -121,7 +127,7 @@ class Client:
     def _read(self, method: str, path: str, body: bytes, timeout: float) -> bytes:
         try:
             with gevent.Timeout(timeout):
-                response = self._http.request(method, self._prefix + path, body=body, headers=self._headers)
+                response = self._calls.request(method, self._prefix + path, body=body, headers=self._headers)
                 data = bytes(response.read())
         except gevent.Timeout:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
@@ -149,7 +155,7 @@ class Client:
         try:
             with gevent.Timeout(self.timeout):
                 record.start_s = clock.now() - intended
-                response = self._http.request("POST", self._prefix + path, body=body, headers=self._headers)
+                response = self._streams.request("POST", self._prefix + path, body=body, headers=self._headers)
                 record.status = response.status_code
                 stream.read(response)
         except gevent.Timeout:

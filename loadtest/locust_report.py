@@ -42,7 +42,8 @@ class LocustReport:
         self._calibration: dict[str, Any] = {"how": "on the workers"}
 
     def begin(self, spec: StageSpec, slo_ms: dict[str, float], options: argparse.Namespace) -> None:
-        """Open the files of a test."""
+        """Open the files of a test, and close those of the one before."""
+        self.close()
         self._tests += 1
         if self._tests > 1:
             self._dir = self._out.with_name(f"{self._out.name}-{self._tests}")
@@ -50,7 +51,7 @@ class LocustReport:
         self._spec, self._slo, self._options = spec, slo_ms, options
         self._server = Server(self._environment.host or "", options.model or "", [], None, False, {})
         self._started, self._began = datetime.datetime.now(datetime.UTC), clock.now()
-        self._peak_users = 0
+        self._peak_users, self._duration_s = 0, 0.0
         self._writer = RecordWriter(self._dir / RECORDS)
 
     def describe(self, server: Server, calibration: dict[str, Any]) -> None:
@@ -63,12 +64,21 @@ class LocustReport:
             self._peak_users = max(self._peak_users, self._environment.runner.user_count)
             self._writer.write(record)
 
-    def end(self) -> None:
-        """Close the records and write the summary; does nothing when no test is open."""
+    def close(self) -> None:
+        """Close the records; later ones are dropped."""
+        if self._writer is not None:
+            self.summarize()
+            self._writer.close()
+            self._writer = None
+
+    def summarize(self) -> None:
+        """Write the summary of the records so far; does nothing when no test was begun.
+
+        The file stays open: a master that quits hears its workers' last records only after its own test has stopped.
+        """
         if self._writer is None:
             return
-        self._writer.close()
-        self._writer = None
+        self._duration_s = self._duration_s or clock.now() - self._began
         spec = self._spec
         if spec.rate is None:
             spec = StageSpec(0, concurrency=self._peak_users)
@@ -80,7 +90,7 @@ class LocustReport:
             label=self._options.label or self._server.model or "locust",
             status="complete",
             started_at=self._started.isoformat(timespec="milliseconds"),
-            duration_s=clock.now() - self._began,
+            duration_s=self._duration_s,
             settings=public_flags(self._options),
             environment=environment_info(),
             server=self._server,

@@ -21,7 +21,6 @@ from typing import Any
 
 import gevent
 from locust import events
-from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.arrivals import ARRIVALS
@@ -167,9 +166,14 @@ class LocustTest:
         if self.forwarder:
             self.forwarder.flush()
         if self.report:
-            self.report.end()
+            self.report.summarize()
         if self.client:
             self.client.close()
+
+    def quit(self) -> None:
+        """Close the files when the process ends."""
+        if self.report:
+            self.report.close()
 
     def _record(self, record: Record) -> None:
         if self.forwarder:
@@ -196,11 +200,12 @@ def on_init(environment: Any, **_: Any) -> None:
             test.start()
         except LoadTestError as error:
             logger.error("cannot start: %s", error)
+            environment.loadtest_session = None
             environment.process_exit_code = 2
             # The event is fired from within the start of the runner, which must be over before it can be stopped.
-            gevent.spawn_later(0.1, environment.runner.quit)
-            raise StopTest from error
+            runner, headless = environment.runner, environment.parsed_options.headless
+            gevent.spawn_later(0.1, runner.quit if headless else runner.stop)
 
     environment.events.test_start.add_listener(on_test_start)
     environment.events.test_stop.add_listener(lambda **_: test.stop())
-    environment.events.quit.add_listener(lambda **_: test.stop())
+    environment.events.quit.add_listener(lambda **_: test.quit())

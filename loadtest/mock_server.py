@@ -79,13 +79,14 @@ def count_tokens(text: str) -> int:
 class MockServer:
     """The server, on an event loop in a thread of its own.
 
-    A context manager: listens on loopback from ``with`` on; ``url`` is its address and ``requests`` every JSON body
-    received for generation.
+    A context manager: listens on loopback from ``with`` on; ``url`` is its address, ``requests`` every JSON body
+    received for generation, and ``accepted`` the number of connections so far.
     """
 
     def __init__(self, config: MockConfig | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.config = config or MockConfig()
         self.requests: list[dict[str, Any]] = []
+        self.accepted = 0
         self._host, self._port = host, port
         self._streamed = 0
         self._running = self._waiting = 0
@@ -134,6 +135,7 @@ class MockServer:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        self.accepted += 1
         try:
             while await self._serve_one(reader, writer):
                 pass

@@ -122,7 +122,7 @@ class GenerationUser(User):
 
     In a closed loop the number of Locust users is the concurrency. In an open loop each Locust user is one stream of
     arrivals at the stage's rate: ``n`` users offer ``n`` times the rate, and requests never wait for each other.
-    Needs ``environment.loadtest_session``.
+    Needs ``environment.loadtest_session``; None there ends the user.
     """
 
     abstract = True
@@ -130,7 +130,9 @@ class GenerationUser(User):
     @task
     def generate(self) -> None:
         """Send the next request, or run the whole arrival stream."""
-        session: Session = self.environment.loadtest_session
+        session: Session | None = self.environment.loadtest_session
+        if session is None:
+            raise StopUser
         if session.stage.spec.rate is not None:
             self._run_arrivals(session)
             raise StopUser
