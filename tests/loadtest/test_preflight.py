@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import socket
 import threading
 import time
@@ -77,16 +76,21 @@ def test_what_is_no_openai_server_is_said_to_be_none(answer: bytes, why: str) ->
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
-            connection, _ = listener.accept()
-            connection.recv(4096)
-            connection.sendall(answer)
-            connection.close()
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                connection.recv(4096)
+                connection.sendall(answer)
+                connection.close()
 
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         with pytest.raises(LoadTestError, match=why):
             check_server(Client(f"http://127.0.0.1:{listener.getsockname()[1]}", 5), None, 0)
-        thread.join()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -122,8 +126,5 @@ def test_calibration_passes_on_why_the_server_refuses(mock_server: Factory) -> N
 
 def test_the_mock_says_the_truth_about_tokens(mock_server: Factory) -> None:
     client = Client(mock_server().url, 10)
-    answer = client.call(
-        "/tokenize", {"model": "mock-model", "prompt": "short extraordinary", "return_token_strs": True}
-    )
-    assert answer["count"] == len(answer["token_strs"]) == 4
-    assert json.dumps(answer["token_strs"])
+    answer = client.call("/tokenize", {"prompt": "short extraordinary", "return_token_strs": True})
+    assert (answer["count"], answer["token_strs"]) == (4, ["<s>", "Ġshort", "Ġextraord", "inary"])

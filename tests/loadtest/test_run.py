@@ -8,6 +8,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import gevent
@@ -25,11 +26,11 @@ Factory = Callable[..., MockServer]
 EARLY_MS, LATE_MS = 2, 60
 
 
-def run(server: MockServer, out: Path, *words: str) -> tuple[Summary, list[Record]]:
+def run(server: MockServer, out: Path, words: str) -> tuple[Summary, list[Record]]:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     common = ["--base-url", server.url, "--out", str(out), "--no-progress", "--metrics-interval", "0.2"]
-    summary = run_load_test(load_settings(parser.parse_args([*common, *words])))
+    summary = run_load_test(load_settings(parser.parse_args([*common, *words.split()])))
     return summary, list(read_records(out / "records.jsonl"))
 
 
@@ -40,9 +41,7 @@ def median(values: Distribution | None) -> float:
 
 def test_a_closed_loop_measures_the_planted_delays(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=200, itl_ms=20)
-    summary, _ = run(
-        server, tmp_path, *["--concurrency", "4", "--requests", "12", "--output-tokens", "11", "--goodput", "ttft:5000"]
-    )
+    summary, _ = run(server, tmp_path, "--concurrency 4 --requests 12 --output-tokens 11 --goodput ttft:5000")
     (stage,) = summary.stages
     assert (stage.requests.ok, stage.requests.failed, stage.finished) == (12, 0, True)
     latency = stage.latency
@@ -65,7 +64,7 @@ def test_a_closed_loop_measures_the_planted_delays(mock_server: Factory, tmp_pat
 def test_lengths_are_what_the_distributions_say(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server()
     words = "--requests 40 --concurrency 4 --prompt-tokens uniform:50:150 --output-tokens choice:3,7 --prefix-tokens 20"
-    summary, records = run(server, tmp_path, *words.split())
+    summary, records = run(server, tmp_path, words)
     assert {r.output_tokens for r in records} == {3, 7}
     assert all(r.prompt_tokens == r.requested_prompt_tokens for r in records)
     assert all(70 <= (r.prompt_tokens or 0) <= 170 for r in records)
@@ -82,7 +81,7 @@ def test_a_seed_repeats_the_requests(mock_server: Factory, tmp_path: Path) -> No
     server, bodies = mock_server(), []
     for number, seed in enumerate("112"):
         words = f"--requests 6 --concurrency 3 --prompt-tokens uniform:5:50 --output-tokens uniform:1:9 --seed {seed}"
-        run(server, tmp_path / str(number), *words.split())
+        run(server, tmp_path / str(number), words)
         bodies.append(sorted(json.dumps(body) for body in server.requests))
         server.requests.clear()
     assert bodies[0] == bodies[1] != bodies[2]
@@ -90,14 +89,14 @@ def test_a_seed_repeats_the_requests(mock_server: Factory, tmp_path: Path) -> No
 
 def test_other_servers_are_not_sent_vllms_parameters(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(owner="somebody")
-    run(server, tmp_path, "--requests", "2", "--endpoint", "chat")
+    run(server, tmp_path, "--requests 2 --endpoint chat")
     assert all("ignore_eos" not in body and "messages" in body for body in server.requests)
 
 
 def test_an_open_loop_keeps_its_rate_and_charges_a_stall_to_the_server(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=20, itl_ms=1, stall_at_s=0.5, stall_s=1.0)
     words = "--rate 20 --arrival constant --requests 40 --output-tokens 2 --prompt-token-ids 1000"
-    summary, records = run(server, tmp_path, *words.split())
+    summary, records = run(server, tmp_path, words)
     starts = sorted(r.intended_unix_s for r in records)
     assert starts[-1] - starts[0] == pytest.approx(39 / 20, abs=0.001)
     ttft = summary.stages[0].latency.ttft_ms
@@ -115,7 +114,7 @@ def test_an_open_loop_keeps_its_rate_and_charges_a_stall_to_the_server(mock_serv
 def test_waiting_for_max_concurrency_is_latency(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=100)
     words = "--rate 100 --arrival constant --requests 8 --max-concurrency 1 --output-tokens 1"
-    summary, records = run(server, tmp_path, *words.split())
+    summary, records = run(server, tmp_path, words)
     stage = summary.stages[0]
     # Due within 0.07 s but served one after the other: the last waits for seven others.
     assert stage.latency.e2e_ms is not None
@@ -129,21 +128,17 @@ def test_waiting_for_max_concurrency_is_latency(mock_server: Factory, tmp_path: 
 def test_poisson_arrivals_follow_the_seed(mock_server: Factory, tmp_path: Path) -> None:
     server, gaps = mock_server(), []
     for number in range(2):
-        _, records = run(
-            server, tmp_path / str(number), *["--rate", "50", "--requests", "20", "--seed", "3", "--output-tokens", "1"]
-        )
+        _, records = run(server, tmp_path / str(number), "--rate 50 --requests 20 --seed 3 --output-tokens 1")
         starts = sorted(r.intended_unix_s for r in records)
-        gaps.append([b - a for a, b in zip(starts, starts[1:], strict=False)])
+        gaps.append([b - a for a, b in pairwise(starts)])
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-5)
     assert max(gaps[0]) > 3 * min(gaps[0])
 
 
 def test_warmup_runs_first_and_is_left_out(mock_server: Factory, tmp_path: Path) -> None:
-    for name, load in (("closed", ["--concurrency", "3"]), ("open", ["--rate", "40", "--arrival", "constant"])):
+    for name, load in (("closed", "--concurrency 3"), ("open", "--rate 40 --arrival constant")):
         server = mock_server(ttft_ms=30)
-        summary, records = run(
-            server, tmp_path / name, *load, *["--warmup", "5", "--requests", "7", "--output-tokens", "2"]
-        )
+        summary, records = run(server, tmp_path / name, f"{load} --warmup 5 --requests 7 --output-tokens 2")
         warm, measured = [r for r in records if r.warmup], [r for r in records if not r.warmup]
         assert (len(warm), len(measured)) == (5, 7)
         assert max(r.intended_unix_s + r.end_s for r in warm) <= min(r.intended_unix_s for r in measured) + 0.001
@@ -152,9 +147,9 @@ def test_warmup_runs_first_and_is_left_out(mock_server: Factory, tmp_path: Path)
 
 
 def test_a_duration_ends_a_stage(mock_server: Factory, tmp_path: Path) -> None:
-    for name, load in (("closed", ["--concurrency", "2"]), ("open", ["--rate", "50", "--arrival", "constant"])):
+    for name, load in (("closed", "--concurrency 2"), ("open", "--rate 50 --arrival constant")):
         server = mock_server(ttft_ms=10)
-        _, records = run(server, tmp_path / name, *load, *["--duration", "0.8", "--output-tokens", "1"])
+        _, records = run(server, tmp_path / name, f"{load} --duration 0.8 --output-tokens 1")
         starts = [r.intended_unix_s for r in records]
         assert 0.5 <= max(starts) - min(starts) <= 0.801
         if name == "open":
@@ -163,7 +158,7 @@ def test_a_duration_ends_a_stage(mock_server: Factory, tmp_path: Path) -> None:
 
 def test_a_sweep_gives_one_result_a_stage_with_prompts_of_its_own(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=50)
-    summary, records = run(server, tmp_path, *["--concurrency", "1", "4", "--requests", "8", "--output-tokens", "2"])
+    summary, records = run(server, tmp_path, "--concurrency 1 4 --requests 8 --output-tokens 2")
     first, second = summary.stages
     assert [r.stage for r in records].count(0) == [r.stage for r in records].count(1) == 8
     assert first.throughput is not None
@@ -174,7 +169,7 @@ def test_a_sweep_gives_one_result_a_stage_with_prompts_of_its_own(mock_server: F
 
 def test_planted_failures_are_counted_apart(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(faults={"http_500": 4, "cut": 5, "error_event": 7})
-    summary, _ = run(server, tmp_path, *["--requests", "20", "--output-tokens", "4"])
+    summary, _ = run(server, tmp_path, "--requests 20 --output-tokens 4")
     stage = summary.stages[0]
     # Of 1..20: 4, 8, 12, 16, 20 are http_500; 5, 10, 15 are cut; 7, 14 get the error event.
     assert stage.failures == {"http_5xx": 5, "stream_cut": 3, "stream_error": 2}
@@ -187,7 +182,7 @@ def test_planted_failures_are_counted_apart(mock_server: Factory, tmp_path: Path
 def test_the_summary_file_is_the_schema(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=100, itl_ms=10)
     words = "--requests 6 --concurrency 2 --output-tokens 30 --label int4 --api-key sk-secret --seed 5"
-    summary, _ = run(server, tmp_path, *words.split())
+    summary, _ = run(server, tmp_path, words)
     text = (tmp_path / "summary.json").read_text()
     document = json.loads(text)
     assert document == json.loads(json.dumps(summary.to_dict()))
@@ -205,11 +200,11 @@ def test_the_summary_file_is_the_schema(mock_server: Factory, tmp_path: Path) ->
 
 def test_existing_results_are_kept_unless_asked_otherwise(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server()
-    run(server, tmp_path, "--requests", "2", "--label", "first")
+    run(server, tmp_path, "--requests 2 --label first")
     with pytest.raises(LoadTestError, match=r"exists; give another directory or --overwrite"):
-        run(server, tmp_path, "--requests", "3", "--label", "second")
+        run(server, tmp_path, "--requests 3 --label second")
     assert json.loads((tmp_path / "summary.json").read_text())["label"] == "first"
-    summary, records = run(server, tmp_path, "--requests", "3", "--label", "second", "--overwrite")
+    summary, records = run(server, tmp_path, "--requests 3 --label second --overwrite")
     assert (summary.label, len(records)) == ("second", 3)
 
 
@@ -217,7 +212,7 @@ def test_a_port_in_use_stops_before_anything_is_written(mock_server: Factory, tm
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         with pytest.raises(LoadTestError, match="in use"):
-            run(mock_server(), tmp_path / "out", "--exporter-port", port)
+            run(mock_server(), tmp_path / "out", f"--exporter-port {port}")
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +237,7 @@ def test_the_exporter_serves_while_the_test_runs(mock_server: Factory, tmp_path:
 
     scraper = gevent.spawn(scrape)
     server = mock_server(ttft_ms=100, itl_ms=10)
-    run(server, tmp_path, *f"--exporter-port {port} --concurrency 2 --requests 12 --output-tokens 10".split())
+    run(server, tmp_path, f"--exporter-port {port} --concurrency 2 --requests 12 --output-tokens 10")
     scraper.join()
     assert "pareto_loadtest_target_concurrency 2.0" in texts[-1]
     assert 'pareto_loadtest_requests_total{error="",outcome="ok"}' in texts[-1]
