@@ -1,0 +1,162 @@
+"""Starts vLLM with the settings of an evaluation, and reads the KV cache's capacity from it.
+
+Quality must be measured where the context is read back from the cache. A prompt that is prefilled at once attends over
+keys and values that were never quantized, so its likelihoods would not show what a KV-cache dtype does. Here prompts
+are prefilled in chunks of at most ``chunk_tokens`` (64): all but the current chunk is read from codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.schema import KVCache
+from kv_cache.errors import ParetoError
+
+TAP = "bench.worker_tap.LogitsTap"
+PLAIN_DTYPES = ("auto", "bfloat16", "float16")
+"""What ``--kv-cache-dtype`` may be for a cache that is not quantized."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of one engine, in vLLM's names.
+
+    Attributes:
+        model: directory of a checkpoint.
+        kv_cache_dtype: name of the KV cache's dtype; ``auto`` is the model's own.
+        dtype: dtype of weights and activations that are not quantized.
+        max_model_len: longest context in tokens.
+        max_num_batched_tokens: most tokens a step computes, and so the longest prefill chunk.
+        max_num_seqs: most sequences in a step.
+        kv_cache_memory_bytes: memory of the KV cache on each GPU or CPU.
+        tensor_parallel_size: GPUs that share the model.
+        enforce_eager: no compilation and no CUDA graphs; starts faster.
+        seed: vLLM's seed.
+        extra: further arguments of ``vllm.LLM``.
+
+    """
+
+    model: str
+    kv_cache_dtype: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int = 8192
+    max_num_batched_tokens: int = 64
+    max_num_seqs: int = 4
+    kv_cache_memory_bytes: int = 1 << 30
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+    seed: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def quiet() -> None:
+    """Keep vLLM's log and progress bars to errors, unless the user's environment says otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def build_llm(settings: EngineSettings) -> Any:
+    """Start an engine: chunked prefill, no prefix caching, and the logits tap in its workers.
+
+    Returns:
+        A ``vllm.LLM``. Stop it with :func:`stop_llm`; only one should live at a time.
+
+    Raises:
+        ParetoError: vLLM refuses the settings or does not come up.
+
+    """
+    quiet()
+    from vllm import LLM
+
+    # On CPU this variable would override the engine argument, and configurations would differ in memory.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    try:
+        return LLM(
+            model=settings.model,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            enforce_eager=settings.enforce_eager,
+            seed=settings.seed,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=False,
+            worker_extension_cls=TAP,
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            **settings.extra,
+        )
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        raise ParetoError(
+            f"vLLM did not start {Path(settings.model).name} with --kv-cache-dtype {settings.kv_cache_dtype}: "
+            f"{reason(error)}"
+        ) from error
+
+
+def stop_llm(llm: Any) -> None:
+    """Stop an engine and its processes."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def running(settings: EngineSettings) -> Iterator[Any]:
+    """Give a running engine, and stop it in the end."""
+    llm = build_llm(settings)
+    try:
+        yield llm
+    finally:
+        stop_llm(llm)
+
+
+def reason(error: BaseException) -> str:
+    """Return an engine's error in one line.
+
+    Validation errors name the field and list what is valid; a worker that failed wrote its own cause to the log above.
+    """
+    errors = getattr(error, "errors", None)
+    if callable(errors):
+        with contextlib.suppress(Exception):
+            parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"] for e in errors()]
+            return " ".join("; ".join(parts).split())[:600]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:400]
+
+
+def kv_cache(llm: Any, settings: EngineSettings) -> KVCache:
+    """Return the KV cache's memory and capacity as vLLM itself reports them."""
+    config = llm.llm_engine.vllm_config
+    cache = config.cache_config
+    tokens = cache.kv_cache_size_tokens
+    if tokens is None:
+        tokens = cache.num_gpu_blocks * cache.block_size
+    memory = sum(llm.collective_rpc("pareto_kv_bytes"))
+    ranks = settings.tensor_parallel_size
+    return KVCache(
+        dtype=settings.kv_cache_dtype,
+        memory_bytes=int(memory),
+        tokens=int(tokens),
+        budget_bytes=settings.kv_cache_memory_bytes * ranks,
+        bytes_per_token=memory / tokens,
+        bits_per_element=_bits_per_element(config.model_config, memory / tokens),
+        block_size=int(cache.block_size),
+    )
+
+
+def _bits_per_element(model_config: Any, bytes_per_token: float) -> float | None:
+    """Return bits for each element of a key or value, for models that keep both for each KV head."""
+    text = model_config.hf_text_config
+    layers = getattr(text, "num_hidden_layers", None)
+    heads = getattr(text, "num_key_value_heads", None)
+    if not layers or not heads or model_config.use_mla:
+        return None
+    return 8 * bytes_per_token / (2 * layers * heads * model_config.get_head_size())

@@ -1,0 +1,308 @@
+"""Runs an evaluation: one engine at a time, every finished window and retrieval cell kept.
+
+The baseline's logits and figures lie in the user's cache, keyed by model and settings, and serve every later evaluation
+against the same baseline; a tested configuration's figures lie in ``OUT/.work``. An interrupted run goes on where it
+stopped, and a configuration whose figures are all there starts no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench import engine
+from bench.environment import environment
+from bench.estimates import exp_estimate, mean_estimate
+from bench.files import read_arrays, read_json, write_arrays, write_json
+from bench.needle import Trial, is_correct
+from bench.needle import summarize as summarize_needle
+from bench.plan import Configuration, Plan
+from bench.schema import ConfigurationResult, EvalReport, KVCache, TextQuality
+from kv_cache.errors import ParetoError
+from quant_methods.text_source import cache_dir
+
+RESULT = "eval.json"
+Arrays = dict[str, np.ndarray]
+
+
+class Store:
+    """The finished pieces of one configuration in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def window_file(self, index: int) -> Path:
+        """Return where a window's per-token figures lie."""
+        return self.folder / f"window-{index:04d}.npz"
+
+    def logits_file(self, index: int) -> Path:
+        """Return where a baseline window's logits lie."""
+        return self.folder / f"logits-{index:04d}.bin"
+
+    def window(self, index: int, baseline: bool) -> Arrays | None:
+        """Return a finished window's figures; None when it is to be measured."""
+        arrays = read_arrays(self.window_file(index))
+        if arrays is None or (baseline and not self.logits_file(index).is_file()):
+            return None
+        return arrays
+
+    def answers(self) -> dict[int, str]:
+        """Return the retrieval answers by trial."""
+        content = read_json(self.folder / "needle.json")
+        return {int(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}
+
+    def add_answers(self, answers: dict[int, str]) -> None:
+        """Keep retrieval answers."""
+        write_json(self.folder / "needle.json", {str(k): v for k, v in sorted((self.answers() | answers).items())})
+
+    def kv_cache(self) -> KVCache | None:
+        """Return what the engine said of its KV cache."""
+        content = read_json(self.folder / "kv_cache.json")
+        try:
+            return KVCache(**content)
+        except TypeError:
+            return None
+
+
+class Evaluation:
+    """One run of ``pareto eval``.
+
+    Args:
+        plan: what to measure.
+        out: folder of the result.
+        console: where progress goes.
+
+    """
+
+    def __init__(self, plan: Plan, out: Path, console: Console | None = None) -> None:
+        self.plan, self.out = plan, out
+        self.console = console or Console(stderr=True)
+        self.windows = [(text.name, window.tolist()) for text in plan.texts for window in text.windows]
+        self.base_store = Store(cache_dir() / "baselines" / plan.configurations[0].key)
+
+    def store(self, configuration: Configuration) -> Store:
+        """Return where a configuration's pieces lie."""
+        return self.base_store if configuration.is_baseline else Store(self.out / ".work" / configuration.key)
+
+    def run(self) -> EvalReport:
+        """Measure everything that is missing; ``eval.json`` is rewritten after each configuration.
+
+        Raises:
+            ParetoError: an engine does not start, the disk is too small, or a result is impossible.
+
+        """
+        self._check_disk()
+        results: list[ConfigurationResult] = []
+        for configuration in self.plan.configurations:
+            self._measure(configuration)
+            results.append(self._result(configuration))
+            status = "complete" if len(results) == len(self.plan.configurations) else "partial"
+            report = self._report(status, results)
+            write_json(self.out / RESULT, report.to_dict())
+        return report
+
+    def _check_disk(self) -> None:
+        missing = [i for i in range(len(self.windows)) if self.base_store.window(i, True) is None]
+        # Four bytes: a head may compute in float32.
+        needed = sum((len(self.windows[i][1]) - 1) * self.plan.vocabulary * 4 for i in missing)
+        self.base_store.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.base_store.folder).free
+        if needed > free:
+            raise ParetoError(
+                f"the baseline's logits may need {needed / 1e9:.1f} GB under {self.base_store.folder.parent} and "
+                f"{free / 1e9:.1f} GB are free; lower --num-windows or point PARETO_CACHE to a larger disk"
+            )
+
+    def _measure(self, configuration: Configuration) -> None:
+        store, trials = self.store(configuration), self.plan.trials
+        windows = [i for i in range(len(self.windows)) if store.window(i, configuration.is_baseline) is None]
+        answered = store.answers()
+        pending = [i for i in range(len(trials)) if i not in answered]
+        if not windows and not pending and store.kv_cache() is not None:
+            return
+        with self._progress(configuration.name, len(windows) + len(pending)) as advance:
+            settings = self.plan.engine_settings(configuration)
+            with engine.running(settings) as llm:
+                write_json(store.folder / "kv_cache.json", asdict(engine.kv_cache(llm, settings)))
+                for index in windows:
+                    self._window(llm, configuration, store, index)
+                    advance(1)
+                for cell in _batches(trials, pending):
+                    store.add_answers(_ask(llm, [trials[i] for i in cell], cell))
+                    advance(len(cell))
+
+    def _window(self, llm: Any, configuration: Configuration, store: Store, index: int) -> None:
+        tokens = self.windows[index][1]
+        partial = store.logits_file(index).with_suffix(".partial")
+        compare = None
+        if not configuration.is_baseline:
+            base = self.base_store.window(index, True)
+            if base is None:
+                raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
+            compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
+        figures = measure_window(llm, tokens, str(partial) if configuration.is_baseline else None, compare)
+        if figures["max_chunk"] > self.plan.settings.chunk_tokens:
+            raise RuntimeError(
+                f"the engine prefilled {figures['max_chunk']} tokens at once, more than the "
+                f"{self.plan.settings.chunk_tokens} asked for: the result would hide the KV cache's error"
+            )
+        if configuration.is_baseline:
+            partial.replace(store.logits_file(index))
+        arrays = {
+            "nll": np.array(figures["nll"], np.float32),
+            "kl": np.array(figures["kl"], np.float32),
+            "top1": np.array(figures["top1"], bool),
+            "max_chunk": np.array(figures["max_chunk"]),
+            "dtype": np.array(figures["dtype"]),
+        }
+        write_arrays(store.window_file(index), arrays)
+
+    def _result(self, configuration: Configuration) -> ConfigurationResult:
+        store = self.store(configuration)
+        tested = [self._arrays(store, i, configuration.is_baseline) for i in range(len(self.windows))]
+        base = [self._arrays(self.base_store, i, True) for i in range(len(self.windows))]
+        texts = []
+        for text in self.plan.texts:
+            chosen = [i for i, (name, _) in enumerate(self.windows) if name == text.name]
+            reference = None if configuration.is_baseline else [base[i] for i in chosen]
+            texts.append(text_quality(text.name, [tested[i] for i in chosen], reference))
+        overall = text_quality("all", tested, None if configuration.is_baseline else base)
+        answers = store.answers()
+        trials = self.plan.trials
+        needle = None
+        if trials:
+            needle = summarize_needle(trials, [is_correct(t, answers[i]) for i, t in enumerate(trials)])
+        cache = store.kv_cache()
+        if cache is None:
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return ConfigurationResult(
+            name=configuration.name,
+            is_baseline=configuration.is_baseline,
+            model=configuration.checkpoint.info,
+            kv_cache=cache,
+            texts=texts,
+            overall=overall,
+            needle=needle,
+            max_chunk_tokens=max(int(a["max_chunk"]) for a in tested),
+        )
+
+    @staticmethod
+    def _arrays(store: Store, index: int, baseline: bool) -> Arrays:
+        arrays = store.window(index, baseline)
+        if arrays is None:
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return arrays
+
+    def _report(self, status: str, results: list[ConfigurationResult]) -> EvalReport:
+        settings = asdict(self.plan.settings) | {
+            "max_model_len": self.plan.max_model_len,
+            "kv_cache_memory_bytes": self.plan.kv_cache_memory_bytes,
+        }
+        return EvalReport(
+            status=status,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=settings,
+            environment=environment(),
+            configurations=results,
+        )
+
+    @contextlib.contextmanager
+    def _progress(self, name: str, total: int) -> Iterator[Any]:
+        if not self.console.is_terminal:
+            print(f"{name}: starting the engine, {total} pieces to measure", file=sys.stderr, flush=True)
+            done = 0
+
+            def say(count: int) -> None:
+                nonlocal done
+                done += count
+                print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+
+            yield say
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+def measure_window(llm: Any, tokens: list[int], store: str | None, compare: list[str] | None) -> dict[str, Any]:
+    """Pass one window through an engine and return its per-token figures.
+
+    Args:
+        llm: an engine of :func:`bench.engine.build_llm`, idle.
+        tokens: the window.
+        store: file to write its logits to.
+        compare: the baseline's logits: file, and name of their dtype.
+
+    Returns:
+        ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without a baseline),
+        ``max_chunk``, ``vocabulary`` and ``dtype`` of the logits.
+
+    """
+    from vllm import SamplingParams
+
+    if store:
+        Path(store).parent.mkdir(parents=True, exist_ok=True)
+    llm.collective_rpc("pareto_tap_begin", args=(tokens, store, compare))
+    llm.generate(
+        [{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), use_tqdm=False
+    )
+    figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
+    if len(figures) != 1:
+        raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")
+    return dict(figures[0])
+
+
+def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None) -> TextQuality:
+    """Return the figures of some windows, each an equally long one; ``baseline`` is None for the baseline itself."""
+    nll = mean_estimate([float(a["nll"].astype(np.float64).mean()) for a in tested])
+    change = kl = top1 = p99 = None
+    if baseline is not None:
+        differences = [
+            float((a["nll"].astype(np.float64) - b["nll"]).mean()) for a, b in zip(tested, baseline, strict=True)
+        ]
+        change = exp_estimate(mean_estimate(differences), shift=-1.0)
+        kl = mean_estimate([float(a["kl"].astype(np.float64).mean()) for a in tested])
+        p99 = float(np.percentile(np.concatenate([a["kl"] for a in tested]), 99))
+        top1 = mean_estimate([float(a["top1"].mean()) for a in tested])
+    return TextQuality(
+        name=name,
+        windows=len(tested),
+        tokens=sum(len(a["nll"]) for a in tested),
+        nll=nll,
+        perplexity=exp_estimate(nll),
+        perplexity_change=change,
+        kl=kl,
+        kl_p99=p99,
+        top1_agreement=top1,
+    )
+
+
+def _batches(trials: list[Trial], pending: list[int]) -> Iterator[list[int]]:
+    """Yield the pending trials cell by cell."""
+    cells: dict[tuple[int, float], list[int]] = {}
+    for index in pending:
+        cells.setdefault((trials[index].length, trials[index].depth), []).append(index)
+    yield from cells.values()
+
+
+def _ask(llm: Any, trials: list[Trial], indices: list[int]) -> dict[int, str]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": trial.prompt} for trial in trials]
+    params = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return {index: output.outputs[0].text for index, output in zip(indices, outputs, strict=True)}

@@ -1,0 +1,83 @@
+"""Writing results so that a file is either absent or whole, also after a crash or Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kv_cache.errors import ParetoError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically, creating its folder.
+
+    Raises:
+        ParetoError: the place cannot be written, or the disk is full.
+
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                # Temporary files are private; results are read by others as any new file is.
+                os.chmod(file.name, 0o666 & ~_umask())
+                os.replace(file.name, path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise ParetoError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file atomically; NaN and infinities are refused, since JSON has none."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a ``.npz`` file atomically."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Return the arrays of a ``.npz`` file, or None where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+    except Exception as error:
+        # zipfile raises its own BadZipFile for a file that was cut short.
+        if type(error).__name__ == "BadZipFile":
+            return None
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content, or None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

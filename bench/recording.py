@@ -1,0 +1,164 @@
+"""Turns blocks of logits into per-token quality figures, inside the process that computed them.
+
+The full-vocabulary logits of one window of 2,048 tokens are 0.5 GB for a vocabulary of 128k: too much to send between
+processes. So each block of a few dozen positions is reduced where it appears, against the baseline's logits, which lie
+on disk in the dtype in which they were computed (no rounding is added) and are read block by block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# bfloat16 has no NumPy dtype: its bits are stored as int16.
+_STORAGE: dict[torch.dtype, type[np.generic]] = {
+    torch.bfloat16: np.int16,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+}
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGE}
+
+
+class LogitFile:
+    """Logits of one window on disk: a flat array [rows, vocabulary] without a header."""
+
+    def __init__(self, path: Path, rows: int, vocabulary: int, dtype: torch.dtype, mode: str) -> None:
+        """Open the file.
+
+        Args:
+            path: where it lies.
+            rows: positions.
+            vocabulary: logits of each.
+            dtype: bfloat16, float16 or float32.
+            mode: ``r`` to read, ``w`` to create.
+
+        Raises:
+            ValueError: an existing file has another size.
+
+        """
+        self.dtype = dtype
+        self.shape = (rows, vocabulary)
+        storage = np.dtype(_STORAGE[dtype])
+        if mode == "r" and path.stat().st_size != rows * vocabulary * storage.itemsize:
+            raise ValueError(
+                f"{path}: {path.stat().st_size:,} bytes are not {rows} rows of {vocabulary} {dtype} logits; "
+                "the tested model's vocabulary differs from the baseline's, or the file is damaged"
+            )
+        self._map: Any = np.memmap(path, dtype=storage, mode="w+" if mode == "w" else "r", shape=self.shape)
+
+    def write(self, start: int, logits: Tensor) -> None:
+        """Store logits [n, vocabulary] as rows start..start+n-1."""
+        block = logits.detach().to("cpu", self.dtype).contiguous()
+        self._map[start : start + len(block)] = (
+            block.view(torch.int16).numpy() if self.dtype == torch.bfloat16 else block.numpy()
+        )
+
+    def read(self, start: int, count: int, device: torch.device) -> Tensor:
+        """Return rows start..start+count-1 as float32 [count, vocabulary]."""
+        block = torch.from_numpy(np.array(self._map[start : start + count]))
+        return (block.view(torch.bfloat16) if self.dtype == torch.bfloat16 else block).to(device).float()
+
+    def flush(self) -> None:
+        """Write everything out."""
+        self._map.flush()
+
+
+def divergence(baseline: Tensor, tested: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL (baseline || tested) in nats and whether both put the same token first.
+
+    Args:
+        baseline: float32 logits [n, vocabulary].
+        tested: float32 logits [n, vocabulary].
+
+    Returns:
+        float32 [n], bool [n]. A token that the baseline gives no probability contributes nothing, whatever the tested
+        model gives it.
+
+    """
+    p = torch.log_softmax(baseline, -1)
+    q = torch.log_softmax(tested, -1)
+    terms = torch.where(p > -torch.inf, p.exp() * (p - q), torch.zeros_like(p))
+    return terms.sum(-1), baseline.argmax(-1) == tested.argmax(-1)
+
+
+class Recording:
+    """The figures of one window while its chunks pass through the model.
+
+    Args:
+        tokens: the window. Row i predicts token i + 1, so a window of n tokens has n - 1 rows.
+        store: write the logits here (a baseline run).
+        compare: read the baseline's logits from here: path, and the name of their dtype.
+
+    """
+
+    def __init__(self, tokens: list[int], store: str | None = None, compare: tuple[str, str] | None = None) -> None:
+        self.tokens = torch.tensor(tokens, dtype=torch.int64)
+        self.rows = len(tokens) - 1
+        self.store, self.compare = store, compare
+        self.nll = np.full(self.rows, np.nan, dtype=np.float32)
+        self.kl = np.full(self.rows, np.nan, dtype=np.float32)
+        self.top1 = np.zeros(self.rows, dtype=bool)
+        self.chunks: list[tuple[int, int]] = []
+        self.vocabulary = 0
+        self.dtype: torch.dtype | None = None
+        self._store_file: LogitFile | None = None
+        self._compare_file: LogitFile | None = None
+
+    def add(self, start: int, scheduled: int, logits: Tensor) -> None:
+        """Take the logits of positions start..start+n-1.
+
+        Args:
+            start: the first row's position in the window.
+            scheduled: tokens of this window that the engine computed in this step.
+            logits: [n, vocabulary]; rows past the window's last predicted token must not be included.
+
+        """
+        count = len(logits)
+        self.chunks.append((start, scheduled))
+        if not self.vocabulary:
+            self._open(logits)
+        target = self.tokens[start + 1 : start + 1 + count].to(logits.device)
+        scores = logits.float()
+        nll = -torch.log_softmax(scores, -1).gather(-1, target[:, None]).squeeze(-1)
+        rows = slice(start, start + count)
+        self.nll[rows] = nll.cpu().numpy()
+        if self._store_file is not None:
+            self._store_file.write(start, logits)
+        if self._compare_file is not None:
+            kl, top1 = divergence(self._compare_file.read(start, count, logits.device), scores)
+            self.kl[rows], self.top1[rows] = kl.cpu().numpy(), top1.cpu().numpy()
+
+    def _open(self, logits: Tensor) -> None:
+        self.vocabulary = logits.shape[-1]
+        self.dtype = logits.dtype if logits.dtype in _STORAGE else torch.float32
+        if self.store:
+            self._store_file = LogitFile(Path(self.store), self.rows, self.vocabulary, self.dtype, "w")
+        if self.compare:
+            path, dtype = self.compare
+            self._compare_file = LogitFile(Path(path), self.rows, self.vocabulary, _BY_NAME[dtype], "r")
+
+    def finish(self) -> dict[str, Any]:
+        """Return the figures as plain lists.
+
+        Raises:
+            RuntimeError: some positions never came by, or came with undefined likelihoods.
+
+        """
+        missing = int(np.isnan(self.nll).sum())
+        if missing:
+            first = int(np.isnan(self.nll).argmax())
+            raise RuntimeError(f"{missing} of {self.rows} positions have no likelihood, the first is {first}")
+        if self._store_file is not None:
+            self._store_file.flush()
+        return {
+            "nll": self.nll.tolist(),
+            "kl": self.kl.tolist() if self.compare else [],
+            "top1": self.top1.tolist() if self.compare else [],
+            "max_chunk": max(count for _, count in self.chunks),
+            "vocabulary": self.vocabulary,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }

@@ -1,0 +1,170 @@
+"""What ``eval.json`` holds: typed results, apart from the code that computes them.
+
+``None`` means that the value is undefined for this run, never zero. ``EvalReport.to_dict`` gives the JSON document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = "vllm-pareto/eval/1"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its uncertainty.
+
+    Attributes:
+        value: the point estimate.
+        standard_error: its standard error, in the same unit; None when ``n`` is 1.
+        low: lower end of the 95% interval; None when ``n`` is 1.
+        high: upper end of the 95% interval; None when ``n`` is 1.
+        n: independent units behind it: windows of text, or retrieval trials.
+
+    """
+
+    value: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A checkpoint.
+
+    Attributes:
+        name: as the user gave it.
+        fingerprint: SHA-256 over its configuration, tokenizer and weights.
+        weight_bytes: bytes of all tensors on disk.
+        parameters: elements of the unquantized model's tensors; None when no unquantized baseline is known.
+        bits_per_weight: ``8 * weight_bytes / parameters``: embeddings, norms and scales count too, so a "4-bit" small
+            model is well above 4. None when ``parameters`` is.
+        quantization: the checkpoint's own quantization method; None for an unquantized one.
+
+    """
+
+    name: str
+    fingerprint: str
+    weight_bytes: int
+    parameters: int | None
+    bits_per_weight: float | None
+    quantization: str | None
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The KV cache as vLLM allocated it.
+
+    Attributes:
+        dtype: what ``--kv-cache-dtype`` was.
+        memory_bytes: bytes of the allocated cache tensors, all layers, all ranks.
+        tokens: tokens that vLLM reports to fit. Compare between dtypes only at the same ``budget_bytes``.
+        budget_bytes: the memory that vLLM was told to use.
+        bytes_per_token: ``memory_bytes / tokens``: all layers, keys and values, padding included.
+        bits_per_element: the same for one element of a key or value; None when the model's geometry is unknown.
+        block_size: tokens in a page.
+
+    """
+
+    dtype: str
+    memory_bytes: int
+    tokens: int
+    budget_bytes: int
+    bytes_per_token: float
+    bits_per_element: float | None
+    block_size: int
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """Quality on windows of text, measured token by token with teacher forcing.
+
+    Attributes:
+        name: the text's file name, ``samples`` for text that the baseline wrote itself, or ``all``.
+        windows: windows of text.
+        tokens: positions scored: a window of n tokens has n - 1.
+        nll: negative log-likelihood of the text, nats per token.
+        perplexity: exp(nll). Depends on the tokenizer: compare only models that share one.
+        perplexity_change: perplexity divided by the baseline's, minus 1; paired by window. None for the baseline.
+        kl: KL divergence (baseline || tested) over the full vocabulary, nats per token. Logits are compared as served
+            (bfloat16 for a bfloat16 head), whose rounding alone gives some 1e-5 to 1e-4. None for the baseline.
+        kl_p99: 99th percentile of the per-token divergence: the tail that a mean hides. None for the baseline.
+        top1_agreement: fraction of positions where both put the same token first. None for the baseline.
+
+    """
+
+    name: str
+    windows: int
+    tokens: int
+    nll: Estimate
+    perplexity: Estimate
+    perplexity_change: Estimate | None
+    kl: Estimate | None
+    kl_p99: float | None
+    top1_agreement: Estimate | None
+
+
+@dataclass(frozen=True)
+class NeedleCell:
+    """Retrieval at one context length and depth.
+
+    Attributes:
+        length: tokens of prompt and answer together.
+        depth: where the needle lies: 0 is the start of the filler, 1 its end.
+        accuracy: fraction of trials whose greedy answer was the planted number, Wilson interval.
+
+    """
+
+    length: int
+    depth: float
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Retrieval of a planted number. Says nothing about damage when the baseline itself cannot do the task."""
+
+    accuracy: Estimate
+    cells: list[NeedleCell]
+
+
+@dataclass(frozen=True)
+class ConfigurationResult:
+    """One model with one KV-cache dtype.
+
+    Attributes:
+        name: unique within the report.
+        is_baseline: the others' reference; its ``perplexity_change``, ``kl`` and ``top1_agreement`` are None.
+        overall: all windows of all texts together; None when no text was measured.
+        max_chunk_tokens: the longest prefill chunk that was seen: everything before it was read back from the cache.
+
+    """
+
+    name: str
+    is_baseline: bool
+    model: ModelInfo
+    kv_cache: KVCache
+    texts: list[TextQuality]
+    overall: TextQuality | None
+    needle: Needle | None
+    max_chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """A whole evaluation. ``status`` is ``complete``, or ``partial`` while configurations are still missing."""
+
+    status: str
+    created_at: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    configurations: list[ConfigurationResult]
+    schema: str = field(default=SCHEMA)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON document, its ``schema`` first."""
+        document = asdict(self)
+        return {"schema": document.pop("schema"), **document}
