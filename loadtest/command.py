@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from loadtest.errors import LoadTestError
@@ -44,11 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the load test and print its table; returns the exit status."""
     from loadtest.settings import load_settings
+    from loadtest.unpatched import import_locust
 
     settings = load_settings(args)
-    # Everything here uses gevent's own sockets. Patching the standard library of a process that already runs, as Locust
-    # does when it is imported, is neither needed nor safe.
-    os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
+    import_locust()
     from loadtest.console import print_summary
     from loadtest.output import SUMMARY
     from loadtest.runner import run_load_test

@@ -14,16 +14,27 @@ RECORDS, SUMMARY, SERVER_METRICS = "records.jsonl", "summary.json", "server_metr
 _PACKAGES = ("vllm-pareto", "locust", "gevent", "geventhttpclient", "numpy", "prometheus-client")
 
 
-def prepare_output(out: Path, overwrite: bool) -> None:
-    """Make sure that nothing in ``out`` would be overwritten unasked, and that it can be written.
+def check_output(out: Path, overwrite: bool) -> list[str]:
+    """Return the names of the results in ``out`` that would be replaced.
 
     Raises:
-        LoadTestError: results are there already, or the directory cannot be made.
+        LoadTestError: there are some and ``overwrite`` is not given.
 
     """
     existing = [name for name in (RECORDS, SUMMARY, SERVER_METRICS) if (out / name).exists()]
     if existing and not overwrite:
         raise LoadTestError(f"--out {out}: {existing[0]} exists; give another directory or --overwrite")
+    return existing
+
+
+def prepare_output(out: Path, overwrite: bool) -> None:
+    """Make the directory ``out``, and remove earlier results from it if ``overwrite``.
+
+    Raises:
+        LoadTestError: there are results and ``overwrite`` is not given, or the directory cannot be written.
+
+    """
+    existing = check_output(out, overwrite)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in existing:

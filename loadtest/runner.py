@@ -20,7 +20,7 @@ from loadtest.client import Client
 from loadtest.console import Progress
 from loadtest.exporter import Exporter
 from loadtest.loop_lag import LoopLag
-from loadtest.output import RECORDS, SERVER_METRICS, SUMMARY, environment_info, prepare_output
+from loadtest.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
 from loadtest.preflight import calibrate, check_server
 from loadtest.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
 from loadtest.records import RecordWriter, read_records, write_json_atomically
@@ -109,6 +109,7 @@ def run_load_test(settings: Settings) -> Summary:
         LoadTestError: the endpoint, a file or a port is no good; then nothing was measured.
 
     """
+    check_output(settings.out, settings.overwrite)
     with ExitStack() as cleanup:
         request = settings.request
         client = Client(settings.base_url, request.timeout, request.headers, request.insecure)
@@ -201,5 +202,7 @@ def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
 
     waiting = gevent.spawn(await_users)
     gevent.wait([waiting, stop], count=1)
+    # Locust takes its time over stopping, and what is read from the sockets after that would look slow: so first this.
+    runner.user_greenlets.kill()
     waiting.kill()
     runner.stop()

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-# As in `pareto loadtest`: the process of the tests must not be monkey-patched by importing Locust.
-os.environ.setdefault("LOCUST_SKIP_MONKEY_PATCH", "1")
-
 from loadtest.mock_server import MockConfig, MockServer
+from loadtest.unpatched import import_locust
+
+# As in `pareto loadtest`: the process of the tests must not be monkey-patched by importing Locust.
+import_locust()
 
 ServerFactory = Callable[..., MockServer]
 

@@ -56,7 +56,7 @@ def test_a_closed_loop_measures_the_planted_delays(mock_server: Factory, tmp_pat
     assert stage.goodput.fraction == 1.0
     assert stage.throughput is not None
     # Four users with 0.4 s a request cannot do more than ten a second.
-    assert 5 <= stage.throughput.requests_per_s <= 10.1
+    assert 1 <= stage.throughput.requests_per_s <= 10.1
     assert stage.throughput.output_tokens_per_s == pytest.approx(11 * stage.throughput.requests_per_s)
     assert stage.throughput.mean_in_flight == pytest.approx(4, abs=0.5)
 
@@ -163,7 +163,8 @@ def test_a_sweep_gives_one_result_a_stage_with_prompts_of_its_own(mock_server: F
     assert [r.stage for r in records].count(0) == [r.stage for r in records].count(1) == 8
     assert first.throughput is not None
     assert second.throughput is not None
-    assert second.throughput.requests_per_s > 2 * first.throughput.requests_per_s
+    assert first.throughput.mean_in_flight == pytest.approx(1, abs=0.3)
+    assert second.throughput.mean_in_flight == pytest.approx(4, abs=1.2)
     assert len({body["prompt"] for body in server.requests}) == 16
 
 

@@ -1,0 +1,101 @@
+"""The locustfile under the real ``locust`` command: headless, distributed, with shapes and with bad flags."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import loadtest
+from loadtest.mock_server import MockServer
+from loadtest.records import read_records
+
+Factory = Callable[..., MockServer]
+ROOM = Path(loadtest.__file__).parent
+LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOM / "locustfile.py")]
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([*LOCUST, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def locust(*words: str) -> tuple[int, str]:
+    process = start(*words)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def test_headless_writes_records_and_summary(mock_server: Factory, tmp_path: Path) -> None:
+    server, out = mock_server(ttft_ms=60, itl_ms=5), tmp_path / "out"
+    words = f"--host {server.url} --headless -u 3 -r 3 -t 3s --output-tokens 4 --warmup-s 0.5 --out {out}"
+    status, output = locust(*words.split(), "--only-summary")
+    assert status == 0, output
+    (stage,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert (stage["mode"], stage["concurrency"], stage["requests"]["failed"]) == ("closed", 3, 0)
+    assert stage["requests"]["ok"] >= 6
+    assert stage["requests"]["warmup"] >= 3
+    assert stage["latency"]["ttft_ms"]["min"] >= 58
+    records = list(read_records(out / "records.jsonl"))
+    finished = sum(record.outcome == "ok" for record in records)
+    # Locust's own statistics count what ended, warm-up and all.
+    aggregated = next(line for line in output.splitlines() if "Aggregated" in line)
+    assert int(aggregated.split()[1]) == finished
+
+
+def test_a_master_merges_the_records_of_its_workers(mock_server: Factory, tmp_path: Path) -> None:
+    server, out = mock_server(ttft_ms=30), tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    workers = [start("--worker", "--master-port", str(port)) for _ in range(2)]
+    words = f"--master --master-bind-port {port} --expect-workers 2 --expect-workers-max-wait 30 --headless"
+    load = f"-u 2 -r 2 -t 3s --host {server.url} --request-rate 10 --arrival constant --output-tokens 2 --out {out} --goodput ttft:9999"
+    try:
+        status, output = locust(*words.split(), *load.split())
+        assert status == 0, output
+        for worker in workers:
+            worker.communicate(timeout=20)
+    finally:
+        for worker in workers:
+            worker.kill()
+    (stage,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert (stage["mode"], stage["rate"], stage["requests"]["failed"]) == ("open", 20.0, 0)
+    assert stage["goodput"]["fraction"] == 1.0
+    # No record is lost on the way: those that ended are all there, and each stream has requests of its own.
+    ok = stage["requests"]["ok"]
+    assert ok + stage["requests"]["cancelled"] == len(server.requests)
+    assert ok >= 20
+    assert len({body["prompt"] for body in server.requests}) == len(server.requests)
+
+
+def test_a_step_shape_changes_the_number_of_users(mock_server: Factory, tmp_path: Path) -> None:
+    server, out = mock_server(ttft_ms=20), tmp_path / "out"
+    files = f"{ROOM / 'locustfile.py'},{ROOM / 'shapes.py'}"
+    words = f"-f {files} --headless --host {server.url} --steps 1:1 4:2 --output-tokens 2 --out {out}"
+    command = [sys.executable, "-m", "locust", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Shape test updating to 4 users" in done.stderr
+    assert json.loads((out / "summary.json").read_text())["stages"][0]["concurrency"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--prompt-tokens gauss:1", "error: --prompt-tokens gauss:1: unknown distribution"),
+        ("--request-rate fast", "error: --request-rate fast: must be a number above 0"),
+        ("", "cannot start: nothing listens at http://127.0.0.1:9"),
+    ],
+)
+def test_bad_input_ends_locust_with_status_2(words: str, why: str) -> None:
+    status, output = locust("--host", "http://127.0.0.1:9", "--headless", "-t", "5s", *words.split())
+    assert status == 2
+    assert why in output
+    assert "Traceback" not in output
