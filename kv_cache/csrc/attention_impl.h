@@ -190,12 +190,33 @@ static void widen(const uint8_t *from, code_t *to, int64_t count) {
     else for (int64_t i = 0; i < count; i++) to[i] = from[i];
 }
 
+// Ask for the codes of a block to come, into the second-level cache, which has more requests in flight than the first.
+static void prefetch_block(const pareto_attention_args *a, int request, int kv_head, int from, int count) {
+    const pareto_cache *c = &a->cache;
+    for (int t = 0; t < count;) {
+        const int offset = (from + t) % c->block_size;
+        const int run = c->block_size - offset < count - t ? c->block_size - offset : count - t;
+        const int64_t block = a->block_table[request * a->table_stride + (from + t) / c->block_size];
+        const uint8_t *page = c->base + block * c->block_stride + kv_head * c->head_stride;
+        for (int side = 0; side < 2; side++) {
+            const int bits = side ? c->value_bits : c->key_bits, row = bits == 8 ? c->head_dim : c->head_dim / 2;
+            const uint8_t *plane = page + (side ? c->value_offset : c->key_offset) + (int64_t)offset * row;
+            for (int i = 0; i < run * row; i += 64) __builtin_prefetch(plane + i, 0, 2);
+            const uint8_t *high = page + (side ? c->value_high_offset : c->key_high_offset) + (int64_t)offset * c->head_dim / 4;
+            for (int i = 0; bits == 6 && i < run * c->head_dim / 4; i += 64) __builtin_prefetch(high + i, 0, 2);
+        }
+        t += run;
+    }
+}
+
 // Unpack a block's codes: keys row by row, values column by column, and what the page holds of scales.
 static void load_block(scratch_t *s, const pareto_attention_args *a, int request, int kv_head, int from, int count) {
     const pareto_cache *c = &a->cache;
     const int dim = c->head_dim, padded = padded_dim(dim), groups = group_count(c);
     for (int side = 0; side < 2; side++) {
         const int bits = side ? c->value_bits : c->key_bits;
+        // Tiles take codes of one byte as they are; the others are widened below.
+        uint8_t *rows = !side && sizeof(code_t) == 1 ? (uint8_t *)s->keys : s->rows;
         for (int t = 0; t < count;) {
             const int position = from + t, offset = position % c->block_size;
             const int run = c->block_size - offset < count - t ? c->block_size - offset : count - t;
@@ -204,7 +225,7 @@ static void load_block(scratch_t *s, const pareto_attention_args *a, int request
             const uint8_t *plane = page + (side ? c->value_offset : c->key_offset)
                 + (int64_t)offset * (bits == 8 ? dim : dim / 2);
             const uint8_t *high = page + (side ? c->value_high_offset : c->key_high_offset) + (int64_t)offset * (dim / 4);
-            unpack_rows(plane, high, bits, dim, run, s->rows + (int64_t)t * padded, padded);
+            unpack_rows(plane, high, bits, dim, run, rows + (int64_t)t * padded, padded);
             for (int g = 0; g < groups; g++) {
                 const uint8_t *meta = page + (side ? c->value_meta_offset : c->key_meta_offset)
                     + ((int64_t)offset * groups + g) * 4;
@@ -222,11 +243,10 @@ static void load_block(scratch_t *s, const pareto_attention_args *a, int request
         // Tokens past the end weigh nothing, but what stands there must be a number.
         for (int g = 0; g < groups * 2; g++)
             for (int t = count; t < BLOCK; t++) s->meta[(side * 2 * groups + g) * 64 + t] = 0;
-        if (side) {
-            transpose_rows(s->rows, padded, padded, s->columns);
-            widen(s->columns, s->values, (int64_t)dim * 64);
-        } else {
-            widen(s->rows, s->keys, (int64_t)64 * padded);
+        if (side) transpose_rows(s->rows, padded, padded, sizeof(code_t) == 1 ? (uint8_t *)s->values : s->columns);
+        if (sizeof(code_t) > 1) {
+            if (side) widen(s->columns, s->values, (int64_t)dim * 64);
+            else widen(s->rows, s->keys, (int64_t)64 * padded);
         }
     }
 }
@@ -359,6 +379,8 @@ static void run_item(const pareto_attention_args *a, const item_t *item, scratch
             if (from + BLOCK <= lowest_first) continue;
             const int left = a->seq_lens[item->request] - from;
             load_block(s, a, item->request, item->kv_head, from, left < BLOCK ? left : BLOCK);
+            const int next = from + BLOCK <= highest_last ? left - BLOCK : 0;
+            prefetch_block(a, item->request, item->kv_head, from + BLOCK, next < BLOCK ? next : BLOCK);
             for (int n = 0; n < item->units; n++) {
                 unit_t *u = s->units + n;
                 if (from <= u->highest_last && from + BLOCK > u->lowest_first) unit_block(u, s, a, from);

@@ -21,13 +21,13 @@ typedef struct {
     uint8_t rows[16];
 } tile_config;
 
-static void tiles_begin(void) {
-    tile_config config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int i = 0; i < 8; i++) config.bytes_per_row[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
+static const tile_config TILES = {
+    .palette = 1,
+    .bytes_per_row = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+};
+
+static void tiles_begin(void) { _tile_loadconfig(&TILES); }
 
 static void tiles_end(void) { _tile_release(); }
 
@@ -41,42 +41,41 @@ INLINE void combine_tile(const int32_t *tile, int32_t *c) {
     }
 }
 
+// Up to four row tiles at a time: all products are issued, then all are stored, so that nothing waits on one of them.
+#define GEMM_TILES(n)                                                                                                  \
+    for (int k = 0; k < chunks; k++) {                                                                                 \
+        _tile_loadd(4, b + k * CHUNK_BYTES, 64);                                                                       \
+        _tile_loadd(5, a + 64 * k, stride);                                                                            \
+        _tile_dpbusd(0, 5, 4);                                                                                         \
+        if (n > 1) { _tile_loadd(6, a + 16L * stride + 64 * k, stride); _tile_dpbusd(1, 6, 4); }                       \
+        if (n > 2) { _tile_loadd(7, a + 32L * stride + 64 * k, stride); _tile_dpbusd(2, 7, 4); }                       \
+        if (n > 3) { _tile_loadd(5, a + 48L * stride + 64 * k, stride); _tile_dpbusd(3, 5, 4); }                       \
+    }                                                                                                                  \
+    _tile_stored(0, tiles[0], 64);                                                                                     \
+    if (n > 1) _tile_stored(1, tiles[1], 64);                                                                          \
+    if (n > 2) _tile_stored(2, tiles[2], 64);                                                                          \
+    if (n > 3) _tile_stored(3, tiles[3], 64);                                                                          \
+    for (int i = 0; i < n; i++) combine_tile(tiles[i], c + 128 * i);
+
 // a: codes [m][stride], m a multiple of 16; b: `chunks` activation chunks; c: [m][8].
-static void gemm8(const code_t *a, int stride, int m, int chunks, const uint8_t *b, int32_t *c) {
-    int32_t tiles[2][256] __attribute__((aligned(64)));
-    if (chunks == 1) {
-        _tile_loadd(2, b, 64);
-        int i = 0;
-        for (; i + 32 <= m; i += 32) {
-            _tile_loadd(1, a + (int64_t)i * stride, stride);
-            _tile_zero(0);
-            _tile_loadd(3, a + (int64_t)(i + 16) * stride, stride);
-            _tile_zero(4);
-            _tile_dpbusd(0, 1, 2);
-            _tile_dpbusd(4, 3, 2);
-            _tile_stored(0, tiles[0], 64);
-            _tile_stored(4, tiles[1], 64);
-            combine_tile(tiles[0], c + 8 * i);
-            combine_tile(tiles[1], c + 8 * i + 128);
-        }
-        if (i < m) {
-            _tile_loadd(1, a + (int64_t)i * stride, stride);
-            _tile_zero(0);
-            _tile_dpbusd(0, 1, 2);
-            _tile_stored(0, tiles[0], 64);
-            combine_tile(tiles[0], c + 8 * i);
-        }
-        return;
-    }
-    for (int i = 0; i < m; i += 16) {
+static void gemm8(const code_t *a, int64_t stride, int m, int chunks, const uint8_t *b, int32_t *c) {
+    int32_t tiles[4][256] __attribute__((aligned(64)));
+    // GCC's tile loads do not tell the compiler that they read memory: have every store done before them.
+    __asm__ volatile("" ::: "memory");
+    for (; m > 0; m -= 64, a += 64 * stride, c += 512) {
         _tile_zero(0);
-        for (int k = 0; k < chunks; k++) {
-            _tile_loadd(1, a + (int64_t)i * stride + 64 * k, stride);
-            _tile_loadd(2, b + k * CHUNK_BYTES, 64);
-            _tile_dpbusd(0, 1, 2);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (m >= 64) {
+            GEMM_TILES(4)
+        } else if (m >= 48) {
+            GEMM_TILES(3)
+        } else if (m >= 32) {
+            GEMM_TILES(2)
+        } else {
+            GEMM_TILES(1)
         }
-        _tile_stored(0, tiles[0], 64);
-        combine_tile(tiles[0], c + 8 * i);
     }
 }
 
@@ -110,7 +109,7 @@ typedef uint16_t code_t;
 static void tiles_begin(void) {}
 static void tiles_end(void) {}
 
-static void gemm8(const code_t *a, int stride, int m, int chunks, const uint8_t *b, int32_t *c) {
+static void gemm8(const code_t *a, int64_t stride, int m, int chunks, const uint8_t *b, int32_t *c) {
 #if defined(__AVX2__)
     for (int i = 0; i < m; i++) {
         // Four sums hide the latency of the multiply-adds.

@@ -8,7 +8,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 // Called with a constant head size, so that the compiler unrolls each row into a few vector instructions.
-INLINE void unpack_rows_of(const uint8_t *restrict plane, const uint8_t *restrict high, int bits, const int dim, int count,
+static inline __attribute__((always_inline)) void unpack_rows_of(const uint8_t *restrict plane, const uint8_t *restrict high, int bits, const int dim, int count,
                            uint8_t *restrict rows, int stride) {
     for (int t = 0; t < count; t++, rows += stride) {
         if (bits == 8) {
@@ -16,6 +16,14 @@ INLINE void unpack_rows_of(const uint8_t *restrict plane, const uint8_t *restric
             continue;
         }
         const uint8_t *restrict source = plane + (int64_t)t * (dim / 2);
+#if defined(__AVX512BW__)
+        if (bits == 4 && dim == 64) {  // the common case in one store, which tile and vector loads then forward from
+            const __m256i packed = _mm256_loadu_si256((const __m256i *)source), mask = _mm256_set1_epi8(15);
+            const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+            _mm512_storeu_si512(rows, _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_and_si256(packed, mask)), upper, 1));
+            continue;
+        }
+#endif
         for (int j = 0; j < dim / 2; j++) {
             rows[j] = source[j] & 15;
             rows[j + dim / 2] = source[j] >> 4;
