@@ -37,6 +37,7 @@ class EngineSettings:
         tensor_parallel_size: GPUs that share the model.
         enforce_eager: no compilation and no CUDA graphs; starts faster.
         seed: vLLM's seed.
+        worker_extension: class that vLLM mixes into its workers; must be the tap or derive from it.
         extra: further arguments of ``vllm.LLM``.
 
     """
@@ -51,6 +52,7 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     enforce_eager: bool = True
     seed: int = 0
+    worker_extension: str = TAP
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,7 +91,7 @@ def build_llm(settings: EngineSettings) -> Any:
             seed=settings.seed,
             enable_chunked_prefill=True,
             enable_prefix_caching=False,
-            worker_extension_cls=TAP,
+            worker_extension_cls=settings.worker_extension,
             use_tqdm_on_load=False,
             disable_log_stats=True,
             **settings.extra,

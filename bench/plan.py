@@ -262,7 +262,7 @@ def _context(folder: Path) -> int:
 
 def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
     sources: Sequence[str | None] = settings.texts or (None,)
-    sets = []
+    sets: list[TextSet] = []
     device = "cuda" if gpu_names() and torch.cuda.is_available() else "cpu"
     for source in sources:
         path = Path(source) if source is not None else None

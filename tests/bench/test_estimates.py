@@ -1,0 +1,50 @@
+import math
+
+import pytest
+
+from bench.estimates import exp_estimate, mean_estimate, proportion, student_t
+
+
+@pytest.mark.parametrize(
+    ("df", "table"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (7, 2.3646), (15, 2.1314), (100, 1.9840)]
+)
+def test_student_t_agrees_with_printed_tables(df, table):
+    assert student_t(df) == pytest.approx(table, rel=2e-3)
+
+
+def test_mean_of_known_values():
+    e = mean_estimate([1.0, 2.0, 3.0, 4.0])
+    assert e.value == 2.5
+    assert e.standard_error == pytest.approx(math.sqrt(5 / 3 / 4))
+    assert e.high - e.value == pytest.approx(3.1824 * e.standard_error, rel=2e-3)
+    assert e.value - e.low == pytest.approx(e.high - e.value)
+
+
+def test_one_value_has_no_error():
+    e = mean_estimate([3.0])
+    assert (e.value, e.standard_error, e.low, e.high, e.n) == (3.0, None, None, None, 1)
+
+
+def test_perplexity_interval_is_the_mapped_interval():
+    log = mean_estimate([2.0, 2.2, 2.1])
+    e = exp_estimate(log)
+    assert e.value == pytest.approx(math.exp(2.1))
+    assert e.low == pytest.approx(math.exp(log.low))
+    change = exp_estimate(mean_estimate([0.01, 0.03]), shift=-1.0)
+    assert change.value == pytest.approx(math.exp(0.02) - 1)
+    assert change.low < change.value < change.high
+
+
+def test_wilson_interval():
+    e = proportion(8, 10)
+    assert (e.low, e.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    perfect = proportion(60, 60)
+    assert perfect.high == 1.0
+    assert perfect.low == pytest.approx(0.9398, abs=1e-4)
+    assert proportion(0, 5).low == 0.0
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(1, 0), (-1, 3), (4, 3)])
+def test_impossible_proportions(successes, trials):
+    with pytest.raises(ValueError, match="successes"):
+        proportion(successes, trials)
