@@ -1,21 +1,28 @@
-"""Records from Locust's workers to its master, so that percentiles stay exact over all of them."""
+"""Records from Locust's workers to its master, so that percentiles stay exact over all of them.
+
+Workers send their records once a second. When a test stops, Locust's master gives its workers half a second and then
+hangs up; so before that the master asks each worker to end its users, and waits until all have sent their last record.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import gevent
+from gevent.event import Event
 
 from loadtest.records import Record
 
-MESSAGE = "pareto_records"
-# Often enough to lose little when a worker dies, rarely enough to cost nothing.
+_RECORDS, _FINISH, _FINISHED = "pareto_records", "pareto_finish", "pareto_finished"
 _FLUSH_S = 1.0
+_FINISH_TIMEOUT_S = 20.0
+logger = logging.getLogger(__name__)
 
 
 class RecordForwarder:
-    """The worker's side: collects records and sends them to the master, at the latest at the end of the test.
+    """The worker's side.
 
     Args:
         runner: Locust's worker runner.
@@ -25,6 +32,7 @@ class RecordForwarder:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._pending: list[dict[str, Any]] = []
+        runner.register_message(_FINISH, self._finish)
         gevent.spawn(self._run)
 
     def add(self, record: Record) -> None:
@@ -32,10 +40,16 @@ class RecordForwarder:
         self._pending.append(record.to_dict())
 
     def flush(self) -> None:
-        """Send what is queued. Locust keeps the order of messages, so it arrives before the worker's "stopped"."""
+        """Send what is queued."""
         pending, self._pending = self._pending, []
         if pending:
-            self._runner.send_message(MESSAGE, {"records": pending})
+            self._runner.send_message(_RECORDS, {"records": pending})
+
+    def _finish(self, environment: Any, msg: Any, **_: Any) -> None:
+        self._runner.user_greenlets.kill()
+        self.flush()
+        # Messages of one worker keep their order, so the master has every record when it hears this.
+        self._runner.send_message(_FINISHED)
 
     def _run(self) -> None:
         while True:
@@ -43,11 +57,38 @@ class RecordForwarder:
             self.flush()
 
 
-def receive_records(runner: Any, listener: Callable[[Record], None]) -> None:
-    """Let the master call ``listener`` with every record that a worker sends."""
+class RecordCollector:
+    """The master's side.
 
-    def on_message(environment: Any, msg: Any, **_: Any) -> None:
+    Args:
+        runner: Locust's master runner.
+        listener: called with every record that a worker sends.
+
+    """
+
+    def __init__(self, runner: Any, listener: Callable[[Record], None]) -> None:
+        self._runner = runner
+        self._listener = listener
+        self._awaited: set[str] = set()
+        self._complete = Event()
+        runner.register_message(_RECORDS, self._take)
+        runner.register_message(_FINISHED, self._note)
+
+    def finish(self) -> None:
+        """Let every worker end its users, and wait until their records are here."""
+        self._awaited = {client.id for client in self._runner.clients.all if client.state != "missing"}
+        if not self._awaited:
+            return
+        self._complete.clear()
+        self._runner.send_message(_FINISH)
+        if not self._complete.wait(_FINISH_TIMEOUT_S):
+            logger.error("no last records from worker(s) %s", ", ".join(sorted(self._awaited)))
+
+    def _take(self, environment: Any, msg: Any, **_: Any) -> None:
         for data in msg.data["records"]:
-            listener(Record.from_dict(data))
+            self._listener(Record.from_dict(data))
 
-    runner.register_message(MESSAGE, on_message)
+    def _note(self, environment: Any, msg: Any, **_: Any) -> None:
+        self._awaited.discard(msg.node_id)
+        if not self._awaited:
+            self._complete.set()

@@ -25,7 +25,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import Client, normalize_base_url
-from loadtest.distributed import RecordForwarder, receive_records
+from loadtest.distributed import RecordCollector, RecordForwarder
 from loadtest.errors import LoadTestError
 from loadtest.exporter import Exporter
 from loadtest.locust_report import LocustReport
@@ -110,12 +110,13 @@ class LocustTest:
         self.sink = Sink(self._record)
         self.client: Client | None = None
         self.forwarder: RecordForwarder | None = None
+        self.collector: RecordCollector | None = None
         runner = environment.runner
         if isinstance(runner, WorkerRunner):
             self.forwarder = RecordForwarder(runner)
             return
         if isinstance(runner, MasterRunner):
-            receive_records(runner, self._record)
+            self.collector = RecordCollector(runner, self._record)
         if self.options.out:
             self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
         if self.options.exporter_port:
@@ -165,6 +166,8 @@ class LocustTest:
         """Finish a test: pass the last records on, or write the summary."""
         if self.forwarder:
             self.forwarder.flush()
+        if self.collector:
+            self.collector.finish()
         if self.report:
             self.report.summarize()
         if self.client:

@@ -85,7 +85,7 @@ def test_an_interrupted_run_reports_what_it_measured(
     process = subprocess.Popen([*PARETO, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 40
-        while len(server.requests) < 12 and time.monotonic() < deadline:
+        while len(server.requests) < 20 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(number)
         output, errors = process.communicate(timeout=30)

@@ -56,9 +56,9 @@ def test_a_master_merges_the_records_of_its_workers(mock_server: Factory, tmp_pa
         port = listener.getsockname()[1]
     workers = [start("--worker", "--master-port", str(port)) for _ in range(2)]
     words = f"--master --master-bind-port {port} --expect-workers 2 --expect-workers-max-wait 30 --headless"
-    load = f"-u 2 -r 2 -t 3s --host {server.url} --request-rate 10 --arrival constant --output-tokens 2 --out {out} --goodput ttft:9999"
+    load = f"-u 2 -r 2 -t 3s --host {server.url} --request-rate 10 --arrival constant --output-tokens 2"
     try:
-        status, output = locust(*words.split(), *load.split())
+        status, output = locust(*words.split(), *load.split(), "--out", str(out), "--goodput", "ttft:9999")
         assert status == 0, output
         for worker in workers:
             worker.communicate(timeout=20)
