@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
+import gevent.ssl
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
@@ -65,6 +66,20 @@ def normalize_base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def _ssl_context(insecure: bool, cafile: str | None) -> Any:
+    # gevent.ssl.create_default_context makes a context of the standard library's, whose sockets would block every other
+    # request of an unpatched process.
+    context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+    context.load_default_certs()
+    if cafile:
+        context.load_verify_locations(cafile)
+    return context
+
+
 class Client:
     """Connections to one server, shared by all users and kept alive between requests.
 
@@ -90,6 +105,7 @@ class Client:
                 port=parts.port,
                 ssl=parts.scheme == "https",
                 insecure=insecure,
+                ssl_context_factory=lambda cafile=None: _ssl_context(insecure, cafile),
                 concurrency=connections,
                 connection_timeout=timeout,
                 network_timeout=timeout,
@@ -131,6 +147,9 @@ class Client:
                 data = bytes(response.read())
         except gevent.Timeout:
             raise TimeoutError(f"no answer within {timeout:g} s") from None
+        except ssl.SSLError as error:
+            # A failed verification is a ValueError too, which here would mean a senseless answer.
+            raise ConnectionError(f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}") from error
         except HTTPConnectionClosed:
             raise ConnectionError("the connection was closed without an answer") from None
         except HTTPParseError as error:

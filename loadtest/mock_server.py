@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import ssl
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -83,11 +84,17 @@ class MockServer:
     received for generation, and ``accepted`` the number of connections so far.
     """
 
-    def __init__(self, config: MockConfig | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        config: MockConfig | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.config = config or MockConfig()
         self.requests: list[dict[str, Any]] = []
         self.accepted = 0
-        self._host, self._port = host, port
+        self._host, self._port, self._tls = host, port, tls
         self._streamed = 0
         self._running = self._waiting = 0
         self._prompt_tokens = self._output_tokens = 0
@@ -100,14 +107,14 @@ class MockServer:
 
     @property
     def url(self) -> str:
-        """``http://host:port``."""
-        return f"http://{self._host}:{self._port}"
+        """``http://host:port``, or https with TLS."""
+        return f"http{'s' if self._tls else ''}://{self._host}:{self._port}"
 
     async def start(self) -> None:
         """Listen; ``port`` 0 takes a free one."""
         if self.config.capacity:
             self._slots = asyncio.Semaphore(self.config.capacity)
-        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=1 << 24)
+        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=1 << 24, ssl=self._tls)
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:

@@ -110,6 +110,9 @@ def run_load_test(settings: Settings) -> Summary:
 
     """
     check_output(settings.out, settings.overwrite)
+    # Ctrl-C before the first stage goes up to the caller; gevent need not print it as well.
+    hub = gevent.get_hub()
+    hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
     with ExitStack() as cleanup:
         request = settings.request
         client = Client(settings.base_url, request.timeout, request.headers, request.insecure)

@@ -286,6 +286,9 @@ def _headers(lines: list[str], api_key: str) -> dict[str, str]:
         name, colon, value = line.partition(":")
         require(bool(colon and name.strip()), f"--header {line}: expected 'NAME: VALUE'")
         headers[name.strip()] = value.strip()
+    for name, value in headers.items():
+        flag = "--api-key" if name == "Authorization" and api_key else f"--header {name}"
+        require((name + value).isascii() and (name + value).isprintable(), f"{flag}: printable ASCII only")
     return headers
 
 

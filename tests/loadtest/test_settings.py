@@ -74,6 +74,7 @@ def test_secrets_reach_the_requests_but_not_the_summary(monkeypatch: pytest.Monk
         ("--extra-body {", "not JSON"),
         ("--extra-body []", "JSON object"),
         ("--header nonsense", "NAME: VALUE"),
+        ("--api-key schlüssel", "--api-key: printable ASCII"),
         ("--goodput ttfb:5", "--goodput ttfb:5"),
         ("--goodput ttft", "--goodput ttft"),
         ("--goodput ttft:-5", "--goodput ttft:-5"),
