@@ -202,9 +202,14 @@ class _Run:
             progress(0, self.total, "calibration data")
             settings = recipe.calibration
             self.tokens = load_sequences(
-                model_dir, self.text, settings.num_samples, settings.length, settings.seed, "calibration",
-                str(decoder.device),
-            )  # fmt: skip
+                model_dir,
+                self.text,
+                settings.num_samples,
+                settings.length,
+                settings.seed,
+                device=str(decoder.device),
+                progress=lambda done, steps: progress(0, self.total, f"sampling text, {100 * done // steps}%"),
+            )
         self.calibrator = None
         if recipe.kv_scales:
             self.calibrator = KVCalibrator(*kv_geometry(decoder.config), seed=recipe.calibration.seed)

@@ -29,6 +29,7 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from quant_methods.grid import Grid, Search, dequantize, fit, round_to_grid
 from quant_methods.recipe import LinearProblem, QuantizedLinear, WeightStep, handles, register
+from quant_methods.threads import few_threads
 
 # Channels rounded between two updates of all later ones (Algorithm 1's B); changes speed, not the result.
 BLOCK = 128
@@ -79,9 +80,10 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         shift = problem.residual.double() if shift is None else shift + problem.residual.double()
     if shift is not None:
         weight = weight + torch.cholesky_solve(shift.T, factor).T.to(weight.dtype)
-    codes, scale, zero = solve(
-        weight, hessian, step.grid, act_order=step.act_order, search=step.search, scale_dtype=problem.scale_dtype
-    )
+    with few_threads(weight.shape[0]):
+        codes, scale, zero = solve(
+            weight, hessian, step.grid, act_order=step.act_order, search=step.search, scale_dtype=problem.scale_dtype
+        )
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
 
 

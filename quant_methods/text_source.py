@@ -18,20 +18,24 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import Progress
+from rich.progress import Progress as Bar
 
 from kv_cache.errors import ParetoError
 from quant_methods.model_source import fingerprint
+from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]
 SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 # Sequences sampled side by side. Part of what determines the samples: each batch has its own seed.
 SAMPLE_BATCH = 32
+
+Progress = Callable[[int, int], None]
+"""Called with (positions sampled, positions in all)."""
 
 
 def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
@@ -42,6 +46,7 @@ def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
     seed: int = 0,
     split: Split = "calibration",
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """Return token sequences.
 
@@ -53,6 +58,7 @@ def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
         seed: seed of the sampling; unused with a text.
         split: which of two disjoint sets of samples; unused with a text.
         device: where to sample.
+        progress: told how far the sampling is; None shows a progress bar.
 
     Returns:
         int64 [num, length], on the CPU.
@@ -66,7 +72,7 @@ def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
     if num < 1 or length < 2:
         raise ParetoError(f"need at least 1 sequence of at least 2 tokens, got {num} of {length}")
     if text is None:
-        return _sampled(model_dir, num, length, seed, split=split, device=device)
+        return _sampled(model_dir, num, length, seed, split=split, device=device, progress=progress)
     return _windows(model_dir, Path(text), num, length, split)
 
 
@@ -108,17 +114,28 @@ def load_tokenizer(model_dir: Path) -> Any:
 
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    previous = logging.get_verbosity()
-    # Whole documents are encoded and cut into windows afterwards: the warning about their length misleads.
-    logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(model_dir)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(model_dir)
     except (OSError, ValueError, KeyError) as error:
         raise ParetoError(f"{model_dir}: no usable tokenizer ({' '.join(str(error).split())[:160]})") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' notices and progress bars off the terminal, where this project draws its own."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        logging.set_verbosity(previous)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -> torch.Tensor:
@@ -147,7 +164,9 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pareto"
 
 
-def _sampled(model_dir: Path, num: int, length: int, seed: int, *, split: Split, device: str) -> torch.Tensor:
+def _sampled(
+    model_dir: Path, num: int, length: int, seed: int, *, split: Split, device: str, progress: Progress | None
+) -> torch.Tensor:
     from safetensors.torch import load_file, save
 
     # The device and the library version are part of the key: both change which tokens a seed draws.
@@ -159,7 +178,15 @@ def _sampled(model_dir: Path, num: int, length: int, seed: int, *, split: Split,
             cached = load_file(path)["tokens"]
             if cached.shape == (num, length):
                 return cached
-    tokens = sample_sequences(model_dir, num, length, seed, split=split, device=device)
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            bar = stack.enter_context(Bar(transient=True))
+            task = bar.add_task(f"sampling {num} x {length} {split} tokens")
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+        tokens = sample_sequences(model_dir, num, length, seed, split=split, device=device, progress=progress)
     # A cache that cannot be written costs time, not correctness.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +198,14 @@ def _sampled(model_dir: Path, num: int, length: int, seed: int, *, split: Split,
 
 @torch.no_grad()
 def sample_sequences(
-    model_dir: Path, num: int, length: int, seed: int, *, split: Split, device: str = "cpu"
+    model_dir: Path,
+    num: int,
+    length: int,
+    seed: int,
+    *,
+    split: Split,
+    device: str = "cpu",
+    progress: Progress = lambda done, total: None,
 ) -> torch.Tensor:
     """Sample sequences from the model at temperature 1, end-of-sequence never drawn so that all are full.
 
@@ -184,6 +218,7 @@ def sample_sequences(
         seed: together with the split, determines the samples.
         split: ``calibration`` or ``evaluation``.
         device: torch device.
+        progress: told how far it is.
 
     Returns:
         int64 [num, length], on the CPU.
@@ -200,12 +235,13 @@ def sample_sequences(
         raise ParetoError(f"{model_dir}: sequences of {length} tokens exceed the model's context of {context}")
     # bf16 without hardware support is slow on CPUs; float32 samples the same distribution.
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
     start, banned = _special_tokens(config)
     rows: list[torch.Tensor] = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"sampling {num} x {length} {split} tokens", total=-(-num // SAMPLE_BATCH) * length)
-        for batch in range(-(-num // SAMPLE_BATCH)):
+    batches = -(-num // SAMPLE_BATCH)
+    with few_threads(SAMPLE_BATCH * config.hidden_size // 8):
+        for batch in range(batches):
             size = min(SAMPLE_BATCH, num - batch * SAMPLE_BATCH)
             generator = torch.Generator().manual_seed(_derive(seed, split, batch))
             tokens = torch.empty((size, length), dtype=torch.int64)
@@ -219,7 +255,7 @@ def sample_sequences(
                 # Drawn on the CPU, whose generator is the same on every machine.
                 probabilities = torch.softmax(logits, -1).cpu()
                 tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-                progress.advance(task)
+                progress(batch * length + position, batches * length)
             rows.append(tokens)
     return torch.cat(rows)
 

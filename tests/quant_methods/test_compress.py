@@ -1,0 +1,260 @@
+"""compress(): what it writes, that an interrupted run resumes to the same bytes, and what it refuses."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+from kv_cache.errors import ParetoError
+from kv_cache.scales import KVScales
+from quant_methods import compress as compress_module
+from quant_methods.checkpoint import read_tensors, read_weight, unpack_linear
+from quant_methods.compress import RECIPE_FILE, compress
+from quant_methods.gptq import GPTQ
+from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.rtn import RTN
+
+CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
+
+
+def recipe(*steps: Step, **changes: Any) -> Recipe:
+    given = Recipe("test", steps=steps, calibration=CALIBRATION, kv_scales=False)
+    return dataclasses.replace(given, **changes)
+
+
+W4 = GPTQ(bits=4, group_size=64, symmetric=False)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a directory tree."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        W4,
+        GPTQ(bits=4, group_size=-1, symmetric=True, act_order=False, upstream=False),
+        RTN(bits=4, group_size=32, symmetric=False),
+        RTN(bits=8, group_size=64, symmetric=True),
+    ],
+    ids=lambda step: f"{step.method}-w{step.bits}-g{step.group_size}",
+)
+def test_compressed_tensors_reads_back_what_was_written(
+    tiny_model: Path, text_file: Path, tmp_path: Path, step: Any
+) -> None:
+    report = compress(tiny_model, recipe(step), tmp_path / "out", text=text_file)
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs.model_validate(group["weights"]))
+    assert len(report.layers) == 21
+    for layer in report.layers:
+        parts = {k.removeprefix(layer.name + "."): v for k, v in tensors.items() if k.startswith(layer.name + ".")}
+        theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"].float()
+        ours = read_weight(unpack_linear(layer.name, tensors, step.grid))
+        # They multiply in the scale's dtype.
+        assert torch.allclose(theirs, ours, rtol=2**-7, atol=0)
+        assert tuple(ours.shape) == layer.shape
+    assert config["ignore"] == ["lm_head"]
+    assert "lm_head.weight" not in tensors, "tied embeddings stay tied"
+    stored = sum(
+        t.numel() * t.element_size() for n, t in tensors.items() if n.startswith("model.layers.") and "norm" not in n
+    )
+    shapes = len(report.layers) * 16
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    # Zero-points are packed in whole int32s, so a little more may be stored than the report's bits say.
+    assert report.bits_per_weight == pytest.approx(8 * (stored - shapes) / weights, rel=0.01)
+    assert report.bytes_after == sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def test_weights_are_close_to_the_original(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    report = compress(tiny_model, recipe(W4), tmp_path / "w4", text=text_file)
+    eight = compress(
+        tiny_model, recipe(dataclasses.replace(W4, bits=8, symmetric=True)), tmp_path / "w8", text=text_file
+    )
+    assert all(0 < layer.relative_error < 0.2 for layer in report.layers)
+    assert all(0 < layer.relative_error < 0.03 for layer in eight.layers)
+
+
+def test_int8_activations_use_the_int_quantized_layout(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    step = RTN(bits=8, group_size=-1, symmetric=True, activations="int8")
+    report = compress(tiny_model, recipe(step), tmp_path / "out", text=text_file)
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert tensors[f"{name}.weight"].dtype == torch.int8
+    original, _ = read_tensors(tiny_model / "model.safetensors")
+    read = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].float()
+    assert torch.allclose(read, original[f"{name}.weight"].float(), atol=0.02 * original[f"{name}.weight"].abs().max())
+    assert report.devices == ["cpu", "cuda"]
+
+
+def test_other_files_and_provenance_travel_along(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(tiny_model, recipe(W4), tmp_path / "out", text=text_file)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_model / name).read_bytes()
+    provenance = json.loads((tmp_path / "out" / RECIPE_FILE).read_text())
+    assert provenance["recipe"]["steps"][0]["method"] == "gptq"
+    assert provenance["calibration"]["seed"] == 3
+    assert set(provenance["versions"]) >= {"torch", "transformers", "compressed-tensors", "vllm-pareto"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C at a chosen moment."""
+
+
+@pytest.mark.parametrize(
+    "moment", ["block 1/3: mlp.down_proj", "block 2/3", "block 3/3: running", "writing the checkpoint"]
+)
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    tiny_model: Path, text_file: Path, tmp_path: Path, moment: str
+) -> None:
+    given = recipe(W4, kv_scales=True)
+    compress(tiny_model, given, tmp_path / "whole", text=text_file)
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if what == moment:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress(tiny_model, given, tmp_path / "out", text=text_file, progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    report = compress(tiny_model, given, tmp_path / "out", text=text_file)
+    finished = {"block 1/3: mlp.down_proj": 0, "block 2/3": 1, "block 3/3: running": 3, "writing the checkpoint": 3}
+    assert report.resumed_blocks == finished[moment]
+    assert len(report.layers) == 21
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_killed_process_resumes(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    script = f"""
+import os, signal
+from pathlib import Path
+from quant_methods.compress import compress
+from tests_recipe import given
+compress({str(tiny_model)!r}, given, {str(tmp_path / "out")!r}, text={str(text_file)!r},
+         progress=lambda done, total, what: os.kill(os.getpid(), signal.SIGKILL) if done == 2 else None)
+"""
+    (tmp_path / "tests_recipe.py").write_text(
+        "from quant_methods.recipe import Calibration, Recipe\nfrom quant_methods.rtn import RTN\n"
+        "steps = (RTN(bits=4, group_size=32),)\n"
+        "given = Recipe('test', steps=steps, calibration=Calibration(6, 32, 3), kv_scales=False)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    report = compress(tiny_model, recipe(RTN(bits=4, group_size=32)), tmp_path / "out", text=text_file)
+    assert report.resumed_blocks == 2
+
+
+def test_an_unfinished_run_of_something_else_is_refused(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 1:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress(tiny_model, recipe(W4), tmp_path / "out", text=text_file, progress=interrupt)
+    other = recipe(dataclasses.replace(W4, group_size=32))
+    with pytest.raises(ParetoError, match=r"out\.partial holds an unfinished run .* different recipe; .*--overwrite"):
+        compress(tiny_model, other, tmp_path / "out", text=text_file)
+    report = compress(tiny_model, other, tmp_path / "out", text=text_file, overwrite=True)
+    assert report.resumed_blocks == 0
+    compress(tiny_model, other, tmp_path / "fresh", text=text_file)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_seeds_decide_the_samples(tiny_model: Path, tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> dict[str, str]:
+        calibration = Calibration(num_samples=3, length=16, seed=seed)
+        compress(tiny_model, recipe(W4, calibration=calibration), tmp_path / name)
+        return contents(tmp_path / name)
+
+    first, again, other = run("a", 1), run("b", 1), run("c", 2)
+    assert first == again
+    assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def test_kv_scales_alone_links_the_weights(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    given = recipe(kv_scales=True)
+    report = compress(tiny_model, given, tmp_path / "out", text=text_file)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    scales = KVScales.load(tmp_path / "out")
+    assert (scales.num_layers, scales.num_kv_heads, scales.head_dim) == (3, 1, 64)
+    assert report.bytes_after == report.bytes_before
+
+
+def test_kv_scales_see_the_quantized_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(tiny_model, recipe(kv_scales=True), tmp_path / "plain", text=text_file)
+    coarse = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")
+    compress(tiny_model, recipe(coarse, kv_scales=True), tmp_path / "w4", text=text_file)
+    plain, quantized = (KVScales.load(tmp_path / name).layers["int8_per_head"] for name in ("plain", "w4"))
+    assert not torch.equal(plain[0].key_scale, quantized[0].key_scale)
+    assert torch.allclose(plain[0].key_scale, quantized[0].key_scale, rtol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (recipe(), "nothing to do"),
+        (recipe(RTN(), ignore=("*",)), "nothing to compress"),
+        (
+            recipe(RTN(group_size=128)),
+            r"group size 128 does not divide the 192 input channels of .*down_proj; .* 32, 64",
+        ),
+        (recipe(RTN(group_size=64), ignore=("k_proj",)), r"q_proj and .*k_proj would be stored differently"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_any_work(
+    tiny_model: Path, text_file: Path, tmp_path: Path, given: Recipe, message: str
+) -> None:
+    with pytest.raises(ParetoError, match=message):
+        compress(tiny_model, given, tmp_path / "out", text=text_file)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_existing_output_is_kept_unless_told(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(ParetoError, match="out exists; give --overwrite"):
+        compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file)
+    assert (out / "precious.txt").read_text() == "mine"
+    compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file, overwrite=True)
+    assert not (out / "precious.txt").exists()
+
+
+def test_a_full_disk_is_one_clear_line(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compress_module, "write_tensors", full)
+    with pytest.raises(ParetoError, match="the disk is full; free some space and run the same command"):
+        compress(tiny_model, recipe(RTN(group_size=64)), tmp_path / "out", text=text_file)
+
+
+def test_ignored_layers_keep_their_bytes(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(
+        tiny_model,
+        recipe(RTN(group_size=64), ignore=("lm_head", "*.1.mlp.down_proj")),
+        tmp_path / "out",
+        text=text_file,
+    )
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    original, _ = read_tensors(tiny_model / "model.safetensors")
+    assert torch.equal(tensors["model.layers.1.mlp.down_proj.weight"], original["model.layers.1.mlp.down_proj.weight"])
+    assert "model.layers.0.mlp.down_proj.weight" not in tensors
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["model.layers.1.mlp.down_proj", "lm_head"]

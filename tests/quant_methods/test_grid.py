@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from quant_methods.grid import Grid, dequantize, expand, fit, round_to_grid
+
+GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (32, 128, -1) for symmetric in (True, False)]
+
+
+def quantized(weight: torch.Tensor, grid: Grid, search: str, importance: torch.Tensor | None = None) -> torch.Tensor:
+    scale, zero = fit(weight, grid, importance, search)
+    columns = weight.shape[1]
+    codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
+    assert codes.min() >= grid.low
+    assert codes.max() <= grid.high
+    assert torch.equal(scale, scale.bfloat16().float()), "a scale must survive being stored"
+    assert torch.equal(zero, zero.round())
+    return dequantize(codes, scale, zero)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_minmax_error_is_bounded_by_the_step(grid: Grid) -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(1)) + (0.0 if grid.symmetric else 0.5)
+    read = quantized(weight, grid, "minmax")
+    scale = expand(fit(weight, grid, None, "minmax")[0], 256)
+    # Storing the scale moves the far end of the range by up to 2^-9 of it. A symmetric range ends half a step early,
+    # and a zero-point is rounded by up to half a step.
+    assert ((read - weight).abs() / scale).max() <= 0.5 + 0.5 + 2.0**grid.bits * 2.0**-9
+    # Inside the range the error is that of rounding alone.
+    assert ((read - weight).abs() / scale).median() <= 0.3
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_mse_search_never_loses_to_minmax(grid: Grid) -> None:
+    weight = torch.distributions.StudentT(3.0).sample((32, 256))
+    importance = torch.rand(256) + 0.01
+
+    def error(search: str) -> float:
+        return ((quantized(weight, grid, search, importance) - weight).square() * importance).sum().item()
+
+    # minmax divides a symmetric range by half the number of codes, a candidate that the search only comes close to.
+    assert error("mse") <= error("minmax") * 1.001
+
+
+def test_symmetric_search_uses_the_code_below_zero_for_the_larger_side() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, :9] = torch.arange(9.0)  # 0..8 needs nine nonnegative codes: -8..0 has them under a negative scale
+    assert torch.equal(quantized(weight, Grid(4, -1, True), "mse"), weight)
+
+
+def test_zero_groups_read_back_zero() -> None:
+    weight = torch.zeros(4, 64)
+    for grid in GRIDS:
+        if grid.group_size in (32, -1):
+            for search in ("minmax", "mse"):
+                assert torch.equal(quantized(weight, grid, search), weight)
+
+
+def test_bits_per_weight_counts_scales_and_zero_points() -> None:
+    assert Grid(4, 128, True).bits_per_weight(10, 512) == 4 + 16 / 128
+    assert Grid(4, 128, False).bits_per_weight(10, 512) == 4 + 20 / 128
+    assert Grid(8, -1, True).bits_per_weight(10, 512) == 8 + 16 / 512

@@ -1,0 +1,79 @@
+"""Recipes: the built-in ones load, and bad ones are refused with the line that says what would be right."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from kv_cache.errors import ParetoError
+from quant_methods.gptq import GPTQ
+from quant_methods.recipe import HANDLERS, STEPS, Calibration, built_in_recipes, load_recipe, parse_recipe
+from quant_methods.rtn import RTN
+
+
+@pytest.mark.parametrize("name", built_in_recipes())
+def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    assert recipe.name == name
+    assert all(type(step) in HANDLERS for step in recipe.steps)
+
+
+def test_gptq_w4_is_there() -> None:
+    (step,) = load_recipe("gptq-w4").steps
+    assert isinstance(step, GPTQ)
+    assert (step.bits, step.group_size) == (4, 128)
+
+
+def test_every_method_has_a_handler() -> None:
+    assert set(STEPS.values()) == set(HANDLERS)
+    assert {"rtn": RTN, "gptq": GPTQ}.items() <= STEPS.items()
+
+
+def test_a_recipe_survives_the_round_trip() -> None:
+    recipe = load_recipe("gptq-w4-g32")
+    assert parse_recipe(recipe.to_dict()) == recipe
+
+
+def test_the_fingerprint_follows_what_determines_the_result() -> None:
+    recipe = load_recipe("gptq-w4")
+    assert dataclasses.replace(recipe, name="x", description="y").fingerprint() == recipe.fingerprint()
+    assert dataclasses.replace(recipe, calibration=Calibration(seed=1)).fingerprint() != recipe.fingerprint()
+    assert dataclasses.replace(recipe, kv_scales=False).fingerprint() != recipe.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
+        ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
+        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: gptq, rtn"),
+        ("steps: {method: gptq}", "steps: expected a list of mappings"),
+        ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
+        ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
+        ("steps: [{method: gptq, bits: 3}]", "bits: 3 is not served by vLLM; use 4 or 8"),
+        ("steps: [{method: rtn, group_size: 16}]", "group_size: 16 has no kernel in vLLM; use 32, 64, 128, or -1"),
+        ("steps: [{method: rtn, bits: 8, symmetric: false}]", "8-bit weights with zero-points have no kernel"),
+        ("steps: [{method: rtn, activations: int8}]", "activations: int8 needs 8-bit symmetric weights"),
+        ("steps: [{method: rtn, search: best}]", "search: 'best' is not one of minmax, mse"),
+        ("steps: [{method: gptq, damping: 0}]", "damping: 0.0 is not in"),
+        ("ignore: lm_head", "ignore: expected a list of strings"),
+        ("calibration: {samples: 3}", "calibration: unknown key 'samples'; valid keys: length, num_samples, seed"),
+        ("calibration: {num_samples: 0}", "at least 1 sample"),
+        ("- a\n- b", "expected a mapping with the key 'steps'"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_bad_recipes_are_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ParetoError, match=message) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_list_the_known() -> None:
+    with pytest.raises(ParetoError, match=r"unknown recipe 'gptq-w5'; built-in recipes: .*gptq-w4,"):
+        load_recipe("gptq-w5")
+    with pytest.raises(ParetoError, match=r"recipe missing\.yaml: no such file"):
+        load_recipe("missing.yaml")
