@@ -156,7 +156,7 @@ def make_plan(settings: Settings) -> Plan:
             tokenizer, filler, lengths, settings.needle_depths, per_cell=settings.needles_per_cell, seed=settings.seed
         )
     max_model_len = max([settings.window_tokens + 1, *lengths])
-    memory = settings.kv_cache_memory_bytes or _default_memory(baseline, max_model_len, settings.tensor_parallel_size)
+    memory = settings.kv_cache_memory_bytes or default_memory(baseline, max_model_len, settings.tensor_parallel_size)
     shared = {
         "texts": [(t.name, hashlib.sha256(t.windows.numpy().tobytes()).hexdigest()) for t in texts],
         "trials": hashlib.sha256(repr(trials).encode()).hexdigest(),
@@ -279,7 +279,7 @@ def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
     return sets
 
 
-def _default_memory(folder: Path, max_model_len: int, ranks: int) -> int:
+def default_memory(folder: Path, max_model_len: int, ranks: int) -> int:
     """Return the KV memory for two of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
     config = read_config(folder)
     text = config.get("text_config") or config
