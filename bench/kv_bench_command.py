@@ -160,8 +160,8 @@ def markdown(report: KVBenchReport) -> str:
     head = [
         f"# KV-cache speed of {report.model}",
         "",
-        f"Median of {settings['rounds']} alternating rounds (slowest and fastest in brackets), {settings['steps']} decode "
-        f"steps each; ratios to {plain_dtype(report.baseline)} within a round, above 1 is better. "
+        f"Median of {settings['rounds']} alternating rounds (slowest and fastest in brackets), {settings['steps']} "
+        f"decode steps each; ratios to {plain_dtype(report.baseline)} within a round, above 1 is better. "
         f"{environment['machine']}, {environment['versions']}, commit {environment['commit']}.",
         "",
         "| " + " | ".join(HEADINGS) + " |",

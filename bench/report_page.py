@@ -91,11 +91,11 @@ def _row(row: Row) -> list[Any]:
         n = row.needle
         needle = _cell(f"{n['value']:.1%}", f"{n['low']:.0%} to {n['high']:.0%}" if n.get("low") is not None else "")
     load = row.load
-    none = row.kv_bytes_per_token is None
+    per_token = "" if row.kv_bytes_per_token is None else f"{row.kv_bytes_per_token:,.0f} B/token"
     return [
         row.name + (" (baseline)" if row.is_baseline else ""),
         DASH if row.weight_bits is None else _cell(f"{row.weight_bits:.2f}"),
-        DASH if row.kv_bits is None else _cell(f"{row.kv_bits:.2f}", "" if none else f"{row.kv_bytes_per_token:,.0f} B/token"),
+        DASH if row.kv_bits is None else _cell(f"{row.kv_bits:.2f}", per_token),
         DASH if row.weight_bytes is None else _cell(size(row.weight_bytes)),
         DASH if row.kv_tokens is None else _cell(f"{row.kv_tokens:,}"),
         perplexity,
@@ -196,17 +196,14 @@ def _stage(name: str, stage: Document) -> list[str]:
 
 
 def _kv_bench(document: Document) -> dict[str, Any]:
-    points = [(p["batch"], p["context"]) for d in document["dtypes"] for p in d["points"]]
-    grid = sorted(set(points))
-    rounds = max((p["step_ms"]["n"] for d in document["dtypes"] for p in d["points"]), default=0)
+    points = [p for entry in document["dtypes"] for p in entry["points"]]
+    grid = sorted({(p["batch"], p["context"]) for p in points})
+    rounds = max((p["step_ms"]["n"] for p in points), default=0)
     headings = ["KV-cache dtype", "KV tokens"]
     for batch, context in grid:
         headings += [f"{batch} x {context:,}: ms/step", "speed", "prefill tokens/s", "speed"]
     rows = []
-    best = {
-        point: max(p["step_ratio"] or 0 for d in document["dtypes"] for p in d["points"] if (p["batch"], p["context"]) == point)
-        for point in grid
-    }  # fmt: skip
+    best = {point: max(p["step_ratio"] or 0 for p in points if (p["batch"], p["context"]) == point) for point in grid}
     for entry in document["dtypes"]:
         if entry["error"]:
             rows.append([entry["kv_cache_dtype"], _cell(f"not measured: {entry['error']}"[:90])])

@@ -65,9 +65,9 @@ def time_batch(llm: Any, batch_prompts: list[list[int]], steps: int) -> Timing:
             now = time.perf_counter()
             advanced = 0
             for output in outputs:
-                tokens = len(output.outputs[0].token_ids)
-                advanced += tokens > counts.get(output.request_id, 0)
-                counts[output.request_id] = tokens
+                produced = len(output.outputs[0].token_ids)
+                advanced += produced > counts.get(output.request_id, 0)
+                counts[output.request_id] = produced
             if not prefill:
                 if len(counts) == len(names) and min(counts.values()) > 0:
                     prefill = now - started
