@@ -71,14 +71,16 @@ class WordPrompts:
         self._prefix_tokens = prefix_tokens
         rng = np.random.default_rng([seed, 0])
         count = round(prefix_tokens / cost.per_word)
-        self._prefix = [cost.words[i] for i in rng.integers(len(cost.words), size=count)]
+        # The first word has no space before it, so each word may cost something else there. All prompts start with the
+        # one that the calibration started with, whose cost is part of the overhead.
+        self._start = [cost.words[0], *(cost.words[i] for i in rng.integers(len(cost.words), size=count))]
 
     def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
         """Return ``prefix_tokens`` shared tokens and then a drawn number of random ones."""
         tokens = self._prefix_tokens + self._lengths.sample(rng)
-        count = max(1, self._cost.words_for(tokens) - len(self._prefix))
+        count = max(0, self._cost.words_for(tokens) - len(self._start))
         words = self._cost.words
-        return Prompt(" ".join([*self._prefix, *(words[i] for i in rng.integers(len(words), size=count))]), tokens)
+        return Prompt(" ".join([*self._start, *(words[i] for i in rng.integers(len(words), size=count))]), tokens)
 
 
 class TokenIdPrompts:

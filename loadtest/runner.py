@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -143,17 +144,15 @@ def run_load_test(settings: Settings) -> Summary:
         for spec in settings.stages:
             entered.append(spec)
             exporter.begin_stage(spec.concurrency, spec.rate)
-            stage = Stage(spec, request.seed)
+            stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
-            if sampler:
-                sampler.enter(spec.index)
             progress.show(stage)
             _run_stage(environment, spec, stop)
             if stop.is_set():
                 break
             unfinished -= {spec.index}
             if sampler:
-                sampler.sample()
+                sampler.leave()
         duration, generator = clock.now() - began, lag.stop()
         summary = Summary(
             label=settings.label or server.model,

@@ -53,7 +53,7 @@ def cache_config(text: str) -> dict[str, str]:
 class Sampler:
     """Reads ``/metrics`` once an interval and appends each sample to a JSON Lines file.
 
-    A line is ``{"unix_s": ..., "stage": ..., "metrics": {name: value}}``; stage -1 is before the first. A failed read
+    A line is ``{"unix_s": ..., "stage": ..., "metrics": {name: value}}``; stage -1 is warm-up and before. A failed read
     is a line with ``error`` instead of ``metrics``: it never disturbs the load.
     """
 
@@ -97,6 +97,11 @@ class Sampler:
             self._samples.setdefault(int(line["stage"]), []).append(line["metrics"])
         self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._file.flush()
+
+    def leave(self) -> None:
+        """Take the last sample of the present stage."""
+        self.sample()
+        self._stage = -1
 
     def series(self, stage: int) -> dict[str, MetricSeries]:
         """Return mean, peak and growth of every metric during a stage."""

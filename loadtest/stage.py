@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,14 +59,21 @@ class Stage:
     Closed loop: users call :meth:`take` for each request and :meth:`done` after it. Warm-up requests come first; the
     measured phase begins when the last of them has ended, so that none of them overlaps it. Open loop: the scheduler
     asks :meth:`arrivals` for the offsets of each phase.
+
+    Args:
+        spec: what to do.
+        seed: of the arrivals.
+        before_measuring: called when no warm-up request is in flight any more and no measured one was sent yet.
+
     """
 
-    def __init__(self, spec: StageSpec, seed: int) -> None:
+    def __init__(self, spec: StageSpec, seed: int, before_measuring: Callable[[], None] | None = None) -> None:
         self.spec = spec
         self.sent = 0
         self.ended = 0
         self.measured_from: float | None = None
         self._seed = seed
+        self._before_measuring = before_measuring
         self._warmups_taken = 0
         self._warmups_ended = 0
         self._warm = Event()
@@ -78,7 +85,9 @@ class Stage:
         return 0.0 if self.measured_from is None else clock.now() - self.measured_from
 
     def begin_measuring(self) -> None:
-        """Start the measured phase: ``duration_s`` counts from here."""
+        """Start the measured phase, after ``before_measuring``: ``duration_s`` counts from here."""
+        if self._before_measuring is not None:
+            self._before_measuring()
         self.measured_from = clock.now()
         self._warm.set()
 

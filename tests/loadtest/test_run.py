@@ -182,7 +182,7 @@ def test_planted_failures_are_counted_apart(mock_server: Factory, tmp_path: Path
 
 def test_the_summary_file_is_the_schema(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=100, itl_ms=10)
-    words = "--requests 6 --concurrency 2 --output-tokens 30 --label int4 --api-key sk-secret --seed 5"
+    words = "--requests 6 --concurrency 2 --warmup 3 --output-tokens 30 --label int4 --api-key sk-secret --seed 5"
     summary, _ = run(server, tmp_path, words)
     text = (tmp_path / "summary.json").read_text()
     document = json.loads(text)
