@@ -116,21 +116,23 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 def _throughput_table(stages: Sequence[StageResult]) -> Table:
     table = Table(box=SIMPLE)
     table.add_column("load", no_wrap=True)
-    for heading in ("ok", "failed", "time s", "req/s", "out tok/s", "tok/s", "good/s", "good"):
-        table.add_column(heading, justify="right")
+    for heading in ("ok", "failed", "seconds", "req/s", "out tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    with_goodput = any(stage.goodput for stage in stages)
+    if with_goodput:
+        table.add_column("good/s", justify="right", no_wrap=True)
+        table.add_column("good", justify="right", no_wrap=True)
     for stage in stages:
         rates, good = stage.throughput, stage.goodput
-        table.add_row(
-            load_name(stage),
-            str(stage.requests.ok),
-            str(stage.requests.failed),
-            f"{rates.window_s:.1f}" if rates else "-",
-            f"{rates.requests_per_s:.2f}" if rates else "-",
-            f"{rates.output_tokens_per_s:.1f}" if rates else "-",
-            f"{rates.total_tokens_per_s:.1f}" if rates else "-",
-            f"{good.requests_per_s:.2f}" if good else "-",
-            f"{good.fraction:.0%}" if good else "-",
-        )
+        cells = [load_name(stage), str(stage.requests.ok), str(stage.requests.failed)]
+        if rates:
+            cells += [f"{rates.window_s:.1f}", f"{rates.requests_per_s:.2f}"]
+            cells.append(f"{rates.output_tokens_per_s:.1f}")
+        else:
+            cells += ["-"] * 3
+        if with_goodput:
+            cells += [f"{good.requests_per_s:.2f}", f"{good.fraction:.0%}"] if good else ["-", "-"]
+        table.add_row(*cells)
     return table
 
 
