@@ -1,0 +1,41 @@
+import json
+
+import numpy as np
+import pytest
+
+from bench.files import read_arrays, read_json, write_arrays, write_json, write_text
+from kv_cache.errors import ParetoError
+
+
+def test_round_trips(tmp_path):
+    write_json(tmp_path / "new" / "a.json", {"a": [1, None]})
+    assert read_json(tmp_path / "new" / "a.json") == {"a": [1, None]}
+    write_arrays(tmp_path / "a.npz", {"x": np.arange(3), "name": np.array("bfloat16")})
+    arrays = read_arrays(tmp_path / "a.npz")
+    assert arrays["x"].tolist() == [0, 1, 2]
+    assert str(arrays["name"]) == "bfloat16"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"new": float("nan")})
+    assert read_json(tmp_path / "a.json") == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_damaged_files_count_as_missing(tmp_path):
+    write_arrays(tmp_path / "a.npz", {"x": np.arange(1000)})
+    whole = (tmp_path / "a.npz").read_bytes()
+    for size in (0, 3, 100, len(whole) - 30):
+        (tmp_path / "a.npz").write_bytes(whole[:size])
+        assert read_arrays(tmp_path / "a.npz") is None
+    (tmp_path / "a.json").write_text(json.dumps({"a": 1})[:-1])
+    assert read_json(tmp_path / "a.json") is None
+    assert read_json(tmp_path / "missing.json") is None
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ParetoError, match="cannot be written"):
+        write_text(tmp_path / "file" / "below.txt", "x")
