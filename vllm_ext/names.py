@@ -1,0 +1,6 @@
+"""Names by which the plugin's parts find one another across processes."""
+
+CPU_BACKEND = "PARETO_CPU"
+CPU_BACKEND_PATH = "vllm_ext.cpu_backend.CPUCodesBackend"
+SCALES_KEY = "pareto_kv_scales"
+"""Key of ``--additional-config`` whose value is the folder that holds ``kv_scales/``; set at start-up if it is not."""

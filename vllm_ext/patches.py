@@ -1,0 +1,97 @@
+"""Every change that this plugin makes to vLLM's own objects, and no other code.
+
+vLLM has no registry of KV-cache dtypes yet, so the names are added where vLLM keeps its closed list, and the places
+that choose an attention backend and build the engine's configuration are wrapped. Nothing changes for vLLM's own
+dtypes. Applying the patches twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic.dataclasses import rebuild_dataclass
+
+from kv_cache.formats import FORMATS
+
+_MARK = "_pareto_patched"
+
+
+def apply() -> None:
+    """Apply all patches to the vLLM of this process."""
+    _add_dtypes()
+    _choose_backend()
+    _check_at_start()
+
+
+def _add_dtypes() -> None:
+    import vllm.config
+    from vllm.config import cache
+    from vllm.engine import arg_utils
+    from vllm.utils import torch_utils
+    from vllm.v1.attention import selector
+
+    names = get_args(cache.CacheDType)
+    if set(FORMATS) <= set(names):
+        return
+    extended = Literal[(*names, *FORMATS)]  # type: ignore[valid-type]
+    for module in (cache, arg_utils, selector):
+        module.CacheDType = extended
+    cache.CacheConfig.__annotations__["cache_dtype"] = extended
+    for field in dataclasses.fields(cache.CacheConfig):
+        if field.name == "cache_dtype":
+            field.type = extended
+    arg_utils.EngineArgs.__annotations__["kv_cache_dtype"] = extended
+    for name in FORMATS:
+        torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
+    # VllmConfig holds a CacheConfig, whose schema it has compiled into its own.
+    for config in (cache.CacheConfig, vllm.config.VllmConfig):
+        rebuild_dataclass(config, force=True)  # type: ignore[arg-type]
+
+
+def _choose_backend() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_ext.names import CPU_BACKEND, CPU_BACKEND_PATH
+
+    if CPU_BACKEND not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(CPU_BACKEND, CPU_BACKEND_PATH)
+    original = CpuPlatform.get_attn_backend_cls.__func__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_selector_config.kv_cache_dtype in FORMATS:
+            from vllm_ext.cpu_backend import backend_path
+
+            return backend_path(attn_selector_config)
+        return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+
+    setattr(get_attn_backend_cls, _MARK, True)
+    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _check_at_start() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        if config.cache_config.cache_dtype in FORMATS:
+            from vllm_ext.startup import prepare
+
+            prepare(config)
+        return config
+
+    setattr(create_engine_config, _MARK, True)
+    EngineArgs.create_engine_config = create_engine_config

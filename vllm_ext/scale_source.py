@@ -1,0 +1,100 @@
+"""Where a served model's calibrated scales come from: its own checkpoint, or a calibration made when it starts.
+
+The engine's configuration is made once, in the process that the user started; :func:`find_scales` runs there and leaves
+the folder's name in ``additional_config``, which vLLM hands to every worker.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kv_cache.errors import ParetoError
+from kv_cache.formats import KVFormat
+from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
+from vllm_ext.names import SCALES_KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: str) -> KVScales:
+    return KVScales.load(folder)
+
+
+def find_scales(config: VllmConfig) -> Path:
+    """Return the folder whose ``kv_scales/`` fits the model: named by the user, the checkpoint's own, or made now.
+
+    Raises:
+        ParetoError: there is none and none can be made, or it belongs to another model.
+
+    """
+    model = config.model_config
+    named = config.additional_config.get(SCALES_KEY)
+    folder = Path(named) if named else _checkpoint_folder(model)
+    if folder is None or not (folder / SCALES_FILE).is_file():
+        if named:
+            raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
+        from vllm_ext.auto_calibration import calibrate
+
+        folder = calibrate(model.model if folder is None else str(folder))
+    check_geometry(_load(str(folder)), config, folder)
+    return folder
+
+
+def _checkpoint_folder(model: Any) -> Path | None:
+    """Return the checkpoint's local folder, fetching only the scales of a hub model; None where it has none."""
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(model.model, str(SCALES_FILE), revision=model.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return None
+    return Path(found).parent.parent
+
+
+def check_geometry(scales: KVScales, config: VllmConfig, folder: Path) -> None:
+    """Raise unless the scales were made for a model of this shape."""
+    model = config.model_config
+    expected = (
+        model.get_total_num_hidden_layers() if hasattr(model, "get_total_num_hidden_layers") else scales.num_layers,
+        model.get_total_num_kv_heads(),
+        model.get_head_size(),
+    )
+    found = (scales.num_layers, scales.num_kv_heads, scales.head_dim)
+    if found != expected:
+        raise ParetoError(
+            f"the KV scales in {folder} are for {found[0]} layers of {found[1]} KV heads of {found[2]} channels, the "
+            f"model has {expected[0]}, {expected[1]} and {expected[2]}: make them with 'pareto compress --recipe "
+            "kv-scales'"
+        )
+
+
+def layer_scales(config: VllmConfig, fmt: KVFormat, index: int, num_kv_heads: int) -> LayerScales:
+    """Return a layer's scales for the KV heads that this rank holds.
+
+    Args:
+        config: the engine's, after :func:`find_scales`.
+        fmt: a static format.
+        index: of the layer in the model.
+        num_kv_heads: of this rank.
+
+    """
+    folder = config.additional_config.get(SCALES_KEY)
+    if not folder:
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} needs calibrated scales, and the engine was given none")
+    scales = _load(str(folder)).layer(fmt, index)
+    total = scales.key_scale.shape[0]
+    if num_kv_heads == total:
+        return scales
+    # Ranks that outnumber the KV heads hold copies of them, one head each.
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    copies = max(1, get_tensor_model_parallel_world_size() // total)
+    first = get_tensor_model_parallel_rank() // copies * num_kv_heads
+    return scales.heads(first, first + num_kv_heads)

@@ -1,0 +1,95 @@
+"""``pareto serve``: vLLM's own server with this project's defaults and a check that the plugin is active."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+
+from kv_cache.errors import ParetoError
+
+HELP = "serve a model with vLLM over an OpenAI-compatible endpoint"
+USER_ERRORS = (ParetoError,)
+PASS_THROUGH = True
+DESCRIPTION = """\
+Serve a model: 'vllm serve' with loopback as the default address, a check that this plugin is active, and names of
+embedded models resolved. Every flag of 'vllm serve' passes through.
+
+examples:
+  pareto serve ref-7m --kv-cache-dtype int4_per_head
+  pareto serve ./qwen-w4 --kv-cache-dtype int8_per_head --port 8001 --max-model-len 8192
+
+KV-cache dtypes of this plugin (vLLM's own stay available):
+  int8_per_head, int6_per_head, k8v4_per_head, int4_per_head   calibrated scales, exactly 8, 6, 6 and 4 bits
+  int8_per_tensor, int4_per_tensor                             one scale a layer (for comparison)
+  int8_per_group, int4_per_group                               scales kept in the page, 9 and 5 bits, no calibration
+
+A checkpoint without calibrated scales is calibrated when it is first served; 'pareto compress --recipe kv-scales'
+does it ahead of time.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that this command reads itself; the rest is vLLM's."""
+    parser.add_argument("model", nargs="?", default="ref-7m", help="directory, hub name, or ref-7m (the default)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="see above (default: %(default)s)")
+    parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise unless the address can be listened on.
+
+    Raises:
+        ParetoError: the port is in use, or the address is not this machine's.
+
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise ParetoError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+
+
+def check_plugin(kv_cache_dtype: str) -> None:
+    """Raise unless vLLM will load this plugin and knows the dtype.
+
+    Raises:
+        ParetoError: an unsupported vLLM, a plugin switched off by VLLM_PLUGINS, or an unknown dtype.
+
+    """
+    from typing import get_args
+
+    from vllm_ext.plugin import register
+    from vllm_ext.versions import check_vllm_version
+
+    check_vllm_version()
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "pareto" not in allowed.split(","):
+        raise ParetoError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading this plugin: add 'pareto' to it or unset it")
+    if kv_cache_dtype == "auto":
+        return  # importing vLLM to check a default would double the start-up time
+    register()
+    from vllm.config.cache import CacheDType
+
+    if kv_cache_dtype not in get_args(CacheDType):
+        raise ParetoError(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; valid: {', '.join(get_args(CacheDType))}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Become ``vllm serve``; only returns by raising."""
+    from quant_methods.model_source import resolve_model
+
+    check_port(args.host, args.port)
+    check_plugin(args.kv_cache_dtype)
+    model = str(resolve_model(args.model, quantized=True))
+    names = args.served_model_name or [args.model]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", args.host]
+    command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--served-model-name", *names]
+    sys.stdout.flush()
+    # The server replaces this process, so that signals reach it and nothing is left behind.
+    os.execv(sys.executable, [*command, *args.rest])

@@ -1,0 +1,49 @@
+"""What happens once in the process that starts an engine with one of our dtypes: checks, scales, metrics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kv_cache.errors import ParetoError
+from kv_cache.formats import HEAD_SIZES, get_format
+from vllm_ext.names import SCALES_KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def prepare(config: VllmConfig) -> None:
+    """Refuse what the dtype cannot serve, find or make its scales, and publish its metrics.
+
+    Raises:
+        ParetoError: one line that says what does not fit and what to use instead.
+
+    """
+    from vllm.platforms import current_platform
+
+    fmt = get_format(config.cache_config.cache_dtype)
+    model = config.model_config
+    instead = "use --kv-cache-dtype auto"
+    if not current_platform.is_cpu():
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} is served on CPU only so far: {instead} or fp8 here")
+    if model.use_mla:
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve multi-head latent attention: {instead}")
+    if model.is_attention_free:
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} has nothing to serve in a model without attention: {instead}")
+    if model.get_head_size() not in HEAD_SIZES:
+        raise ParetoError(
+            f"--kv-cache-dtype {fmt.name} does not serve head size {model.get_head_size()} (it serves "
+            f"{', '.join(map(str, HEAD_SIZES))}): {instead}"
+        )
+    if config.kv_transfer_config is not None:
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve KV transfer between instances: {instead}")
+    from kv_cache.cpu_kernels import best_isa
+
+    best_isa()
+    if fmt.static:
+        from vllm_ext.scale_source import find_scales
+
+        config.additional_config[SCALES_KEY] = str(find_scales(config))
+    from vllm_ext.metrics import publish
+
+    publish(config)
