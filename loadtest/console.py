@@ -139,7 +139,7 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
 def _latency_table(stages: Sequence[StageResult]) -> Table:
     table = Table(box=SIMPLE)
     table.add_column("load", no_wrap=True)
-    table.add_column("milliseconds")
+    table.add_column("ms", no_wrap=True)
     for heading in ("mean", "P50", "P90", "P95", "P99", "max"):
         table.add_column(heading, justify="right")
     for stage in stages:

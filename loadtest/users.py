@@ -16,6 +16,9 @@ from loadtest.sink import Sink
 from loadtest.stage import Stage, Ticket
 from loadtest.workload import Request, Workload
 
+# A closed loop against a server that has gone must not spin: a refused connection ends at once.
+_DEAD_SERVER_PAUSE_S = 0.1
+
 
 class RequestFailedError(Exception):
     """What Locust counts as a failure: the error's class and message."""
@@ -66,8 +69,8 @@ class Session:
         stream = self.stream_id if stream_id is None else stream_id
         return self._workload.request(self.stage.spec.index, ticket.index, ticket.warmup, stream)
 
-    def send(self, ticket: Ticket, request: Request, intended: float | None = None) -> None:
-        """Send a request now, record it and tell Locust, whatever becomes of it.
+    def send(self, ticket: Ticket, request: Request, intended: float | None = None) -> Record:
+        """Send a request now, record it and tell Locust, whatever becomes of it; returns the record.
 
         Args:
             ticket: what :class:`Stage` handed out.
@@ -97,6 +100,7 @@ class Session:
             self._sink.end(record)
             self.stage.done(ticket)
             self._tell_locust(record)
+        return record
 
     def _tell_locust(self, record: Record) -> None:
         if record.outcome == records.CANCELLED:
@@ -139,7 +143,9 @@ class GenerationUser(User):
         ticket = session.stage.take()
         if ticket is None:
             raise StopUser
-        session.send(ticket, session.prepare(ticket))
+        record = session.send(ticket, session.prepare(ticket))
+        if record.error in (records.CONNECTION_REFUSED, records.CONNECTION_ERROR):
+            gevent.sleep(_DEAD_SERVER_PAUSE_S)
 
     def _run_arrivals(self, session: Session) -> None:
         stage, stream_id = session.stage, session.next_stream()

@@ -180,6 +180,12 @@ def test_planted_failures_are_counted_apart(mock_server: Factory, tmp_path: Path
     assert stage.latency.ttft_ms.count == 10
 
 
+def test_users_of_a_server_that_has_gone_do_not_spin(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(faults={"reset": 1})
+    summary, _ = run(server, tmp_path, "--concurrency 2 --duration 1")
+    assert 2 <= summary.stages[0].failures["connection_error"] <= 22
+
+
 def test_the_summary_file_is_the_schema(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=100, itl_ms=10)
     words = "--requests 6 --concurrency 2 --warmup 3 --output-tokens 30 --label int4 --api-key sk-secret --seed 5"
