@@ -1,0 +1,78 @@
+"""Small result documents of every kind, built from the schemas."""
+
+from dataclasses import asdict
+
+from bench.estimates import exp_estimate, mean_estimate, proportion
+from bench.kv_bench import Settings, summarize
+from bench.kv_bench_schema import KVBenchReport
+from bench.schema import ConfigurationResult, EvalReport, KVCache, ModelInfo, Needle, NeedleCell, TextQuality
+
+MACHINE = {"versions": {"python": "3.11"}, "machine": {"cpu": "test"}, "commit": "abc"}
+
+
+def kv_cache(dtype, bits):
+    per_token = 6 * 2 * 64 * 2 * bits / 8
+    return KVCache(dtype, 1 << 30, int((1 << 30) / per_token), 1 << 30, per_token, bits, 128)
+
+
+def configuration(dtype="auto", bits=16, kl=None, needle=1.0, model="ref-7m", weight_bits=16.0):
+    base = kl is None
+    text = TextQuality(
+        "words.txt", 3, 300, mean_estimate([3.0, 3.1, 3.2]), exp_estimate(mean_estimate([3.0, 3.1, 3.2])),
+        None if base else exp_estimate(mean_estimate([kl / 2] * 3), -1.0),
+        None if base else mean_estimate([kl * 0.9, kl, kl * 1.1]), None if base else kl * 10,
+        None if base else mean_estimate([0.9, 0.91, 0.92]),
+    )  # fmt: skip
+    cells = [NeedleCell(n, d, proportion(round(4 * needle), 4)) for n in (2048, 8192) for d in (0.0, 0.5)]
+    info = ModelInfo(model, "f" * 64, int(6_800_000 * weight_bits / 8), 6_800_000, weight_bits, None)
+    kv = "bf16" if dtype == "auto" else dtype
+    return ConfigurationResult(
+        f"{model}, {kv} KV", base, info, kv_cache(dtype, bits), [text], text,
+        Needle(proportion(round(16 * needle), 16), cells), 64,
+    )  # fmt: skip
+
+
+def eval_document(*configurations):
+    return EvalReport(
+        "complete", "2026-11-21T10:00:00+00:00", {"model": "ref-7m"}, MACHINE, list(configurations)
+    ).to_dict()
+
+
+def distribution(middle):
+    return {
+        "count": 40, "mean": middle, "std": 1.0, "min": middle / 2, "p50": middle, "p90": middle * 1.2,
+        "p95": middle * 1.3, "p99": middle * 1.5, "max": middle * 2,
+    }  # fmt: skip
+
+
+def stage(index, concurrency, ttft, rate):
+    return {
+        "index": index, "concurrency": concurrency, "rate": None, "requests": {"ok": 40, "failed": 0},
+        "latency": {"ttft_ms": distribution(ttft), "tpot_ms": distribution(ttft / 5)},
+        "throughput": {"output_tokens_per_s": rate, "requests_per_s": rate / 20},
+    }  # fmt: skip
+
+
+def loadtest_document(label, model="ref-7m", dtype="auto", ttft=50.0, rates=(100.0, 400.0)):
+    return {
+        "schema": "vllm-pareto/loadtest/1", "label": label, "started_at": "2026-11-21T11:00:00+00:00",
+        "environment": {"python": "3.11", "system": "Linux"},
+        "server": {"model": model, "cache_config": {"cache_dtype": dtype}},
+        "stages": [stage(i, 4**i, ttft * (i + 1), rate) for i, rate in enumerate(rates)],
+    }  # fmt: skip
+
+
+def kv_bench_document(**step_s):
+    """Return a document of one round from decode seconds by dtype, the first the baseline."""
+    settings = Settings("ref-7m", tuple(step_s), (8,), (4096,), 1, 64, 2048, "auto", 1 << 30, True, 1, 0)
+    samples = {
+        f"0 {dtype}": {
+            "kv_cache": asdict(kv_cache(dtype, 16 if dtype == "auto" else 4)),
+            "points": {"8x16": {"step_s": 0.001, "prefill_s": 0.01}, "8x4096": {"step_s": s, "prefill_s": 10.0}},
+        }
+        for dtype, s in step_s.items()
+    }
+    return KVBenchReport(
+        "complete", "2026-11-21T12:00:00+00:00", "ref-7m", next(iter(step_s)), asdict(settings), MACHINE,
+        summarize(settings, samples, {}),
+    ).to_dict()  # fmt: skip
