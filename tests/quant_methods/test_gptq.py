@@ -24,7 +24,7 @@ def problem(rows: int, columns: int, seed: int, tokens: int = 600) -> tuple[torc
 def reference(
     weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, order: list[int]
 ) -> torch.Tensor:
-    """4-bit optimal brain quantization in a fixed order, one inverse Hessian per channel (Eqs. 2 and 3, no Cholesky)."""
+    """4-bit optimal brain quantization in a fixed order, one inverse Hessian a channel (Eqs. 2 and 3)."""
     weight = weight.clone()
     codes = torch.zeros_like(weight)
     left = list(order)

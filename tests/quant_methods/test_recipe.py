@@ -59,7 +59,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: gptq, damping: 0}]", "damping: 0.0 is not in"),
         ("ignore: lm_head", "ignore: expected a list of strings"),
         ("calibration: {samples: 3}", "calibration: unknown key 'samples'; valid keys: length, num_samples, seed"),
-        ("calibration: {num_samples: 0}", "at least 1 sample"),
+        ("calibration: {num_samples: 0}", "at least 1 sequence"),
         ("- a\n- b", "expected a mapping with the key 'steps'"),
         ("a: [", "is not valid YAML"),
     ],

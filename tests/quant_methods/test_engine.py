@@ -1,0 +1,80 @@
+"""Stock vLLM serves what compress writes: every layout of the CPU in one checkpoint, in one engine."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant_methods.checkpoint import read_tensors, read_weight, unpack_linear
+from quant_methods.compress import compress
+from quant_methods.gptq import GPTQ
+from quant_methods.model_source import resolve_model
+from quant_methods.recipe import Calibration, Recipe, WeightStep
+from quant_methods.rtn import RTN
+from quant_methods.text_source import load_sequences
+
+# One layout for each of ref-7m's six blocks.
+LAYOUTS: tuple[WeightStep, ...] = (
+    GPTQ(bits=4, group_size=128, symmetric=False, targets=("model.layers.0.*",)),
+    GPTQ(bits=4, group_size=32, symmetric=True, targets=("model.layers.1.*",)),
+    GPTQ(bits=4, group_size=64, symmetric=False, act_order=False, targets=("model.layers.2.*",)),
+    RTN(bits=4, group_size=-1, symmetric=True, targets=("model.layers.3.*",)),
+    RTN(bits=4, group_size=-1, symmetric=False, targets=("model.layers.4.*",)),
+    RTN(bits=8, group_size=-1, symmetric=True, activations="int8", targets=("model.layers.5.*",)),
+)
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_computes_what_the_dequantized_model_computes(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model_dir = resolve_model("ref-7m")
+    recipe = Recipe("layouts", steps=LAYOUTS, calibration=Calibration(8, 64), kv_scales=False)
+    report = compress(model_dir, recipe, tmp_path / "out")
+    assert "cpu" in report.devices
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokens = load_sequences(model_dir, None, 4, 96, split="evaluation")
+
+    @torch.no_grad()
+    def score() -> torch.Tensor:
+        logits = model(tokens).logits[:, :-1].log_softmax(-1)
+        return logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+    original = score()
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    for layer in report.layers:
+        step = LAYOUTS[int(layer.name.split(".")[2])]
+        linear = unpack_linear(layer.name, tensors, step.grid)
+        model.get_submodule(layer.name).weight.data = read_weight(linear)
+    expected = score()
+
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    script = Path(__file__).with_name("engine_logprobs.py")
+    command = [
+        sys.executable,
+        str(script),
+        str(tmp_path / "out"),
+        str(tmp_path / "tokens.json"),
+        str(tmp_path / "s.json"),
+    ]
+    # By default vLLM's CPU kernel rounds the activations of 4-bit layers to 8 bits too, where the CPU has AMX.
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0", "VLLM_PLUGINS": ""}
+    run = subprocess.run(
+        command, env={**os.environ, **settings}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    served = torch.tensor(json.loads((tmp_path / "s.json").read_text()))
+
+    noise = (served - expected).abs().mean().item()
+    damage = (original - expected).abs().mean().item()
+    print(f"mean |difference| of log-probabilities: served {noise:.4f}, quantization itself {damage:.4f}")
+    # bfloat16 arithmetic alone moves log-probabilities by about 0.01; a misread layout moves them by several.
+    assert noise < 0.05
+    assert noise < 0.3 * damage
