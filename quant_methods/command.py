@@ -98,15 +98,20 @@ def run(args: argparse.Namespace) -> int:
         def show(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=f"{recipe.name}: {what}")
 
-        report = compress(
-            args.model,
-            recipe,
-            args.out,
-            text=args.text,
-            device=args.device,
-            overwrite=args.overwrite,
-            progress=show,
-        )
+        try:
+            report = compress(
+                args.model,
+                recipe,
+                args.out,
+                text=args.text,
+                device=args.device,
+                overwrite=args.overwrite,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            finished = int(bar.tasks[task].completed)
+            console.print(f"stopped after {finished} finished blocks; the same command goes on from there")
+            raise
     _print_report(console, report, recipe, verbose=args.verbose)
     return 0
 

@@ -52,7 +52,8 @@ class LayerReport:
         name: the module's name.
         shape: [out, in].
         bits_per_weight: storage, scales and zero-points included.
-        relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data.
+        relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
+            that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too.
 
     """
 
@@ -411,6 +412,8 @@ class _Run:
             self.calibrator.finish({"recipe": self.recipe.name}).save(target)
         if self.out.exists():
             old = self.work / "replaced"
+            if old.exists():
+                shutil.rmtree(old)
             self.out.rename(old)
         target.rename(self.out)
         return size

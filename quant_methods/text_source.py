@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 """Called with (positions sampled, positions in all)."""
 
 
-def load_sequences(  # noqa: PLR0917 - what is read, how much, and which
+def load_sequences(
     model_dir: Path,
     text: Path | None,
     num: int,
@@ -240,7 +240,7 @@ def sample_sequences(
     start, banned = _special_tokens(config)
     rows: list[torch.Tensor] = []
     batches = -(-num // SAMPLE_BATCH)
-    with few_threads(SAMPLE_BATCH * config.hidden_size // 8):
+    with few_threads(8 * config.hidden_size):
         for batch in range(batches):
             size = min(SAMPLE_BATCH, num - batch * SAMPLE_BATCH)
             generator = torch.Generator().manual_seed(_derive(seed, split, batch))
