@@ -60,6 +60,9 @@ def quiet() -> None:
     """Keep vLLM's log and progress bars to errors, unless the user's environment says otherwise."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Deprecations inside other packages, repeated by every worker, say nothing to the user.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def build_llm(settings: EngineSettings) -> Any:

@@ -20,6 +20,7 @@ from kv_cache.errors import ParetoError
 
 HOST = "127.0.0.1"
 TAIL_LINES = 12
+SERVE = (sys.executable, "-m", "vllm_ext.cli", "serve")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(words: Sequence[str], log: Path, *, timeout_s: float = 600, grace_s: float = 20) -> Iterator[Server]:
+def serving(
+    words: Sequence[str], log: Path, *, timeout_s: float = 600, grace_s: float = 20, program: Sequence[str] = SERVE
+) -> Iterator[Server]:
     """Run ``pareto serve`` with ``words`` on a free loopback port until the block ends.
 
     The server and all its workers form a process group of their own, which is stopped whatever happens: the block ends
@@ -43,13 +46,14 @@ def serving(words: Sequence[str], log: Path, *, timeout_s: float = 600, grace_s:
         log: file for everything it prints.
         timeout_s: how long it may take to answer.
         grace_s: how long it may take to stop before it is killed.
+        program: what is started in place of ``pareto serve``; takes the same host and port.
 
     Raises:
         ParetoError: it ended or did not answer in time; the message has the end of its log.
 
     """
     port = free_port()
-    command = [sys.executable, "-m", "vllm_ext.cli", "serve", *words, "--host", HOST, "--port", str(port)]
+    command = [*program, *words, "--host", HOST, "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file, terminated_like_interrupted():
         process = subprocess.Popen(
