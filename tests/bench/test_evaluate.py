@@ -1,0 +1,162 @@
+"""What an evaluation keeps, reuses and refuses, on an engine whose logits are known."""
+
+import contextlib
+import functools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import engine
+from bench.evaluate import Evaluation
+from bench.plan import Settings, make_plan
+from bench.recording import Recording
+from bench.schema import KVCache
+from kv_cache.errors import ParetoError
+from quant_methods.model_source import EMBEDDED
+from quant_methods.text_source import load_tokenizer
+
+VOCABULARY = 8192
+NOISE = {"auto": 0.0, "fp8": 0.2, "int4_per_head": 0.6}
+
+
+@functools.cache
+def tokenizer():
+    return load_tokenizer(EMBEDDED / "ref-7m")
+
+
+class FakeLLM:
+    """Logits are a fixed function of the token plus noise that grows with the KV dtype's coarseness."""
+
+    log: list = []  # noqa: RUF012 - what all engines of a test did
+    interrupt_after: int | None = None
+    chunk = 64
+
+    def __init__(self, settings):
+        self.settings, self.recording = settings, None
+        self.table = torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def collective_rpc(self, method, args=()):
+        if method == "pareto_tap_begin":
+            self.recording = Recording(args[0], args[1], tuple(args[2]) if args[2] else None)
+            return [None]
+        recording, self.recording = self.recording, None
+        return [None, recording.finish()]  # the first rank records nothing
+
+    def generate(self, prompts, params, use_tqdm):
+        if FakeLLM.interrupt_after is not None and len(FakeLLM.log) >= FakeLLM.interrupt_after:
+            raise KeyboardInterrupt
+        dtype = self.settings.kv_cache_dtype
+        FakeLLM.log.append((dtype, "window" if self.recording else "needle"))
+        if self.recording is None:
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(text=self.answer(p["prompt_token_ids"]))]) for p in prompts
+            ]
+        tokens = torch.tensor(prompts[0]["prompt_token_ids"])
+        generator = torch.Generator().manual_seed(len(tokens))
+        noise = torch.randn(len(tokens), VOCABULARY, generator=generator) * NOISE[dtype]
+        logits = self.table[tokens % 64] + noise.bfloat16()
+        for start in range(0, len(tokens), FakeLLM.chunk):
+            count = min(FakeLLM.chunk, self.recording.rows - start)
+            if count > 0:
+                self.recording.add(start, FakeLLM.chunk, logits[start : start + count])
+        return []
+
+    def answer(self, prompt):
+        """Find the number by reading the prompt; the coarsest dtype finds nothing."""
+        if self.settings.kv_cache_dtype == "int4_per_head":
+            return " 0."
+        text = tokenizer().decode(prompt)
+        return text.split("is: ")[1][:5]
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Return a function that runs an evaluation; and reset what the engines log."""
+    (tmp_path / "words.txt").write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(FakeLLM, "log", [])
+    monkeypatch.setattr(FakeLLM, "interrupt_after", None)
+    monkeypatch.setattr(FakeLLM, "chunk", 64)
+    monkeypatch.setattr(engine, "running", lambda settings: contextlib.nullcontext(FakeLLM(settings)))
+    monkeypatch.setattr(engine, "kv_cache", lambda llm, s: KVCache(s.kv_cache_dtype, 100, 10, 100, 10.0, 16.0, 16))
+
+    def run(out="out", **changes):
+        settings = {
+            "model": "ref-7m", "kv_cache_dtypes": ("fp8", "int4_per_head"), "texts": (str(tmp_path / "words.txt"),),
+            "num_windows": 3, "window_tokens": 150, "needle_lengths": (200,), "needle_depths": (0.0, 1.0),
+            "needles_per_cell": 2,
+        }  # fmt: skip
+        return Evaluation(make_plan(Settings(**(settings | changes))), tmp_path / out).run()
+
+    return run
+
+
+def test_figures_of_all_configurations(evaluate, tmp_path):
+    report = evaluate()
+    base, fp8, int4 = report.configurations
+    assert (base.overall.kl, base.overall.top1_agreement, base.overall.perplexity_change) == (None, None, None)
+    assert base.overall.tokens == 3 * 149
+    assert 0 < fp8.overall.kl.value < int4.overall.kl.value
+    assert 1 > fp8.overall.top1_agreement.value > int4.overall.top1_agreement.value
+    # The mean over tokens of two normal vectors' divergence is half the noise's variance.
+    assert fp8.overall.kl.value == pytest.approx(0.2**2 / 2, rel=0.1)
+    assert [c.needle.accuracy.value for c in report.configurations] == [1.0, 1.0, 0.0]
+    document = json.loads((tmp_path / "out/eval.json").read_text())
+    assert (document["schema"], document["status"]) == ("vllm-pareto/eval/1", "complete")
+    assert document["configurations"][1]["overall"]["kl"]["value"] == fp8.overall.kl.value
+    assert document["settings"]["chunk_tokens"] == 64
+
+
+def test_an_interrupted_run_goes_on(evaluate, tmp_path):
+    FakeLLM.interrupt_after = 7  # five pieces of the baseline, two of fp8
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert json.loads((tmp_path / "out/eval.json").read_text())["status"] == "partial"
+    FakeLLM.interrupt_after = None
+    FakeLLM.log.clear()
+    resumed = evaluate()
+    assert FakeLLM.log == [("fp8", "window")] + [("fp8", "needle")] * 2 + [
+        *[("int4_per_head", "window")] * 3, *[("int4_per_head", "needle")] * 2,
+    ]  # fmt: skip
+    FakeLLM.log.clear()
+    fresh = evaluate("elsewhere")
+    assert resumed.configurations == fresh.configurations
+
+
+def test_the_baseline_is_measured_once_for_all_runs(evaluate):
+    evaluate()
+    FakeLLM.log.clear()
+    evaluate("other", kv_cache_dtypes=("fp8",))
+    assert {dtype for dtype, _ in FakeLLM.log} == {"fp8"}
+    FakeLLM.log.clear()
+    evaluate("other", kv_cache_dtypes=("fp8",))
+    assert FakeLLM.log == []
+    evaluate("third", kv_cache_dtypes=("fp8",), window_tokens=100)
+    assert {dtype for dtype, _ in FakeLLM.log} == {"auto", "fp8"}
+
+
+def test_damaged_pieces_are_measured_again(evaluate, tmp_path):
+    evaluate()
+    FakeLLM.log.clear()
+    store = next((tmp_path / "out/.work").iterdir())
+    window = store / "window-0001.npz"
+    window.write_bytes(window.read_bytes()[:50])
+    next((tmp_path / "cache/baselines").glob("*/logits-0002.bin")).unlink()
+    evaluate()
+    assert sorted(kind for _, kind in FakeLLM.log) == ["window"] * 2
+
+
+def test_an_engine_that_does_not_chunk_is_refused(evaluate, tmp_path):
+    FakeLLM.chunk = 128
+    with pytest.raises(RuntimeError, match="prefilled 128 tokens at once"):
+        evaluate()
+    assert not (tmp_path / "out/eval.json").exists()
+
+
+def test_a_full_disk_is_noticed_first(evaluate, monkeypatch):
+    monkeypatch.setattr("bench.evaluate.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ParetoError, match="lower --num-windows or point PARETO_CACHE"):
+        evaluate()
+    assert FakeLLM.log == []
