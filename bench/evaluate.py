@@ -88,6 +88,7 @@ class Evaluation:
         self.plan, self.out = plan, out
         self.console = console or Console(stderr=True)
         self.windows = [(text.name, window.tolist()) for text in plan.texts for window in text.windows]
+        self.environment = environment()
         self.base_store = Store(cache_dir() / "baselines" / plan.configurations[0].key)
 
     def store(self, configuration: Configuration) -> Store:
@@ -212,7 +213,7 @@ class Evaluation:
             status=status,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             settings=settings,
-            environment=environment(),
+            environment=self.environment,
             configurations=results,
         )
 

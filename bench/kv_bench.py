@@ -103,6 +103,7 @@ class KVBench:
         self.samples_file = out / ".work" / f"kv-bench-{key}.json"
         self.samples: dict[str, Sample] = read_json(self.samples_file) or {}
         self.errors: dict[str, str] = {}
+        self.environment = environment()
 
     def _ahead(self) -> int:
         s = self.settings
@@ -162,7 +163,7 @@ class KVBench:
             model=s.model,
             baseline=s.kv_cache_dtypes[0],
             settings=asdict(s) | {"max_model_len": self.max_model_len},
-            environment=environment(),
+            environment=self.environment,
             dtypes=summarize(s, self.samples, self.errors),
         )
 
