@@ -1,50 +1,114 @@
 """Calibrates the KV-cache scales of every static format from the queries, keys and values that a model produces.
 
 A forward pass over some text hands each layer's tensors to `KVCalibrator.observe`; `KVCalibrator.finish` then chooses
-one scale and zero per channel of each KV head (or per layer, for the per-tensor formats).
+one scale and zero per channel of each KV head (or one per layer, for the per-tensor formats): 8-bit codes cover all
+that was seen, fewer bits cover what kv_cache/clip_search.py chooses.
+
+Rotary embedding turns a pair of channels by an angle that grows with the position, so that keys fill ranges at
+position 8,000 that they never touch below 1,000. Scales calibrated on short text therefore clip long contexts.
+`Rotary` lets the calibrator turn what it saw to every position that will be served: queries and keys turned together
+leave attention unchanged (RoFormer, Su et al. 2021, equation 16), so the turned tensors are those of the same text
+farther on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kv_cache.clip_search import KeyImportance, affine, search_range
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
 from kv_cache.scales import KVScales, LayerScales
 
-CLIPPED_EACH_SIDE = 0.001
-"""Share of a channel's elements that 4-bit codes clip on each side."""
+FIRST_TOKENS = 4
+"""Tokens at a sequence's start that always stay in the sample, and at their own positions: attention sinks (Xiao et
+al. 2023, "Efficient streaming language models with attention sinks", which keeps 4) occur nowhere else."""
+TURNS = 8
+"""Positions over which a layer's kept sequences are spread at least, together."""
+MAX_ROWS = 8192
+"""Tokens that a search for one range looks at."""
+EXACT_BITS = 8
+"""From so many bits on codes cover all that was seen: clipping would gain nothing and could lose a rare outlier."""
+
+Range = tuple[Tensor, Tensor]
 
 
-def affine(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scale and zero (float32, shaped as the inputs) whose codes 0 and 2**bits - 1 read as low and high.
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary position embedding of a model's attention.
 
-    A channel that never varies gets a range small against its own size but wide enough for float32 to hold it: its
-    one value is then still read back.
+    Attributes:
+        inv_freq: float [rotated / 2], radians per position of each pair, scaled as the model scales it
+            (transformers: ``model.rotary_emb.inv_freq``); channels from ``rotated`` on are not rotated.
+        max_position: tokens of the longest context that the scales shall serve.
+        interleaved: a pair is channels 2i and 2i + 1 (GPT-J) rather than i and i + rotated / 2 (Llama).
+
     """
-    low, high = low.double(), high.double()
-    span = (high - low).clamp_min(1e-4 * torch.maximum(low.abs(), high.abs()).clamp_min(1e-6))
-    scale = (span / (2**bits - 1)).float()
-    return scale, (-low / scale.double()).float()
+
+    inv_freq: Tensor
+    max_position: int
+    interleaved: bool = False
+
+    def turn(self, x: Tensor, offset: int) -> Tensor:
+        """Return queries or keys moved ``offset`` positions on.
+
+        Args:
+            x: float32 [tokens, heads, head_dim], after rotary embedding.
+            offset: positions to move by.
+
+        """
+        # Angles in float64: float32 holds a late position's angle to a few thousandths of a radian only.
+        angle = self.inv_freq.to(x.device, torch.float64) * offset
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        rotated = 2 * angle.numel()
+        if self.interleaved:
+            first, second = x[..., 0:rotated:2], x[..., 1:rotated:2]
+        else:
+            first, second = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
+        return torch.cat((turned, x[..., rotated:]), -1)
+
+    def turn_keys(self, key: Tensor, offset: int) -> Tensor:
+        """Return keys moved ``offset`` positions on, but for the first tokens, which only ever are first."""
+        return torch.cat((key[:FIRST_TOKENS], self.turn(key[FIRST_TOKENS:], offset)))
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Sequence:
+    """A kept sequence of one layer, bfloat16, and the draw that kept it."""
+
+    draw: float
+    positions: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class _Layer:
-    """What is kept of one layer: exact ranges and some whole sequences."""
+    """What is kept of one layer: exact ranges and a few sequences."""
 
-    key_range: tuple[torch.Tensor, torch.Tensor] | None = None
-    value_range: tuple[torch.Tensor, torch.Tensor] | None = None
-    sequences: list[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.key_range: Range | None = None
+        self.value_range: Range | None = None
+        self.sequences: list[_Sequence] = []
+        self.seen = 0
+        self.tokens = 0
+        self.longest = 0
 
 
 class KVCalibrator:
     """Collects one model's queries, keys and values layer by layer and turns them into `KVScales`.
 
-    Memory: at most ``max_tokens`` tokens of keys and values a layer in bfloat16, and the queries of at most
-    ``max_queries`` of them, on the tensors' own device.
+    Memory, on the tensors' own device: for each layer at most ``max_tokens`` tokens of keys and values and
+    ``max_queries`` queries for each kept sequence, in bfloat16, which is 4 * num_kv_heads * head_dim bytes a token:
+    4 MiB a layer for 2 heads of 64 channels at the defaults, 32 MiB (1 GiB for 32 layers) for 8 heads of 128. While
+    it finishes a layer, `finish` takes about ten times that layer's share on top.
     """
 
     def __init__(
@@ -54,17 +118,43 @@ class KVCalibrator:
         head_dim: int,
         seed: int = 0,
         *,
+        rotary: Rotary | None = None,
         max_tokens: int = 8192,
         max_queries: int = 128,
     ) -> None:
+        """Prepare for a model's shape.
+
+        Args:
+            num_layers: decoder layers with a KV cache.
+            num_kv_heads: KV heads of a layer.
+            head_dim: channels of a head.
+            seed: which sequences, queries and tokens the searches see.
+            rotary: how positions turn queries and keys. Without it the scales fit contexts as long as the observed
+                sequences, and a model with rotary embedding loses quality beyond them.
+            max_tokens: tokens kept of each layer.
+            max_queries: queries kept of each kept sequence.
+
+        Raises:
+            ParetoError: a size is not positive, or rotary does not fit head_dim.
+
+        """
+        if min(num_layers, num_kv_heads, head_dim, max_queries) < 1 or max_tokens <= FIRST_TOKENS:
+            raise ParetoError(
+                "KV calibration: the numbers of layers, heads, channels, tokens and queries must be positive"
+            )
+        if rotary is not None and (
+            rotary.max_position < 1 or rotary.inv_freq.dim() != 1 or 2 * rotary.inv_freq.numel() > head_dim
+        ):
+            raise ParetoError(
+                f"KV calibration: rotary frequencies {tuple(rotary.inv_freq.shape)} for {rotary.max_position} "
+                f"positions do not fit heads of {head_dim} channels"
+            )
         self.num_layers, self.num_kv_heads, self.head_dim, self.seed = num_layers, num_kv_heads, head_dim, seed
-        self.max_tokens, self.max_queries = max_tokens, max_queries
-        self._layers = [_Layer() for _ in range(num_layers)]
-        self._random = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(num_layers)]
-        self._tokens = [0] * num_layers
+        self.rotary, self.max_tokens, self.max_queries = rotary, max_tokens, max_queries
+        self._layers = [_Layer(seed * 1_000_003 + index) for index in range(num_layers)]
 
     @torch.no_grad()
-    def observe(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Take one sequence's tensors of one layer; its first token must be the sequence's first.
 
         Args:
@@ -77,55 +167,68 @@ class KVCalibrator:
             ParetoError: there is no such layer, a shape is wrong, or a number is not finite.
 
         """
+        self._check(layer, query, key, value)
+        record, tokens = self._layers[layer], key.shape[0]
+        moved = key.float()
+        if self.rotary is not None:
+            # Position 0, the last, then a golden-ratio sequence, which leaves no gap however many sequences come.
+            share = (0.0, 1.0)[record.seen] if record.seen < 2 else record.seen * 0.6180339887498949 % 1
+            moved = self.rotary.turn_keys(moved, round(share * max(0, self.rotary.max_position - tokens)))
+        record.key_range = _widen(record.key_range, moved)
+        record.value_range = _widen(record.value_range, value)
+        record.seen += 1
+        record.tokens += tokens
+        record.longest = max(record.longest, tokens)
+        self._keep(record, query, key, value)
+
+    def _check(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not 0 <= layer < self.num_layers:
             raise ParetoError(f"KV calibration: there is no layer {layer}; the model has {self.num_layers}")
+        where = f"KV calibration, layer {layer}"
         shape = (key.shape[0], self.num_kv_heads, self.head_dim)
         if tuple(key.shape) != shape or tuple(value.shape) != shape or key.shape[0] == 0:
             raise ParetoError(
-                f"KV calibration, layer {layer}: keys {tuple(key.shape)} and values {tuple(value.shape)} must both be "
+                f"{where}: keys {tuple(key.shape)} and values {tuple(value.shape)} must both be "
                 f"[tokens, {self.num_kv_heads}, {self.head_dim}] with at least one token"
             )
         heads = query.shape[1] if query.dim() == 3 else 0
         if tuple(query.shape) != (shape[0], heads, self.head_dim) or heads == 0 or heads % self.num_kv_heads:
             raise ParetoError(
-                f"KV calibration, layer {layer}: queries {tuple(query.shape)} must be [{shape[0]}, num_heads, "
-                f"{self.head_dim}] with a multiple of {self.num_kv_heads} heads"
+                f"{where}: queries {tuple(query.shape)} must be [{shape[0]}, num_heads, {self.head_dim}] with a "
+                f"multiple of {self.num_kv_heads} heads"
             )
         for name, tensor in (("queries", query), ("keys", key), ("values", value)):
             if not tensor.isfinite().all():
-                raise ParetoError(f"KV calibration, layer {layer}: the {name} hold NaN or infinity")
-        record = self._layers[layer]
-        record.key_range = _widen(record.key_range, key)
-        record.value_range = _widen(record.value_range, value)
-        self._tokens[layer] += key.shape[0]
-        self._keep(layer, query, key, value)
+                raise ParetoError(f"{where}: the {name} hold NaN or infinity")
 
-    def _keep(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the sequence if its seeded draw is among the highest whose tokens fit."""
-        record, generator = self._layers[layer], self._random[layer]
-        draw = float(torch.rand((), generator=generator))
-        tokens = min(key.shape[0], self.max_tokens)
-        chosen = torch.randperm(tokens, generator=generator)[: self.max_queries].sort().values.to(query.device)
-        record.sequences.append(
-            (
-                draw,
-                chosen,
-                query[:tokens].index_select(0, chosen).bfloat16(),
-                key[:tokens].bfloat16(),
-                value[:tokens].bfloat16(),
+    def _keep(self, record: _Layer, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep the sequence if its seeded draw is among the highest, of which as many stay as fit."""
+        draw = float(torch.rand((), generator=record.generator))
+        full = sum(len(kept.key) for kept in record.sequences) >= self.max_tokens
+        if full and draw < record.sequences[-1].draw:
+            return
+        tokens, device = key.shape[0], key.device
+        if self.rotary is not None:
+            # A beginning is enough, since it can be turned to later positions; a quarter leaves room for other text.
+            chosen = torch.arange(min(tokens, max(self.max_tokens // 4, FIRST_TOKENS + 1)), device=device)
+        else:
+            chosen = _rows(tokens, torch.arange(min(FIRST_TOKENS, tokens)), self.max_tokens, record.generator).to(
+                device
             )
-        )
-        record.sequences.sort(key=lambda entry: -entry[0])
-        total = 0
-        for index, entry in enumerate(record.sequences):
-            total += entry[3].shape[0]
-            if total > self.max_tokens and index:
-                del record.sequences[index:]
-                break
+        positions = torch.randperm(len(chosen), generator=record.generator)[: self.max_queries].sort().values.to(device)
+        kept = [tensor.index_select(0, chosen).to(torch.bfloat16) for tensor in (key, value)]
+        asked = query.index_select(0, chosen[positions]).to(torch.bfloat16)
+        record.sequences.append(_Sequence(draw, positions, asked, kept[0], kept[1]))
+        record.sequences.sort(key=lambda sequence: -sequence.draw)
+        while len(record.sequences) > 1 and sum(len(s.key) for s in record.sequences) > self.max_tokens:
+            record.sequences.pop()
 
     @torch.no_grad()
     def finish(self, metadata: dict[str, Any] | None = None) -> KVScales:
         """Return the scales of every static format, float32 on the CPU.
+
+        The metadata gain ``calibration_tokens`` (of the layer that saw most), ``calibration_seed`` and
+        ``calibration_positions``: the longest context, in tokens, that the scales were fitted to.
 
         Args:
             metadata: JSON values to carry along with the calibration's own.
@@ -134,7 +237,7 @@ class KVCalibrator:
             ParetoError: a layer was never observed.
 
         """
-        missing = [index for index, record in enumerate(self._layers) if not record.sequences]
+        missing = [index for index, record in enumerate(self._layers) if not record.seen]
         if missing:
             raise ParetoError(
                 f"KV calibration: no keys and values of layer {', '.join(map(str, missing))} were observed; "
@@ -142,36 +245,104 @@ class KVCalibrator:
             )
         layers: dict[str, list[LayerScales]] = {name: [] for name, fmt in FORMATS.items() if fmt.static}
         for record in self._layers:
-            assert record.key_range is not None
-            assert record.value_range is not None
-            keys = torch.cat([entry[3] for entry in record.sequences]).float()
-            values = torch.cat([entry[4] for entry in record.sequences]).float()
+            chosen = self._ranges(record)
             for name, scales in layers.items():
                 fmt = FORMATS[name]
-                pairs = []
-                for sample, exact, bits in (
-                    (keys, record.key_range, fmt.key_bits),
-                    (values, record.value_range, fmt.value_bits),
-                ):
-                    low, high = exact if bits > 4 else _percentiles(sample, CLIPPED_EACH_SIDE)
-                    if fmt.granularity == "tensor":
-                        low, high = low.min().expand_as(low), high.max().expand_as(high)
-                    pairs += [tensor.cpu().contiguous() for tensor in affine(low, high, bits)]
+                pairs: list[Tensor] = []
+                for side, bits in (("key", fmt.key_bits), ("value", fmt.value_bits)):
+                    low, high = chosen[side, bits, fmt.granularity]
+                    for tensor in affine(low, high, bits):
+                        spread = tensor.expand(self.num_kv_heads * self.head_dim)
+                        pairs.append(spread.reshape(self.num_kv_heads, self.head_dim).cpu().contiguous())
                 scales.append(LayerScales(*pairs))
-        tokens = {"calibration_tokens": max(self._tokens), "calibration_seed": self.seed}
+        positions = max(record.longest for record in self._layers)
+        if self.rotary is not None:
+            positions = max(positions, self.rotary.max_position)
+        made = {
+            "calibration_tokens": max(record.tokens for record in self._layers),
+            "calibration_seed": self.seed,
+            "calibration_positions": positions,
+        }
         return KVScales(
-            self.num_layers, self.num_kv_heads, self.head_dim, layers=layers, metadata={**tokens, **(metadata or {})}
+            self.num_layers, self.num_kv_heads, self.head_dim, layers=layers, metadata={**(metadata or {}), **made}
         )
 
+    def _ranges(self, record: _Layer) -> dict[tuple[str, int, str], Range]:
+        """Return one layer's ranges by ("key" or "value", bits, granularity); each end is [channels of all heads]."""
+        assert record.key_range is not None
+        assert record.value_range is not None
+        keys, importance = self._key_sample(record)
+        values = torch.cat([sequence.value for sequence in record.sequences]).float()
+        rows = self._sample_rows(record, 1).to(values.device)
+        values = values[rows].flatten(1)
+        sides: dict[str, tuple[Range, Tensor, Tensor | None]] = {
+            "key": (_widen(record.key_range, keys), keys.flatten(1), importance.flatten(1)),
+            # Weighting values by the attention that their tokens receive gained nothing.
+            "value": (record.value_range, values, None),
+        }
+        ranges: dict[tuple[str, int, str], Range] = {}
+        for fmt in FORMATS.values():
+            for side, bits in (("key", fmt.key_bits), ("value", fmt.value_bits)):
+                if not fmt.static or (side, bits, fmt.granularity) in ranges:
+                    continue
+                (low, high), sample, weight = sides[side]
+                low, high = low.flatten(), high.flatten()
+                if fmt.granularity == "tensor":
+                    low, high = low.min()[None], high.max()[None]
+                    sample, weight = sample.reshape(-1, 1), None if weight is None else weight.reshape(-1, 1)
+                if bits < EXACT_BITS:
+                    low, high = search_range(sample, weight, low, high, bits)
+                ranges[side, bits, fmt.granularity] = (low, high)
+        return ranges
 
-def _widen(seen: tuple[torch.Tensor, torch.Tensor] | None, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the running minimum and maximum, float32 [num_kv_heads, head_dim], over the tokens seen so far."""
+    def _key_sample(self, record: _Layer) -> tuple[Tensor, Tensor]:
+        """Return keys, turned to positions spread over the context, and their elements' importance.
+
+        Both are float32 [tokens, num_kv_heads, head_dim].
+        """
+        count = len(record.sequences)
+        turns = 1 if self.rotary is None else -(-TURNS // count)
+        rows = self._sample_rows(record, turns)
+        keys, weights, start = [], [], 0
+        for index, kept in enumerate(record.sequences):
+            query, key, value = kept.query.float(), kept.key.float(), kept.value.float()
+            importance = KeyImportance(kept.positions, query, key, value)
+            for turn in range(turns):
+                turned, asked = key, query
+                if self.rotary is not None:
+                    share = (turn * count + index) / max(1, turns * count - 1)
+                    offset = round(share * max(0, self.rotary.max_position - len(key)))
+                    turned, asked = self.rotary.turn_keys(key, offset), self.rotary.turn(query, offset)
+                mine = (rows[(rows >= start) & (rows < start + len(key))] - start).to(key.device)
+                keys.append(turned[mine])
+                weights.append(importance.weight(asked)[mine])
+                start += len(key)
+        return torch.cat(keys), torch.cat(weights)
+
+    def _sample_rows(self, record: _Layer, turns: int) -> Tensor:
+        """Return which of the kept tokens, each sequence's repeated ``turns`` times, a search looks at, in order."""
+        lengths = [len(sequence.key) for sequence in record.sequences for _ in range(turns)]
+        starts = torch.tensor([0, *lengths]).cumsum(0)[:-1]
+        first = torch.cat(
+            [start + torch.arange(min(FIRST_TOKENS, n)) for start, n in zip(starts, lengths, strict=True)]
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        return _rows(sum(lengths), first, MAX_ROWS, generator)
+
+
+def _rows(count: int, always: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Return at most ``limit`` of the rows 0..count-1, in order: those always wanted, then a seeded choice."""
+    if count <= limit:
+        return torch.arange(count)
+    draw = torch.rand(count, generator=generator)
+    draw[always] = 2.0
+    return draw.topk(limit).indices.sort().values
+
+
+def _widen(seen: Range | None, tensor: Tensor) -> Range:
+    """Return the minimum and maximum over tokens, float32 [num_kv_heads, head_dim], widened by what was seen before."""
     low, high = (bound.float() for bound in tensor.aminmax(dim=0))
     return (low, high) if seen is None else (torch.minimum(seen[0], low), torch.maximum(seen[1], high))
 
 
-def _percentiles(sample: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ranges [num_kv_heads, head_dim] that leave ``share`` of a channel's tokens out on each side."""
-    ordered = sample.sort(dim=0).values
-    out = int(share * (ordered.shape[0] - 1))
-    return ordered[out], ordered[ordered.shape[0] - 1 - out]
+__all__ = ["KVCalibrator", "Rotary"]
