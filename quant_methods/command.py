@@ -109,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
                 progress=show,
             )
         except KeyboardInterrupt:
-            finished = int(bar.tasks[task].completed)
-            console.print(f"stopped after {finished} finished blocks; the same command goes on from there")
+            console.print("stopped; the same command goes on from the last finished block")
             raise
     _print_report(console, report, recipe, verbose=args.verbose)
     return 0

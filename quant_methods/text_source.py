@@ -247,17 +247,48 @@ def sample_sequences(
             tokens = torch.empty((size, length), dtype=torch.int64)
             tokens[:, 0] = start
             cache = DynamicCache(config=config)
+            cache.layers = [_reserved(layer, length) for layer in cache.layers]
             for position in range(1, length):
                 latest = tokens[:, position - 1 : position].to(device)
                 logits = model(latest, past_key_values=cache, use_cache=True).logits[:, -1].float()
                 if banned:
                     logits[:, banned] = -torch.inf
-                # Drawn on the CPU, whose generator is the same on every machine.
-                probabilities = torch.softmax(logits, -1).cpu()
-                tokens[:, position] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+                # Inverse of the distribution function at a number drawn on the CPU, whose generator is the same on
+                # every machine; torch.multinomial draws one number a vocabulary entry, most of a small model's time.
+                mass = torch.softmax(logits, -1).double().cumsum(-1).cpu()
+                drawn = torch.rand((size, 1), generator=generator, dtype=torch.float64) * mass[:, -1:]
+                tokens[:, position] = (
+                    torch.searchsorted(mass, drawn, right=True).squeeze(1).clamp_(max=mass.shape[1] - 1)
+                )
                 progress(batch * length + position, batches * length)
             rows.append(tokens)
     return torch.cat(rows)
+
+
+def _reserved(layer: Any, length: int) -> Any:
+    """Return a cache layer that writes into room for ``length`` tokens instead of copying itself for each token.
+
+    Layers of other kinds than transformers' plain one (sliding windows) are returned as they are.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class Reserved(DynamicLayer):
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                shape = (*key_states.shape[:2], length)
+                self.room = (
+                    key_states.new_empty((*shape, key_states.shape[-1])),
+                    value_states.new_empty((*shape, value_states.shape[-1])),
+                )
+            start = self.get_seq_length()
+            stop = start + key_states.shape[-2]
+            self.room[0][:, :, start:stop] = key_states
+            self.room[1][:, :, start:stop] = value_states
+            self.keys, self.values = (room[:, :, :stop] for room in self.room)
+            return self.keys, self.values
+
+    return Reserved() if type(layer) is DynamicLayer else layer
 
 
 def _special_tokens(config: Any) -> tuple[int, list[int]]:
