@@ -202,7 +202,6 @@ def assemble(source: Source, replaced: set[str], parts: list[Path], out: Path) -
     """
     pieces = [p for path in weight_files(source.dir) for p in _pieces(path) if p.name not in replaced]
     pieces += [piece for path in parts for piece in _pieces(path)]
-    # safetensors wants aligned tensors: wide elements first keeps every offset a multiple of its element's size.
     pieces.sort(key=lambda piece: piece.name)
     shards: list[list[_Piece]] = [[]]
     room = SHARD_BYTES
@@ -229,6 +228,7 @@ def assemble(source: Source, replaced: set[str], parts: list[Path], out: Path) -
 def _write_shard(path: Path, pieces: list[_Piece]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
+    # Wide elements first keeps every offset a multiple of its element's size, as readers that map the file want it.
     ordered = sorted(pieces, key=lambda piece: (-_ALIGNMENT.get(piece.entry["dtype"], 8), piece.name))
     for piece in ordered:
         header[piece.name] = {
