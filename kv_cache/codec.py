@@ -88,7 +88,7 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """Pack 2-bit codes [..., D] into bytes [..., D/4]: channels j, j + D/4, j + D/2, j + 3D/4 from the lowest bits up."""
+    """Pack 2-bit codes [..., D] into bytes [..., D/4]: channels j, j + D/4, j + D/2, j + 3D/4, lowest bits first."""
     a, b, c, d = codes.chunk(4, dim=-1)
     return (a & 3) | ((b & 3) << 2) | ((c & 3) << 4) | ((d & 3) << 6)
 

@@ -1,9 +1,9 @@
 """The quantized KV-cache dtypes: names, bits, granularity of their scales, and bytes per token.
 
 A code is an unsigned integer of ``bits`` bits. An element x of a key or value is stored as
-``code = clamp(round(x / scale + zero), 0, 2**bits - 1)`` and read as ``(code - zero) * scale``, where ``zero`` is a real
-number (it is folded into queries and outputs, so it need not be an integer). Where scale and zero come from is the
-format's granularity:
+``code = clamp(round(x / scale + zero), 0, 2**bits - 1)`` and read as ``(code - zero) * scale``, where ``zero`` is a
+real number (it is folded into queries and outputs, so it need not be an integer). Where scale and zero come from is
+the format's granularity:
 
 - ``head``: one vector over the channels for each KV head of each layer, calibrated offline, kept outside the page.
 - ``tensor``: one number for a layer's keys and one for its values, calibrated offline; the ablation's coarse end.

@@ -1,8 +1,8 @@
 """Where the codes of a page lie.
 
 vLLM hands a layer's cache to the backend as bytes of logical shape (blocks, KV heads, tokens, bytes per token): the
-range of one block and head, ``block_size * bytes_per_token`` bytes, is this format's to fill. It holds planes, one after
-the other, each a row-major (tokens, row bytes) matrix:
+range of one block and head, ``block_size * bytes_per_token`` bytes, is this format's to fill. It holds planes, one
+after the other, each a row-major (tokens, row bytes) matrix:
 
 ====================  =========================  =======================================================
 plane                 bytes of a token's row     content

@@ -114,7 +114,10 @@ class KVScales:
                     raise ParetoError(f"{path}: written by another version of vllm-pareto; make the scales again")
                 shape = tuple(int(header.pop(key)) for key in ("num_layers", "num_kv_heads", "head_dim"))
                 layers = {}
-                for name in sorted({key.rpartition(".")[0] for key in file.keys()} & set(FORMATS)):
+                for name in sorted(
+                    {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 - it is no mapping
+                    & set(FORMATS)
+                ):
                     stacks = [file.get_tensor(f"{name}.{tensor}") for tensor in TENSORS]
                     if any(tuple(stack.shape) != shape or not stack.isfinite().all() for stack in stacks):
                         raise ParetoError(f"{path}: the scales of {name} have a wrong shape or are not finite")
@@ -123,4 +126,4 @@ class KVScales:
                     layers[name] = [LayerScales(*(stack[i] for stack in stacks)) for i in range(shape[0])]
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ParetoError(f"{path} is truncated or no KV-scales file: make the scales again") from error
-        return cls(*shape, layers=layers, metadata=header)
+        return cls(shape[0], shape[1], shape[2], layers=layers, metadata=header)

@@ -124,9 +124,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = cast(Command, found[name].load())
     parser = build_parser(name, command)
+    user_errors: tuple[type[Exception], ...] = (ParetoError, *command.USER_ERRORS)
     try:
         return _run(parser, command, rest)
-    except (ParetoError, *command.USER_ERRORS) as error:
+    except user_errors as error:
         if os.environ.get("PARETO_DEBUG"):
             raise
         print(f"pareto {name}: error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
+from kv_cache.errors import ParetoError
 from vllm_ext.versions import vllm_version
 
 
@@ -27,7 +28,11 @@ def main() -> None:
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"
-    vllm_main()
+    try:
+        vllm_main()
+    except ParetoError as error:  # what start-up refuses is the user's to read, not a traceback
+        print(f"pareto serve: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

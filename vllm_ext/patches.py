@@ -48,7 +48,7 @@ def _add_dtypes() -> None:
         torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
     # VllmConfig holds a CacheConfig, whose schema it has compiled into its own.
     for config in (cache.CacheConfig, vllm.config.VllmConfig):
-        rebuild_dataclass(config, force=True)  # type: ignore[arg-type]
+        rebuild_dataclass(config, force=True)
 
 
 def _choose_backend() -> None:
