@@ -1,6 +1,7 @@
 """The compiled CPU kernels: store new tokens into pages, and paged attention over codes.
 
-The C sources are in ``csrc/``; their arithmetic is described in ``csrc/attention_impl.h``. Specification and oracle are :mod:`kv_cache.codec` (codes, bit for bit) and :mod:`kv_cache.reference` (attention).
+The C sources are in ``csrc/``; their arithmetic is described in ``csrc/attention_impl.h``. Specification and oracle are
+:mod:`kv_cache.codec` (codes, bit for bit) and :mod:`kv_cache.reference` (attention).
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ class PagedCache:
     """One layer's pages with the format and scales that read them; holds what the kernels need between calls.
 
     Args:
-        cache: uint8 [blocks, KV heads, block_size, bytes per token] on CPU. Blocks and heads may have any stride (padded and
-            hybrid pages exist); the bytes of one block and head are contiguous.
+        cache: uint8 [blocks, KV heads, block_size, bytes per token] on CPU. Blocks and heads may have any stride
+            (padded and hybrid pages exist); the bytes of one block and head are contiguous.
         layout: of a page; its block size is the cache's.
         scales: the layer's scales, float32 [KV heads, head_dim] each; None for a ``group`` format.
 
