@@ -1,56 +1,37 @@
 // Paged attention over codes, compiled once for each instruction set.
 //
-// Query rows, (token, head of the group) pairs, are handled eight at a time (a unit); keys and values 64 tokens at a
-// time (a block), unpacked to one byte a code for all units of a work item. Both products are exact integers:
+// Query rows, (token, head of the group) pairs, are handled up to eight at a time (a unit, unit.h), tokens 256 at a time
+// (a chunk), unpacked once for all units of a work item (pages.h). Both products are exact integers (product.h):
 //
-//   score[t][r] = q_step[r] * sum_c q[r][c] * (code[t][c] - zero[c])      q: 16-bit fixed point of query * key scale
-//   out[c][r]   = sum_t p[t][r] * code[t][c]                              p: 16-bit fixed point of exp2(score - max)
+//   score[r][t] = step[r] * sum_c q[r][c] * (code[t][c] - zero[c])      q: 16-bit fixed point of query * key scale
+//   out[r][c]   = sum_t p[r][t] * code[t][c]                            p: 16-bit fixed point of exp2(score - max)
 //
-// so scales and zeros never touch a code: the key's fold into the query, the value's into the output. Formats with
-// scales in the page multiply each group's integers by the token's scale, and quantize p * value scale instead of p.
+// so scales and zeros never touch a code: the key's scales fold into the query, its zeros shift all scores of a row and
+// cancel, the value's scales and zeros fold into the output. Formats with scales in the page multiply each group's
+// integers by the token's scale, and quantize p * value scale instead of p.
 //
-// Every row's result is a function of its query and the codes alone: blocks and chunks start at multiples of 64 and 512
-// tokens, a chunk's partial result starts from nothing, chunks merge in order, and a block that is hidden from a row
-// leaves its numbers unchanged to the bit. So neither batching, nor how a prompt was cut into pieces, nor the number of
-// threads changes a bit of the output.
+// Every row's result is a function of its query and the codes alone: chunks start at multiples of 256 tokens, a chunk's
+// partial result starts from nothing, chunks merge in order, and tokens that are hidden from a row leave its numbers
+// unchanged to the bit. So neither batching, nor how a prompt was cut into pieces, nor the number of threads changes a
+// bit of the output; nor does the instruction set, as all round alike (vector.h).
 #include <stdlib.h>
 
-#include "gemm8.h"
-#include "numeric.h"
+#include "softmax.h"
 
-#define BLOCK 64
-#define CHUNK 512
-#define UNIT_ROWS 8
 #define MAX_UNITS 16
-#define MAX_GROUPS 8  // 256 channels in groups of 32
-#define LOG2E 1.4426950408889634f
 
 typedef struct {
-    float step[16];  // of the fixed-point query; lanes r and r + 8 are equal in all of these
-    float bias[16];  // the key zeros' part of the score
-    int32_t first[16], last[16];  // positions that the row sees, inclusive
-    float max[16], sum[16];       // of the current chunk, exponents in base 2
-    float total_max[16], total_sum[16];
-    float group_query[MAX_GROUPS][16];  // step * sum of the group's fixed-point query
-    int32_t lowest_first, highest_first, lowest_last, highest_last, rows;
-    uint8_t *b;    // the query's activation chunks: [chunks], or one for each group
-    float *acc;    // [dim][8]
-    float *total;  // [dim][8]
-} unit_t;
-
-typedef struct {
-    uint8_t *rows;      // [64][padded] one byte a code; the padding stays zero
-    code_t *keys;       // [64][padded]
-    uint8_t *columns;   // [dim][64]
-    code_t *values;     // [dim][64]
-    int32_t *scores;    // [64][8]
-    int32_t *weights;   // [64][8]
-    int32_t *products;  // [dim][8]
-    float *floats;      // [64][8]
-    float *meta;        // key scale, key minimum, value scale, value minimum: [4][groups][64]
-    uint8_t *b;         // one chunk
+    uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]
+    uint8_t *values;    // [block][tiles of 16 channels]
+    uint8_t *weights;   // [block] activation chunks
+    int32_t *scores;    // [8][CHUNK], int32 or float
+    int32_t *products;  // [8][CHUNK]: one group's scores, or the weighted values [8][dim]
+    float *meta;        // key scale, key minimum, value scale, value minimum: [4][groups][CHUNK]
+    uint8_t *bytes;     // for pages.h
+    partial_t partial;
     unit_t *units;
     uint8_t *memory;
+    int tile_rows;  // that the tiles are set for
 } scratch_t;
 
 typedef struct {
@@ -58,362 +39,270 @@ typedef struct {
     int64_t partial;  // where this item's first chunk lies in the partial results, or -1
 } item_t;
 
-static int padded_dim(int dim) { return (dim + 63) / 64 * 64; }
-
-static int group_count(const pareto_cache *c) {
-    return c->group_size ? (c->head_dim + c->group_size - 1) / c->group_size : 0;
-}
+static int64_t partial_floats(const pareto_cache *c) { return 32 + UNIT_ROWS * c->head_dim; }
 
 static int scratch_make(scratch_t *s, const pareto_cache *c) {
-    const size_t dim = c->head_dim, padded = padded_dim(c->head_dim), groups = group_count(c);
-    const size_t query_bytes = groups ? groups * CHUNK_BYTES : padded / 64 * CHUNK_BYTES;
+    const size_t dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
+    const size_t query_bytes = (groups ? groups : chunks) * CHUNK_BYTES, row_bytes = UNIT_ROWS * dim * sizeof(float);
     const size_t sizes[] = {
-        64 * padded, 64 * padded * sizeof(code_t), padded * 64, padded * 64 * sizeof(code_t), 64 * 32, 64 * 32,
-        dim * 32, 64 * 32, (groups ? groups : 1) * 4 * 64 * 4, CHUNK_BYTES, MAX_UNITS * sizeof(unit_t),
-        MAX_UNITS * query_bytes, MAX_UNITS * dim * 32, MAX_UNITS * dim * 32,
+        chunks * CHUNK * 64, dim * CHUNK, CHUNK_BLOCKS * CHUNK_BYTES, UNIT_ROWS * CHUNK * 4, UNIT_ROWS * CHUNK * 4,
+        groups * 4 * CHUNK * sizeof(float), 4 * 16 * 256, row_bytes, MAX_UNITS * sizeof(unit_t),
+        MAX_UNITS * query_bytes, MAX_UNITS * row_bytes,
     };
     enum { PARTS = sizeof sizes / sizeof *sizes };
-    size_t offsets[PARTS], bytes = 0;
-    for (int i = 0; i < PARTS; i++) offsets[i] = bytes, bytes += (sizes[i] + 63) / 64 * 64;
+    uint8_t *parts[PARTS];
+    size_t bytes = 0;
+    for (int i = 0; i < PARTS; i++) bytes += (sizes[i] + 63) / 64 * 64;
     s->memory = aligned_alloc(64, bytes);
     if (!s->memory) return -1;
+    // Stale codes and activations are harmless, but tiles that no row fills (head sizes off 64) must be numbers.
     memset(s->memory, 0, bytes);
-    s->rows = s->memory + offsets[0];
-    s->keys = (code_t *)(s->memory + offsets[1]);
-    s->columns = s->memory + offsets[2];
-    s->values = (code_t *)(s->memory + offsets[3]);
-    s->scores = (int32_t *)(s->memory + offsets[4]);
-    s->weights = (int32_t *)(s->memory + offsets[5]);
-    s->products = (int32_t *)(s->memory + offsets[6]);
-    s->floats = (float *)(s->memory + offsets[7]);
-    s->meta = (float *)(s->memory + offsets[8]);
-    s->b = s->memory + offsets[9];
-    s->units = (unit_t *)(s->memory + offsets[10]);
+    parts[0] = s->memory;
+    for (int i = 1; i < PARTS; i++) parts[i] = parts[i - 1] + (sizes[i - 1] + 63) / 64 * 64;
+    s->keys = parts[0];
+    s->values = parts[1];
+    s->weights = parts[2];
+    s->scores = (int32_t *)parts[3];
+    s->products = (int32_t *)parts[4];
+    s->meta = (float *)parts[5];
+    s->bytes = parts[6];
+    s->partial.values = (float *)parts[7];
+    s->units = (unit_t *)parts[8];
     for (int u = 0; u < MAX_UNITS; u++) {
-        s->units[u].b = s->memory + offsets[11] + u * query_bytes;
-        s->units[u].acc = (float *)(s->memory + offsets[12]) + u * dim * 8;
-        s->units[u].total = (float *)(s->memory + offsets[13]) + u * dim * 8;
+        s->units[u].query = parts[9] + u * query_bytes;
+        s->units[u].total = (float *)(parts[10] + u * row_bytes);
     }
     return 0;
 }
 
-// Query rows first_row.. of one KV head as fixed-point activations, with what each row sees.
-static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request, int kv_head, int first_row) {
-    const pareto_cache *c = &a->cache;
-    const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads, groups = group_count(c);
-    const int start = a->query_start[request], length = a->query_start[request + 1] - start;
-    const int context = a->seq_lens[request] - length, chunks = padded_dim(dim) / 64;
-    const float *scale = groups ? NULL : c->key_scale + (int64_t)kv_head * dim;
-    const float *zero = groups ? NULL : c->key_zero + (int64_t)kv_head * dim;
-    const float factor = a->soft_cap > 0 ? a->scale : a->scale * LOG2E;
-    u->rows = length * group - first_row < UNIT_ROWS ? length * group - first_row : UNIT_ROWS;
-    memset(u->b, 0, (size_t)(groups ? groups : chunks) * CHUNK_BYTES);
-    for (int r = 0; r < UNIT_ROWS; r++) {
-        // Rows past the end repeat the last row's positions with a query of zeros.
-        const int row = first_row + (r < u->rows ? r : u->rows - 1), token = row / group;
-        const int last = context + token;
-        const int first = a->window > 0 && last - a->window + 1 > 0 ? last - a->window + 1 : 0;
-        u->first[r] = u->first[r + 8] = first;
-        u->last[r] = u->last[r + 8] = last;
-        u->lowest_first = r && u->lowest_first < first ? u->lowest_first : first;
-        u->highest_first = r && u->highest_first > first ? u->highest_first : first;
-        u->lowest_last = r && u->lowest_last < last ? u->lowest_last : last;
-        u->highest_last = r && u->highest_last > last ? u->highest_last : last;
-        float step = 0, bias = 0;
-        if (r < u->rows) {
-            const int64_t at = (start + (int64_t)token) * a->query_token_stride
-                + (kv_head * group + row % group) * a->query_head_stride;
-            float q[256], largest = 0;
-            for (int i = 0; i < dim; i++) q[i] = load_float(a->query, at + i, a->dtype);
-            for (int i = 0; i < dim; i++) q[i] *= scale ? factor * scale[i] : factor;
-            for (int i = 0; i < dim; i++) largest = fabsf(q[i]) > largest ? fabsf(q[i]) : largest;
-            const float inverse = largest > 1e-30f ? PARETO_ONE / largest : 0.0f;
-            step = largest / PARETO_ONE;
-            int32_t x[256];
-            for (int i = 0; i < dim; i++) x[i] = (int32_t)rintf(q[i] * inverse);
-            if (groups) {
-                // A group's chunk holds the whole 64 channels around it, zero outside the group.
-                for (int g = 0; g < groups; g++) {
-                    const int from = g * c->group_size, to = from + c->group_size < dim ? from + c->group_size : dim;
-                    int64_t total = 0;
-                    for (int i = from; i < to; i++) {
-                        total += x[i];
-                        put_activation(u->b + g * CHUNK_BYTES, i % 64, r, x[i]);
-                    }
-                    u->group_query[g][r] = u->group_query[g][r + 8] = step * (float)total;
-                }
-            } else {
-                double dot = 0;
-                for (int i = 0; i < dim; i++) {
-                    dot += (double)x[i] * zero[i];
-                    put_activation(u->b, i, r, x[i]);
-                }
-                bias = (float)(-dot * step);
-            }
-        } else {
-            for (int g = 0; g < groups; g++) u->group_query[g][r] = u->group_query[g][r + 8] = 0;
-        }
-        u->step[r] = u->step[r + 8] = step;
-        u->bias[r] = u->bias[r + 8] = bias;
-        u->total_max[r] = u->total_max[r + 8] = -INFINITY;
-        u->total_sum[r] = u->total_sum[r + 8] = 0;
-    }
-    memset(u->total, 0, (size_t)dim * 32);
+static float *s_meta(const scratch_t *s, int kind, int groups) { return s->meta + kind * groups * CHUNK; }
+
+// One work item's way through the pages.
+typedef struct {
+    const pareto_attention_args *a;
+    const item_t *item, *next;  // next: what this thread will probably do after it, or null
+    scratch_t *s;
+    const int32_t *table;
+    int tokens, last;    // of the sequence; the last position that any row sees
+    int chunk;           // first token of the current chunk
+    unsigned packed[2];  // blocks of the chunk whose keys, values are unpacked
+} walk_t;
+
+static void prefetch_block(const walk_t *w, int side, int token) {
+    const pareto_attention_args *a = w->a;
+    const item_t *item = w->item;
+    if (token + CHUNK <= w->last) token += CHUNK;
+    else if (!w->next) return;
+    else item = w->next, token += item->first_chunk * CHUNK - w->chunk;
+    const int tokens = a->seq_lens[item->request];
+    if (token >= tokens) return;
+    rows_t rows;
+    find_rows(&rows, &a->cache, a->block_table + item->request * a->table_stride, tokens, item->kv_head, side, token);
+    prefetch_rows(&rows);
 }
 
-static void unit_start_chunk(unit_t *u, int dim) {
-    store16(u->max, splat(-INFINITY));
-    store16(u->sum, splat(0));
-    memset(u->acc, 0, (size_t)dim * 32);
+// Unpack keys (side 0) or values (side 1) of a block of the current chunk, unless an earlier unit did.
+static void need_block(walk_t *w, int side, int block) {
+    if (w->packed[side] >> block & 1) return;
+    w->packed[side] |= 1u << block;
+    const pareto_cache *c = &w->a->cache;
+    scratch_t *s = w->s;
+    const int groups = group_count(c), token = w->chunk + BLOCK * block;
+    rows_t rows;
+    find_rows(&rows, c, w->table, w->tokens, w->item->kv_head, side, token);
+    prefetch_block(w, side, token);
+    for (int j = 0; j < 4 && groups; j++)
+        read_meta(&rows, j, w->tokens - token - 16 * j, s_meta(s, 2 * side, groups) + 16 * (4 * block + j),
+                  s_meta(s, 2 * side + 1, groups) + 16 * (4 * block + j), CHUNK);
+    if (side) pack_values(&rows, s->values + (int64_t)block * BLOCK * c->head_dim, s->bytes);
+    else pack_keys(&rows, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
 }
 
-// Factors that bring (old, new) partial results to their common maximum, which is stored in `max`.
-INLINE void merge_factors(float *max, v16f other, v16f *keep, v16f *add) {
-    const v16f old = load16(max), top = max16(old, other);
-    // Equal covers both being -infinity, where the difference would not be a number.
-    *keep = select16(old == top, splat(1), exp2_16(old - top));
-    *add = select16(other == splat(-INFINITY), splat(0), select16(other == top, splat(1), exp2_16(other - top)));
-    store16(max, top);
+// Scores of `blocks` blocks as int32 [rows][CHUNK].
+static void scores_integers(walk_t *w, const unit_t *u, int first_block, int blocks) {
+    product(u->query, w->s->keys + 4 * first_block * TILE_BYTES, CHUNK * 64, channel_chunks(&w->a->cache), 4 * blocks,
+            u->padded_rows, w->s->scores, CHUNK);
 }
 
-// Merge a chunk's partial result into the total.
-static void merge_chunk(unit_t *u, const float *max, const float *sum, const float *acc, int dim) {
-    v16f keep, add;
-    merge_factors(u->total_max, load16(max), &keep, &add);
-    store16(u->total_sum, load16(u->total_sum) * keep + load16(sum) * add);
-    for (int i = 0; i < dim * 8; i += 16)
-        store16(u->total + i, load16(u->total + i) * keep + load16(acc + i) * add);
-}
-
-static void widen(const uint8_t *from, code_t *to, int64_t count) {
-    if (sizeof(code_t) == 1) memcpy(to, from, count);
-    else for (int64_t i = 0; i < count; i++) to[i] = from[i];
-}
-
-// Ask for the codes of a block to come, into the second-level cache, which has more requests in flight than the first.
-static void prefetch_block(const pareto_attention_args *a, int request, int kv_head, int from, int count) {
-    const pareto_cache *c = &a->cache;
-    for (int t = 0; t < count;) {
-        const int offset = (from + t) % c->block_size;
-        const int run = c->block_size - offset < count - t ? c->block_size - offset : count - t;
-        const int64_t block = a->block_table[request * a->table_stride + (from + t) / c->block_size];
-        const uint8_t *page = c->base + block * c->block_stride + kv_head * c->head_stride;
-        for (int side = 0; side < 2; side++) {
-            const int bits = side ? c->value_bits : c->key_bits, row = bits == 8 ? c->head_dim : c->head_dim / 2;
-            const uint8_t *plane = page + (side ? c->value_offset : c->key_offset) + (int64_t)offset * row;
-            for (int i = 0; i < run * row; i += 64) __builtin_prefetch(plane + i, 0, 2);
-            const uint8_t *high = page + (side ? c->value_high_offset : c->key_high_offset) + (int64_t)offset * c->head_dim / 4;
-            for (int i = 0; bits == 6 && i < run * c->head_dim / 4; i += 64) __builtin_prefetch(high + i, 0, 2);
-        }
-        t += run;
-    }
-}
-
-// Unpack a block's codes: keys row by row, values column by column, and what the page holds of scales.
-static void load_block(scratch_t *s, const pareto_attention_args *a, int request, int kv_head, int from, int count) {
-    const pareto_cache *c = &a->cache;
-    const int dim = c->head_dim, padded = padded_dim(dim), groups = group_count(c);
-    for (int side = 0; side < 2; side++) {
-        const int bits = side ? c->value_bits : c->key_bits;
-        // Tiles take codes of one byte as they are; the others are widened below.
-        uint8_t *rows = !side && sizeof(code_t) == 1 ? (uint8_t *)s->keys : s->rows;
-        for (int t = 0; t < count;) {
-            const int position = from + t, offset = position % c->block_size;
-            const int run = c->block_size - offset < count - t ? c->block_size - offset : count - t;
-            const int64_t block = a->block_table[request * a->table_stride + position / c->block_size];
-            const uint8_t *page = c->base + block * c->block_stride + kv_head * c->head_stride;
-            const uint8_t *plane = page + (side ? c->value_offset : c->key_offset)
-                + (int64_t)offset * (bits == 8 ? dim : dim / 2);
-            const uint8_t *high = page + (side ? c->value_high_offset : c->key_high_offset) + (int64_t)offset * (dim / 4);
-            unpack_rows(plane, high, bits, dim, run, rows + (int64_t)t * padded, padded);
-            for (int g = 0; g < groups; g++) {
-                const uint8_t *meta = page + (side ? c->value_meta_offset : c->key_meta_offset)
-                    + ((int64_t)offset * groups + g) * 4;
-                float *scales = s->meta + ((side * 2) * groups + g) * 64 + t;
-                float *minima = s->meta + ((side * 2 + 1) * groups + g) * 64 + t;
-                for (int i = 0; i < run; i++) {
-                    uint16_t pair[2];
-                    memcpy(pair, meta + (int64_t)i * groups * 4, 4);
-                    scales[i] = f16_to_float(pair[0]);
-                    minima[i] = f16_to_float(pair[1]);
-                }
-            }
-            t += run;
-        }
-        // Tokens past the end weigh nothing, but what stands there must be a number.
-        for (int g = 0; g < groups * 2; g++)
-            for (int t = count; t < BLOCK; t++) s->meta[(side * 2 * groups + g) * 64 + t] = 0;
-        if (side) transpose_rows(s->rows, padded, padded, sizeof(code_t) == 1 ? (uint8_t *)s->values : s->columns);
-        if (sizeof(code_t) > 1) {
-            if (side) widen(s->columns, s->values, (int64_t)dim * 64);
-            else widen(s->rows, s->keys, (int64_t)64 * padded);
-        }
-    }
-}
-
-// Scores of 64 tokens for 8 rows, in base 2, as floats[64][8].
-static void unit_scores(unit_t *u, scratch_t *s, const pareto_attention_args *a) {
-    const pareto_cache *c = &a->cache;
-    const int padded = padded_dim(c->head_dim), groups = group_count(c);
-    const v16f step = load16(u->step);
+// The same as floats in base 2, -infinity where a row does not see.
+static void scores_floats(walk_t *w, const unit_t *u, int first_block, int blocks) {
+    const pareto_attention_args *a = w->a;
+    scratch_t *s = w->s;
+    const int groups = group_count(&a->cache), from = w->chunk + BLOCK * first_block, count = BLOCK * blocks;
+    float *scores = (float *)s->scores;
     if (!groups) {
-        gemm8(s->keys, padded, BLOCK, padded / 64, u->b, s->scores);
-        const v16f bias = load16(u->bias);
-        for (int i = 0; i < BLOCK * 8; i += 16)
-            store16(s->floats + i, __builtin_convertvector(load16i(s->scores + i), v16f) * step + bias);
+        scores_integers(w, u, first_block, blocks);
+        for (int r = 0; r < u->rows; r++)
+            for (int t = 0; t < count; t += 16) {
+                int32_t *at = s->scores + r * CHUNK + t;
+                store16((float *)at, fma16(to_float(load16i(at)), splat(u->step[r]), splat(u->bias[r])));
+            }
     }
     for (int g = 0; g < groups; g++) {
-        gemm8(s->keys + g * c->group_size / 64 * 64, padded, BLOCK, 1, u->b + g * CHUNK_BYTES, s->scores);
-        const float *scales = s->meta + g * 64, *minima = s->meta + (groups + g) * 64;
-        const v16f sums = load16(u->group_query[g]);
-        for (int t = 0; t < BLOCK; t += 2) {
-            const v16f dot = __builtin_convertvector(load16i(s->scores + 8 * t), v16f) * step;
-            const v16f part = dot * halves(scales[t], scales[t + 1]) + sums * halves(minima[t], minima[t + 1]);
-            store16(s->floats + 8 * t, g ? load16(s->floats + 8 * t) + part : part);
+        const uint8_t *keys = s->keys + g * a->cache.group_size / 64 * CHUNK * 64 + 4 * first_block * TILE_BYTES;
+        const float *scales = s_meta(s, 0, groups) + g * CHUNK + BLOCK * first_block;
+        const float *minima = s_meta(s, 1, groups) + g * CHUNK + BLOCK * first_block;
+        product(u->query + g * CHUNK_BYTES, keys, 0, 1, 4 * blocks, u->padded_rows, s->products, CHUNK);
+        for (int r = 0; r < u->rows; r++) {
+            const v16f step = splat(u->step[r]), sum = splat(u->group_query[g][r]);
+            for (int t = 0; t < count; t += 16) {
+                const v16f dot = to_float(load16i(s->products + r * CHUNK + t)) * step;
+                const v16f before = g ? load16(scores + r * CHUNK + t) : splat(0);
+                store16(scores + r * CHUNK + t, fma16(dot, load16(scales + t), fma16(sum, load16(minima + t), before)));
+            }
         }
     }
-    if (a->soft_cap > 0)
-        for (int i = 0; i < BLOCK * 8; i++) s->floats[i] = a->soft_cap * LOG2E * tanhf(s->floats[i] / a->soft_cap);
+    const int masked = is_masked(u, from, from + count);
+    for (int r = 0; r < u->rows; r++)
+        for (int t = 0; t < count; t += 16) {
+            v16f score = load16(scores + r * CHUNK + t);
+            if (a->soft_cap > 0) score = soft_cap(score, a->soft_cap);
+            if (masked) score = select16(seen_tokens(u, r, from + t), score, splat(-INFINITY));
+            if (masked || a->soft_cap > 0) store16(scores + r * CHUNK + t, score);
+        }
 }
 
-static void unit_block(unit_t *u, scratch_t *s, const pareto_attention_args *a, int from) {
-    const pareto_cache *c = &a->cache;
-    const int dim = c->head_dim, groups = group_count(c);
-    unit_scores(u, s, a);
-    if (from + BLOCK - 1 > u->lowest_last || from < u->highest_first) {
-        const v16i first = load16i(u->first), last = load16i(u->last);
-        v16i token = splati(from) + (v16i){0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-        for (int i = 0; i < BLOCK * 8; i += 16, token += splati(2)) {
-            const v16i seen = (token >= first) & (token <= last);
-            store16(s->floats + i, select16(seen, load16(s->floats + i), splat(-INFINITY)));
-        }
-    }
-    v16f top = load16(s->floats);
-    for (int i = 16; i < BLOCK * 8; i += 16) top = max16(top, load16(s->floats + i));
-    top = max16(top, swap_halves(top));
-    // A row that sees nothing here: subtract 0, so that the exponents stay -infinity and the weights 0.
-    const v16f base = select16(top == splat(-INFINITY), splat(0), top);
-    v16f keep, add, sum;
-    if (!groups) {
-        v16i weight_sum = splati(0);
-        for (int i = 0; i < BLOCK * 8; i += 16) {
-            const v16f p = exp2_16(load16(s->floats + i) - base);
-            const v16i weight = __builtin_convertvector(p * splat(PARETO_ONE) + splat(0.5f), v16i);
-            store16i(s->weights + i, weight);
-            weight_sum += weight;
-        }
-        weight_sum += swap_halves_i(weight_sum);
-        sum = __builtin_convertvector(weight_sum, v16f);
-        pack_activations(s->weights, s->b);
-        gemm8(s->values, 64, dim, 1, s->b, s->products);
-        merge_factors(u->max, top, &keep, &add);
-        for (int i = 0; i < dim * 8; i += 16)
-            store16(u->acc + i, load16(u->acc + i) * keep
-                + __builtin_convertvector(load16i(s->products + i), v16f) * add);
-    } else {
-        sum = splat(0);
-        for (int i = 0; i < BLOCK * 8; i += 16) {
-            const v16f p = exp2_16(load16(s->floats + i) - base);
-            store16(s->floats + i, p);
-            sum += p;
-        }
-        sum += swap_halves(sum);
-        merge_factors(u->max, top, &keep, &add);
-        for (int g = 0; g < groups; g++) {
-            const float *scales = s->meta + (2 * groups + g) * 64, *minima = s->meta + (3 * groups + g) * 64;
-            const int width = dim - g * c->group_size < c->group_size ? dim - g * c->group_size : c->group_size;
-            v16f largest = splat(0), offset = splat(0);
-            for (int t = 0; t < BLOCK; t += 2) {
-                const v16f p = load16(s->floats + 8 * t);
-                largest = max16(largest, p * halves(scales[t], scales[t + 1]));
-                offset += p * halves(minima[t], minima[t + 1]);
-            }
-            largest = max16(largest, swap_halves(largest));
-            offset += swap_halves(offset);
-            const v16f inverse = (v16f)((v16i)(splat(PARETO_ONE) / largest) & (largest > splat(1e-30f)));
-            for (int t = 0; t < BLOCK; t += 2) {
-                const v16f w = load16(s->floats + 8 * t) * halves(scales[t], scales[t + 1]) * inverse;
-                store16i(s->weights + 8 * t, __builtin_convertvector(w + splat(0.5f), v16i));
-            }
-            pack_activations(s->weights, s->b);
-            gemm8(s->values + (int64_t)g * c->group_size * 64, 64, width, 1, s->b, s->products);
-            const v16f unit = largest * splat(1.0f / PARETO_ONE);
-            float *acc = u->acc + (int64_t)g * c->group_size * 8;
-            for (int i = 0; i < width * 8; i += 16)
-                store16(acc + i, load16(acc + i) * keep
-                    + (__builtin_convertvector(load16i(s->products + i), v16f) * unit + offset) * add);
-        }
-    }
-    store16(u->sum, load16(u->sum) * keep + sum * add);
+// What a unit sees of the current chunk: `blocks` blocks from block `first` on; 0 if nothing.
+typedef struct {
+    int first, blocks;
+} view_t;
+
+static view_t view_chunk(const walk_t *w, const unit_t *u) {
+    const int from = u->lowest_first > w->chunk ? u->lowest_first : w->chunk;
+    const int to = u->highest_last + 1 < w->chunk + CHUNK ? u->highest_last + 1 : w->chunk + CHUNK;
+    const int first = (from - w->chunk) / BLOCK;
+    return (view_t){first, from < to ? (to - w->chunk + BLOCK - 1) / BLOCK - first : 0};
 }
 
-static void unit_finish(const unit_t *u, const pareto_attention_args *a, int request, int kv_head, int first_row) {
-    const pareto_cache *c = &a->cache;
-    const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads;
-    const float *scale = c->group_size ? NULL : c->value_scale + (int64_t)kv_head * dim;
-    const float *zero = c->group_size ? NULL : c->value_zero + (int64_t)kv_head * dim;
+static void unit_scores(walk_t *w, const unit_t *u, view_t v) {
+    for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 0, b);
+    if (integer_scores(w->a)) scores_integers(w, u, v.first, v.blocks);
+    else scores_floats(w, u, v.first, v.blocks);
+}
+
+// Scores to weights (or, for groups, to exponentials), with their maximum and sum.
+static void unit_weights(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
+    scratch_t *s = w->s;
+    const int start = w->chunk + v.first * BLOCK, masked = is_masked(u, start, start + v.blocks * BLOCK);
     for (int r = 0; r < u->rows; r++) {
-        const int row = first_row + r;
-        const int64_t at = ((int64_t)a->query_start[request] + row / group) * a->out_token_stride
-            + (kv_head * group + row % group) * a->out_head_stride;
-        const float inverse = u->total_sum[r] > 0 ? 1.0f / u->total_sum[r] : 0.0f;
-        for (int i = 0; i < dim; i++) {
-            const float mean = u->total[i * 8 + r] * inverse;
-            store_float(a->out, at + i, a->dtype, scale ? (mean - zero[i]) * scale[i] : mean);
+        int32_t *scores = s->scores + r * CHUNK;
+        if (integer_scores(w->a)) {
+            const int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 1)
+                                       : weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 0);
+            memcpy(p->max + r, &top, 4);
+        } else if (!w->a->cache.group_size) {
+            p->max[r] = weigh_floats(u, r, (float *)scores, v.blocks, s->weights, p->sum + r);
+        } else {
+            p->max[r] = exponentials((float *)scores, 4 * v.blocks, p->sum + r);
         }
     }
 }
 
-static void run_item(const pareto_attention_args *a, const item_t *item, scratch_t *s, float *partials) {
-    const int dim = a->cache.head_dim, partial_floats = dim * 8 + 32;
-    int lowest_first = INT32_MAX, highest_last = 0;
-    for (int n = 0; n < item->units; n++) {
-        unit_t *u = s->units + n;
-        unit_prepare(u, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS);
-        if (u->lowest_first < lowest_first) lowest_first = u->lowest_first;
-        if (u->highest_last > highest_last) highest_last = u->highest_last;
+static void unit_values(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
+    const pareto_cache *c = &w->a->cache;
+    scratch_t *s = w->s;
+    const int dim = c->head_dim, groups = group_count(c);
+    const int64_t block_bytes = (int64_t)BLOCK * dim;
+    const uint8_t *values = s->values + v.first * block_bytes;
+    for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 1, b);
+    if (!groups) {
+        product(s->weights, values, block_bytes, v.blocks, dim / 16, u->padded_rows, s->products, dim);
+        for (int i = 0; i < u->rows * dim; i += 16) store16(p->values + i, to_float(load16i(s->products + i)));
     }
+    for (int g = 0; g < groups; g++) {
+        float unit[UNIT_ROWS], offset[UNIT_ROWS];
+        const int channel = g * c->group_size, width = dim - channel < c->group_size ? dim - channel : c->group_size;
+        for (int r = 0; r < u->rows; r++)
+            weigh_group(u, r, (const float *)s->scores + r * CHUNK, s_meta(s, 2, groups) + g * CHUNK + v.first * BLOCK,
+                        s_meta(s, 3, groups) + g * CHUNK + v.first * BLOCK, v.blocks, s->weights, unit + r, offset + r);
+        product(s->weights, values + channel * BLOCK, block_bytes, v.blocks, width / 16, u->padded_rows, s->products,
+                width);
+        for (int r = 0; r < u->rows; r++)
+            for (int i = 0; i < width; i += 16)
+                store16(p->values + r * dim + channel + i,
+                        fma16(to_float(load16i(s->products + r * width + i)), splat(unit[r]), splat(offset[r])));
+    }
+}
+
+static void prepare_units(const pareto_attention_args *a, const item_t *item, scratch_t *s) {
+    const int group = a->num_heads / a->cache.num_kv_heads;
+    const int rows = (a->query_start[item->request + 1] - a->query_start[item->request]) * group;
+    const int padded_rows = rows < UNIT_ROWS ? rows : UNIT_ROWS;
+    for (int n = 0; n < item->units; n++)
+        unit_prepare(s->units + n, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS, padded_rows);
+    if (padded_rows != s->tile_rows) tiles_begin(s->tile_rows = padded_rows);
+}
+
+// What unit n made of the current chunk: merged into its total, or kept for merge_item.
+static void deliver(walk_t *w, int n, const partial_t *p, float *partials) {
+    const pareto_cache *c = &w->a->cache;
+    const item_t *item = w->item;
+    if (item->partial < 0) {
+        unit_merge(w->s->units + n, p, c->head_dim, integer_scores(w->a));
+        return;
+    }
+    const int64_t chunk = w->chunk / CHUNK - item->first_chunk;
+    float *at = partials + (item->partial + chunk * item->units + n) * partial_floats(c);
+    memcpy(at, p->max, 64);
+    memcpy(at + 16, p->sum, 64);
+    memcpy(at + 32, p->values, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));
+}
+
+static void run_item(const pareto_attention_args *a, const item_t *item, const item_t *next, scratch_t *s,
+                     float *partials) {
+    prepare_units(a, item, s);
+    walk_t w = {.a = a, .item = item, .next = next, .s = s,
+                .table = a->block_table + item->request * a->table_stride, .tokens = a->seq_lens[item->request]};
+    for (int n = 0; n < item->units; n++)
+        if (s->units[n].highest_last > w.last) w.last = s->units[n].highest_last;
     for (int k = item->first_chunk; k < item->first_chunk + item->chunks; k++) {
-        for (int n = 0; n < item->units; n++) unit_start_chunk(s->units + n, dim);
-        for (int from = k * CHUNK; from < (k + 1) * CHUNK && from <= highest_last; from += BLOCK) {
-            if (from + BLOCK <= lowest_first) continue;
-            const int left = a->seq_lens[item->request] - from;
-            load_block(s, a, item->request, item->kv_head, from, left < BLOCK ? left : BLOCK);
-            const int next = from + BLOCK <= highest_last ? left - BLOCK : 0;
-            prefetch_block(a, item->request, item->kv_head, from + BLOCK, next < BLOCK ? next : BLOCK);
-            for (int n = 0; n < item->units; n++) {
-                unit_t *u = s->units + n;
-                if (from <= u->highest_last && from + BLOCK > u->lowest_first) unit_block(u, s, a, from);
-            }
-        }
+        w.chunk = k * CHUNK;
+        w.packed[0] = w.packed[1] = 0;
+        // A unit's scores come before the unit before it meets the values, so that no product waits for the weights
+        // that it reads to be written. Groups weigh in between, and take one unit at a time.
+        int pending = -1;
+        view_t pending_view = {0, 0};
+        partial_t *p = &s->partial;
         for (int n = 0; n < item->units; n++) {
             unit_t *u = s->units + n;
-            if (item->partial < 0) {
-                merge_chunk(u, u->max, u->sum, u->acc, dim);
-                continue;
+            const view_t v = view_chunk(&w, u);
+            if (v.blocks && !a->cache.group_size) unit_scores(&w, u, v);
+            if (pending >= 0) {
+                unit_values(&w, s->units + pending, pending_view, p);
+                deliver(&w, pending, p, partials);
             }
-            float *to = partials + (item->partial + (int64_t)(k - item->first_chunk) * item->units + n) * partial_floats;
-            memcpy(to, u->max, 64);
-            memcpy(to + 16, u->sum, 64);
-            memcpy(to + 32, u->acc, (size_t)dim * 32);
+            store16(p->max, nothing_seen(a));
+            store16(p->sum, splat(0));
+            pending = -1;
+            if (v.blocks) {
+                if (a->cache.group_size) unit_scores(&w, u, v);
+                unit_weights(&w, u, v, p);
+                pending = n, pending_view = v;
+            } else if (item->partial >= 0) {
+                deliver(&w, n, p, partials);
+            }
+        }
+        if (pending >= 0) {
+            unit_values(&w, s->units + pending, pending_view, p);
+            deliver(&w, pending, p, partials);
         }
     }
     if (item->partial < 0)
-        for (int n = 0; n < item->units; n++)
-            unit_finish(s->units + n, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS);
+        for (int n = 0; n < item->units; n++) unit_finish(s->units + n, a, item->request, item->kv_head);
 }
 
 // Merge the chunks of an item that several threads computed. `item` spans all its chunks.
 static void merge_item(const pareto_attention_args *a, const item_t *item, scratch_t *s, const float *partials) {
-    const int dim = a->cache.head_dim, partial_floats = dim * 8 + 32;
+    prepare_units(a, item, s);
     for (int n = 0; n < item->units; n++) {
-        unit_t *u = s->units + n;
-        unit_prepare(u, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS);
         for (int k = 0; k < item->chunks; k++) {
-            const float *from = partials + (item->partial + (int64_t)k * item->units + n) * partial_floats;
-            merge_chunk(u, from, from + 16, from + 32, dim);
+            const float *at = partials + (item->partial + (int64_t)k * item->units + n) * partial_floats(&a->cache);
+            partial_t p = {.values = (float *)at + 32};
+            memcpy(p.max, at, 64);
+            memcpy(p.sum, at + 16, 64);
+            unit_merge(s->units + n, &p, a->cache.head_dim, integer_scores(a));
         }
-        unit_finish(u, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS);
+        unit_finish(s->units + n, a, item->request, item->kv_head);
     }
 }
 
@@ -464,7 +353,7 @@ int PARETO_ENTRY(const pareto_attention_args *a) {
                 parts[num_parts++].partial = partial_units;
             }
         }
-        partials = malloc(sizeof(float) * partial_units * (a->cache.head_dim * 8 + 32));
+        partials = malloc(sizeof(float) * partial_units * partial_floats(&a->cache));
         if (!partials) return free(parts), free(items), -1;
     }
     int failed = 0;
@@ -476,10 +365,12 @@ int PARETO_ENTRY(const pareto_attention_args *a) {
             failed = 1;
             s.memory = NULL;
         }
-        tiles_begin();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_parts; i++)
-            if (s.memory) run_item(a, parts + i, &s, partials);
+            if (s.memory) {
+                const int64_t next = i + a->num_threads;
+                run_item(a, parts + i, next < num_parts ? parts + next : NULL, &s, partials);
+            }
         if (partials) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < count; i++)

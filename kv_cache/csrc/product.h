@@ -1,0 +1,57 @@
+// The integer product under both halves of attention: activations [rows][64 k] times codes [64 k][16 lanes], exact.
+//
+// Activations are 16-bit fixed-point numbers of magnitude at most PARETO_ONE: query channels against keys, weights of
+// tokens against values. Codes come in tiles of 1 KB: int32 lane i of row j holds the four one-byte codes 4j .. 4j + 3
+// of column i (keys: four channels of token i; values: four tokens of channel i), which is what AMX multiplies.
+//
+// Two forms, chosen at compile time:
+// - bytes (AMX, AVX-512): an activation is 256 * high + low with low in -128..127, unsigned codes times signed bytes.
+//   A chunk of 64 k is [high bytes of each row, low bytes of each row][64].
+// - words (AVX2, plain C): pairs of 16-bit numbers against the even and the odd bytes of a tile.
+//   A chunk is [rows][16 pairs of even positions, 16 pairs of odd positions].
+// Both give the same integers, which fit: 255 * PARETO_ONE * 256 < 2**31.
+#ifndef PARETO_PRODUCT_H
+#define PARETO_PRODUCT_H
+
+#include "vector.h"
+
+#define PARETO_ONE 32512  // 127 * 256: the largest whose high byte fits
+#define UNIT_ROWS 8
+#define TILE_BYTES 1024
+#define CHUNK_BYTES 1024  // activations of 64 k and up to 8 rows, in either form
+
+#if defined(__AVX512VNNI__)
+
+// Activations of 64 k to their bytes. On entry lane i of even0, odd0, even1, odd1 holds the activation (its low 16 bits)
+// at 4i, 4i + 1, 4i + 2, 4i + 3.
+INLINE void put_activations(uint8_t *chunk, int rows, int r, v16i even0, v16i odd0, v16i even1, v16i odd1) {
+    const v16i word = splati(0xffff), mask = splati(0x00ff00ff);
+    const v32h half = (v32h)splati(0x00800080);
+    const v16i even = (even0 & word) | (v16i)((v16u)even1 << 16), odd = (odd0 & word) | (v16i)((v16u)odd1 << 16);
+    const v16i even_up = (v16i)(((v32h)even + half) >> 8), odd_up = (v16i)((v32h)odd + half);
+    store16i(chunk + 64 * r, (even_up & mask) | (odd_up & ~mask));
+    store16i(chunk + 64 * (rows + r), (even & mask) | ((v16i)((v16u)odd << 8) & ~mask));
+}
+
+#else
+
+INLINE void put_activations(uint8_t *chunk, int rows, int r, v16i even0, v16i odd0, v16i even1, v16i odd1) {
+    const v16i word = splati(0xffff);
+    (void)rows;
+    store16i(chunk + 128 * r, (even0 & word) | (v16i)((v16u)even1 << 16));
+    store16i(chunk + 128 * r + 64, (odd0 & word) | (v16i)((v16u)odd1 << 16));
+}
+
+#endif
+
+// product(a, b, b_stride, chunks, tiles, rows, out, stride): out[r][16 * tiles] = the sum over `chunks` of 64 k. Chunk k
+// is a + k * CHUNK_BYTES; its tiles follow each other from b + k * b_stride. tiles_begin(rows) comes first on a thread.
+#if defined(PARETO_USE_AMX)
+#include "product_amx.h"
+#elif defined(__AVX512VNNI__)
+#include "product_avx512.h"
+#else
+#include "product_words.h"
+#endif
+
+#endif

@@ -1,0 +1,191 @@
+// A unit: up to eight query rows, (token, head of the group) pairs of one KV head, from their activations to the output.
+#ifndef PARETO_UNIT_H
+#define PARETO_UNIT_H
+
+#include "pages.h"
+
+#define BLOCK 64
+#define CHUNK 256  // tokens; sums of weights times codes over a chunk fit in int32
+#define CHUNK_BLOCKS (CHUNK / BLOCK)
+#define MAX_GROUPS 8  // 256 channels in groups of 32
+#define LOG2E 1.4426950408889634f
+
+typedef struct {
+    int rows, padded_rows;  // rows there are, and rows that the item's tiles have
+    int first_row;
+    int32_t first[UNIT_ROWS], last[UNIT_ROWS];  // positions that a row sees, inclusive
+    int32_t lowest_first, highest_first, lowest_last, highest_last;
+    float step[16];  // of the fixed-point query
+    float bias[16];  // the key zeros' part of the score, where it matters
+    float group_query[MAX_GROUPS][16];  // step * sum of the group's fixed-point query
+    uint8_t *query;  // activation chunks: one for 64 channels, or one for each group
+    // Softmax so far: maximum in base 2 (the bits of an int32 where scores are integers), sum, sum of weighted values.
+    float max[16], sum[16];
+    float *total;  // [8][dim]
+} unit_t;
+
+typedef struct {
+    float max[16], sum[16];
+    float *values;  // [8][dim]
+} partial_t;
+
+static int group_count(const pareto_cache *c) {
+    return c->group_size ? (c->head_dim + c->group_size - 1) / c->group_size : 0;
+}
+
+static int channel_chunks(const pareto_cache *c) { return (c->head_dim + 63) / 64; }
+
+// Scores stay integers when nothing but one factor a row stands between them and the exponent: the key zeros' part
+// shifts a whole row and cancels, unless a soft cap follows.
+static int integer_scores(const pareto_attention_args *a) { return !a->cache.group_size && !(a->soft_cap > 0); }
+
+// The maximum of rows that saw nothing.
+static v16f nothing_seen(const pareto_attention_args *a) {
+    return integer_scores(a) ? (v16f)splati(INT32_MIN) : splat(-INFINITY);
+}
+
+// 16 floats of a row of any dtype, widened.
+INLINE v16f load_row16(const void *data, int64_t at, int dtype) {
+    v16f x;
+    if (dtype == PARETO_F32) return load16((const float *)data + at);
+    if (dtype == PARETO_BF16) {
+        typedef uint16_t v16h __attribute__((vector_size(32)));
+        v16h h;
+        memcpy(&h, (const uint16_t *)data + at, 32);
+        return (v16f)(__builtin_convertvector(h, v16u) << 16);
+    }
+    for (int i = 0; i < 16; i++) x[i] = f16_to_float(((const uint16_t *)data)[at + i]);
+    return x;
+}
+
+INLINE void store_row16(void *data, int64_t at, int dtype, v16f x) {
+    if (dtype == PARETO_F32) {
+        store16((float *)data + at, x);
+    } else {
+        uint16_t half[16];
+        for (int i = 0; i < 16; i++) half[i] = dtype == PARETO_BF16 ? float_to_bf16(x[i]) : float_to_f16(x[i]);
+        memcpy((uint16_t *)data + at, half, 32);
+    }
+}
+
+// Write the activations (their low 16 bits) of 64 channels, in channel order, skipping those outside from .. to - 1.
+static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x, int from, int to) {
+    int32_t parts[4][16];
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 4; k++) parts[k][i] = 4 * i + k >= from && 4 * i + k < to ? x[4 * i + k] : 0;
+    put_activations(chunk, rows, r, load16i(parts[0]), load16i(parts[1]), load16i(parts[2]), load16i(parts[3]));
+}
+
+// One query row as fixed-point activations: q[i] * key scale[i] = step * x[i].
+static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, int r, int64_t at) {
+    const pareto_cache *c = &a->cache;
+    const int dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
+    const float *scale = groups ? NULL : c->key_scale + (int64_t)kv_head * dim;
+    const v16f factor = splat(a->soft_cap > 0 ? a->scale : a->scale * LOG2E);
+    float q[256];
+    int32_t x[256] = {0};
+    v16f largest16 = splat(0);
+    for (int i = 0; i < dim; i += 16) {
+        v16f v = load_row16(a->query, at + i, a->dtype);
+        v *= scale ? factor * load16(scale + i) : factor;
+        store16(q + i, v);
+        largest16 = max16(largest16, (v16f)((v16i)v & splati(0x7fffffff)));
+    }
+    const float largest = lanes_max(largest16), step = largest / PARETO_ONE;
+    const v16f inverse = splat(largest > 1e-30f ? PARETO_ONE / largest : 0.0f);
+    for (int i = 0; i < dim; i += 16)
+        store16i(x + i, (v16i)(load16(q + i) * inverse + splat(ROUND_MAGIC)) - splati(ROUND_BITS));
+    u->step[r] = step;
+    u->bias[r] = 0;
+    for (int g = 0; g < groups; g++) {
+        // A group's chunk holds the whole 64 channels around it, zero outside the group.
+        const int from = g * c->group_size, to = from + c->group_size < dim ? from + c->group_size : dim;
+        int64_t sum = 0;
+        for (int i = from; i < to; i++) sum += x[i];
+        u->group_query[g][r] = step * (float)sum;
+        put_query(u->query + g * CHUNK_BYTES, u->padded_rows, r, x + from / 64 * 64, from % 64, from % 64 + to - from);
+    }
+    if (groups) return;
+    for (int k = 0; k < chunks; k++) put_query(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k, 0, 64);
+    if (a->soft_cap > 0) {
+        double dot = 0;
+        for (int i = 0; i < dim; i++) dot += (double)x[i] * c->key_zero[(int64_t)kv_head * dim + i];
+        u->bias[r] = (float)(-dot * step);
+    }
+}
+
+// Query rows first_row.. of one KV head: their activations, what each row sees, and an empty result.
+static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request, int kv_head, int first_row,
+                         int padded_rows) {
+    const pareto_cache *c = &a->cache;
+    const int group = a->num_heads / c->num_kv_heads, start = a->query_start[request];
+    const int length = a->query_start[request + 1] - start, context = a->seq_lens[request] - length;
+    u->first_row = first_row;
+    u->padded_rows = padded_rows;
+    u->rows = length * group - first_row < UNIT_ROWS ? length * group - first_row : UNIT_ROWS;
+    for (int r = 0; r < u->rows; r++) {
+        const int token = (first_row + r) / group, last = context + token;
+        const int first = a->window > 0 && last - a->window + 1 > 0 ? last - a->window + 1 : 0;
+        u->first[r] = first;
+        u->last[r] = last;
+        u->lowest_first = r && u->lowest_first < first ? u->lowest_first : first;
+        u->highest_first = r && u->highest_first > first ? u->highest_first : first;
+        u->lowest_last = r && u->lowest_last < last ? u->lowest_last : last;
+        u->highest_last = r && u->highest_last > last ? u->highest_last : last;
+        prepare_row(u, a, kv_head, r, (start + (int64_t)token) * a->query_token_stride
+                                          + (kv_head * group + (first_row + r) % group) * a->query_head_stride);
+    }
+    store16(u->max, nothing_seen(a));
+    store16(u->sum, splat(0));
+    memset(u->total, 0, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));
+}
+
+// Merge a chunk's result into the total. The larger maximum's factor is exactly 1, and a row that saw nothing in the
+// chunk keeps its bits.
+static void unit_merge(unit_t *u, const partial_t *p, int dim, int integers) {
+    const v16f old = load16(u->max), new = load16(p->max), step = load16(u->step);
+    v16f keep, add;
+    if (integers) {
+        const v16i a = (v16i)old, b = (v16i)new, top = max16i(a, b), none = splati(INT32_MIN);
+        // Differences of two scores fit; those with a row that saw nothing wrap, and are not used.
+        keep = exp2_16(to_float((v16i)((v16u)a - (v16u)top)) * step);
+        keep = select16(a == top, splat(1), select16(a == none, splat(0), keep));
+        add = exp2_16(to_float((v16i)((v16u)b - (v16u)top)) * step);
+        add = select16(b == none, splat(0), select16(b == top, splat(1), add));
+        store16i(u->max, top);
+    } else {
+        const v16f top = max16(old, new);
+        keep = select16(old == top, splat(1), exp2_or_0(old - top));
+        add = select16(new == splat(-INFINITY), splat(0), select16(new == top, splat(1), exp2_or_0(new - top)));
+        store16(u->max, top);
+    }
+    store16(u->sum, fma16(load16(u->sum), keep, load16(p->sum) * add));
+    float keeps[16], adds[16];
+    store16(keeps, keep);
+    store16(adds, add);
+    for (int r = 0; r < u->rows; r++) {
+        float *total = u->total + r * dim;
+        for (int i = 0; i < dim; i += 16)
+            store16(total + i, fma16(load16(total + i), splat(keeps[r]), load16(p->values + r * dim + i) * splat(adds[r])));
+    }
+}
+
+static void unit_finish(const unit_t *u, const pareto_attention_args *a, int request, int kv_head) {
+    const pareto_cache *c = &a->cache;
+    const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads;
+    const float *scale = c->group_size ? NULL : c->value_scale + (int64_t)kv_head * dim;
+    const float *zero = c->group_size ? NULL : c->value_zero + (int64_t)kv_head * dim;
+    for (int r = 0; r < u->rows; r++) {
+        const int row = u->first_row + r;
+        const int64_t at = ((int64_t)a->query_start[request] + row / group) * a->out_token_stride
+            + (kv_head * group + row % group) * a->out_head_stride;
+        const v16f inverse = splat(u->sum[r] > 0 ? 1.0f / u->sum[r] : 0.0f);
+        for (int i = 0; i < dim; i += 16) {
+            v16f mean = load16(u->total + r * dim + i) * inverse;
+            if (scale) mean = (mean - load16(zero + i)) * load16(scale + i);
+            store_row16(a->out, at + i, a->dtype, mean);
+        }
+    }
+}
+
+#endif

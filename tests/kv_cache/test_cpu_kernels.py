@@ -1,0 +1,338 @@
+"""The compiled kernels against the specification, and the promise that a row's bits depend on nothing but its codes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from kv_cache import codec, cpu_kernels, reference
+from kv_cache.cpu_kernels import ISAS, PagedCache
+from kv_cache.errors import ParetoError
+from kv_cache.formats import FORMATS
+from kv_cache.layout import PageLayout
+from kv_cache.scales import LayerScales
+
+try:
+    AVAILABLE = ISAS[: ISAS.index(cpu_kernels.best_isa()) + 1]
+except ParetoError as missing:  # pragma: no cover
+    pytest.skip(str(missing), allow_module_level=True)
+
+# Relative error of the whole output in float32; quantizing queries and weights to 16 bits leaves 5e-5 to 3e-4.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 1.2e-3}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = random.SystemRandom().randrange(2**31)
+    random.seed(value)
+    torch.manual_seed(value)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Batch:
+    """Requests over one layer's pages; everything beyond their tokens is poison."""
+
+    layout: PageLayout
+    scales: LayerScales | None
+    cache: torch.Tensor
+    table: torch.Tensor
+    lens: list[int]
+    query_lens: list[int]
+    query: torch.Tensor
+    window: int = 0
+    soft_cap: float = 0.0
+
+    @property
+    def query_start(self) -> torch.Tensor:
+        return torch.tensor([0, *itertools.accumulate(self.query_lens)], dtype=torch.int32)
+
+    @property
+    def factor(self) -> float:
+        return self.layout.head_dim**-0.5
+
+    def run(self, isa: str | None = None) -> torch.Tensor:
+        # Rows wider than they need to be, filled with NaN: what is not written, or written elsewhere, shows.
+        tokens, heads, dim = self.query.shape
+        whole = torch.full((tokens, heads + 2, dim), float("nan"), dtype=self.query.dtype)
+        out = whole[:, 1:-1]
+        pages = PagedCache(self.cache, self.layout, self.scales)
+        lens = torch.tensor(self.lens, dtype=torch.int32)
+        pages.attend(self.query, out, self.table, lens, self.query_start, self.factor, self.window, self.soft_cap, isa)
+        assert whole[:, 0].isnan().all()
+        assert whole[:, -1].isnan().all()
+        return out.clone()
+
+    def want(self) -> torch.Tensor:
+        lens = torch.tensor(self.lens, dtype=torch.int32)
+        return reference.paged_attention(
+            self.query, self.cache, self.table, lens, self.query_start, self.layout, self.scales, self.factor,
+            self.window, self.soft_cap,
+        )  # fmt: skip
+
+    def part(self, request: int, first: int, count: int) -> Batch:
+        """`count` query tokens of one request from `first` on, as a batch of their own."""
+        at = int(self.query_start[request]) + first
+        context = self.lens[request] - self.query_lens[request]
+        return replace(
+            self, table=self.table[request : request + 1], lens=[context + first + count], query_lens=[count],
+            query=self.query[at : at + count],
+        )  # fmt: skip
+
+
+def random_scales(fmt, kv_heads: int, dim: int) -> LayerScales | None:
+    if not fmt.static:
+        return None
+    tops = [2**bits - 1 for bits in (fmt.key_bits, fmt.value_bits)]
+    steps = [torch.rand(kv_heads, dim) * 4 / top + 2 / top for top in tops]
+    zeros = [torch.rand(kv_heads, dim) * top for top in tops]
+    return LayerScales(steps[0], zeros[0], steps[1], zeros[1])
+
+
+def empty_pages(layout: PageLayout, blocks: int, kv_heads: int, padded: bool) -> torch.Tensor:
+    """Pages of 0xff, which are NaN where a float16 is read; with room between heads and blocks if padded.
+
+    Unpadded, the last page ends where the memory ends.
+    """
+    page, pad = layout.page_bytes, 48 if padded else 0
+    strides = (kv_heads * (page + pad) + 2 * pad, page + pad, layout.bytes_per_token, 1)
+    size = (blocks - 1) * strides[0] + (kv_heads - 1) * strides[1] + page
+    shape = (blocks, kv_heads, layout.block_size, layout.bytes_per_token)
+    return torch.full((size,), 255, dtype=torch.uint8).as_strided(shape, strides)
+
+
+def make(
+    name,
+    *,
+    dim=64,
+    block=16,
+    kv_heads=2,
+    group=2,
+    lens=(70,),
+    query_lens=(3,),
+    dtype=torch.float32,
+    padded=False,
+    **more,
+) -> Batch:
+    layout = PageLayout(FORMATS[name], dim, block)
+    scales = random_scales(layout.fmt, kv_heads, dim)
+    counts = [-(-n // block) for n in lens]
+    cache = empty_pages(layout, sum(counts) + 1, kv_heads, padded)
+    order = torch.randperm(sum(counts) + 1).tolist()
+    # Table entries beyond a request's blocks are never to be followed.
+    table = torch.full((len(lens), max(counts) + 2), 2**30, dtype=torch.int32)
+    slots = []
+    for request, n in enumerate(counts):
+        table[request, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
+        slots += [int(table[request, t // block]) * block + t % block for t in range(lens[request])]
+    # Keys and values are slices of one projection, as vLLM passes them.
+    qkv = torch.randn(len(slots), (group + 2) * kv_heads, dim).to(dtype)
+    key, value = qkv[:, group * kv_heads : -kv_heads], qkv[:, -kv_heads:]
+    PagedCache(cache, layout, scales).store(key, value, torch.tensor(slots))
+    query = (torch.randn(sum(query_lens), (group + 2) * kv_heads, dim) * 2).to(dtype)[:, : group * kv_heads]
+    return Batch(layout, scales, cache, table, list(lens), list(query_lens), query, **more)
+
+
+def check(batch: Batch, isas=AVAILABLE) -> torch.Tensor:
+    want, outs = batch.want(), [batch.run(isa) for isa in isas]
+    for isa, out in zip(isas, outs, strict=True):
+        assert not out.isnan().any(), isa
+        error = (out.double() - want).norm() / want.norm()
+        assert error < TOLERANCE[batch.query.dtype], (isa, float(error))
+        assert torch.equal(out, outs[0]), f"{isa} differs from {isas[0]}"
+    return outs[-1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", FORMATS)
+def test_store_equals_the_codec(name, dim, padded):
+    layout = PageLayout(FORMATS[name], dim, 16)
+    scales = random_scales(layout.fmt, 2, dim)
+    cache, want = (empty_pages(layout, 3, 2, padded) for _ in range(2))
+    key, value = (torch.randn(24, 4, dim)[:, 1:3] * 2 for _ in range(2))
+    key[3, 0, 5], key[4, 1, 7], value[5, 0, 0], value[6, 1, -1] = float("nan"), 1e30, float("-inf"), 7e4
+    key[7], value[8] = 0, 1.5
+    slots = torch.randperm(48)[:20]
+    slots[[2, 11]] = -1
+    PagedCache(cache, layout, scales).store(key, value, slots)  # tokens past the slots are padding
+    codec.write_pages(want, key[:20], value[:20], slots, layout, scales)
+    assert torch.equal(cache, want)
+    if padded:  # nothing between the pages was touched
+        gap = cache.as_strided((48,), (1,), layout.page_bytes)
+        assert (gap == 255).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_store_takes_every_dtype(dtype):
+    for name in ("int6_per_head", "int4_per_group"):
+        layout = PageLayout(FORMATS[name], 64, 16)
+        scales = random_scales(layout.fmt, 1, 64)
+        cache, want = (empty_pages(layout, 2, 1, False) for _ in range(2))
+        key, value = (torch.randn(32, 1, 64).to(dtype) for _ in range(2))
+        PagedCache(cache, layout, scales).store(key, value, torch.arange(32))
+        codec.write_pages(want, key, value, torch.arange(32), layout, scales)
+        assert torch.equal(cache, want)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format(name):
+    check(make(name, block=32, group=4, lens=(1, 67, 300, 583), query_lens=(1, 1, 3, 37), padded=True))
+
+
+@pytest.mark.parametrize("name", ["int8_per_head", "int6_per_head", "int4_per_head", "int4_per_group"])
+@pytest.mark.parametrize("dim", [80, 96, 128, 256])
+def test_every_head_size(dim, name):
+    check(make(name, dim=dim, lens=(65, 270), query_lens=(9, 1)))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("name", ["k8v4_per_head", "int4_per_head", "int8_per_group"])
+def test_every_group(name, group):
+    check(make(name, group=group, lens=(33, 140), query_lens=(1, 5)))
+
+
+@pytest.mark.parametrize("block", [16, 48, 128])
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group"])
+def test_every_block_size(name, block):
+    check(make(name, block=block, lens=(block, 3 * block + 5, 1), query_lens=(4, 1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+def test_every_dtype(name, dtype):
+    check(make(name, lens=(130, 19), query_lens=(17, 1), dtype=dtype))
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 100, 1000])
+@pytest.mark.parametrize("name", ["int4_per_head", "int8_per_group"])
+def test_window(name, window):
+    check(make(name, group=3, lens=(420, 90), query_lens=(1, 70), window=window))
+
+
+@pytest.mark.parametrize("window", [0, 50])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+def test_soft_cap(name, window):
+    batch = make(name, lens=(300, 40), query_lens=(2, 30), soft_cap=3.0, window=window)
+    capped = check(batch)
+    assert not torch.allclose(capped, replace(batch, soft_cap=0.0).run(), rtol=0.01)
+
+
+def test_strong_scores_pick_their_token():
+    batch = make("int8_per_head", group=1, kv_heads=1, lens=(600,), query_lens=(1,))
+    batch.query = batch.query * 200
+    check(batch)
+
+
+def test_queries_of_zeros_average_the_values():
+    batch = make("int4_per_head", lens=(333,), query_lens=(2,))
+    batch.query = torch.zeros_like(batch.query)
+    check(batch)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group"])
+def test_bits_do_not_depend_on_batching(name, isa):
+    batch = make(name, group=3, lens=(700, 5, 66, 300), query_lens=(1, 5, 40, 2))
+    whole = batch.run(isa).split(batch.query_lens)
+    for request, rows in enumerate(whole):
+        assert torch.equal(batch.part(request, 0, len(rows)).run(isa), rows)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("more", [{}, {"window": 90}, {"soft_cap": 20.0}], ids=str)
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
+    batch = make(name, group=2, kv_heads=1, lens=(340,), query_lens=(340,), **more)
+    whole = batch.run(isa)
+    cuts = [0, 1, 4, 63, 64, 129, 256, 257, 339, 340]
+    for first, stop in itertools.pairwise(cuts):
+        assert torch.equal(batch.part(0, first, stop - first).run(isa), whole[first:stop]), (first, stop)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("name", ["k8v4_per_head", "int8_per_group"])
+def test_bits_do_not_depend_on_threads(name, isa):
+    # One request: its chunks are handed out singly and merged. Many: they are whole items.
+    for lens, query_lens in (((1500,), (1,)), ((600,), (70,)), ((40, 300, 90, 17, 600, 3), (1, 40, 2, 1, 1, 3))):
+        batch = make(name, lens=lens, query_lens=query_lens, window=random.choice([0, 700]))
+        one = batch.run(isa)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(batch.run(isa), one)
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bits_do_not_depend_on_what_lies_past_the_end(name):
+    batch = make(name, lens=(75, 300), query_lens=(2, 1))
+    before = [batch.run(isa) for isa in AVAILABLE]
+    used = torch.zeros(batch.cache.shape[0], batch.layout.block_size, dtype=torch.bool)
+    for request, length in enumerate(batch.lens):
+        for t in range(length):
+            used[batch.table[request, t // 16], t % 16] = True
+    for page, mask in zip(batch.cache, used, strict=True):
+        offset = 0
+        for row in batch.layout.row_bytes().values():
+            for head in page:
+                plane = head.view(-1)[offset : offset + row * 16].view(16, row)
+                plane[~mask] = torch.randint(0, 256, (int((~mask).sum()), row), dtype=torch.uint8)
+            offset += row * 16
+    for isa, out in zip(AVAILABLE, before, strict=True):
+        assert torch.equal(batch.run(isa), out)
+
+
+def test_requests_without_tokens_and_padding_are_left_alone():
+    batch = make("int4_per_head", lens=(40, 20, 55), query_lens=(2, 0, 3))
+    out = check(batch)
+    # Padding as vLLM adds it for fixed shapes: requests of length 0 without queries.
+    table = torch.cat([batch.table, torch.full((2, batch.table.shape[1]), -1, dtype=torch.int32)])
+    padded = replace(batch, table=table, lens=[*batch.lens, 0, 0], query_lens=[*batch.query_lens, 0, 0])
+    assert torch.equal(padded.run(), out)
+    empty = replace(batch, table=batch.table[:0], lens=[], query_lens=[], query=batch.query[:0])
+    assert empty.run().shape[0] == 0
+
+
+def test_rows_depend_on_their_codes():
+    """The guard of the tests above: one changed code of one seen token changes the output, an unseen one does not."""
+    batch = make("int8_per_head", kv_heads=1, lens=(90,), query_lens=(10,))
+    before = batch.run()
+    block, offset = int(batch.table[0, 85 // 16]), 85 % 16
+    batch.cache[block, 0].view(-1)[16 * 64 + offset * 64 + 3] ^= 128  # channel 3 of token 85's value
+    after = batch.run()
+    assert torch.equal(after[:5], before[:5])
+    assert (after[5:, :, 3] != before[5:, :, 3]).any(0).all()
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch):
+    batch = make("int4_per_head")
+    monkeypatch.setenv(cpu_kernels.ISA_VARIABLE, "sse9")
+    with pytest.raises(ParetoError, match="sse9"):
+        batch.run()
+    monkeypatch.setenv(cpu_kernels.ISA_VARIABLE, "generic")
+    assert torch.equal(batch.run(), batch.run("generic"))
+
+
+def test_wrong_pages_are_refused():
+    layout = PageLayout(FORMATS["int4_per_head"], 64, 16)
+    scales = random_scales(layout.fmt, 2, 64)
+    pages = empty_pages(layout, 2, 2, False)
+    with pytest.raises(ParetoError, match="calibrated"):
+        PagedCache(pages, layout, None)
+    with pytest.raises(ParetoError, match="bytes"):
+        PagedCache(pages[..., 1:], layout, scales)
+    with pytest.raises(ParetoError, match="scales"):
+        PagedCache(pages[:, :1], layout, scales)
