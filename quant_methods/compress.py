@@ -32,7 +32,7 @@ from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics, clone
 from quant_methods.checkpoint import Source, full_disk_explained, read_tensors, write_json, write_tensors
 from quant_methods.gptq import relative_error
-from quant_methods.kv_observer import kv_geometry
+from quant_methods.kv_observer import kv_geometry, kv_rotary
 from quant_methods.model_source import fingerprint, read_config, resolve_model, weight_files
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import HANDLERS, LinearProblem, QuantizedLinear, Recipe, load_recipe
@@ -213,7 +213,11 @@ class _Run:
             )
         self.calibrator = None
         if recipe.kv_scales:
-            self.calibrator = KVCalibrator(*kv_geometry(decoder.config), seed=recipe.calibration.seed)
+            self.calibrator = KVCalibrator(
+                *kv_geometry(decoder.config),
+                seed=recipe.calibration.seed,
+                rotary=kv_rotary(decoder.base, decoder.config),
+            )
         self.provenance = self._provenance(os.fspath(model))
 
     def _provenance(self, model: str) -> dict[str, Any]:

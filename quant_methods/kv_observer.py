@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kv_cache.calibration import Rotary
 from kv_cache.errors import ParetoError
 
 ATTENTION = "pareto_observed"
@@ -75,3 +76,23 @@ def kv_geometry(config: Any) -> tuple[int, int, int]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
+
+
+INTERLEAVED = frozenset({"cohere", "cohere2", "codegen", "ernie4_5", "glm", "glm4", "gptj", "helium"})
+"""Model types whose rotary embedding turns channels 2i and 2i + 1 together; the others turn i and i + rotated / 2."""
+
+
+def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary | None:
+    """Return the rotary embedding that a decoder's layers share, None where it has none of its own.
+
+    Args:
+        decoder: transformers' decoder (``model.get_decoder()``); its buffers may lie on the meta device.
+        config: its configuration.
+
+    """
+    embedding = getattr(decoder, "rotary_emb", None)
+    if embedding is None or not hasattr(embedding, "inv_freq"):
+        return None
+    # The decoder was built without weights; frequencies follow from the configuration alone.
+    frequencies = type(embedding)(config=config).inv_freq
+    return Rotary(frequencies, config.max_position_embeddings, getattr(config, "model_type", "") in INTERLEAVED)

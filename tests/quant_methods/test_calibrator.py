@@ -100,3 +100,19 @@ def test_statistics_are_those_of_the_layers_inputs(tiny_model: Path, tokens: Ten
         alone = decoder.statistics(0, block, hidden, stages=stages, position=0)
         assert alone.cross is None
         assert alone.hessian.shape == (128, 128)
+
+
+def test_rotary_frequencies_are_the_models(tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quant_methods.kv_observer import kv_rotary
+
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=2, head_dim=64, num_hidden_layers=1, vocab_size=32, intermediate_size=64,
+        rope_parameters={"rope_theta": 500000.0, "rope_type": "default"}, max_position_embeddings=4096,
+    )  # fmt: skip
+    rotary = kv_rotary(LlamaForCausalLM(config).get_decoder(), config)
+    expected = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(rotary.inv_freq, expected)
+    assert (rotary.max_position, rotary.interleaved) == (4096, False)
