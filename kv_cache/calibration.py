@@ -1,8 +1,8 @@
 """Calibrates the KV-cache scales of every static format from the queries, keys and values that a model produces.
 
 A forward pass over some text hands each layer's tensors to `KVCalibrator.observe`; `KVCalibrator.finish` then chooses
-one scale and zero per channel of each KV head (or one per layer, for the per-tensor formats): 8-bit codes cover all
-that was seen, fewer bits cover what kv_cache/clip_search.py chooses.
+one scale and zero per channel of each KV head (or one per layer, for the per-tensor formats): codes of 6 and 8 bits
+cover all that was seen, those of 4 bits what kv_cache/clip_search.py chooses.
 
 Rotary embedding turns a pair of channels by an angle that grows with the position, so that keys fill ranges at
 position 8,000 that they never touch below 1,000. Scales calibrated on short text therefore clip long contexts.
@@ -13,6 +13,7 @@ farther on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,15 @@ FIRST_TOKENS = 4
 al. 2023, "Efficient streaming language models with attention sinks", which keeps 4) occur nowhere else."""
 TURNS = 8
 """Positions over which a layer's kept sequences are spread at least, together."""
-MAX_ROWS = 8192
+RANGE_TURNS = 32
+"""Positions to which the first sequence is turned for the exact range; the n-th gets an n-th of them, at least one."""
+MAX_ROWS = 4096
 """Tokens that a search for one range looks at."""
-EXACT_BITS = 8
-"""From so many bits on codes cover all that was seen: clipping would gain nothing and could lose a rare outlier."""
+EXACT_BITS = 6
+"""From so many bits on codes cover all that was seen: clipping gained nothing there and could lose a rare outlier."""
+
+SERVED_TOKENS = 1_000_000
+"""Tokens that 8-bit codes shall cover per channel; calibration sees fewer, and steps so small leave room for more."""
 
 Range = tuple[Tensor, Tensor]
 
@@ -98,6 +104,7 @@ class _Layer:
         self.value_range: Range | None = None
         self.sequences: list[_Sequence] = []
         self.seen = 0
+        self.turned = 0
         self.tokens = 0
         self.longest = 0
 
@@ -169,12 +176,15 @@ class KVCalibrator:
         """
         self._check(layer, query, key, value)
         record, tokens = self._layers[layer], key.shape[0]
-        moved = key.float()
-        if self.rotary is not None:
-            # Position 0, the last, then a golden-ratio sequence, which leaves no gap however many sequences come.
-            share = (0.0, 1.0)[record.seen] if record.seen < 2 else record.seen * 0.6180339887498949 % 1
-            moved = self.rotary.turn_keys(moved, round(share * max(0, self.rotary.max_position - tokens)))
-        record.key_range = _widen(record.key_range, moved)
+        if self.rotary is None:
+            record.key_range = _widen(record.key_range, key)
+        else:
+            room = max(0, self.rotary.max_position - tokens)
+            for _ in range(max(1, RANGE_TURNS // (record.seen + 1)) if room else 1):
+                # The first position, the last, then a golden-ratio sequence, which leaves no gap wherever it stops.
+                share = (0.0, 1.0)[record.turned] if record.turned < 2 else record.turned * 0.6180339887498949 % 1
+                record.key_range = _widen(record.key_range, self.rotary.turn_keys(key.float(), round(share * room)))
+                record.turned += 1
         record.value_range = _widen(record.value_range, value)
         record.seen += 1
         record.tokens += tokens
@@ -292,6 +302,9 @@ class KVCalibrator:
                     sample, weight = sample.reshape(-1, 1), None if weight is None else weight.reshape(-1, 1)
                 if bits < EXACT_BITS:
                     low, high = search_range(sample, weight, low, high, bits)
+                elif bits == 8 and fmt.granularity == "head":
+                    room = _headroom(record.tokens) * (high - low)
+                    low, high = low - room, high + room
                 ranges[side, bits, fmt.granularity] = (low, high)
         return ranges
 
@@ -301,7 +314,11 @@ class KVCalibrator:
         Both are float32 [tokens, num_kv_heads, head_dim].
         """
         count = len(record.sequences)
-        turns = 1 if self.rotary is None else -(-TURNS // count)
+        turns = 1
+        if self.rotary is not None:
+            # Little text is turned to more positions, until there is enough for a full sample.
+            kept_tokens = sum(len(sequence.key) for sequence in record.sequences)
+            turns = min(RANGE_TURNS, max(-(-TURNS // count), -(-MAX_ROWS // kept_tokens)))
         rows = self._sample_rows(record, turns)
         keys, weights, start = [], [], 0
         for index, kept in enumerate(record.sequences):
@@ -337,6 +354,16 @@ def _rows(count: int, always: Tensor, limit: int, generator: torch.Generator) ->
     draw = torch.rand(count, generator=generator)
     draw[always] = 2.0
     return draw.topk(limit).indices.sort().values
+
+
+def _headroom(tokens: int) -> float:
+    """Return by which share of its span a range over ``tokens`` tokens grows at each end to cover SERVED_TOKENS.
+
+    The largest of n draws from a normal distribution lies about ``sqrt(2 ln n)`` deviations from the mean (Embrechts,
+    Klueppelberg and Mikosch 1997, "Modelling extremal events", example 3.3.29).
+    """
+    seen, served = (math.sqrt(2 * math.log(max(2, count))) for count in (tokens, SERVED_TOKENS))
+    return max(0.0, served / seen - 1) / 2
 
 
 def _widen(seen: Range | None, tensor: Tensor) -> Range:

@@ -1,4 +1,4 @@
-"""Chooses the range that 4-bit and 6-bit codes of a key or value cover: where to clip, and how much each error matters.
+"""Chooses the range that 4-bit codes of a key or value cover: where to clip, and how much each error matters.
 
 Uniform codes of few bits trade rounding error (a wide range has large steps) against clipping error. The range that
 minimizes a weighted sum of the errors' third powers beat the minimum and maximum, every percentile and the smallest
