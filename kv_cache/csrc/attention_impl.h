@@ -88,17 +88,17 @@ typedef struct {
     unsigned packed[2];  // blocks of the chunk whose keys, values are unpacked
 } walk_t;
 
-static void prefetch_block(const walk_t *w, int side, int token) {
+// The rows that follow those at `token` by a chunk, here or in the item after this one; 0 if there are none.
+static int find_ahead(const walk_t *w, int side, int token, rows_t *rows) {
     const pareto_attention_args *a = w->a;
     const item_t *item = w->item;
     if (token + CHUNK <= w->last) token += CHUNK;
-    else if (!w->next) return;
+    else if (!w->next) return 0;
     else item = w->next, token += item->first_chunk * CHUNK - w->chunk;
     const int tokens = a->seq_lens[item->request];
-    if (token >= tokens) return;
-    rows_t rows;
-    find_rows(&rows, &a->cache, a->block_table + item->request * a->table_stride, tokens, item->kv_head, side, token);
-    prefetch_rows(&rows);
+    if (token >= tokens) return 0;
+    find_rows(rows, &a->cache, a->block_table + item->request * a->table_stride, tokens, item->kv_head, side, token);
+    return 1;
 }
 
 // Unpack keys (side 0) or values (side 1) of a block of the current chunk, unless an earlier unit did.
@@ -108,14 +108,14 @@ static void need_block(walk_t *w, int side, int block) {
     const pareto_cache *c = &w->a->cache;
     scratch_t *s = w->s;
     const int groups = group_count(c), token = w->chunk + BLOCK * block;
-    rows_t rows;
+    rows_t rows, later;
     find_rows(&rows, c, w->table, w->tokens, w->item->kv_head, side, token);
-    prefetch_block(w, side, token);
+    const rows_t *ahead = find_ahead(w, side, token, &later) ? &later : NULL;
     for (int j = 0; j < 4 && groups; j++)
         read_meta(&rows, j, w->tokens - token - 16 * j, s_meta(s, 2 * side, groups) + 16 * (4 * block + j),
                   s_meta(s, 2 * side + 1, groups) + 16 * (4 * block + j), CHUNK);
-    if (side) pack_values(&rows, s->values + (int64_t)block * BLOCK * c->head_dim, s->bytes);
-    else pack_keys(&rows, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
+    if (side) pack_values(&rows, ahead, s->values + (int64_t)block * BLOCK * c->head_dim, s->bytes);
+    else pack_keys(&rows, ahead, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
 }
 
 // Scores of `blocks` blocks as int32 [rows][CHUNK].

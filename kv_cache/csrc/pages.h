@@ -42,14 +42,18 @@ static void find_rows(rows_t *rows, const pareto_cache *c, const int32_t *table,
     }
 }
 
-// Ask for rows to come, into the second-level cache, which has more requests in flight than the first.
-static void prefetch_rows(const rows_t *rows) {
-    for (int j = 0; j < 4; j++) {
-        for (int i = 0; i < 16 * rows->stride; i += 64) __builtin_prefetch(rows->plane[j] + i, 0, 2);
-        if (rows->bits == 6)
-            for (int i = 0; i < 16 * rows->high_stride; i += 64) __builtin_prefetch(rows->high[j] + i, 0, 2);
-        for (int i = 0; i < 16 * rows->meta_stride; i += 64) __builtin_prefetch(rows->meta[j] + i, 0, 2);
-    }
+// Ask for the i-th sixteenth of rows to come, into the second-level cache, which has more requests in flight than the
+// first. Spread over the unpacking of rows that are there, requests do not wait for each other.
+INLINE void prefetch_part(const rows_t *rows, int i) {
+    if (!rows) return;
+    const int j = i / 4, token = i % 4 * 4;
+    for (int at = token * rows->stride; at < (token + 4) * rows->stride; at += 64)
+        __builtin_prefetch(rows->plane[j] + at, 0, 2);
+    if (rows->bits == 6)
+        for (int at = token * rows->high_stride; at < (token + 4) * rows->high_stride; at += 64)
+            __builtin_prefetch(rows->high[j] + at, 0, 2);
+    for (int at = token * rows->meta_stride; at < (token + 4) * rows->meta_stride; at += 64)
+        __builtin_prefetch(rows->meta[j] + at, 0, 2);
 }
 
 // Head sizes whose packed rows are no multiple of 16 bytes (80, and 96 at 6 bits) go through one byte a code.
@@ -167,9 +171,10 @@ INLINE void pack_keys_of(const rows_t *rows, int j, uint8_t *tile, int64_t chunk
 }
 
 // 64 tokens' values to tiles of 16 channels each; row i holds tokens i, 16 + i, 32 + i and 48 + i.
-INLINE void pack_values_of(const rows_t *rows, uint8_t *tiles, const int bits, const int dim) {
+INLINE void pack_values_of(const rows_t *rows, const rows_t *ahead, uint8_t *tiles, const int bits, const int dim) {
     const int64_t stride = rows->stride, high_stride = rows->high_stride;
     for (int i = 0; i < 16; i++, tiles += 64) {
+        prefetch_part(ahead, i);
 #define VALUE_BYTES(at)                                                                                                \
     interleave_4(rows->plane[0] + i * stride + (at), rows->plane[1] + i * stride + (at),                                 \
                  rows->plane[2] + i * stride + (at), rows->plane[3] + i * stride + (at))
@@ -208,19 +213,20 @@ INLINE void pack_values_of(const rows_t *rows, uint8_t *tiles, const int bits, c
         else { call(bits, dim); }                                                                                      \
     } while (0)
 
-// Four tiles of sixteen tokens. scratch: [4][16][256] bytes.
-static void pack_keys(rows_t *rows, uint8_t *tiles, int64_t chunk_stride, uint8_t *scratch) {
+// Four tiles of sixteen tokens; `ahead`: rows to ask for meanwhile, or null. scratch: [4][16][256] bytes.
+static void pack_keys(rows_t *rows, const rows_t *ahead, uint8_t *tiles, int64_t chunk_stride, uint8_t *scratch) {
     if (needs_bytes(rows->bits, rows->dim)) expand_rows(rows, scratch);
     for (int j = 0; j < 4; j++) {
+        for (int i = 0; i < 4; i++) prefetch_part(ahead, 4 * j + i);
 #define CALL(bits, dim) pack_keys_of(rows, j, tiles + j * TILE_BYTES, chunk_stride, bits, dim)
         BY_SHAPE(rows->bits, rows->dim, CALL);
 #undef CALL
     }
 }
 
-static void pack_values(rows_t *rows, uint8_t *tiles, uint8_t *scratch) {
+static void pack_values(rows_t *rows, const rows_t *ahead, uint8_t *tiles, uint8_t *scratch) {
     if (needs_bytes(rows->bits, rows->dim)) expand_rows(rows, scratch);
-#define CALL(bits, dim) pack_values_of(rows, tiles, bits, dim)
+#define CALL(bits, dim) pack_values_of(rows, ahead, tiles, bits, dim)
     BY_SHAPE(rows->bits, rows->dim, CALL);
 #undef CALL
 }

@@ -26,6 +26,57 @@ INLINE v16f soft_cap(v16f score, float cap) {
 // Weight bits of 16 tokens: ROUND_BITS + weight.
 INLINE v16i weigh(v16f exponent) { return (v16i)fma16(exp2_16(exponent), splat(PARETO_ONE), splat(ROUND_MAGIC)); }
 
+// One row's 64 int32 scores to an activation chunk; returns the sums of the weight bits.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Sixteen lanes do not fit a register here, and would go through memory at each step: eight at a time, the same steps.
+INLINE v16u weigh_block(const int32_t *scores, v16i base, v16f step, uint8_t *chunk, int rows, int r, const int masked) {
+    const __m256i top = _mm256_set1_epi32(base[0]), word = _mm256_set1_epi32(0xffff);
+    const __m256 unit = _mm256_set1_ps(step[0]), magic = _mm256_set1_ps(ROUND_MAGIC);
+    __m256i sums[2];
+    (void)rows;
+    for (int half = 0; half < 2; half++) {
+        __m256i bits[4];
+        sums[half] = _mm256_setzero_si256();
+        for (int j = 0; j < 4; j++) {
+            const __m256i score = _mm256_loadu_si256((const __m256i *)(scores + 16 * j + 8 * half));
+            const __m256 x = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(score, top)), unit);
+            const __m256 clipped = _mm256_max_ps(x, _mm256_set1_ps(-100.0f)), shifted = _mm256_add_ps(clipped, magic);
+            const __m256 f = _mm256_sub_ps(clipped, _mm256_sub_ps(shifted, magic));
+            __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(EXP2_5), f, _mm256_set1_ps(EXP2_4));
+            p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_3));
+            p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_2));
+            p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(EXP2_1));
+            p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+            const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+            p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+            bits[j] = _mm256_castps_si256(_mm256_fmadd_ps(p, _mm256_set1_ps(PARETO_ONE), magic));
+            if (masked)
+                bits[j] = _mm256_blendv_epi8(bits[j], _mm256_set1_epi32(ROUND_BITS),
+                                             _mm256_cmpeq_epi32(score, _mm256_set1_epi32(INT32_MIN)));
+            sums[half] = _mm256_add_epi32(sums[half], bits[j]);
+        }
+        // As put_activations, in halves.
+        __m256i *even = (__m256i *)(chunk + 128 * r + 32 * half), *odd = (__m256i *)(chunk + 128 * r + 64 + 32 * half);
+        _mm256_store_si256(even, _mm256_or_si256(_mm256_and_si256(bits[0], word), _mm256_slli_epi32(bits[2], 16)));
+        _mm256_store_si256(odd, _mm256_or_si256(_mm256_and_si256(bits[1], word), _mm256_slli_epi32(bits[3], 16)));
+    }
+    v16u sum;
+    memcpy(&sum, sums, 64);
+    return sum;
+}
+#else
+INLINE v16u weigh_block(const int32_t *scores, v16i base, v16f step, uint8_t *chunk, int rows, int r, const int masked) {
+    v16i bits[4];
+    for (int j = 0; j < 4; j++) {
+        const v16i score = load16i(scores + 16 * j);
+        bits[j] = weigh(to_float((v16i)((v16u)score - (v16u)base)) * step);
+        if (masked) bits[j] = select16i(score == splati(INT32_MIN), splati(ROUND_BITS), bits[j]);
+    }
+    put_activations(chunk, rows, r, bits[0], bits[1], bits[2], bits[3]);
+    return (v16u)bits[0] + (v16u)bits[1] + (v16u)bits[2] + (v16u)bits[3];
+}
+#endif
+
 // One row's int32 scores to activations of `blocks` blocks; returns the maximum and sets the weights' sum.
 INLINE int32_t weigh_integers(const unit_t *u, int r, int32_t *scores, int from, int blocks, uint8_t *weights,
                               float *sum_out, const int masked) {
@@ -43,16 +94,8 @@ INLINE int32_t weigh_integers(const unit_t *u, int r, int32_t *scores, int from,
     const v16i base = splati(top);
     const v16f step = splat(u->step[r]);
     v16u sum = (v16u)splati(0);
-    for (int b = 0; b < blocks; b++) {
-        v16i bits[4];
-        for (int j = 0; j < 4; j++) {
-            const v16i score = load16i(scores + 64 * b + 16 * j);
-            bits[j] = weigh(to_float((v16i)((v16u)score - (v16u)base)) * step);
-            if (masked) bits[j] = select16i(score == none, splati(ROUND_BITS), bits[j]);
-            sum += (v16u)bits[j];
-        }
-        put_activations(weights + b * CHUNK_BYTES, u->padded_rows, r, bits[0], bits[1], bits[2], bits[3]);
-    }
+    for (int b = 0; b < blocks; b++)
+        sum += weigh_block(scores + 64 * b, base, step, weights + b * CHUNK_BYTES, u->padded_rows, r, masked);
     // 64 bits of ROUND_BITS for each block were added, modulo 2**32.
     *sum_out = (float)(int32_t)(lanes_sum_u(sum) - (uint32_t)(64 * blocks) * ROUND_BITS);
     return top;

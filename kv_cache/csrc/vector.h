@@ -67,6 +67,12 @@ INLINE v16f max16(v16f a, v16f b) {
 INLINE v16i max16i(v16i a, v16i b) {
 #if defined(__AVX512F__)
     return (v16i)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    __m256i x[2], y[2];
+    memcpy(x, &a, 64), memcpy(y, &b, 64);
+    for (int i = 0; i < 2; i++) x[i] = _mm256_max_epi32(x[i], y[i]);
+    memcpy(&a, x, 64);
+    return a;
 #else
     return select16i(a > b, a, b);
 #endif
@@ -107,15 +113,21 @@ INLINE uint32_t lanes_sum_u(v16u v) {
 #define ROUND_MAGIC 12582912.0f  // 1.5 * 2**23: adding it rounds to an integer, which the low bits then hold
 #define ROUND_BITS 0x4b400000
 
+#define EXP2_1 6.931470037e-01f
+#define EXP2_2 2.402224243e-01f
+#define EXP2_3 5.550733581e-02f
+#define EXP2_4 9.671512991e-03f
+#define EXP2_5 1.326472731e-03f
+
 // 2**x for x <= 0, relative error below 2.5e-7; exactly 1 at 0. Below -100, minus infinity included, about 2**-100.
 // Polynomial: least relative error, degree 5, on [-1/2, 1/2] with the constant term held at 1.
 INLINE v16f exp2_16(v16f x) {
     const v16f magic = splat(ROUND_MAGIC), clipped = max16(x, splat(-100.0f));
     const v16f shifted = clipped + magic, f = clipped - (shifted - magic);
-    v16f p = fma16(splat(1.326472731e-03f), f, splat(9.671512991e-03f));
-    p = fma16(p, f, splat(5.550733581e-02f));
-    p = fma16(p, f, splat(2.402224243e-01f));
-    p = fma16(p, f, splat(6.931470037e-01f));
+    v16f p = fma16(splat(EXP2_5), f, splat(EXP2_4));
+    p = fma16(p, f, splat(EXP2_3));
+    p = fma16(p, f, splat(EXP2_2));
+    p = fma16(p, f, splat(EXP2_1));
     p = fma16(p, f, splat(1.0f));
     // The magic number's bits vanish in the shift.
     return (v16f)((v16u)p + ((v16u)shifted << 23));

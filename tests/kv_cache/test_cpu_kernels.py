@@ -233,7 +233,7 @@ def test_soft_cap(name, window):
 
 def test_strong_scores_pick_their_token():
     batch = make("int8_per_head", group=1, kv_heads=1, lens=(600,), query_lens=(1,))
-    batch.query = batch.query * 200
+    batch.query = batch.query * 5
     check(batch)
 
 
