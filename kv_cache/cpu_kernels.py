@@ -99,6 +99,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(spec.origin)
     library.pareto_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_int]
     library.pareto_store.argtypes = [ctypes.POINTER(_Store)]
+    library.pareto_prefer_huge_pages.argtypes = [_ptr, _i64]
     return library
 
 
@@ -145,6 +146,8 @@ class PagedCache:
         if layout.fmt.static and scales is None:
             raise ParetoError(f"{layout.fmt.name} needs calibrated scales")
         self.cache, self.layout = cache, layout
+        storage = cache.untyped_storage()
+        _library().pareto_prefer_huge_pages(storage.data_ptr(), storage.nbytes())
         self._scales = (
             [getattr(scales, name).float().contiguous() for name in TENSORS]
             if layout.fmt.static and scales is not None
