@@ -57,8 +57,8 @@ class Size:
         "--concurrency", "1", "4", "--requests", "16", "--warmup", "2", "--prompt-tokens", "1024",
         "--output-tokens", "32", "--no-progress", "--overwrite",
     )  # fmt: skip
-    # As long as the longest prompt: the range of a rotated key's slow channels grows with its position.
-    compress: tuple[str, ...] = ("--num-calibration-samples", "16", "--calibration-length", "2048")
+    # As many and as long as calibration at start-up takes, so that both use the same samples.
+    compress: tuple[str, ...] = ("--num-calibration-samples", "32", "--calibration-length", "512")
     serve: tuple[str, ...] = ("--max-model-len", "4096", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 30))
 
 
