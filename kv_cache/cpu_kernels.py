@@ -78,6 +78,8 @@ class _Store(ctypes.Structure):
         ("key_head_stride", _i64),
         ("value_token_stride", _i64),
         ("value_head_stride", _i64),
+        ("key_inverse", _ptr),
+        ("value_inverse", _ptr),
         ("slots", _ptr),
         ("num_tokens", _i64),
         ("dtype", _i32),
@@ -155,6 +157,9 @@ class PagedCache:
         )
         if any(tuple(t.shape) != (heads, layout.head_dim) for t in self._scales):
             raise ParetoError(f"{layout.fmt.name}: scales must have shape {(heads, layout.head_dim)}")
+        self._inverses = [
+            1.0 / self._scales[TENSORS.index(f"{kind}_scale")] for kind in ("key", "value") if self._scales
+        ]
         offsets = layout.offsets()
         self._struct = _Cache(
             cache.data_ptr(),
@@ -188,6 +193,7 @@ class PagedCache:
             key.stride(1),
             value.stride(0),
             value.stride(1),
+            *([t.data_ptr() for t in self._inverses] or [None, None]),
             slots.data_ptr(),
             min(slots.shape[0], key.shape[0]),
             DTYPES[key.dtype],

@@ -56,6 +56,8 @@ typedef struct {
     const void *value;
     int64_t key_token_stride, key_head_stride;
     int64_t value_token_stride, value_head_stride;
+    const float *key_inverse;   // 1 / key_scale and 1 / value_scale, [num_kv_heads][head_dim]; null with groups
+    const float *value_inverse;
     const int64_t *slots;       // [num_tokens] block * block_size + offset; negative: not stored
     int64_t num_tokens;
     int32_t dtype;

@@ -4,12 +4,23 @@
 #include "numeric.h"
 #include "pareto_cpu.h"
 
-// NaN becomes code 0, as the comparisons below are written.
+// Rounds to nearest, ties to even, by adding 1.5 * 2**23, which the compiler can do for many channels at once; a number
+// is in range before it is rounded. NaN becomes code 0, as the comparisons are written.
 static inline uint8_t to_code(float x, float top) {
-    x = rintf(x);
     x = x > 0 ? x : 0;
     x = x < top ? x : top;
-    return (uint8_t)x;
+    return (uint8_t)float_to_bits(x + 12582912.0f);
+}
+
+static void load_row(const void *data, int64_t at, int dtype, int dim, float *x) {
+    if (dtype == PARETO_BF16) {
+        const uint16_t *from = (const uint16_t *)data + at;
+        for (int i = 0; i < dim; i++) x[i] = bf16_to_float(from[i]);
+    } else if (dtype == PARETO_F32) {
+        memcpy(x, (const float *)data + at, (size_t)dim * 4);
+    } else {
+        for (int i = 0; i < dim; i++) x[i] = load_float(data, at + i, dtype);
+    }
 }
 
 static void pack_row(uint8_t *page, int64_t token, int plane, int high, int bits, int dim, const uint8_t *codes) {
@@ -68,15 +79,15 @@ int pareto_store(const pareto_store_args *a) {
                                         : token * a->key_token_stride + head * a->key_head_stride;
                 float x[256];
                 uint8_t codes[256];
-                for (int i = 0; i < dim; i++) x[i] = load_float(side ? a->value : a->key, at + i, a->dtype);
+                load_row(side ? a->value : a->key, at, a->dtype, dim, x);
                 if (groups) {
                     group_codes(x, dim, c->group_size, bits, codes,
                                 page + (side ? c->value_meta_offset : c->key_meta_offset) + offset * groups * 4);
                 } else {
-                    const float *scale = (side ? c->value_scale : c->key_scale) + (int64_t)head * dim;
+                    const float *inverse = (side ? a->value_inverse : a->key_inverse) + (int64_t)head * dim;
                     const float *zero = (side ? c->value_zero : c->key_zero) + (int64_t)head * dim;
                     const float top = (float)((1 << bits) - 1);
-                    for (int i = 0; i < dim; i++) codes[i] = to_code(x[i] * (1.0f / scale[i]) + zero[i], top);
+                    for (int i = 0; i < dim; i++) codes[i] = to_code(x[i] * inverse[i] + zero[i], top);
                 }
                 pack_row(page, offset, side ? c->value_offset : c->key_offset,
                          side ? c->value_high_offset : c->key_high_offset, bits, dim, codes);
