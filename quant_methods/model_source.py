@@ -210,3 +210,12 @@ def fingerprint(model_dir: Path) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the folder of what is kept between runs: ``$PARETO_CACHE``, else ``pareto`` in the user's cache folder."""
+    named = os.environ.get("PARETO_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pareto"

@@ -26,7 +26,7 @@ import torch
 from rich.progress import Progress as Bar
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import fingerprint
+from quant_methods.model_source import cache_dir, fingerprint
 from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]
@@ -153,15 +153,6 @@ def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -
     if len(ids) < needed:
         raise ParetoError(f"{text} has {len(ids):,} tokens; {num} x {length} = {needed:,} are needed for {split}")
     return torch.tensor(ids[:needed], dtype=torch.int64).view(num, length)
-
-
-def cache_dir() -> Path:
-    """Return where samples are cached: ``$PARETO_CACHE``, else ``$XDG_CACHE_HOME/pareto``, else ``~/.cache/pareto``."""
-    named = os.environ.get("PARETO_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pareto"
 
 
 def _sampled(

@@ -17,21 +17,13 @@ from filelock import FileLock
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE
-from quant_methods.model_source import fingerprint, resolve_model
+from quant_methods.model_source import cache_dir, fingerprint, resolve_model
 
 MAX_WEIGHT_BYTES = 4 * 2**30
 """Weights beyond this are not calibrated at start-up: sampling and calibrating would take long on a CPU."""
 SAMPLES, LENGTH = 32, 512
 REVISION = 2
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""
-
-
-def cache_folder() -> Path:
-    """Return the folder that keeps scales made at start-up ($VLLM_PARETO_CACHE, else below the user's cache)."""
-    root = os.environ.get("VLLM_PARETO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / (
-        "vllm-pareto"
-    )
-    return Path(root) / "kv-scales"
 
 
 def calibrate(model: str) -> Path:
@@ -52,7 +44,7 @@ def calibrate(model: str) -> Path:
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     if size > MAX_WEIGHT_BYTES:
         raise ParetoError(f"{model} has no calibrated KV scales and is too large to calibrate at start-up: {by_hand}")
-    folder = cache_folder() / f"{fingerprint(source)}-{REVISION}"
+    folder = cache_dir() / "kv-scales" / f"{fingerprint(source)}-{REVISION}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / SCALES_FILE).is_file():

@@ -62,7 +62,7 @@ def check_geometry(scales: KVScales, config: VllmConfig, folder: Path) -> None:
     """Raise unless the scales were made for a model of this shape."""
     model = config.model_config
     expected = (
-        model.get_total_num_hidden_layers() if hasattr(model, "get_total_num_hidden_layers") else scales.num_layers,
+        model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
         model.get_head_size(),
     )

@@ -11,7 +11,7 @@ from kv_cache import codec
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, HEAD_SIZES, get_format
 from kv_cache.layout import PageLayout
-from kv_cache.scales import LayerScales
+from tests.kv_cache.random_scales import random_scales
 
 
 @pytest.fixture
@@ -20,15 +20,6 @@ def seed() -> int:
     torch.manual_seed(value)
     print(f"seed {value}")
     return value
-
-
-def _scales(fmt, kv_heads, dim) -> LayerScales | None:
-    if not fmt.static:
-        return None
-    tops = [2**bits - 1 for bits in (fmt.key_bits, fmt.value_bits)]
-    steps = [torch.rand(kv_heads, dim) * 4 / top + 2 / top for top in tops]
-    zeros = [torch.rand(kv_heads, dim) * top for top in tops]
-    return LayerScales(steps[0], zeros[0], steps[1], zeros[1])
 
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
@@ -93,7 +84,7 @@ def test_group_of_equal_values_has_codes_zero():
 def test_pages_read_back_what_was_written(seed, name, dim):
     fmt = FORMATS[name]
     layout = PageLayout(fmt, dim, 16)
-    scales = _scales(fmt, 2, dim)
+    scales = random_scales(fmt, 2, dim)
     cache = torch.randint(0, 256, (3, 2, 16, layout.bytes_per_token), dtype=torch.uint8)
     before = cache.clone()
     key, value = torch.randn(16, 2, dim), torch.randn(16, 2, dim)

@@ -15,6 +15,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
+from tests.kv_cache.random_scales import random_scales
 
 try:
     AVAILABLE = ISAS[: ISAS.index(cpu_kernels.best_isa()) + 1]
@@ -91,15 +92,6 @@ class Batch:
             self, table=self.table[request : request + 1], lens=[context + first + count], query_lens=[count],
             query=self.query[at : at + count],
         )  # fmt: skip
-
-
-def random_scales(fmt, kv_heads: int, dim: int) -> LayerScales | None:
-    if not fmt.static:
-        return None
-    tops = [2**bits - 1 for bits in (fmt.key_bits, fmt.value_bits)]
-    steps = [torch.rand(kv_heads, dim) * 4 / top + 2 / top for top in tops]
-    zeros = [torch.rand(kv_heads, dim) * top for top in tops]
-    return LayerScales(steps[0], zeros[0], steps[1], zeros[1])
 
 
 def empty_pages(layout: PageLayout, blocks: int, kv_heads: int, padded: bool) -> torch.Tensor:
