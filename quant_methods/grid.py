@@ -132,21 +132,24 @@ def fit(
     importance = importance.to(weight.dtype).reshape(1, groups, columns // groups)
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0)
-    span = (grid.high - grid.low) / 2 if search == "minmax" else float(grid.high)
-    widest = torch.maximum(-low, high) / span if grid.symmetric else (high - low) / (grid.high - grid.low)
-    # A group of zeros: any scale reads back zeros. A subnormal scale would overflow the division.
-    widest = torch.where(widest > torch.finfo(scale_dtype).tiny * 16, widest, torch.ones_like(widest))
 
     def stored(scale: Tensor) -> Tensor:
-        return scale.to(scale_dtype).to(weight.dtype)
+        # A group of zeros: any scale reads back zeros. A subnormal scale would overflow the division.
+        usable = torch.where(scale > torch.finfo(scale_dtype).tiny * 16, scale, torch.ones_like(scale))
+        return usable.to(scale_dtype).to(weight.dtype)
 
+    if grid.symmetric:
+        extent = torch.maximum(-low, high)
+        scale, widest = stored(extent * 2 / (grid.high - grid.low)), stored(extent / grid.high)
+        zero = torch.zeros_like(scale)
+    else:
+        scale = widest = stored((high - low) / (grid.high - grid.low))
+        zero = torch.round(grid.low - low / scale).clamp(grid.low, grid.high)
     if search == "minmax":
-        scale = stored(widest)
-        zero = torch.zeros_like(scale) if grid.symmetric else torch.round(grid.low - low / scale)
-        return scale.squeeze(-1), zero.clamp(grid.low, grid.high).squeeze(-1)
+        return scale.squeeze(-1), zero.squeeze(-1)
 
     best_error = torch.full_like(widest, torch.inf)
-    best_scale, best_zero = widest.clone(), torch.zeros_like(widest)
+    best_scale, best_zero = scale.clone(), zero.clone()
 
     buffer = torch.empty_like(grouped)
 
@@ -160,6 +163,7 @@ def fit(
         torch.where(better, scale, best_scale, out=best_scale)
         torch.where(better, zero, best_zero, out=best_zero)
 
+    consider(scale, zero)  # so that the search never loses to minmax
     for step in range(SEARCH_STEPS):
         shrink = 1.0 - (1.0 - SEARCH_FLOOR) * step / SEARCH_STEPS
         scale = stored(widest * shrink)
