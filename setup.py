@@ -14,7 +14,7 @@ COMMON = ["-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-ffp-contract=off", "-fno-m
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=generic"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")), "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-int8"]
-PER_FILE = {"attention_avx2.c": AVX2, "attention_avx512.c": AVX512, "attention_amx.c": AMX}
+PER_FILE = {"kernels_avx2.c": AVX2, "kernels_avx512.c": AVX512, "kernels_amx.c": AMX}
 
 
 class BuildKernels(build_ext):

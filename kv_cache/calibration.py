@@ -9,12 +9,15 @@ position 8,000 that they never touch below 1,000. Scales calibrated on short tex
 `Rotary` lets the calibrator turn what it saw to every position that will be served: queries and keys turned together
 leave attention unchanged (RoFormer, Su et al. 2021, equation 16), so the turned tensors are those of the same text
 farther on.
+
+Keys of 4 bits with a scale for each channel are also centred and transformed, and they and such values rounded with
+feedback (kv_cache/rotary.py, kv_cache/transforms.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +25,10 @@ from torch import Tensor
 
 from kv_cache.clip_search import KeyImportance, affine, search_range
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS
-from kv_cache.scales import KVScales, LayerScales
+from kv_cache.formats import FORMATS, KVFormat
+from kv_cache.rotary import Rotary
+from kv_cache.scales import MATRIX_DTYPE, KVScales, LayerScales
+from kv_cache.transforms import balanced_transform, feedback
 
 FIRST_TOKENS = 4
 """Tokens at a sequence's start that always stay in the sample, and at their own positions: attention sinks (Xiao et
@@ -41,47 +46,6 @@ SERVED_TOKENS = 1_000_000
 """Tokens that 8-bit codes shall cover per channel; calibration sees fewer, and steps so small leave room for more."""
 
 Range = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The rotary position embedding of a model's attention.
-
-    Attributes:
-        inv_freq: float [rotated / 2], radians per position of each pair, scaled as the model scales it
-            (transformers: ``model.rotary_emb.inv_freq``); channels from ``rotated`` on are not rotated.
-        max_position: tokens of the longest context that the scales shall serve.
-        interleaved: a pair is channels 2i and 2i + 1 (GPT-J) rather than i and i + rotated / 2 (Llama).
-
-    """
-
-    inv_freq: Tensor
-    max_position: int
-    interleaved: bool = False
-
-    def turn(self, x: Tensor, offset: int) -> Tensor:
-        """Return queries or keys moved ``offset`` positions on.
-
-        Args:
-            x: float32 [tokens, heads, head_dim], after rotary embedding.
-            offset: positions to move by.
-
-        """
-        # Angles in float64: float32 holds a late position's angle to a few thousandths of a radian only.
-        angle = self.inv_freq.to(x.device, torch.float64) * offset
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        rotated = 2 * angle.numel()
-        if self.interleaved:
-            first, second = x[..., 0:rotated:2], x[..., 1:rotated:2]
-        else:
-            first, second = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
-        return torch.cat((turned, x[..., rotated:]), -1)
-
-    def turn_keys(self, key: Tensor, offset: int) -> Tensor:
-        """Return keys moved ``offset`` positions on, but for the first tokens, which only ever are first."""
-        return torch.cat((key[:FIRST_TOKENS], self.turn(key[FIRST_TOKENS:], offset)))
 
 
 @dataclass(frozen=True)
@@ -107,6 +71,7 @@ class _Layer:
         self.turned = 0
         self.tokens = 0
         self.longest = 0
+        self.value_metric: Tensor | None = None
 
 
 class KVCalibrator:
@@ -183,13 +148,30 @@ class KVCalibrator:
             for _ in range(max(1, RANGE_TURNS // (record.seen + 1)) if room else 1):
                 # The first position, the last, then a golden-ratio sequence, which leaves no gap wherever it stops.
                 share = (0.0, 1.0)[record.turned] if record.turned < 2 else record.turned * 0.6180339887498949 % 1
-                record.key_range = _widen(record.key_range, self.rotary.turn_keys(key.float(), round(share * room)))
+                record.key_range = _widen(record.key_range, _turn_keys(self.rotary, key.float(), round(share * room)))
                 record.turned += 1
         record.value_range = _widen(record.value_range, value)
         record.seen += 1
         record.tokens += tokens
         record.longest = max(record.longest, tokens)
         self._keep(record, query, key, value)
+
+    def weigh_values(self, layer: int, metric: Tensor) -> None:
+        """Say how much errors of a layer's values matter together; without it each channel is rounded by itself.
+
+        Args:
+            layer: index of the layer, from 0.
+            metric: float [num_kv_heads, head_dim, head_dim], positive semidefinite: an error e of a value costs
+                ``e^T metric e``, for instance the sum of ``W_o^T W_o`` over the query heads of the KV head.
+
+        Raises:
+            ParetoError: there is no such layer, or the shape is wrong.
+
+        """
+        shape = (self.num_kv_heads, self.head_dim, self.head_dim)
+        if not 0 <= layer < self.num_layers or tuple(metric.shape) != shape:
+            raise ParetoError(f"KV calibration: layer {layer} of {self.num_layers} takes a metric of shape {shape}")
+        self._layers[layer].value_metric = metric.detach().double().cpu()
 
     def _check(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not 0 <= layer < self.num_layers:
@@ -254,8 +236,11 @@ class KVCalibrator:
                 f"run at least one sequence through all {self.num_layers} layers"
             )
         layers: dict[str, list[LayerScales]] = {name: [] for name, fmt in FORMATS.items() if fmt.static}
+        centred = False
         for record in self._layers:
             chosen = self._ranges(record)
+            refined = self._refined_keys(record)
+            centred = centred or "key_mean" in refined
             for name, scales in layers.items():
                 fmt = FORMATS[name]
                 pairs: list[Tensor] = []
@@ -264,7 +249,7 @@ class KVCalibrator:
                     for tensor in affine(low, high, bits):
                         spread = tensor.expand(self.num_kv_heads * self.head_dim)
                         pairs.append(spread.reshape(self.num_kv_heads, self.head_dim).cpu().contiguous())
-                scales.append(LayerScales(*pairs))
+                scales.append(self._refine(fmt, record, LayerScales(*pairs), refined))
         positions = max(record.longest for record in self._layers)
         if self.rotary is not None:
             positions = max(positions, self.rotary.max_position)
@@ -274,14 +259,59 @@ class KVCalibrator:
             "calibration_positions": positions,
         }
         return KVScales(
-            self.num_layers, self.num_kv_heads, self.head_dim, layers=layers, metadata={**(metadata or {}), **made}
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            layers=layers,
+            metadata={**(metadata or {}), **made},
+            rotary=self.rotary if centred else None,
         )
+
+    def _refine(self, fmt: KVFormat, record: _Layer, scales: LayerScales, refined_keys: dict[str, Any]) -> LayerScales:
+        """Return a format's scales with what its sides of few bits get on top."""
+        more: dict[str, Any] = {}
+        if fmt.granularity == "head" and fmt.key_bits < EXACT_BITS:
+            more |= refined_keys
+        if fmt.granularity == "head" and fmt.value_bits < EXACT_BITS and record.value_metric is not None:
+            more["value_feedback"] = _stored(feedback(record.value_metric, scales.value_scale))
+        return replace(scales, **more)
+
+    def _refined_keys(self, record: _Layer) -> dict[str, Any]:
+        """Return how 4-bit keys are centred, transformed and rounded, and the scales that go with it."""
+        mean = None if self.rotary is None else self._mean_key(record)
+        keys, _, metric = self._key_sample(record, mean)
+        keys, metric = keys.double().cpu(), metric.double().cpu()
+        scattered = keys - keys.mean(0)
+        covariance = torch.einsum("thc,thd->hcd", scattered, scattered) / len(keys)
+        transform = _stored(balanced_transform(covariance, metric))
+        sample = torch.einsum("hcd,thd->thc", transform.double(), keys).float().flatten(1)
+        bits = next(fmt.key_bits for fmt in FORMATS.values() if fmt.static and fmt.key_bits < EXACT_BITS)
+        low, high = search_range(sample, None, sample.amin(0), sample.amax(0), bits)
+        scale, zero = (x.view(self.num_kv_heads, self.head_dim) for x in affine(low, high, bits))
+        inverse = torch.linalg.inv(transform.double())
+        refined = {
+            "key_scale": scale,
+            "key_zero": zero,
+            "key_transform": transform,
+            "key_feedback": _stored(feedback(inverse.mT @ metric @ inverse, scale)),
+        }
+        return refined if mean is None else refined | {"key_mean": mean.cpu(), "rotary": self.rotary}
+
+    def _mean_key(self, record: _Layer) -> Tensor:
+        """Return the mean over the kept tokens of keys turned back to position 0, float32 [num_kv_heads, head_dim]."""
+        assert self.rotary is not None
+        back = [self.rotary.turn(s.key.float(), -torch.arange(len(s.key))) for s in record.sequences]
+        later = torch.cat([keys[FIRST_TOKENS:] for keys in back])
+        mean = later.mean(0) if len(later) else torch.cat(back).mean(0)
+        # Only a rotated channel's mean depends on the position; the zero takes care of the others.
+        mean[:, 2 * self.rotary.inv_freq.numel() :] = 0
+        return mean
 
     def _ranges(self, record: _Layer) -> dict[tuple[str, int, str], Range]:
         """Return one layer's ranges by ("key" or "value", bits, granularity); each end is [channels of all heads]."""
         assert record.key_range is not None
         assert record.value_range is not None
-        keys, importance = self._key_sample(record)
+        keys, importance, _ = self._key_sample(record)
         values = torch.cat([sequence.value for sequence in record.sequences]).float()
         rows = self._sample_rows(record, 1).to(values.device)
         values = values[rows].flatten(1)
@@ -308,10 +338,17 @@ class KVCalibrator:
                 ranges[side, bits, fmt.granularity] = (low, high)
         return ranges
 
-    def _key_sample(self, record: _Layer) -> tuple[Tensor, Tensor]:
-        """Return keys, turned to positions spread over the context, and their elements' importance.
+    def _key_sample(self, record: _Layer, mean: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys, turned to positions spread over the context, and what their errors cost.
 
-        Both are float32 [tokens, num_kv_heads, head_dim].
+        Args:
+            record: the layer.
+            mean: [num_kv_heads, head_dim] before rotary embedding; its centres are taken off the keys returned.
+
+        Returns:
+            keys and their elements' importance, float32 [tokens, num_kv_heads, head_dim], and the metric of errors
+            of whole keys, [num_kv_heads, head_dim, head_dim].
+
         """
         count = len(record.sequences)
         turns = 1
@@ -321,20 +358,28 @@ class KVCalibrator:
             turns = min(RANGE_TURNS, max(-(-TURNS // count), -(-MAX_ROWS // kept_tokens)))
         rows = self._sample_rows(record, turns)
         keys, weights, start = [], [], 0
+        metric = torch.zeros(self.num_kv_heads, self.head_dim, self.head_dim)
         for index, kept in enumerate(record.sequences):
             query, key, value = kept.query.float(), kept.key.float(), kept.value.float()
             importance = KeyImportance(kept.positions, query, key, value)
+            positions = torch.arange(len(key))
             for turn in range(turns):
                 turned, asked = key, query
                 if self.rotary is not None:
                     share = (turn * count + index) / max(1, turns * count - 1)
                     offset = round(share * max(0, self.rotary.max_position - len(key)))
-                    turned, asked = self.rotary.turn_keys(key, offset), self.rotary.turn(query, offset)
+                    turned, asked = _turn_keys(self.rotary, key, offset), self.rotary.turn(query, offset)
+                    positions = torch.arange(len(key)) + offset * (torch.arange(len(key)) >= FIRST_TOKENS)
                 mine = (rows[(rows >= start) & (rows < start + len(key))] - start).to(key.device)
-                keys.append(turned[mine])
+                chosen = turned[mine]
+                if mean is not None and self.rotary is not None:
+                    table = self.rotary.table(self.rotary.max_position + len(key))
+                    chosen = chosen - table.centre(mean.cpu(), positions[mine.cpu()]).to(key.device)
+                keys.append(chosen)
                 weights.append(importance.weight(asked)[mine])
+                metric += importance.metric(asked).cpu()
                 start += len(key)
-        return torch.cat(keys), torch.cat(weights)
+        return torch.cat(keys), torch.cat(weights), metric
 
     def _sample_rows(self, record: _Layer, turns: int) -> Tensor:
         """Return which of the kept tokens, each sequence's repeated ``turns`` times, a search looks at, in order."""
@@ -347,6 +392,11 @@ class KVCalibrator:
         return _rows(sum(lengths), first, MAX_ROWS, generator)
 
 
+def _turn_keys(rotary: Rotary, key: Tensor, offset: int) -> Tensor:
+    """Return keys moved ``offset`` positions on, but for the first tokens, which only ever are first."""
+    return torch.cat((key[:FIRST_TOKENS], rotary.turn(key[FIRST_TOKENS:], offset)))
+
+
 def _rows(count: int, always: Tensor, limit: int, generator: torch.Generator) -> Tensor:
     """Return at most ``limit`` of the rows 0..count-1, in order: those always wanted, then a seeded choice."""
     if count <= limit:
@@ -354,6 +404,11 @@ def _rows(count: int, always: Tensor, limit: int, generator: torch.Generator) ->
     draw = torch.rand(count, generator=generator)
     draw[always] = 2.0
     return draw.topk(limit).indices.sort().values
+
+
+def _stored(matrix: Tensor) -> Tensor:
+    """Return a matrix as it comes back from the file."""
+    return matrix.to(MATRIX_DTYPE).float()
 
 
 def _headroom(tokens: int) -> float:
@@ -372,4 +427,4 @@ def _widen(seen: Range | None, tensor: Tensor) -> Range:
     return (low, high) if seen is None else (torch.minimum(seen[0], low), torch.maximum(seen[1], high))
 
 
-__all__ = ["KVCalibrator", "Rotary"]
+__all__ = ["KVCalibrator"]

@@ -148,3 +148,16 @@ class KeyImportance:
 
         """
         return torch.bmm(self._moved, self._grouped(query).square()).transpose(0, 1)
+
+    def metric(self, query: Tensor) -> Tensor:
+        """Return H of the cost ``e^T H e`` of an error e, the same for all tokens, in a head's keys.
+
+        Args:
+            query: as for `weight`.
+
+        Returns:
+            float32 [num_kv_heads, head_dim, head_dim]; its diagonal is the sum of the weights over the tokens.
+
+        """
+        grouped = self._grouped(query)
+        return torch.bmm((grouped * self._moved.sum(1)[..., None]).transpose(1, 2), grouped)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from kv_cache.errors import ParetoError
 from kv_cache.formats import KVFormat
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
@@ -31,6 +32,108 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
     """
     codes = torch.round(x.float() * (1.0 / scale) + zero)
     return codes.nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Return ``a * b + c`` rounded once, float32.
+
+    Products of float32 are exact in float64; the sum's second rounding differs from a single one once in 2**29.
+    """
+    return (a.double() * b.double() + c.double()).float()
+
+
+def quantize_with_feedback(scaled: torch.Tensor, feedback: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round channels from the last to the first, handing each one's error on to those that follow.
+
+    The rounding of GPTQ (Frantar et al. 2022) and LDLQ (Chee et al. 2023, "QuIP", section 3) applied to a key or value:
+    with the feedback of kv_cache/transforms.py for a positive definite H, the sum of ``e^T H e`` over the errors e is
+    as small as rounding one channel after the other can make it.
+
+    Args:
+        scaled: float32 [..., heads, head_dim], in codes: ``code = round(scaled)`` without feedback.
+        feedback: float32 [heads, head_dim, head_dim], strictly lower triangular.
+        bits: of a code.
+
+    Returns:
+        uint8 codes of the shape of ``scaled``. A NaN makes its channel, and those after it, code 0.
+
+    """
+    scaled, codes = scaled.float().clone(), torch.zeros(scaled.shape, dtype=torch.uint8)
+    for i in reversed(range(scaled.shape[-1])):
+        rounded = scaled[..., i].nan_to_num(0.0).clamp(0, 2**bits - 1).round()
+        codes[..., i] = rounded.to(torch.uint8)
+        error = (scaled[..., i] - rounded)[..., None]  # of what was fed back too
+        scaled[..., :i] = fused_multiply_add(feedback[:, i, :i], error, scaled[..., :i])
+    return codes
+
+
+def quantize_side(
+    x: torch.Tensor, scales: LayerScales, kind: str, bits: int, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the codes of a static format's keys or values, with all that its scales ask for.
+
+    Keys are centred, transformed (sums from the first channel on, starting at the zero, fused), scaled and rounded with
+    feedback; each step only if its part is there.
+
+    Args:
+        x: [tokens, heads, head_dim], any float dtype.
+        scales: the layer's.
+        kind: "key" or "value".
+        bits: of a code.
+        positions: int64 [tokens], for centred keys.
+
+    Returns:
+        uint8 codes of x's shape.
+
+    """
+    scale, zero = getattr(scales, f"{kind}_scale"), getattr(scales, f"{kind}_zero")
+    feedback = getattr(scales, f"{kind}_feedback")
+    if feedback is None:
+        return quantize(x, scale, zero, bits)
+    x = x.float()
+    if kind == "value" or scales.key_encode is None:
+        return quantize_with_feedback(x * (1.0 / scale) + zero, feedback, bits)
+    if scales.key_mean is not None:
+        x = x - centres(scales, positions)
+    scaled = zero.expand(x.shape)
+    for j in range(x.shape[-1]):
+        scaled = fused_multiply_add(scales.key_encode[:, :, j], x[..., j, None], scaled)
+    return quantize_with_feedback(scaled, feedback, bits)
+
+
+def dequantize_side(
+    codes: torch.Tensor,
+    scales: LayerScales,
+    kind: str,
+    positions: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Return the keys or values that codes of a static format read as.
+
+    Args:
+        codes: uint8 [tokens, heads, head_dim].
+        scales: the layer's.
+        kind: "key" or "value".
+        positions: int64 [tokens], for centred keys.
+        dtype: of the arithmetic and the result.
+
+    """
+    scale, zero = (getattr(scales, f"{kind}_{part}").to(dtype) for part in ("scale", "zero"))
+    x = dequantize(codes, scale, zero)
+    if kind == "key" and scales.key_transform is not None:
+        x = torch.einsum("hcd,thd->thc", torch.linalg.inv(scales.key_transform.double()).to(dtype), x)
+        if scales.key_mean is not None:
+            x = x + centres(scales, positions).to(dtype)
+    return x
+
+
+def centres(scales: LayerScales, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the centres [tokens, heads, head_dim] of centred keys at some positions, float32."""
+    assert scales.key_mean is not None
+    assert scales.rotary is not None
+    if positions is None:
+        raise ParetoError("centred keys need their positions")
+    return scales.rotary.table(int(positions.max()) + 1).centre(scales.key_mean, positions)
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -119,28 +222,14 @@ def _plane_view(page: torch.Tensor, layout: PageLayout, plane: str) -> torch.Ten
     return page[offset : offset + row * layout.block_size].view(layout.block_size, row)
 
 
-def encode_token(
-    key: torch.Tensor, value: torch.Tensor, fmt: KVFormat, scales: LayerScales | None, head: int
+def _encode(
+    x: torch.Tensor, kind: str, bits: int, fmt: KVFormat, scales: LayerScales | None, positions: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """Return the rows of every plane for one token of one head.
-
-    Args:
-        key: [head_dim], any float dtype; ``value`` likewise.
-        fmt: the format.
-        scales: the layer's scales; None for a ``group`` format.
-        head: KV head, an index into ``scales``.
-
-    """
-    rows: dict[str, torch.Tensor] = {}
-    for kind, x, bits in (("key", key, fmt.key_bits), ("value", value, fmt.value_bits)):
-        if scales is None:
-            codes, scale, minimum = quantize_groups(x, bits, fmt.group_size)
-            rows[f"{kind}_meta"] = torch.stack([scale, minimum], -1).flatten().view(torch.uint8)
-        else:
-            scale, zero = getattr(scales, f"{kind}_scale")[head], getattr(scales, f"{kind}_zero")[head]
-            codes = quantize(x, scale, zero, bits)
-        rows |= _planes(kind, codes, bits)
-    return rows
+    """Return the rows [tokens, heads, row bytes] of one side's planes; x is [tokens, heads, head_dim]."""
+    if scales is not None:
+        return _planes(kind, quantize_side(x, scales, kind, bits, positions), bits)
+    codes, scale, minimum = quantize_groups(x, bits, fmt.group_size)
+    return {f"{kind}_meta": torch.stack([scale, minimum], -1).flatten(2).view(torch.uint8)} | _planes(kind, codes, bits)
 
 
 def write_pages(
@@ -150,6 +239,7 @@ def write_pages(
     slots: torch.Tensor,
     layout: PageLayout,
     scales: LayerScales | None,
+    positions: torch.Tensor | None = None,
 ) -> None:
     """Quantize tokens and write them into their slots.
 
@@ -159,20 +249,29 @@ def write_pages(
         slots: int64 [tokens], ``block * block_size + offset``; a negative slot is skipped.
         layout: of the page.
         scales: the layer's scales; None for a ``group`` format.
+        positions: int64 [tokens], of each token in its sequence; needed for centred keys.
 
     """
+    fmt = layout.fmt
+    rows = _encode(key, "key", fmt.key_bits, fmt, scales, positions)
+    rows |= _encode(value, "value", fmt.value_bits, fmt, scales, None)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
         block, offset = divmod(slot, layout.block_size)
         for head in range(key.shape[1]):
             page = cache[block, head].view(-1)
-            for plane, row in encode_token(key[token, head], value[token, head], layout.fmt, scales, head).items():
-                _plane_view(page, layout, plane)[offset] = row
+            for plane, row in rows.items():
+                _plane_view(page, layout, plane)[offset] = row[token, head]
 
 
 def read_page(
-    page: torch.Tensor, layout: PageLayout, scales: LayerScales | None, head: int, dtype: torch.dtype = torch.float32
+    page: torch.Tensor,
+    layout: PageLayout,
+    scales: LayerScales | None,
+    head: int,
+    dtype: torch.dtype = torch.float32,
+    first_position: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values [block_size, head_dim] that a page of one head holds.
 
@@ -182,16 +281,18 @@ def read_page(
         scales: the layer's scales; None for a ``group`` format.
         head: KV head, an index into ``scales``.
         dtype: of the result; float64 makes a reference for kernels.
+        first_position: in its sequence, of the page's first token; needed for centred keys.
 
     """
     fmt, result = layout.fmt, []
     planes = {name: _plane_view(page, layout, name) for name, row in layout.row_bytes().items() if row}
+    positions = None if first_position is None else first_position + torch.arange(layout.block_size)
     for kind, bits in (("key", fmt.key_bits), ("value", fmt.value_bits)):
         codes = _codes(kind, planes, bits)
         if scales is None:
             meta = planes[f"{kind}_meta"].contiguous().view(torch.float16).view(layout.block_size, -1, 2)
             result.append(dequantize_groups(codes, meta[..., 0], meta[..., 1], fmt.group_size, dtype))
         else:
-            scale, zero = getattr(scales, f"{kind}_scale")[head], getattr(scales, f"{kind}_zero")[head]
-            result.append(dequantize(codes, scale.to(dtype), zero.to(dtype)))
+            mine = scales.heads(head, head + 1)
+            result.append(dequantize_side(codes[:, None], mine, kind, positions, dtype)[:, 0])
     return result[0], result[1]

@@ -15,12 +15,17 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
+from kv_cache.rotary import SPAN, CentreTable
 from kv_cache.scales import TENSORS, LayerScales
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("generic", "avx2", "avx512", "amx")
 ISA_VARIABLE = "VLLM_PARETO_CPU_ISA"
 """Environment variable that names an instruction set below the best one, for tests and for bug reports."""
+
+TURN_TABLES = ("pair_channels", "turn_fine", "turn_anchors", "turn_tiles")
+PAIRS = 32
+"""Pairs of channels that one tile of the table of centred keys holds."""
 
 _i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -43,6 +48,9 @@ class _Cache(ctypes.Structure):
         ("key_meta_offset", _i32),
         ("value_meta_offset", _i32),
         *((name, _ptr) for name in TENSORS),
+        *((name, _ptr) for name in ("key_decode", "key_mean", *TURN_TABLES)),
+        ("pairs", _i32),
+        ("num_anchors", _i32),
     )
 
 
@@ -80,7 +88,11 @@ class _Store(ctypes.Structure):
         ("value_head_stride", _i64),
         ("key_inverse", _ptr),
         ("value_inverse", _ptr),
+        ("key_encode", _ptr),
+        ("key_feedback", _ptr),
+        ("value_feedback", _ptr),
         ("slots", _ptr),
+        ("positions", _ptr),
         ("num_tokens", _i64),
         ("dtype", _i32),
         ("num_threads", _i32),
@@ -100,7 +112,7 @@ def _library() -> ctypes.CDLL:
         ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(spec.origin)
     library.pareto_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_int]
-    library.pareto_store.argtypes = [ctypes.POINTER(_Store)]
+    library.pareto_store.argtypes = [ctypes.POINTER(_Store), ctypes.c_int]
     library.pareto_prefer_huge_pages.argtypes = [_ptr, _i64]
     return library
 
@@ -122,6 +134,25 @@ def _default_isa() -> str:
     return name
 
 
+def _pad_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Widen the last dimension to a multiple of PAIRS, with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % PAIRS)).contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _turn_tables(table: CentreTable) -> dict[str, torch.Tensor]:
+    """Return a table of centres in the kernels' order (csrc/pareto_cpu.h); one for all layers of a model."""
+    codes = torch.stack([_pad_pairs(table.cos_codes), _pad_pairs(table.sin_codes)], 1)  # [SPAN, 2, pairs]
+    # Tile row i of 16 positions: for each position the cosines of pairs i and 16 + i and then their sines.
+    tiles = codes.view(SPAN // 16, 16, 2, -1, 2, 16).permute(3, 0, 5, 1, 2, 4)
+    return {
+        "pair_channels": torch.stack([_pad_pairs(channels) for channels in table.rotary.channels()]).int(),
+        "turn_fine": CentreTable.read(codes),
+        "turn_anchors": torch.stack([_pad_pairs(table.anchor_cos), _pad_pairs(table.anchor_sin)], 1),
+        "turn_tiles": tiles.contiguous(),
+    }
+
+
 class PagedCache:
     """One layer's pages with the format and scales that read them; holds what the kernels need between calls.
 
@@ -129,14 +160,17 @@ class PagedCache:
         cache: uint8 [blocks, KV heads, block_size, bytes per token] on CPU. Blocks and heads may have any stride
             (padded and hybrid pages exist); the bytes of one block and head are contiguous.
         layout: of a page; its block size is the cache's.
-        scales: the layer's scales, float32 [KV heads, head_dim] each; None for a ``group`` format.
+        scales: the layer's scales; None for a ``group`` format.
+        max_tokens: of the longest sequence, for centred keys; None means what their rotary embedding says.
 
     Raises:
         ParetoError: the shape or strides do not fit the layout, or scales are missing.
 
     """
 
-    def __init__(self, cache: torch.Tensor, layout: PageLayout, scales: LayerScales | None) -> None:
+    def __init__(
+        self, cache: torch.Tensor, layout: PageLayout, scales: LayerScales | None, max_tokens: int | None = None
+    ) -> None:
         _, heads, tokens, width = cache.shape
         if cache.dtype != torch.uint8 or (tokens, width) != (layout.block_size, layout.bytes_per_token):
             raise ParetoError(
@@ -160,6 +194,18 @@ class PagedCache:
         self._inverses = [
             1.0 / self._scales[TENSORS.index(f"{kind}_scale")] for kind in ("key", "value") if self._scales
         ]
+        self._matrices = {
+            name: None if not self._scales or (part := getattr(scales, name)) is None else part.contiguous()
+            for name in ("key_encode", "key_feedback", "value_feedback", "key_decode")
+        }
+        self.max_tokens = None
+        turn: dict[str, torch.Tensor] = {}
+        if self._scales and scales is not None and scales.key_mean is not None and scales.rotary is not None:
+            table = scales.rotary.table(max_tokens or scales.rotary.max_position)
+            self.max_tokens = SPAN * len(table.anchor_cos)
+            mean = torch.stack([_pad_pairs(scales.key_mean[:, channels]) for channels in scales.rotary.channels()], 1)
+            turn = {"key_mean": mean} | _turn_tables(table)
+        self._turn = turn
         offsets = layout.offsets()
         self._struct = _Cache(
             cache.data_ptr(),
@@ -173,9 +219,25 @@ class PagedCache:
             layout.fmt.group_size,
             *(offsets[k] for k in ("key", "key_high", "value", "value_high", "key_meta", "value_meta")),
             *([t.data_ptr() for t in self._scales] or [None] * len(TENSORS)),
+            _address(self._matrices["key_decode"]),
+            *(_address(turn.get(name)) for name in ("key_mean", *TURN_TABLES)),
+            turn["key_mean"].shape[-1] if turn else 0,
+            len(turn["turn_anchors"]) if turn else 0,
         )
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    @property
+    def centred(self) -> bool:
+        """Whether storing needs the tokens' positions."""
+        return self.max_tokens is not None
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        isa: str | None = None,
+    ) -> None:
         """Quantize tokens and write them into their slots, bit for bit as :func:`kv_cache.codec.write_pages`.
 
         Args:
@@ -183,8 +245,16 @@ class PagedCache:
             value: likewise.
             slots: int64 [at most tokens], ``block * block_size + offset``; negative ones are skipped. Tokens beyond
                 its length are padding.
+            positions: int64, as many as slots: of each token in its sequence; needed for centred keys.
+            isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
+
+        Raises:
+            ParetoError: the instruction set is not there, or a position is missing or beyond ``max_tokens``.
 
         """
+        count = min(slots.shape[0], key.shape[0])
+        if self.centred and (positions is None or positions.shape[0] < count):
+            raise ParetoError(f"{self.layout.fmt.name}: centred keys need the position of every token")
         args = _Store(
             self._struct,
             key.data_ptr(),
@@ -194,12 +264,24 @@ class PagedCache:
             value.stride(0),
             value.stride(1),
             *([t.data_ptr() for t in self._inverses] or [None, None]),
+            *(_address(self._matrices[name]) for name in ("key_encode", "key_feedback", "value_feedback")),
             slots.data_ptr(),
-            min(slots.shape[0], key.shape[0]),
+            _address(positions),
+            count,
             DTYPES[key.dtype],
             torch.get_num_threads(),
         )
-        _library().pareto_store(ctypes.byref(args))
+        self._check(_library().pareto_store(ctypes.byref(args), ISAS.index(isa or _default_isa())), isa)
+
+    def _check(self, status: int, isa: str | None) -> None:
+        if status == -1:
+            raise MemoryError("no memory for the attention kernel's scratch")
+        if status == -3:
+            raise ParetoError(
+                f"{self.layout.fmt.name}: a token lies beyond the {self.max_tokens} positions that its pages serve"
+            )
+        if status:
+            raise ParetoError(f"instruction set {isa!r} is not available on this processor")
 
     def attend(
         self,
@@ -228,7 +310,7 @@ class PagedCache:
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
 
         Raises:
-            ParetoError: the instruction set is not there.
+            ParetoError: the instruction set is not there, or a sequence is longer than ``max_tokens``.
             MemoryError: no memory for scratch.
 
         """
@@ -252,8 +334,8 @@ class PagedCache:
             scale,
             soft_cap,
         )
-        status = _library().pareto_attention(ctypes.byref(args), ISAS.index(isa or _default_isa()))
-        if status == -1:
-            raise MemoryError("no memory for the attention kernel's scratch")
-        if status:
-            raise ParetoError(f"instruction set {isa!r} is not available on this processor")
+        self._check(_library().pareto_attention(ctypes.byref(args), ISAS.index(isa or _default_isa())), isa)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -54,7 +54,10 @@ def paged_attention(
         if window:
             hidden |= token[None] <= position[:, None] - window
         for kv_head in range(kv_heads):
-            pages = [read_page(cache[b, kv_head].reshape(-1), layout, scales, kv_head, dtype) for b in blocks]
+            pages = [
+                read_page(cache[b, kv_head].reshape(-1), layout, scales, kv_head, dtype, index * layout.block_size)
+                for index, b in enumerate(blocks)
+            ]
             keys, values = (torch.cat(parts)[:length] for parts in zip(*pages, strict=True))
             group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
             scores = torch.einsum("qhd,td->hqt", query[start:stop, group].to(dtype), keys) * scale

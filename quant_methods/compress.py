@@ -32,7 +32,7 @@ from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics, clone
 from quant_methods.checkpoint import Source, full_disk_explained, read_tensors, write_json, write_tensors
 from quant_methods.gptq import relative_error
-from quant_methods.kv_observer import kv_geometry, kv_rotary
+from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import fingerprint, read_config, resolve_model, weight_files
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import HANDLERS, LinearProblem, QuantizedLinear, Recipe, load_recipe
@@ -315,6 +315,8 @@ class _Run:
                 last = index == self.total - 1
                 if hidden is not None and not (last and self.calibrator is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
+                    if self.calibrator is not None and (metric := value_metric(block, self.decoder.config)) is not None:
+                        self.calibrator.weigh_values(index, metric)
                     self.decoder.advance(index, block, hidden, self.calibrator)
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)

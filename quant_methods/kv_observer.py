@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kv_cache.calibration import Rotary
 from kv_cache.errors import ParetoError
+from kv_cache.rotary import Rotary
 
 ATTENTION = "pareto_observed"
 
@@ -96,3 +96,30 @@ def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary | None:
     # The decoder was built without weights; frequencies follow from the configuration alone.
     frequencies = type(embedding)(config=config).inv_freq
     return Rotary(frequencies, config.max_position_embeddings, getattr(config, "model_type", "") in INTERLEAVED)
+
+
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
+
+
+def value_metric(block: torch.nn.Module, config: Any) -> Tensor | None:
+    """Return what errors of a block's values cost: ``W_o^T W_o``, summed over the query heads of each KV head.
+
+    Args:
+        block: a decoder layer, loaded.
+        config: of the model.
+
+    Returns:
+        float32 [num_kv_heads, head_dim, head_dim], or None for a block without an output projection of that shape.
+
+    """
+    _, kv_heads, head_dim = kv_geometry(config)
+    heads = config.num_attention_heads
+    for module in block.modules():
+        for name, child in module.named_children():
+            if not hasattr(module, "layer_idx") or name not in OUTPUT_PROJECTIONS or not hasattr(child, "weight"):
+                continue
+            weight = child.weight.detach().float()
+            if weight.dim() == 2 and weight.shape[1] == heads * head_dim:
+                split = weight.view(len(weight), kv_heads, heads // kv_heads, head_dim)
+                return torch.einsum("ohgc,ohgd->hcd", split, split)
+    return None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -40,6 +41,7 @@ class CodesMetadata:
         query_start: int32 [requests + 1].
         seq_lens: int32 [requests], new tokens included.
         block_table: int32 [requests, blocks].
+        positions: int64 [num_tokens], of each token in its sequence.
 
     """
 
@@ -47,6 +49,7 @@ class CodesMetadata:
     query_start: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    positions: torch.Tensor
 
 
 class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
@@ -64,7 +67,12 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
         batch = common_attn_metadata
         if batch.causal is not True:
             raise ParetoError("quantized KV-cache dtypes serve causal attention only: use --kv-cache-dtype auto")
-        return CodesMetadata(batch.num_actual_tokens, batch.query_start_loc, batch.seq_lens, batch.block_table_tensor)
+        tokens, start = batch.num_actual_tokens, batch.query_start_loc
+        # A request's new tokens are the last of its sequence.
+        ends = start[1 : len(batch.seq_lens) + 1]
+        shift = (batch.seq_lens - ends).long().repeat_interleave((ends - start[: len(ends)]).long())
+        positions = torch.arange(tokens) + shift[:tokens]
+        return CodesMetadata(tokens, start, batch.seq_lens, batch.block_table_tensor, positions)
 
 
 class CPUCodesBackend(AttentionBackend):
@@ -194,7 +202,7 @@ class CPUCodesImpl(AttentionImpl[CodesMetadata]):
                 if self.fmt.static
                 else None
             )
-            self._pages = PagedCache(kv_cache, layout, scales)
+            self._pages = PagedCache(kv_cache, layout, scales, self._config.model_config.max_model_len)
         return self._pages
 
     def do_kv_cache_update(
@@ -206,7 +214,14 @@ class CPUCodesImpl(AttentionImpl[CodesMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize the step's keys and values ([tokens, KV heads, head size]) and write their codes into the pages."""
-        self._paged(layer, kv_cache).store(key, value, slot_mapping)
+        pages, positions = self._paged(layer, kv_cache), None
+        if pages.centred:
+            metadata = get_forward_context().attn_metadata
+            if not isinstance(metadata, dict):  # the warm-up run has no batch
+                return
+            positions = metadata[str(layer.layer_name)].positions
+            slot_mapping = slot_mapping[: len(positions)]
+        pages.store(key, value, slot_mapping, positions)
 
     def forward(
         self,

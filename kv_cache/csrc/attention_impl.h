@@ -10,6 +10,10 @@
 // cancel, the value's scales and zeros fold into the output. Formats with scales in the page multiply each group's
 // integers by the token's scale, and quantize p * value scale instead of p.
 //
+// Centred keys (kv_cache/rotary.py) add q . centre(position) to a score. In one chunk that is a sum over pairs of channels
+// of a cosine and a sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more
+// product, of the coefficients and tiles that are the same for everything, with the query's own fixed point.
+//
 // Every row's result is a function of its query and the codes alone: chunks start at multiples of 256 tokens, a chunk's
 // partial result starts from nothing, chunks merge in order, and tokens that are hidden from a row leave its numbers
 // unchanged to the bit. So neither batching, nor how a prompt was cut into pieces, nor the number of threads changes a
@@ -21,7 +25,7 @@
 #define MAX_UNITS 16
 
 typedef struct {
-    uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]
+    uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]; behind them the table of centred keys
     uint8_t *values;    // [block][tiles of 16 channels]
     uint8_t *weights;   // [block] activation chunks
     int32_t *scores;    // [8][CHUNK], int32 or float
@@ -43,11 +47,11 @@ static int64_t partial_floats(const pareto_cache *c) { return 32 + UNIT_ROWS * c
 
 static int scratch_make(scratch_t *s, const pareto_cache *c) {
     const size_t dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
-    const size_t query_bytes = (groups ? groups : chunks) * CHUNK_BYTES, row_bytes = UNIT_ROWS * dim * sizeof(float);
+    const size_t turned = turned_chunks(c), query_bytes = (groups ? groups : chunks + turned) * CHUNK_BYTES, row_bytes = UNIT_ROWS * dim * sizeof(float);
     const size_t sizes[] = {
-        chunks * CHUNK * 64, dim * CHUNK, CHUNK_BLOCKS * CHUNK_BYTES, UNIT_ROWS * CHUNK * 4, UNIT_ROWS * CHUNK * 4,
+        (chunks + turned) * CHUNK * 64, dim * CHUNK, CHUNK_BLOCKS * CHUNK_BYTES, UNIT_ROWS * CHUNK * 4, UNIT_ROWS * CHUNK * 4,
         groups * 4 * CHUNK * sizeof(float), 4 * 16 * 256, row_bytes, MAX_UNITS * sizeof(unit_t),
-        MAX_UNITS * query_bytes, MAX_UNITS * row_bytes,
+        MAX_UNITS * query_bytes, MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
     };
     enum { PARTS = sizeof sizes / sizeof *sizes };
     uint8_t *parts[PARTS];
@@ -71,7 +75,9 @@ static int scratch_make(scratch_t *s, const pareto_cache *c) {
     for (int u = 0; u < MAX_UNITS; u++) {
         s->units[u].query = parts[9] + u * query_bytes;
         s->units[u].total = (float *)(parts[10] + u * row_bytes);
+        s->units[u].turn = (float *)parts[11] + u * turn_floats(c);
     }
+    if (turned) memcpy(s->keys + chunks * CHUNK * 64, c->turn_tiles, turned * CHUNK * 64);
     return 0;
 }
 
@@ -120,8 +126,9 @@ static void need_block(walk_t *w, int side, int block) {
 
 // Scores of `blocks` blocks as int32 [rows][CHUNK].
 static void scores_integers(walk_t *w, const unit_t *u, int first_block, int blocks) {
-    product(u->query, w->s->keys + 4 * first_block * TILE_BYTES, CHUNK * 64, channel_chunks(&w->a->cache), 4 * blocks,
-            u->padded_rows, w->s->scores, CHUNK);
+    const pareto_cache *c = &w->a->cache;
+    product(u->query, w->s->keys + 4 * first_block * TILE_BYTES, CHUNK * 64, channel_chunks(c) + turned_chunks(c),
+            4 * blocks, u->padded_rows, w->s->scores, CHUNK);
 }
 
 // The same as floats in base 2, -infinity where a row does not see.
@@ -132,11 +139,13 @@ static void scores_floats(walk_t *w, const unit_t *u, int first_block, int block
     float *scores = (float *)s->scores;
     if (!groups) {
         scores_integers(w, u, first_block, blocks);
-        for (int r = 0; r < u->rows; r++)
+        for (int r = 0; r < u->rows; r++) {
+            const v16f bias = splat(u->bias[r] - u->step[r] * (float)u->offset[r]);
             for (int t = 0; t < count; t += 16) {
                 int32_t *at = s->scores + r * CHUNK + t;
-                store16((float *)at, fma16(to_float(load16i(at)), splat(u->step[r]), splat(u->bias[r])));
+                store16((float *)at, fma16(to_float(load16i(at)), splat(u->step[r]), bias));
             }
+        }
     }
     for (int g = 0; g < groups; g++) {
         const uint8_t *keys = s->keys + g * a->cache.group_size / 64 * CHUNK * 64 + 4 * first_block * TILE_BYTES;
@@ -187,8 +196,10 @@ static void unit_weights(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
     for (int r = 0; r < u->rows; r++) {
         int32_t *scores = s->scores + r * CHUNK;
         if (integer_scores(w->a)) {
-            const int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 1)
-                                       : weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 0);
+            int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 1)
+                                 : weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 0);
+            // The offset is the chunk's own: it cancels within, and counts between chunks.
+            if (top != INT32_MIN) top -= u->offset[r];
             memcpy(p->max + r, &top, 4);
         } else if (!w->a->cache.group_size) {
             p->max[r] = weigh_floats(u, r, (float *)scores, v.blocks, s->weights, p->sum + r);
@@ -229,7 +240,8 @@ static void prepare_units(const pareto_attention_args *a, const item_t *item, sc
     const int rows = (a->query_start[item->request + 1] - a->query_start[item->request]) * group;
     const int padded_rows = rows < UNIT_ROWS ? rows : UNIT_ROWS;
     for (int n = 0; n < item->units; n++)
-        unit_prepare(s->units + n, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS, padded_rows);
+        unit_prepare(s->units + n, a, item->request, item->kv_head, (item->first_unit + n) * UNIT_ROWS, padded_rows,
+                     item->first_chunk);
     if (padded_rows != s->tile_rows) tiles_begin(s->tile_rows = padded_rows);
 }
 
@@ -281,6 +293,8 @@ static void run_item(const pareto_attention_args *a, const item_t *item, const i
             } else if (item->partial >= 0) {
                 deliver(&w, n, p, partials);
             }
+            // Long before the product reads what this writes.
+            if (k + 1 < item->first_chunk + item->chunks) unit_turn(u, &a->cache, k + 1);
         }
         if (pending >= 0) {
             unit_values(&w, s->units + pending, pending_view, p);
@@ -333,6 +347,8 @@ static int64_t list_items(const pareto_attention_args *a, item_t *items) {
 int PARETO_ENTRY(const pareto_attention_args *a) {
     const int64_t count = list_items(a, NULL);
     if (!count) return 0;
+    for (int request = 0; a->cache.pairs && request < a->num_reqs; request++)
+        if (a->seq_lens[request] > a->cache.num_anchors * TURN_SPAN) return -3;
     item_t *items = malloc(sizeof(item_t) * count), *parts = items;
     if (!items) return -1;
     list_items(a, items);

@@ -36,7 +36,7 @@ int pareto_best_isa(void) {
 }
 
 // Attend over codes with the given instruction set, which must not exceed the best one. 0: done; -1: out of memory;
-// -2: no such instruction set here.
+// -2: no such instruction set here; -3: a position beyond the table of centres.
 int pareto_attention(const pareto_attention_args *args, int isa) {
     if (isa < 0 || isa > pareto_best_isa()) return -2;
 #if defined(PARETO_X86)
@@ -45,4 +45,14 @@ int pareto_attention(const pareto_attention_args *args, int isa) {
     if (isa == PARETO_AVX2) return pareto_attention_avx2(args);
 #endif
     return pareto_attention_generic(args);
+}
+
+// Store tokens; as above.
+int pareto_store(const pareto_store_args *args, int isa) {
+    if (isa < 0 || isa > pareto_best_isa()) return -2;
+#if defined(PARETO_X86)
+    if (isa >= PARETO_AVX512) return pareto_store_avx512(args);
+    if (isa == PARETO_AVX2) return pareto_store_avx2(args);
+#endif
+    return pareto_store_generic(args);
 }

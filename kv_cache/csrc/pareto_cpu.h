@@ -6,6 +6,8 @@
 #include <stdint.h>
 
 enum pareto_dtype { PARETO_F32 = 0, PARETO_BF16 = 1, PARETO_F16 = 2 };
+#define TURN_SPAN 256  // kv_cache/rotary.py, SPAN
+
 enum pareto_isa { PARETO_GENERIC = 0, PARETO_AVX2 = 1, PARETO_AVX512 = 2, PARETO_AMX = 3 };
 
 // One layer's pages and how to read them. Strides and offsets are in bytes.
@@ -29,6 +31,17 @@ typedef struct {
     const float *key_zero;
     const float *value_scale;
     const float *value_zero;
+    // A transform of the keys: the kernels take query times this matrix, which holds the key scales, [heads][dim][dim],
+    // instead of query * key_scale; null: none.
+    const float *key_decode;
+    // Centred keys (kv_cache/rotary.py); `pairs`, a multiple of 32, counts channel pairs, padded with zero means; 0: none.
+    const float *key_mean;          // [num_kv_heads][2][pairs]: first, second channel
+    const int32_t *pair_channels;   // [2][pairs]
+    const float *turn_fine;         // [TURN_SPAN][2][pairs]: cosine, sine, as the bytes read
+    const float *turn_anchors;      // [num_anchors][2][pairs]
+    const uint8_t *turn_tiles;      // the bytes, in tiles of product.h: [pairs / 32][16 tiles of 16 positions][1024]
+    int32_t pairs;
+    int32_t num_anchors;
 } pareto_cache;
 
 typedef struct {
@@ -58,17 +71,23 @@ typedef struct {
     int64_t value_token_stride, value_head_stride;
     const float *key_inverse;   // 1 / key_scale and 1 / value_scale, [num_kv_heads][head_dim]; null with groups
     const float *value_inverse;
+    const float *key_encode;    // [num_kv_heads][head_dim][head_dim], key_transform / key_scale; null: none
+    const float *key_feedback;  // [num_kv_heads][head_dim][head_dim], strictly lower; null: none
+    const float *value_feedback;
     const int64_t *slots;       // [num_tokens] block * block_size + offset; negative: not stored
+    const int64_t *positions;   // [num_tokens] in the sequence; read for centred keys only
     int64_t num_tokens;
     int32_t dtype;
     int32_t num_threads;
 } pareto_store_args;
 
-typedef int (*pareto_attention_fn)(const pareto_attention_args *);
-
 int pareto_attention_generic(const pareto_attention_args *);
 int pareto_attention_avx2(const pareto_attention_args *);
 int pareto_attention_avx512(const pareto_attention_args *);
 int pareto_attention_amx(const pareto_attention_args *);
+
+int pareto_store_generic(const pareto_store_args *);
+int pareto_store_avx2(const pareto_store_args *);
+int pareto_store_avx512(const pareto_store_args *);
 
 #endif

@@ -17,8 +17,12 @@ typedef struct {
     int32_t lowest_first, highest_first, lowest_last, highest_last;
     float step[16];  // of the fixed-point query
     float bias[16];  // the key zeros' part of the score, where it matters
+    // Centred keys: 1 / step, the coefficients at position 0, [8][2][pairs], and MIDDLE times the sum of the current ones.
+    float inverse[16];
+    float *turn;
+    int32_t offset[16];
     float group_query[MAX_GROUPS][16];  // step * sum of the group's fixed-point query
-    uint8_t *query;  // activation chunks: one for 64 channels, or one for each group
+    uint8_t *query;  // activation chunks: one for 64 channels, or one for each group; then one for 32 turned pairs
     // Softmax so far: maximum in base 2 (the bits of an int32 where scores are integers), sum, sum of weighted values.
     float max[16], sum[16];
     float *total;  // [8][dim]
@@ -34,6 +38,8 @@ static int group_count(const pareto_cache *c) {
 }
 
 static int channel_chunks(const pareto_cache *c) { return (c->head_dim + 63) / 64; }
+static int turned_chunks(const pareto_cache *c) { return c->pairs / 32; }
+static int turn_floats(const pareto_cache *c) { return UNIT_ROWS * 2 * c->pairs; }
 
 // Scores stay integers when nothing but one factor a row stands between them and the exponent: the key zeros' part
 // shifts a whole row and cancels, unless a soft cap follows.
@@ -76,26 +82,88 @@ static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x, int fro
     put_activations(chunk, rows, r, load16i(parts[0]), load16i(parts[1]), load16i(parts[2]), load16i(parts[3]));
 }
 
+// q times a matrix [dim][dim], even and odd rows summed apart.
+static void transform_query(const float *q, const float *matrix, int dim, float *out) {
+    for (int c = 0; c < dim; c += 16) {
+        v16f even = splat(0), odd = splat(0);
+        for (int j = 0; j < dim; j += 2) {
+            even = fma16(splat(q[j]), load16(matrix + (int64_t)j * dim + c), even);
+            odd = fma16(splat(q[j + 1]), load16(matrix + (int64_t)(j + 1) * dim + c), odd);
+        }
+        store16(out + c, even + odd);
+    }
+}
+
+// What a query makes of the keys' centres: turn[0][i] cos(angle) + turn[1][i] sin(angle), summed over the pairs i, is
+// q . centre, cosine and sine in units of a table's byte. Returns the largest amplitude of a pair.
+static float prepare_turn(const float *q, const pareto_cache *c, int kv_head, float *turn) {
+    const int pairs = c->pairs;
+    const float *mean = c->key_mean + (int64_t)kv_head * 2 * pairs;
+    float largest = 0;
+    for (int i = 0; i < pairs; i++) {
+        const float x = q[c->pair_channels[i]], y = q[c->pair_channels[pairs + i]], mx = mean[i], my = mean[pairs + i];
+        const float even = (x * mx + y * my) * (1.0f / 127), odd = (y * mx - x * my) * (1.0f / 127);
+        const float square = even * even + odd * odd;
+        turn[i] = even, turn[pairs + i] = odd;
+        largest = square > largest ? square : largest;
+    }
+    return sqrtf(largest);
+}
+
+// Set the activations that meet the table to those of a chunk. A table's tile row i holds the cosines of pairs i and
+// 16 + i and their sines, so that the vectors below are already in order.
+static void unit_turn(unit_t *u, const pareto_cache *c, int chunk) {
+    const int pairs = c->pairs, chunks = channel_chunks(c);
+    if (!pairs) return;
+    const float *anchor = c->turn_anchors + (int64_t)chunk * 2 * pairs;
+    for (int r = 0; r < u->rows; r++) {
+        const float *turn = u->turn + r * 2 * pairs;
+        const v16f inverse = splat(u->inverse[r]), magic = splat(ROUND_MAGIC);
+        v16i sum = splati(0);
+        for (int k = 0; k < pairs / 32; k++) {
+            v16i x[2][2];
+            for (int i = 0; i < 2; i++) {
+                const int at = 32 * k + 16 * i;
+                const v16f even = load16(turn + at), odd = load16(turn + pairs + at);
+                const v16f cos = load16(anchor + at), sin = load16(anchor + pairs + at);
+                x[0][i] = (v16i)(fma16(even, cos, odd * sin) * inverse + magic) - splati(ROUND_BITS);
+                x[1][i] = (v16i)(fma16(odd, cos, -(even * sin)) * inverse + magic) - splati(ROUND_BITS);
+                sum += x[0][i] + x[1][i];
+            }
+            put_activations(u->query + (chunks + k) * CHUNK_BYTES, u->padded_rows, r, x[0][0], x[0][1], x[1][0], x[1][1]);
+        }
+        u->offset[r] = 128 * (int32_t)lanes_sum_u((v16u)sum);
+    }
+}
+
 // One query row as fixed-point activations: q[i] * key scale[i] = step * x[i].
 static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, int r, int64_t at) {
     const pareto_cache *c = &a->cache;
     const int dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
-    const float *scale = groups ? NULL : c->key_scale + (int64_t)kv_head * dim;
+    const float *scale = groups || c->key_decode ? NULL : c->key_scale + (int64_t)kv_head * dim;
     const v16f factor = splat(a->soft_cap > 0 ? a->scale : a->scale * LOG2E);
-    float q[256];
+    float q[256], plain[256];
     int32_t x[256] = {0};
     v16f largest16 = splat(0);
     for (int i = 0; i < dim; i += 16) {
         v16f v = load_row16(a->query, at + i, a->dtype);
         v *= scale ? factor * load16(scale + i) : factor;
-        store16(q + i, v);
-        largest16 = max16(largest16, (v16f)((v16i)v & splati(0x7fffffff)));
+        store16(c->key_decode ? plain + i : q + i, v);
     }
-    const float largest = lanes_max(largest16), step = largest / PARETO_ONE;
+    if (c->key_decode) transform_query(plain, c->key_decode + (int64_t)kv_head * dim * dim, dim, q);
+    for (int i = 0; i < dim; i += 16) largest16 = max16(largest16, (v16f)((v16i)load16(q + i) & splati(0x7fffffff)));
+    float largest = lanes_max(largest16);
+    if (c->pairs) {
+        const float turned = prepare_turn(plain, c, kv_head, u->turn + r * 2 * c->pairs);
+        largest = turned > largest ? turned : largest;
+    }
+    const float step = largest / PARETO_ONE;
     const v16f inverse = splat(largest > 1e-30f ? PARETO_ONE / largest : 0.0f);
     for (int i = 0; i < dim; i += 16)
         store16i(x + i, (v16i)(load16(q + i) * inverse + splat(ROUND_MAGIC)) - splati(ROUND_BITS));
     u->step[r] = step;
+    u->inverse[r] = inverse[0];
+    u->offset[r] = 0;
     u->bias[r] = 0;
     for (int g = 0; g < groups; g++) {
         // A group's chunk holds the whole 64 channels around it, zero outside the group.
@@ -116,7 +184,7 @@ static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, 
 
 // Query rows first_row.. of one KV head: their activations, what each row sees, and an empty result.
 static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request, int kv_head, int first_row,
-                         int padded_rows) {
+                         int padded_rows, int first_chunk) {
     const pareto_cache *c = &a->cache;
     const int group = a->num_heads / c->num_kv_heads, start = a->query_start[request];
     const int length = a->query_start[request + 1] - start, context = a->seq_lens[request] - length;
@@ -135,6 +203,7 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
         prepare_row(u, a, kv_head, r, (start + (int64_t)token) * a->query_token_stride
                                           + (kv_head * group + (first_row + r) % group) * a->query_head_stride);
     }
+    unit_turn(u, c, first_chunk);
     store16(u->max, nothing_seen(a));
     store16(u->sum, splat(0));
     memset(u->total, 0, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));

@@ -84,7 +84,7 @@ def test_group_of_equal_values_has_codes_zero():
 def test_pages_read_back_what_was_written(seed, name, dim):
     fmt = FORMATS[name]
     layout = PageLayout(fmt, dim, 16)
-    scales = random_scales(fmt, 2, dim)
+    scales = random_scales(name, 2, dim)
     cache = torch.randint(0, 256, (3, 2, 16, layout.bytes_per_token), dtype=torch.uint8)
     before = cache.clone()
     key, value = torch.randn(16, 2, dim), torch.randn(16, 2, dim)

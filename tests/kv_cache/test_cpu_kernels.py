@@ -15,7 +15,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
-from tests.kv_cache.random_scales import random_scales
+from tests.kv_cache.random_scales import CODINGS, MAX_POSITION, coding, random_scales
 
 try:
     AVAILABLE = ISAS[: ISAS.index(cpu_kernels.best_isa()) + 1]
@@ -119,8 +119,8 @@ def make(
     padded=False,
     **more,
 ) -> Batch:
-    layout = PageLayout(FORMATS[name], dim, block)
-    scales = random_scales(layout.fmt, kv_heads, dim)
+    layout = PageLayout(coding(name)[0], dim, block)
+    scales = random_scales(name, kv_heads, dim)
     counts = [-(-n // block) for n in lens]
     cache = empty_pages(layout, sum(counts) + 1, kv_heads, padded)
     order = torch.randperm(sum(counts) + 1).tolist()
@@ -133,7 +133,8 @@ def make(
     # Keys and values are slices of one projection, as vLLM passes them.
     qkv = torch.randn(len(slots), (group + 2) * kv_heads, dim).to(dtype)
     key, value = qkv[:, group * kv_heads : -kv_heads], qkv[:, -kv_heads:]
-    PagedCache(cache, layout, scales).store(key, value, torch.tensor(slots))
+    positions = torch.cat([torch.arange(n) for n in lens])
+    PagedCache(cache, layout, scales).store(key, value, torch.tensor(slots), positions)
     query = (torch.randn(sum(query_lens), (group + 2) * kv_heads, dim) * 2).to(dtype)[:, : group * kv_heads]
     return Batch(layout, scales, cache, table, list(lens), list(query_lens), query, **more)
 
@@ -150,73 +151,105 @@ def check(batch: Batch, isas=AVAILABLE) -> torch.Tensor:
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CODINGS)
 def test_store_equals_the_codec(name, dim, padded):
-    layout = PageLayout(FORMATS[name], dim, 16)
-    scales = random_scales(layout.fmt, 2, dim)
-    cache, want = (empty_pages(layout, 3, 2, padded) for _ in range(2))
+    layout = PageLayout(coding(name)[0], dim, 16)
+    scales = random_scales(name, 2, dim)
+    want = empty_pages(layout, 3, 2, padded)
     key, value = (torch.randn(24, 4, dim)[:, 1:3] * 2 for _ in range(2))
     key[3, 0, 5], key[4, 1, 7], value[5, 0, 0], value[6, 1, -1] = float("nan"), 1e30, float("-inf"), 7e4
     key[7], value[8] = 0, 1.5
     slots = torch.randperm(48)[:20]
     slots[[2, 11]] = -1
-    PagedCache(cache, layout, scales).store(key, value, slots)  # tokens past the slots are padding
-    codec.write_pages(want, key[:20], value[:20], slots, layout, scales)
-    assert torch.equal(cache, want)
-    if padded:  # nothing between the pages was touched
-        gap = cache.as_strided((48,), (1,), layout.page_bytes)
-        assert (gap == 255).all()
+    positions = torch.randint(MAX_POSITION, (20,))
+    codec.write_pages(want, key[:20], value[:20], slots, layout, scales, positions)
+    for isa in AVAILABLE:
+        cache = empty_pages(layout, 3, 2, padded)
+        PagedCache(cache, layout, scales).store(key, value, slots, positions, isa)  # tokens past the slots are padding
+        assert torch.equal(cache, want), isa
+        if padded:  # nothing between the pages was touched
+            gap = cache.as_strided((48,), (1,), layout.page_bytes)
+            assert (gap == 255).all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_store_takes_every_dtype(dtype):
-    for name in ("int6_per_head", "int4_per_group"):
-        layout = PageLayout(FORMATS[name], 64, 16)
-        scales = random_scales(layout.fmt, 1, 64)
+    for name in ("int6_per_head", "int4_per_group", "int4_per_head+centred"):
+        layout = PageLayout(coding(name)[0], 64, 16)
+        scales = random_scales(name, 1, 64)
         cache, want = (empty_pages(layout, 2, 1, False) for _ in range(2))
         key, value = (torch.randn(32, 1, 64).to(dtype) for _ in range(2))
-        PagedCache(cache, layout, scales).store(key, value, torch.arange(32))
-        codec.write_pages(want, key, value, torch.arange(32), layout, scales)
+        PagedCache(cache, layout, scales).store(key, value, torch.arange(32), torch.arange(32))
+        codec.write_pages(want, key, value, torch.arange(32), layout, scales, torch.arange(32))
         assert torch.equal(cache, want)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def test_store_bits_do_not_depend_on_the_batch():
+    layout, scales = PageLayout(FORMATS["int4_per_head"], 64, 16), random_scales("int4_per_head+centred", 2, 64)
+    key, value, at = torch.randn(45, 2, 64), torch.randn(45, 2, 64), torch.arange(45)
+    whole, parts = (empty_pages(layout, 3, 2, False) for _ in range(2))
+    torch.set_num_threads(2)
+    PagedCache(whole, layout, scales).store(key, value, at, at + 700)
+    for first, stop in itertools.pairwise([0, 1, 3, 19, 45]):
+        cut = slice(first, stop)
+        PagedCache(parts, layout, scales).store(key[cut], value[cut], at[cut], at[cut] + 700)
+    assert torch.equal(whole, parts)
+
+
+def test_positions_beyond_the_table_are_refused():
+    batch = make("int4_per_head+centred", lens=(300,))
+    pages = PagedCache(batch.cache, batch.layout, batch.scales, max_tokens=200)
+    assert pages.max_tokens == 256
+    key = torch.randn(1, 2, 64)
+    with pytest.raises(ParetoError, match="beyond the 256 positions"):
+        pages.store(key, key, torch.tensor([0]), torch.tensor([256]))
+    with pytest.raises(ParetoError, match="position of every token"):
+        pages.store(key, key, torch.tensor([0]))
+    with pytest.raises(ParetoError, match="beyond the 256 positions"):
+        pages.attend(
+            batch.query, batch.query, batch.table, torch.tensor([300], dtype=torch.int32), batch.query_start, 1.0
+        )
+
+
+@pytest.mark.parametrize("name", CODINGS)
 def test_every_format(name):
     check(make(name, block=32, group=4, lens=(1, 67, 300, 583), query_lens=(1, 1, 3, 37), padded=True))
 
 
-@pytest.mark.parametrize("name", ["int8_per_head", "int6_per_head", "int4_per_head", "int4_per_group"])
+@pytest.mark.parametrize(
+    "name", ["int8_per_head", "int6_per_head", "int4_per_head", "int4_per_group", "int4_per_head+centred"]
+)
 @pytest.mark.parametrize("dim", [80, 96, 128, 256])
 def test_every_head_size(dim, name):
     check(make(name, dim=dim, lens=(65, 270), query_lens=(9, 1)))
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
-@pytest.mark.parametrize("name", ["k8v4_per_head", "int4_per_head", "int8_per_group"])
+@pytest.mark.parametrize("name", ["k8v4_per_head", "int4_per_head", "int8_per_group", "int4_per_head+centred"])
 def test_every_group(name, group):
     check(make(name, group=group, lens=(33, 140), query_lens=(1, 5)))
 
 
 @pytest.mark.parametrize("block", [16, 48, 128])
-@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group"])
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group", "int4_per_head+centred"])
 def test_every_block_size(name, block):
     check(make(name, block=block, lens=(block, 3 * block + 5, 1), query_lens=(4, 1, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
 def test_every_dtype(name, dtype):
     check(make(name, lens=(130, 19), query_lens=(17, 1), dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [1, 20, 64, 100, 1000])
-@pytest.mark.parametrize("name", ["int4_per_head", "int8_per_group"])
+@pytest.mark.parametrize("name", ["int4_per_head", "int8_per_group", "int4_per_head+centred"])
 def test_window(name, window):
     check(make(name, group=3, lens=(420, 90), query_lens=(1, 70), window=window))
 
 
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
 def test_soft_cap(name, window):
     batch = make(name, lens=(300, 40), query_lens=(2, 30), soft_cap=3.0, window=window)
     capped = check(batch)
@@ -236,7 +269,7 @@ def test_queries_of_zeros_average_the_values():
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group"])
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group", "int4_per_head+centred"])
 def test_bits_do_not_depend_on_batching(name, isa):
     batch = make(name, group=3, lens=(700, 5, 66, 300), query_lens=(1, 5, 40, 2))
     whole = batch.run(isa).split(batch.query_lens)
@@ -246,7 +279,7 @@ def test_bits_do_not_depend_on_batching(name, isa):
 
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("more", [{}, {"window": 90}, {"soft_cap": 20.0}], ids=str)
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group"])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
 def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
     batch = make(name, group=2, kv_heads=1, lens=(340,), query_lens=(340,), **more)
     whole = batch.run(isa)
@@ -256,7 +289,7 @@ def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("name", ["k8v4_per_head", "int8_per_group"])
+@pytest.mark.parametrize("name", ["k8v4_per_head", "int8_per_group", "int4_per_head+centred"])
 def test_bits_do_not_depend_on_threads(name, isa):
     # One request: its chunks are handed out singly and merged. Many: they are whole items.
     for lens, query_lens in (((1500,), (1,)), ((600,), (70,)), ((40, 300, 90, 17, 600, 3), (1, 40, 2, 1, 1, 3))):
@@ -268,7 +301,7 @@ def test_bits_do_not_depend_on_threads(name, isa):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", CODINGS)
 def test_bits_do_not_depend_on_what_lies_past_the_end(name):
     batch = make(name, lens=(75, 300), query_lens=(2, 1))
     before = [batch.run(isa) for isa in AVAILABLE]
@@ -320,7 +353,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
 
 def test_wrong_pages_are_refused():
     layout = PageLayout(FORMATS["int4_per_head"], 64, 16)
-    scales = random_scales(layout.fmt, 2, 64)
+    scales = random_scales("int4_per_head", 2, 64)
     pages = empty_pages(layout, 2, 2, False)
     with pytest.raises(ParetoError, match="calibrated"):
         PagedCache(pages, layout, None)

@@ -29,7 +29,7 @@ def some_scales() -> KVScales:
 def rewrite(folder, change) -> None:
     """Change the tensors and the header of a saved file."""
     path = folder / SCALES_FILE
-    header = {"schema": "vllm-pareto/kv-scales/1", "num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": DIM}
+    header = {"schema": "vllm-pareto/kv-scales/2", "num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": DIM}
     tensors = load_file(path)
     change(tensors, header)
     save_file(tensors, path, metadata={"kv_scales": json.dumps(header)})
@@ -121,7 +121,7 @@ def _missing(tensors, header):
     [
         (_schema, "another version"),
         (_shape, "int4_per_head have a wrong shape"),
-        (_nan, "int4_per_head have a wrong shape or are not finite"),
+        (_nan, "int4_per_head are not finite"),
         (_zero_scale, "k8v4_per_head are not positive"),
         (_missing, "truncated"),
     ],
