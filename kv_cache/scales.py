@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, KVFormat
@@ -145,7 +145,8 @@ class KVScales:
             tensors["rotary.inv_freq"] = self.rotary.inv_freq.float().contiguous()
             header["rotary"] = {"max_position": self.rotary.max_position, "interleaved": self.rotary.interleaved}
         partial = path.with_suffix(f".partial-{os.getpid()}")
-        save_file(tensors, partial, metadata={"kv_scales": json.dumps(header, sort_keys=True)})
+        # save_file would make a file that only its owner may read.
+        partial.write_bytes(save(tensors, metadata={"kv_scales": json.dumps(header, sort_keys=True)}))
         os.replace(partial, path)
         return path
 
@@ -184,6 +185,8 @@ class KVScales:
                                 raise ParetoError(f"{path}: {part} of {name} has a wrong shape")
                     if any(not stack.isfinite().all() for stack in stacks.values()):
                         raise ParetoError(f"{path}: the scales of {name} are not finite")
+                    if "key_transform" in stacks and torch.linalg.inv_ex(stacks["key_transform"]).info.any():
+                        raise ParetoError(f"{path}: key_transform of {name} cannot be inverted")
                     layers[name] = [
                         LayerScales(
                             **{part: stack[i] for part, stack in stacks.items()},

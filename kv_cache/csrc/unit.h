@@ -17,8 +17,7 @@ typedef struct {
     int32_t lowest_first, highest_first, lowest_last, highest_last;
     float step[16];  // of the fixed-point query
     float bias[16];  // the key zeros' part of the score, where it matters
-    // Centred keys: 1 / step, the coefficients at position 0, [8][2][pairs], and MIDDLE times the sum of the current ones.
-    float inverse[16];
+    // Centred keys: the coefficients at position 0 in steps, [8][2][pairs], and 128 times the sum of the current ones.
     float *turn;
     int32_t offset[16];
     float group_query[MAX_GROUPS][16];  // step * sum of the group's fixed-point query
@@ -82,16 +81,22 @@ static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x, int fro
     put_activations(chunk, rows, r, load16i(parts[0]), load16i(parts[1]), load16i(parts[2]), load16i(parts[3]));
 }
 
-// q times a matrix [dim][dim], even and odd rows summed apart.
-static void transform_query(const float *q, const float *matrix, int dim, float *out) {
-    for (int c = 0; c < dim; c += 16) {
-        v16f even = splat(0), odd = splat(0);
-        for (int j = 0; j < dim; j += 2) {
-            even = fma16(splat(q[j]), load16(matrix + (int64_t)j * dim + c), even);
-            odd = fma16(splat(q[j + 1]), load16(matrix + (int64_t)(j + 1) * dim + c), odd);
+// `n` vectors of q times a matrix [dim][dim], even and odd rows summed apart: 2 * n sums, none of which waits for another.
+INLINE void transform_columns(const float *q, const float *matrix, int dim, float *out, const int n) {
+    v16f even[4], odd[4];
+    for (int i = 0; i < n; i++) even[i] = odd[i] = splat(0);
+    for (int j = 0; j < dim; j += 2, matrix += 2 * dim)
+        for (int i = 0; i < n; i++) {
+            even[i] = fma16(splat(q[j]), load16(matrix + 16 * i), even[i]);
+            odd[i] = fma16(splat(q[j + 1]), load16(matrix + dim + 16 * i), odd[i]);
         }
-        store16(out + c, even + odd);
-    }
+    for (int i = 0; i < n; i++) store16(out + 16 * i, even[i] + odd[i]);
+}
+
+static void transform_query(const float *q, const float *matrix, int dim, float *out) {
+    int c = 0;
+    for (; c + 64 <= dim; c += 64) transform_columns(q, matrix + c, dim, out + c, 4);
+    for (; c < dim; c += 16) transform_columns(q, matrix + c, dim, out + c, 1);
 }
 
 // What a query makes of the keys' centres: turn[0][i] cos(angle) + turn[1][i] sin(angle), summed over the pairs i, is
@@ -115,25 +120,27 @@ static float prepare_turn(const float *q, const pareto_cache *c, int kv_head, fl
 static void unit_turn(unit_t *u, const pareto_cache *c, int chunk) {
     const int pairs = c->pairs, chunks = channel_chunks(c);
     if (!pairs) return;
-    const float *anchor = c->turn_anchors + (int64_t)chunk * 2 * pairs;
-    for (int r = 0; r < u->rows; r++) {
-        const float *turn = u->turn + r * 2 * pairs;
-        const v16f inverse = splat(u->inverse[r]), magic = splat(ROUND_MAGIC);
-        v16i sum = splati(0);
-        for (int k = 0; k < pairs / 32; k++) {
+    v16u sums[UNIT_ROWS];
+    for (int r = 0; r < u->rows; r++) sums[r] = (v16u)splati(0);
+    for (int k = 0; k < pairs / 32; k++) {
+        const float *anchor = c->turn_anchors + (int64_t)chunk * 2 * pairs + 32 * k;
+        const v16f cos[2] = {load16(anchor), load16(anchor + 16)};
+        const v16f sin[2] = {load16(anchor + pairs), load16(anchor + pairs + 16)};
+        for (int r = 0; r < u->rows; r++) {
+            const float *turn = u->turn + r * 2 * pairs + 32 * k;
             v16i x[2][2];
             for (int i = 0; i < 2; i++) {
-                const int at = 32 * k + 16 * i;
-                const v16f even = load16(turn + at), odd = load16(turn + pairs + at);
-                const v16f cos = load16(anchor + at), sin = load16(anchor + pairs + at);
-                x[0][i] = (v16i)(fma16(even, cos, odd * sin) * inverse + magic) - splati(ROUND_BITS);
-                x[1][i] = (v16i)(fma16(odd, cos, -(even * sin)) * inverse + magic) - splati(ROUND_BITS);
-                sum += x[0][i] + x[1][i];
+                const v16f even = load16(turn + 16 * i), odd = load16(turn + pairs + 16 * i);
+                x[0][i] = (v16i)(fma16(even, cos[i], odd * sin[i]) + splat(ROUND_MAGIC));
+                x[1][i] = (v16i)(fma16(odd, cos[i], -(even * sin[i])) + splat(ROUND_MAGIC));
             }
             put_activations(u->query + (chunks + k) * CHUNK_BYTES, u->padded_rows, r, x[0][0], x[0][1], x[1][0], x[1][1]);
+            sums[r] += (v16u)x[0][0] + (v16u)x[0][1] + (v16u)x[1][0] + (v16u)x[1][1];
         }
-        u->offset[r] = 128 * (int32_t)lanes_sum_u((v16u)sum);
     }
+    // ROUND_BITS was added twice for each pair, modulo 2**32.
+    for (int r = 0; r < u->rows; r++)
+        u->offset[r] = 128 * (int32_t)(lanes_sum_u(sums[r]) - (uint32_t)(2 * pairs) * ROUND_BITS);
 }
 
 // One query row as fixed-point activations: q[i] * key scale[i] = step * x[i].
@@ -162,7 +169,10 @@ static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, 
     for (int i = 0; i < dim; i += 16)
         store16i(x + i, (v16i)(load16(q + i) * inverse + splat(ROUND_MAGIC)) - splati(ROUND_BITS));
     u->step[r] = step;
-    u->inverse[r] = inverse[0];
+    for (int i = 0; i < 2 * c->pairs; i += 16) {
+        float *turn = u->turn + r * 2 * c->pairs + i;
+        store16(turn, load16(turn) * inverse);
+    }
     u->offset[r] = 0;
     u->bias[r] = 0;
     for (int g = 0; g < groups; g++) {

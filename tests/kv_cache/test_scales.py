@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,26 +11,35 @@ from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, get_format
-from kv_cache.scales import SCALES_FILE, TENSORS, KVScales, LayerScales
+from kv_cache.scales import MATRIX_DTYPE, PARTS, SCALES_FILE, TENSORS, KVScales
+from tests.kv_cache.random_scales import random_scales
 
 LAYERS, HEADS, DIM = 3, 4, 64
 
 
 def some_scales() -> KVScales:
-    generator = torch.Generator().manual_seed(0)
-    layers = {
-        name: [
-            LayerScales(*(torch.rand(HEADS, DIM, generator=generator) + 0.1 for _ in TENSORS)) for _ in range(LAYERS)
+    torch.manual_seed(0)
+    layers, rotary = {}, None
+    for coding in ("int4_per_head+centred", "k8v4_per_head+feedback", "int6_per_head"):
+        made = [random_scales(coding, HEADS, DIM) for _ in range(LAYERS)]
+        rotary = rotary or made[0].rotary
+        layers[coding.partition("+")[0]] = [
+            replace(layer, rotary=layer.rotary and rotary, **{part: rounded(getattr(layer, part)) for part in PARTS})
+            for layer in made
         ]
-        for name in ("int4_per_head", "k8v4_per_head")
-    }
-    return KVScales(LAYERS, HEADS, DIM, layers=layers, metadata={"seed": 3, "source": "text"})
+    return KVScales(LAYERS, HEADS, DIM, layers=layers, metadata={"seed": 3, "source": "text"}, rotary=rotary)
+
+
+def rounded(part: torch.Tensor | None) -> torch.Tensor | None:
+    """What the file keeps of a matrix."""
+    return part if part is None or part.dim() < 3 else part.to(MATRIX_DTYPE).float()
 
 
 def rewrite(folder, change) -> None:
     """Change the tensors and the header of a saved file."""
     path = folder / SCALES_FILE
     header = {"schema": "vllm-pareto/kv-scales/2", "num_layers": LAYERS, "num_kv_heads": HEADS, "head_dim": DIM}
+    header["rotary"] = {"max_position": 5000, "interleaved": False}
     tensors = load_file(path)
     change(tensors, header)
     save_file(tensors, path, metadata={"kv_scales": json.dumps(header)})
@@ -40,15 +50,24 @@ def test_a_saved_file_reads_back_the_same(tmp_path):
     path = scales.save(tmp_path)
     assert path == tmp_path / "kv_scales" / "scales.safetensors"
     assert [entry.name for entry in path.parent.iterdir()] == ["scales.safetensors"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # readable by whom the user's umask says
     loaded = KVScales.load(tmp_path)
     assert (loaded.num_layers, loaded.num_kv_heads, loaded.head_dim) == (LAYERS, HEADS, DIM)
     assert loaded.metadata == {"seed": 3, "source": "text"}
-    assert set(loaded.layers) == {"int4_per_head", "k8v4_per_head"}
+    assert set(loaded.layers) == {"int4_per_head", "k8v4_per_head", "int6_per_head"}
+    assert torch.equal(loaded.rotary.inv_freq, scales.rotary.inv_freq)
+    assert (loaded.rotary.max_position, loaded.rotary.interleaved) == (5000, False)
     for name in loaded.layers:
         for index in range(LAYERS):
             before, after = scales.layer(get_format(name), index), loaded.layer(get_format(name), index)
             for tensor in TENSORS:
                 assert torch.equal(getattr(before, tensor), getattr(after, tensor))
+            for part in PARTS:
+                assert (getattr(before, part) is None) == (getattr(after, part) is None)
+                assert getattr(before, part) is None or torch.equal(getattr(before, part), getattr(after, part))
+            assert (after.rotary is loaded.rotary) == (name == "int4_per_head")
 
 
 def test_saving_again_replaces_the_file(tmp_path):
@@ -62,9 +81,10 @@ def test_saving_again_replaces_the_file(tmp_path):
 def test_a_rank_gets_its_own_heads():
     layer = some_scales().layer(FORMATS["int4_per_head"], 1)
     part = layer.heads(2, 4)
-    for tensor in TENSORS:
+    for tensor in (*TENSORS, *PARTS):
         assert torch.equal(getattr(part, tensor), getattr(layer, tensor)[2:4])
         assert getattr(part, tensor).is_contiguous()
+    assert torch.equal(part.key_decode, layer.key_decode[2:4])
 
 
 @pytest.mark.parametrize(
@@ -116,6 +136,22 @@ def _missing(tensors, header):
     del tensors["int4_per_head.key_zero"]
 
 
+def _no_feedback(tensors, header):
+    del tensors["int4_per_head.key_feedback"]
+
+
+def _no_rotary(tensors, header):
+    del header["rotary"]
+
+
+def _matrix_shape(tensors, header):
+    tensors["k8v4_per_head.value_feedback"] = tensors["k8v4_per_head.value_feedback"][..., :-1].contiguous()
+
+
+def _singular(tensors, header):
+    tensors["int4_per_head.key_transform"][1, 1] = 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,6 +160,10 @@ def _missing(tensors, header):
         (_nan, "int4_per_head are not finite"),
         (_zero_scale, "k8v4_per_head are not positive"),
         (_missing, "truncated"),
+        (_no_feedback, "needs the keys' feedback"),
+        (_no_rotary, "centred keys need a transform and the model's rotary embedding"),
+        (_matrix_shape, "value_feedback of k8v4_per_head has a wrong shape"),
+        (_singular, "key_transform of int4_per_head cannot be inverted"),
     ],
 )
 def test_damaged_scales_are_refused(tmp_path, change, message):
