@@ -27,12 +27,13 @@
 typedef struct {
     uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]; behind them the table of centred keys
     uint8_t *values;    // [block][tiles of 16 channels]
-    uint8_t *weights;   // [block] activation chunks
-    int32_t *scores;    // [8][CHUNK], int32 or float
-    int32_t *products;  // [8][CHUNK]: one group's scores, or the weighted values [8][dim]
+    // For each unit of a pair:
+    uint8_t *weights;   // [2][block] activation chunks
+    int32_t *scores;    // [2][8][CHUNK], int32 or float
+    int32_t *products;  // [2][8][CHUNK]: one group's scores, or the weighted values [8][dim]
     float *meta;        // key scale, key minimum, value scale, value minimum: [4][groups][CHUNK]
     uint8_t *bytes;     // for pages.h
-    partial_t partial;
+    partial_t partial[2];
     unit_t *units;
     uint8_t *memory;
     int tile_rows;  // that the tiles are set for
@@ -49,8 +50,9 @@ static int scratch_make(scratch_t *s, const pareto_cache *c) {
     const size_t dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
     const size_t turned = turned_chunks(c), query_bytes = (groups ? groups : chunks + turned) * CHUNK_BYTES, row_bytes = UNIT_ROWS * dim * sizeof(float);
     const size_t sizes[] = {
-        (chunks + turned) * CHUNK * 64, dim * CHUNK, CHUNK_BLOCKS * CHUNK_BYTES, UNIT_ROWS * CHUNK * 4, UNIT_ROWS * CHUNK * 4,
-        groups * 4 * CHUNK * sizeof(float), 4 * 16 * 256, row_bytes, MAX_UNITS * sizeof(unit_t),
+        (chunks + turned) * CHUNK * 64, dim * CHUNK, 2 * CHUNK_BLOCKS * CHUNK_BYTES, 2 * UNIT_ROWS * CHUNK * 4,
+        2 * UNIT_ROWS * CHUNK * 4, groups * 4 * CHUNK * sizeof(float), 4 * 16 * 256, 2 * row_bytes,
+        MAX_UNITS * sizeof(unit_t),
         MAX_UNITS * query_bytes, MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
     };
     enum { PARTS = sizeof sizes / sizeof *sizes };
@@ -70,7 +72,7 @@ static int scratch_make(scratch_t *s, const pareto_cache *c) {
     s->products = (int32_t *)parts[4];
     s->meta = (float *)parts[5];
     s->bytes = parts[6];
-    s->partial.values = (float *)parts[7];
+    for (int i = 0; i < 2; i++) s->partial[i].values = (float *)(parts[7] + i * row_bytes);
     s->units = (unit_t *)parts[8];
     for (int u = 0; u < MAX_UNITS; u++) {
         s->units[u].query = parts[9] + u * query_bytes;
@@ -124,25 +126,37 @@ static void need_block(walk_t *w, int side, int block) {
     else pack_keys(&rows, ahead, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
 }
 
-// Scores of `blocks` blocks as int32 [rows][CHUNK].
-static void scores_integers(walk_t *w, const unit_t *u, int first_block, int blocks) {
+// The i-th unit's part of a buffer that both units of a pair have.
+static int32_t *scores_of(const scratch_t *s, int i) { return s->scores + i * UNIT_ROWS * CHUNK; }
+static int32_t *products_of(const scratch_t *s, int i) { return s->products + i * UNIT_ROWS * CHUNK; }
+static uint8_t *weights_of(const scratch_t *s, int i) { return s->weights + i * CHUNK_BLOCKS * CHUNK_BYTES; }
+
+// Scores of `blocks` blocks as int32 [rows][CHUNK], of one unit or of two.
+static void scores_integers(walk_t *w, const unit_t *u, int count, int first_block, int blocks, int32_t *scores) {
     const pareto_cache *c = &w->a->cache;
-    product(u->query, w->s->keys + 4 * first_block * TILE_BYTES, CHUNK * 64, channel_chunks(c) + turned_chunks(c),
-            4 * blocks, u->padded_rows, w->s->scores, CHUNK);
+    const uint8_t *keys = w->s->keys + 4 * first_block * TILE_BYTES;
+    const int chunks = channel_chunks(c) + turned_chunks(c);
+    if (count == 1) {
+        product(u->query, keys, CHUNK * 64, chunks, 4 * blocks, u->padded_rows, scores, CHUNK);
+    } else {
+        const uint8_t *queries[2] = {u[0].query, u[1].query};
+        int32_t *both[2] = {scores, scores + UNIT_ROWS * CHUNK};
+        product_pair(queries, keys, CHUNK * 64, chunks, 4 * blocks, both, CHUNK);
+    }
 }
 
 // The same as floats in base 2, -infinity where a row does not see.
-static void scores_floats(walk_t *w, const unit_t *u, int first_block, int blocks) {
+static void scores_floats(walk_t *w, const unit_t *u, int first_block, int blocks, int32_t *integers) {
     const pareto_attention_args *a = w->a;
     scratch_t *s = w->s;
     const int groups = group_count(&a->cache), from = w->chunk + BLOCK * first_block, count = BLOCK * blocks;
-    float *scores = (float *)s->scores;
+    float *scores = (float *)integers;
     if (!groups) {
-        scores_integers(w, u, first_block, blocks);
+        scores_integers(w, u, 1, first_block, blocks, integers);
         for (int r = 0; r < u->rows; r++) {
             const v16f bias = splat(u->bias[r] - u->step[r] * (float)u->offset[r]);
             for (int t = 0; t < count; t += 16) {
-                int32_t *at = s->scores + r * CHUNK + t;
+                int32_t *at = integers + r * CHUNK + t;
                 store16((float *)at, fma16(to_float(load16i(at)), splat(u->step[r]), bias));
             }
         }
@@ -171,45 +185,48 @@ static void scores_floats(walk_t *w, const unit_t *u, int first_block, int block
         }
 }
 
-// What a unit sees of the current chunk: `blocks` blocks from block `first` on; 0 if nothing.
+// What one or two units see of the current chunk together: `blocks` blocks from block `first` on; 0 if nothing.
 typedef struct {
     int first, blocks;
 } view_t;
 
-static view_t view_chunk(const walk_t *w, const unit_t *u) {
+static view_t view_chunk(const walk_t *w, const unit_t *u, int count) {
+    const unit_t *v = u + count - 1;  // positions ascend with the units
     const int from = u->lowest_first > w->chunk ? u->lowest_first : w->chunk;
-    const int to = u->highest_last + 1 < w->chunk + CHUNK ? u->highest_last + 1 : w->chunk + CHUNK;
+    const int to = v->highest_last + 1 < w->chunk + CHUNK ? v->highest_last + 1 : w->chunk + CHUNK;
     const int first = (from - w->chunk) / BLOCK;
     return (view_t){first, from < to ? (to - w->chunk + BLOCK - 1) / BLOCK - first : 0};
 }
 
-static void unit_scores(walk_t *w, const unit_t *u, view_t v) {
+static void unit_scores(walk_t *w, const unit_t *u, int count, view_t v) {
     for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 0, b);
-    if (integer_scores(w->a)) scores_integers(w, u, v.first, v.blocks);
-    else scores_floats(w, u, v.first, v.blocks);
+    if (integer_scores(w->a)) scores_integers(w, u, count, v.first, v.blocks, w->s->scores);
+    else
+        for (int i = 0; i < count; i++) scores_floats(w, u + i, v.first, v.blocks, scores_of(w->s, i));
 }
 
-// Scores to weights (or, for groups, to exponentials), with their maximum and sum.
-static void unit_weights(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
+// The i-th unit's scores to weights (or, for groups, to exponentials), with their maximum and sum.
+static void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
     scratch_t *s = w->s;
     const int start = w->chunk + v.first * BLOCK, masked = is_masked(u, start, start + v.blocks * BLOCK);
+    uint8_t *weights = weights_of(s, i);
     for (int r = 0; r < u->rows; r++) {
-        int32_t *scores = s->scores + r * CHUNK;
+        int32_t *scores = scores_of(s, i) + r * CHUNK;
         if (integer_scores(w->a)) {
-            int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 1)
-                                 : weigh_integers(u, r, scores, start, v.blocks, s->weights, p->sum + r, 0);
+            int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, weights, p->sum + r, 1)
+                                 : weigh_integers(u, r, scores, start, v.blocks, weights, p->sum + r, 0);
             // The offset is the chunk's own: it cancels within, and counts between chunks.
             if (top != INT32_MIN) top -= u->offset[r];
             memcpy(p->max + r, &top, 4);
         } else if (!w->a->cache.group_size) {
-            p->max[r] = weigh_floats(u, r, (float *)scores, v.blocks, s->weights, p->sum + r);
+            p->max[r] = weigh_floats(u, r, (float *)scores, v.blocks, weights, p->sum + r);
         } else {
             p->max[r] = exponentials((float *)scores, 4 * v.blocks, p->sum + r);
         }
     }
 }
 
-static void unit_values(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
+static void unit_values(walk_t *w, const unit_t *u, int count, view_t v, partial_t *partials) {
     const pareto_cache *c = &w->a->cache;
     scratch_t *s = w->s;
     const int dim = c->head_dim, groups = group_count(c);
@@ -217,10 +234,18 @@ static void unit_values(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
     const uint8_t *values = s->values + v.first * block_bytes;
     for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 1, b);
     if (!groups) {
-        product(s->weights, values, block_bytes, v.blocks, dim / 16, u->padded_rows, s->products, dim);
-        for (int i = 0; i < u->rows * dim; i += 16) store16(p->values + i, to_float(load16i(s->products + i)));
+        if (count == 1) {
+            product(s->weights, values, block_bytes, v.blocks, dim / 16, u->padded_rows, s->products, dim);
+        } else {
+            const uint8_t *weights[2] = {s->weights, weights_of(s, 1)};
+            int32_t *both[2] = {s->products, products_of(s, 1)};
+            product_pair(weights, values, block_bytes, v.blocks, dim / 16, both, dim);
+        }
+        for (int n = 0; n < count; n++)
+            for (int i = 0; i < u[n].rows * dim; i += 16)
+                store16(partials[n].values + i, to_float(load16i(products_of(s, n) + i)));
     }
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups; g++) {  // one unit
         float unit[UNIT_ROWS], offset[UNIT_ROWS];
         const int channel = g * c->group_size, width = dim - channel < c->group_size ? dim - channel : c->group_size;
         for (int r = 0; r < u->rows; r++)
@@ -230,7 +255,7 @@ static void unit_values(walk_t *w, const unit_t *u, view_t v, partial_t *p) {
                 width);
         for (int r = 0; r < u->rows; r++)
             for (int i = 0; i < width; i += 16)
-                store16(p->values + r * dim + channel + i,
+                store16(partials->values + r * dim + channel + i,
                         fma16(to_float(load16i(s->products + r * width + i)), splat(unit[r]), splat(offset[r])));
     }
 }
@@ -260,6 +285,13 @@ static void deliver(walk_t *w, int n, const partial_t *p, float *partials) {
     memcpy(at + 32, p->values, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));
 }
 
+// The values of a pair (or one) of units whose weights are there.
+static void finish_values(walk_t *w, int n, int count, view_t v, float *partials) {
+    partial_t *p = w->s->partial;
+    unit_values(w, w->s->units + n, count, v, p);
+    for (int i = 0; i < count; i++) deliver(w, n + i, p + i, partials);
+}
+
 static void run_item(const pareto_attention_args *a, const item_t *item, const item_t *next, scratch_t *s,
                      float *partials) {
     prepare_units(a, item, s);
@@ -270,36 +302,35 @@ static void run_item(const pareto_attention_args *a, const item_t *item, const i
     for (int k = item->first_chunk; k < item->first_chunk + item->chunks; k++) {
         w.chunk = k * CHUNK;
         w.packed[0] = w.packed[1] = 0;
-        // A unit's scores come before the unit before it meets the values, so that no product waits for the weights
-        // that it reads to be written. Groups weigh in between, and take one unit at a time.
-        int pending = -1;
+        // Units go through in pairs. A pair's scores come before the pair before it meets the values, so that no product
+        // waits for the weights that it reads to be written. Groups weigh in between, and take one unit at a time.
+        const int step = a->cache.group_size ? 1 : 2;
+        int pending = -1, pending_count = 0;
         view_t pending_view = {0, 0};
-        partial_t *p = &s->partial;
-        for (int n = 0; n < item->units; n++) {
+        partial_t *p = s->partial;
+        for (int n = 0; n < item->units; n += step) {
             unit_t *u = s->units + n;
-            const view_t v = view_chunk(&w, u);
-            if (v.blocks && !a->cache.group_size) unit_scores(&w, u, v);
-            if (pending >= 0) {
-                unit_values(&w, s->units + pending, pending_view, p);
-                deliver(&w, pending, p, partials);
-            }
-            store16(p->max, nothing_seen(a));
-            store16(p->sum, splat(0));
+            const int count = item->units - n < step ? 1 : step;
+            const view_t v = view_chunk(&w, u, count);
+            if (v.blocks && !a->cache.group_size) unit_scores(&w, u, count, v);
+            if (pending >= 0) finish_values(&w, pending, pending_count, pending_view, partials);
             pending = -1;
+            for (int i = 0; i < count; i++) {
+                store16(p[i].max, nothing_seen(a));
+                store16(p[i].sum, splat(0));
+            }
             if (v.blocks) {
-                if (a->cache.group_size) unit_scores(&w, u, v);
-                unit_weights(&w, u, v, p);
-                pending = n, pending_view = v;
+                if (a->cache.group_size) unit_scores(&w, u, count, v);
+                for (int i = 0; i < count; i++) unit_weights(&w, u + i, i, v, p + i);
+                pending = n, pending_count = count, pending_view = v;
             } else if (item->partial >= 0) {
-                deliver(&w, n, p, partials);
+                for (int i = 0; i < count; i++) deliver(&w, n + i, p + i, partials);
             }
             // Long before the product reads what this writes.
-            if (k + 1 < item->first_chunk + item->chunks) unit_turn(u, &a->cache, k + 1);
+            if (k + 1 < item->first_chunk + item->chunks)
+                for (int i = 0; i < count; i++) unit_turn(u + i, &a->cache, k + 1);
         }
-        if (pending >= 0) {
-            unit_values(&w, s->units + pending, pending_view, p);
-            deliver(&w, pending, p, partials);
-        }
+        if (pending >= 0) finish_values(&w, pending, pending_count, pending_view, partials);
     }
     if (item->partial < 0)
         for (int n = 0; n < item->units; n++) unit_finish(s->units + n, a, item->request, item->kv_head);

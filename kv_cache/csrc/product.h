@@ -46,12 +46,20 @@ INLINE void put_activations(uint8_t *chunk, int rows, int r, v16i even0, v16i od
 
 // product(a, b, b_stride, chunks, tiles, rows, out, stride): out[r][16 * tiles] = the sum over `chunks` of 64 k. Chunk k
 // is a + k * CHUNK_BYTES; its tiles follow each other from b + k * b_stride. tiles_begin(rows) comes first on a thread.
+// product_pair does the same for two units of UNIT_ROWS rows, where codes once loaded serve both.
 #if defined(PARETO_USE_AMX)
 #include "product_amx.h"
 #elif defined(__AVX512VNNI__)
 #include "product_avx512.h"
 #else
 #include "product_words.h"
+#endif
+
+#if !defined(PARETO_USE_AMX)
+static void product_pair(const uint8_t *const a[2], const uint8_t *b, int64_t b_stride, int chunks, int tiles,
+                         int32_t *const out[2], int64_t stride) {
+    for (int i = 0; i < 2; i++) product(a[i], b, b_stride, chunks, tiles, UNIT_ROWS, out[i], stride);
+}
 #endif
 
 #endif
