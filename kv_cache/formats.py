@@ -5,7 +5,8 @@ A code is an unsigned integer of ``bits`` bits. An element x of a key or value i
 real number (it is folded into queries and outputs, so it need not be an integer). Where scale and zero come from is
 the format's granularity:
 
-- ``head``: one vector over the channels for each KV head of each layer, calibrated offline, kept outside the page.
+- ``head``: one vector over the channels for each KV head of each layer, calibrated offline, kept outside the page; for
+  4-bit keys with a transform, a centre and feedback on top (kv_cache/scales.py).
 - ``tensor``: one number for a layer's keys and one for its values, calibrated offline; the ablation's coarse end.
 - ``group``: computed when a token is written, for each group of ``group_size`` channels, kept inside the page as
   float16 scale and float16 minimum; the ablation's fine end.
