@@ -1,0 +1,247 @@
+"""Bandwidth of the CUDA decode-attention kernel, against the device's copy rate.
+
+Every figure is the median of CUDA-graph replays over random code bytes, scattered blocks and several caches in turn,
+so that nothing is read from the L2 cache. Bytes are those of the codes alone. ``attend`` is the attention kernel by
+itself, ``call`` the same after the small kernel that prepares its queries.
+
+    python -m bench.kernel_bench --out results/gpu-decode-kernel/kernel.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from kv_cache.formats import get_format
+from kv_cache.gpu.decode import DecodeAttention
+from kv_cache.gpu.folding import Folding, PositionTables
+from kv_cache.gpu.tuning import Tuning
+from kv_cache.layout import PageLayout
+from kv_cache.rotary import Rotary
+
+SCHEMA = "vllm-pareto/gpu-decode-kernel/1"
+FORMATS = ("int4_per_head", "int6_per_head", "k8v4_per_head", "int8_per_head")
+SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dense": {"dense": True},
+    "centred": {"dense": True, "centred": True},
+    "mixed": {"mixed": True},
+    "query4": {"query_len": 4},
+    "query8": {"query_len": 8},
+}
+BYTES_IN_TURN = 1 << 30
+"""Codes that the calls of one graph read in turn, at least: 20 times the L2 cache of an H100."""
+CALLS = 32, 64
+"""Least and most calls of a graph, so that starting it does not count."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        format: of the KV cache.
+        batch: requests.
+        context: tokens of each.
+        query_len: query tokens of each.
+        dense: whether queries are transformed by a matrix of each KV head.
+        centred: whether keys are centred, which gives each logit a bias by its position.
+        mixed: whether lengths are drawn evenly from 128 to ``context`` instead.
+        heads: query heads.
+        kv_heads: KV heads.
+        head_dim: channels of a head.
+        block_size: tokens of a page.
+
+    """
+
+    format: str
+    batch: int
+    context: int
+    query_len: int = 1
+    dense: bool = False
+    centred: bool = False
+    mixed: bool = False
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+
+
+def median_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Return the median seconds that the device takes over ``work``."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return median(times)
+
+
+def graph_seconds(calls: list[Callable[[], Any]], repeats: int) -> float:
+    """Return the median seconds of one of ``calls``, all captured in one CUDA graph."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median_seconds(graph.replay, repeats) / len(calls)
+
+
+def copy_rate() -> float:
+    """Return the bytes read plus written per second by a device-to-device copy."""
+    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    # Not in a graph: a graph's copy node runs a fifth slower than the same copy on a stream.
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 10)
+
+
+class Problem:
+    """Caches, tables and queries of one case.
+
+    Args:
+        case: what is measured.
+        tuning: fields of ``kv_cache.gpu.tuning.Tuning`` that differ from the choice for this device.
+
+    """
+
+    def __init__(self, case: Case, tuning: dict[str, int] | None = None) -> None:
+        device = torch.device("cuda")
+        self.layout = PageLayout(get_format(case.format), case.head_dim, case.block_size)
+        self.scale = case.head_dim**-0.5
+        self.lens = torch.full((case.batch,), case.context, dtype=torch.int32, device=device)
+        if case.mixed:
+            self.lens.random_(128, case.context + 1)
+        self.bytes = int(self.lens.sum()) * case.kv_heads * self.layout.bytes_per_token
+        turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
+        # One pool of pages; each turn reads pages that no other turn reads.
+        pages = math.ceil(case.context / case.block_size)
+        shape = (turns * case.batch * pages, case.kv_heads, case.block_size, self.layout.bytes_per_token)
+        self.cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self.tables = torch.randperm(shape[0], device=device).int().view(turns, case.batch, pages)
+        self.start = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.query_len
+        tokens = case.batch * case.query_len
+        self.query = torch.randn(tokens, case.heads, case.head_dim, device=device).bfloat16()
+        self.out = torch.empty_like(self.query)
+
+        tops = [2**bits - 1 for bits in (self.layout.fmt.key_bits, self.layout.fmt.value_bits)]
+        flat = torch.ones(case.kv_heads, case.head_dim, device=device)
+        key = torch.randn(*flat.shape, case.head_dim, device=device) if case.dense else flat
+        self.folding = Folding(key * 4 / tops[0], flat * tops[0] / 2, flat * 4 / tops[1], flat * tops[1] / 2)
+        self.positions = None
+        if case.centred:
+            rotary = Rotary(10000.0 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim), case.context)
+            self.positions = PositionTables.of(rotary.table(case.context), case.head_dim, device)
+            self.folding = replace(self.folding, mean=torch.randn_like(flat))
+
+        def attention(choice: Tuning | None) -> DecodeAttention:
+            return DecodeAttention(
+                self.layout, case.kv_heads, case.heads, self.query.dtype, device, case.batch, tokens,
+                max_query_len=case.query_len, dense=case.dense, centred=case.centred, tuning=choice,
+            )  # fmt: skip
+
+        self.attention = attention(None)
+        if tuning:
+            self.attention = attention(replace(self.attention.tuning, **tuning))  # type: ignore[arg-type]
+
+    def prepare(self) -> None:
+        """Prepare the queries."""
+        self.attention.prepare(self.query, self.folding, self.scale, self.positions)
+
+    def attend(self, turn: int) -> None:
+        """Attend with prepared queries to the pages of one turn."""
+        self.attention.attend(
+            self.out, self.cache, self.tables[turn], self.lens, self.start, self.folding, positions=self.positions
+        )
+
+    def call(self, turn: int) -> None:
+        """Prepare and attend."""
+        self.prepare()
+        self.attend(turn)
+
+    def measure(self, repeats: int) -> dict[str, Any]:
+        """Return times and rates."""
+        turns = self.tables.shape[0]
+        order = [turn % turns for turn in range(min(max(turns, CALLS[0]), CALLS[1]))]
+        self.prepare()
+        attend = graph_seconds([lambda t=t: self.attend(t) for t in order], repeats)  # type: ignore[misc]
+        call = graph_seconds([lambda t=t: self.call(t) for t in order], repeats)  # type: ignore[misc]
+        return {
+            "bytes": self.bytes,
+            "attend_us": attend * 1e6,
+            "attend_gb_per_s": self.bytes / attend / 1e9,
+            "call_us": call * 1e6,
+            "call_gb_per_s": self.bytes / call / 1e9,
+            "tuning": asdict(self.attention.tuning),
+            "blocks": self.attention.blocks,
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x context")
+    parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tuning", nargs="*", default=[""], help="e.g. warps=4,stages=4; several are compared")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    ceiling = copy_rate()
+    print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e9:.0f} GB/s")
+    rows = []
+    for variant in args.variants:
+        for name in args.formats:
+            for shape in args.shapes:
+                batch, context = map(int, shape.split("x"))
+                case = Case(name, batch, context, **VARIANTS[variant])
+                for text in args.tuning:
+                    tuning = {k: int(v) for k, _, v in (part.partition("=") for part in text.split(",") if part)}
+                    row = Problem(case, tuning).measure(args.repeats)
+                    row["attend_of_copy"] = row["attend_gb_per_s"] * 1e9 / ceiling
+                    rows.append({"variant": variant, **asdict(case), **row})
+                    print(
+                        f"{variant:8} {name:14} {shape:>8} attend {row['attend_us']:7.1f} us "
+                        f"{row['attend_gb_per_s']:5.0f} GB/s ({row['attend_of_copy']:.3f} of copy), with prepare "
+                        f"{row['call_us']:7.1f} us {row['call_gb_per_s']:5.0f} GB/s {text}",
+                        flush=True,
+                    )
+    if args.out:
+        properties = torch.cuda.get_device_properties(0)
+        result = {
+            "schema": SCHEMA,
+            "command": "python -m bench.kernel_bench " + " ".join(sys.argv[1:] if argv is None else argv),
+            "device": {
+                "name": properties.name,
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+                "l2_bytes": properties.L2_cache_size,
+            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+            "copy_gb_per_s": ceiling / 1e9,
+            "rows": rows,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

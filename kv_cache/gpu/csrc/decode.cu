@@ -1,0 +1,242 @@
+// Paged decode attention over codes.
+//
+// Compiled at run time for one combination of these macros (kv_cache/gpu/decode.py sets them):
+//   HEAD_DIM, KEY_BITS, VALUE_BITS, BLOCK_SIZE   the format and the page
+//   ROW_TILES      query rows of a pass, in eights
+//   SOFT_CAP, BIAS, OUT_BFLOAT   0 or 1; BIAS adds a bias by position (bias.cuh)
+//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY   tuning: warps of a block, tokens of a step in sixteens, steps that
+//                  are read ahead, resident blocks, and Hopper's bulk copies instead of cp.async
+//
+// Products are transposed, so that the codes are the tensor cores' 16-row operand and up to 8 query rows the other: a
+// group of 4 to 8 query heads leaves little of it idle, and codes go from shared memory to operands by masks alone
+// (codes.cuh). Logits of a step leave the first product in the layout that the second one wants, up to an 8 x 8
+// transposition, for which there is an instruction.
+//
+// Softmax weights are 2^(x - top + SHIFT) in float16, relative to a per-warp maximum `top` that only moves once a logit
+// exceeds it by SLACK, so that sums are rarely rescaled. The sum of weights is itself a product of the tensor cores
+// with ones: outputs are means under exactly those rounded weights.
+#include "bias.cuh"
+#include "pipe.cuh"
+
+// Weights are at most 2^14, and normal numbers down to 2^-21 of the maximum.
+constexpr float SLACK = 7.0f, SHIFT = 7.0f;
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
+
+using Keys = KeyShare<KEY_BITS>;
+constexpr bool QUERY_IN_REGISTERS = ROW_TILES * Keys::STEPS <= 16;
+constexpr int QUERY_WIDTH = 16 * Keys::STEPS;  // float16 of a prepared row: lane t's share is the t-th quarter.
+
+// The query rows of a row block, as the tensor cores' right operands and as what their logits need.
+struct Query {
+    uint2 operand[QUERY_IN_REGISTERS ? ROW_TILES : 1][QUERY_IN_REGISTERS ? Keys::STEPS : 1];
+    const uint2* shared;          // [ROW_TILES, STEPS, 32], where registers do not suffice.
+    float factor[ROW_TILES][2];   // Of rows 2t and 2t + 1 of each eight.
+    float offset[ROW_TILES][2];
+    int position[ROW_TILES][2];   // Of the row's token in its sequence.
+
+    DEVICE uint2 at(int n, int step) const {
+        if constexpr (QUERY_IN_REGISTERS) return operand[n][step];
+        return shared[(n * Keys::STEPS + step) * 32 + threadIdx.x % 32];
+    }
+
+    DEVICE void load(const Params& p, const Piece& piece, int rows, uint2* room) {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = piece.row_block * ROWS;
+        const i64 first_token = p.query_start[piece.request];
+        const int heads = p.kv_heads * p.group;
+        shared = room;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+            const int row = first_row + n * 8 + g;
+            const i64 index = (first_token + row / p.group) * heads + piece.head * p.group + row % p.group;
+            const uint2* from = reinterpret_cast<const uint2*>(p.query + index * QUERY_WIDTH) + t * Keys::STEPS;
+            const bool there = n * 8 + g < rows;
+            if (QUERY_IN_REGISTERS || n % WARPS == threadIdx.x / 32) {
+#pragma unroll
+                for (int s = 0; s < Keys::STEPS; ++s) {
+                    const uint2 x = there ? from[s] : uint2{0, 0};
+                    if constexpr (QUERY_IN_REGISTERS) operand[n][s] = x;
+                    else room[(n * Keys::STEPS + s) * 32 + lane] = x;
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int own = first_row + n * 8 + 2 * t + j;
+                const bool valid = n * 8 + 2 * t + j < rows;
+                const i64 at = (first_token + own / p.group) * heads + piece.head * p.group + own % p.group;
+                const float2 x = valid ? p.query_factors[at] : float2{1, 0};
+                factor[n][j] = x.x, offset[n][j] = x.y;
+                position[n][j] = piece.length - piece.query + own / p.group;
+            }
+        }
+        if constexpr (!QUERY_IN_REGISTERS) __syncthreads();
+    }
+};
+
+// The logits of a tile: lane (g, t) has tokens g and g + 8 of each unit for query rows 2t and 2t + 1 of each eight.
+using Logits = float[UNITS][ROW_TILES][4];
+
+// What logits start from, which does not need the tile.
+DEVICE void start(const Params& p, const Bias& bias, int first_token, Logits& s) {
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) s[u][n][0] = s[u][n][1] = s[u][n][2] = s[u][n][3] = 0;
+        bias.add(p, first_token + u * UNIT, s[u]);
+    }
+}
+
+// Attend to one tile in shared memory. `masked` says whether some row does not see all of its tokens.
+DEVICE void attend(const Params& p, const Query& query, const u8* tile, int first_token, bool masked, Logits& s,
+                   RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+        const u8* keys = tile + u * UNIT_BYTES;
+        Keys::for_each(keys, keys + KEY_BYTES, g, t, [&](int step, const u32(&a)[4]) {
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; ++n) {
+                const uint2 b = query.at(n, step);
+                mma(s[u][n], a, b.x, b.y);
+            }
+        });
+    }
+
+#if SOFT_CAP
+    const float twice = 2 / p.soft_cap, cap = p.soft_cap * LOG2E;
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                // c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), y the logit and x = y * log2(e).
+                const float x = s[u][n][i] * query.factor[n][i % 2] + query.offset[n][i % 2];
+                s[u][n][i] = cap * (1 - 2 * reciprocal(1 + exp2_fast(x * twice)));
+            }
+        }
+    }
+#endif
+    if (masked) {
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int token = first_token + u * UNIT + g + i / 2 * 8, position = query.position[n][i % 2];
+                    if (token > position || (p.window && token <= position - p.window)) s[u][n][i] = NEG_INF;
+                }
+            }
+        }
+    }
+
+    bool grows = false;
+    float top[ROW_TILES][2];
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            top[n][j] = fmaxf(s[0][n][j], s[0][n][j + 2]);
+#pragma unroll
+            for (int u = 1; u < UNITS; ++u) top[n][j] = fmaxf(top[n][j], fmaxf(s[u][n][j], s[u][n][j + 2]));
+            if (!SOFT_CAP) top[n][j] *= query.factor[n][j];
+            grows |= top[n][j] > sums[n].top[j] + SLACK;
+        }
+    }
+    if (__any_sync(ALL_LANES, grows)) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float best = top[n][j];
+#pragma unroll
+                for (int step = 4; step < 32; step <<= 1) best = fmaxf(best, __shfl_xor_sync(ALL_LANES, best, step));
+                best = fmaxf(best, sums[n].top[j]);
+                if (best == NEG_INF) continue;
+                const float shrink = exp2_fast(sums[n].top[j] - best);
+                sums[n].top[j] = best, base[n][j] = SHIFT - best;
+                sums[n].l[j] *= shrink;
+#pragma unroll
+                for (int i = 0; i < Values::TILES; ++i) sums[n].o[i][j] *= shrink, sums[n].o[i][j + 2] *= shrink;
+            }
+        }
+    }
+
+    u32 weights[UNITS][ROW_TILES][2];
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float x = SOFT_CAP ? s[u][n][i] : s[u][n][i] * query.factor[n][i % 2];
+                s[u][n][i] = exp2_fast(x + base[n][i % 2]);
+            }
+            weights[u][n][0] = transpose(pack_half2(s[u][n][0], s[u][n][1]));
+            weights[u][n][1] = transpose(pack_half2(s[u][n][2], s[u][n][3]));
+        }
+    }
+
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+        constexpr u32 ONES[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) mma(sums[n].l, ONES, weights[u][n][0], weights[u][n][1]);
+        const u8* values = tile + u * UNIT_BYTES + KEY_BYTES + KEY_HIGH_BYTES;
+        Values::for_each(values, values + VALUE_BYTES, g, t, [&](int i, const u32(&a)[4]) {
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; ++n) mma(sums[n].o[i], a, weights[u][n][0], weights[u][n][1]);
+        });
+    }
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) u8 shared[];
+    const int warp = threadIdx.x / 32;
+    // Shared memory; its size is shared_bytes in tuning.py. Loads may run past a ring by less than 64 bytes.
+    u8* room = shared + WARPS * RING_BYTES + 64;
+    const auto take = [&](int bytes) { return (room += bytes) - bytes; };
+    u64* barriers = reinterpret_cast<u64*>(take(WARPS * STAGES * sizeof(u64)));
+    constexpr int QUERY_BYTES = QUERY_IN_REGISTERS ? 0 : ROW_TILES * Keys::STEPS * 32 * sizeof(uint2);
+    uint2* query_room = reinterpret_cast<uint2*>(take(QUERY_BYTES));
+    Walk* ahead = reinterpret_cast<Walk*>(take(WARPS * sizeof(Walk))) + warp;
+    const Merge merge{reinterpret_cast<float*>(take(WARPS * MERGE_ROWS * MERGE_WIDTH * sizeof(float))),
+                      reinterpret_cast<float2*>(take(WARPS * ROWS * sizeof(float2))), reinterpret_cast<int*>(take(16))};
+
+    const Cut cut(p);
+    Walk walk(p, cut);
+    if (walk.place >= walk.end) return;
+    if (threadIdx.x % 32 == 0) *ahead = walk;
+    __syncwarp();
+    Pipe pipe(p, cut, ahead, shared + warp * RING_BYTES, barriers + warp * STAGES);
+    wait_for_previous_kernel();  // The codes were there before, but for the newest tokens'; the queries were not.
+
+    Piece piece;
+    while (walk.next(p, cut, piece)) {
+        const int first = warp_begin(piece, warp), last = warp_begin(piece, warp + 1);
+        const int rows = min(ROWS, piece.query * p.group - piece.row_block * ROWS);
+        Bias bias;
+        Query query;
+        query.load(p, piece, rows, query_room);
+
+        RowSums sums[ROW_TILES] = {};
+        float base[ROW_TILES][2];
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+            base[n][0] = base[n][1] = SHIFT;
+            sums[n].top[0] = sums[n].top[1] = NEG_INF;
+        }
+        const int seen_by_all = piece.length - piece.query + 1;  // Tokens before it, unless out of the window.
+        for (int tile = first; tile < last; ++tile) {
+            const int token = tile * TILE;
+            Logits logits;
+            bias.move(p, piece, rows, token);
+            start(p, bias, token, logits);
+            const u8* codes = pipe.wait();
+            const bool masked = token + TILE > seen_by_all || (p.window && token <= piece.length - 1 - p.window);
+            attend(p, query, codes, token, masked, logits, sums, base);
+            pipe.release();
+        }
+        merge.warps(p, piece, rows, first < last, sums);
+    }
+}

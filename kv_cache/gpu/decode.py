@@ -1,0 +1,353 @@
+"""Paged decode attention over codes on a CUDA device: the host's side of ``csrc/prepare.cu`` and ``csrc/decode.cu``.
+
+Specification and oracle is :func:`kv_cache.reference.paged_attention`. Two launches make up a call: the first folds key
+scales (or a dense transform) into the queries, the second attends. Neither needs anything from the host but
+shapes, so a call can be captured in a CUDA graph and replayed with other lengths and block tables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from kv_cache.errors import ParetoError
+from kv_cache.gpu import tuning as tunings
+from kv_cache.gpu.folding import Folding, PositionTables
+from kv_cache.gpu.launch import Kernel
+from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.tuning import ROW_TILE, Tuning
+from kv_cache.layout import PageLayout
+
+_i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_QUERY_LEN = 16
+
+
+class _PrepareParams(ctypes.Structure):
+    _fields_ = (
+        ("query", _ptr),
+        ("query_token_stride", _i64),
+        ("query_head_stride", _i64),
+        ("transform", _ptr),
+        ("key_zero", _ptr),
+        ("prepared", _ptr),
+        ("factors", _ptr),
+        ("mean", _ptr),
+        ("bias_rows", _ptr),
+        ("pairs", _i32),
+        ("interleaved", _i32),
+        ("rows", _i32),
+        ("kv_heads", _i32),
+        ("group", _i32),
+        ("scale", _f32),
+    )
+
+
+class _DecodeParams(ctypes.Structure):
+    _fields_ = (
+        ("cache", _ptr),
+        ("block_stride", _i64),
+        ("head_stride", _i64),
+        ("query", _ptr),
+        ("query_factors", _ptr),
+        ("out", _ptr),
+        ("out_token_stride", _i64),
+        ("out_head_stride", _i64),
+        ("block_table", _ptr),
+        ("table_stride", _i64),
+        ("seq_lens", _ptr),
+        ("query_start", _ptr),
+        ("value_scale", _ptr),
+        ("value_zero", _ptr),
+        ("partial", _ptr),
+        ("partial_stats", _ptr),
+        ("counters", _ptr),
+        ("bias_rows", _ptr),
+        ("bias_turns", _ptr),
+        ("bias_table", _ptr),
+        ("requests", _i32),
+        ("kv_heads", _i32),
+        ("group", _i32),
+        ("row_blocks", _i32),
+        ("window", _i32),
+        ("soft_cap", _f32),
+    )
+
+
+@functools.cache
+def _kernel(
+    source: str, name: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int
+) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class DecodeAttention:
+    """Decode attention of one geometry, for any number of layers of one stream.
+
+    Args:
+        layout: of a page.
+        kv_heads: of a layer.
+        heads: query heads of a layer; a multiple of ``kv_heads``.
+        dtype: of queries and outputs, float16 or bfloat16.
+        device: CUDA device of compute capability 8.0 or above.
+        max_requests: most requests of a call.
+        max_tokens: most query tokens of a call.
+        max_query_len: most query tokens of a request, 1 to 16.
+        soft_cap: whether calls have a soft cap.
+        dense: whether ``Folding.key`` is a transform.
+        centred: whether keys are centred, as ``Folding.mean`` says.
+        tuning: None chooses by device and format.
+
+    Raises:
+        ParetoError: the device or the geometry is not served.
+
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        kv_heads: int,
+        heads: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_requests: int,
+        max_tokens: int,
+        max_query_len: int = 1,
+        soft_cap: bool = False,
+        dense: bool = False,
+        centred: bool = False,
+        tuning: Tuning | None = None,
+    ) -> None:
+        if not layout.fmt.static:
+            raise ParetoError(f"{layout.fmt.name}: scales inside the page are not served by the CUDA decode kernel")
+        if dtype not in DTYPES or heads % kv_heads or not 1 <= max_query_len <= MAX_QUERY_LEN:
+            raise ParetoError(
+                f"{layout.fmt.name}: the CUDA decode kernel serves float16 and bfloat16, whole groups of query heads, "
+                f"and 1 to {MAX_QUERY_LEN} query tokens a request; got {dtype}, {heads} heads over {kv_heads}, "
+                f"{max_query_len}"
+            )
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise ParetoError(f"{layout.fmt.name} needs compute capability 8.0 or above, not {capability}")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.layout, self.kv_heads, self.heads, self.dtype, self.device = layout, kv_heads, heads, dtype, device
+        self.group = heads // kv_heads
+        self.dense, self.soft_cap, self.centred = dense, soft_cap, centred
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        rows = max_query_len * self.group
+        properties = torch.cuda.get_device_properties(device)
+        self.tuning = tuning or tunings.choose(
+            layout,
+            rows,
+            capability,
+            properties.shared_memory_per_block_optin,
+        )
+        self._row_blocks = -(-rows // self.tuning.rows)
+        self._overlap = capability >= (9, 0)
+
+        fmt, bf16 = layout.fmt, int(dtype == torch.bfloat16)
+        steps = tunings.query_steps(layout)
+        page = (("HEAD_DIM", layout.head_dim), ("KEY_BITS", fmt.key_bits), ("VALUE_BITS", fmt.value_bits))
+        macros = (
+            *page,
+            ("BLOCK_SIZE", layout.block_size),
+            ("SOFT_CAP", int(soft_cap)),
+            ("BIAS", int(centred)),
+            ("OUT_BFLOAT", bf16),
+            *self.tuning.macros(),
+        )
+        self._decode = _kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
+        folds = (*page, ("IN_BFLOAT", bf16), ("DENSE", int(dense)), ("BIAS", int(centred)), ("BULK_COPY", 0))
+        self._prepare = _kernel("prepare.cu", "prepare", folds, device, 0)
+        resident = self._decode.blocks_per_multiprocessor(32 * self.tuning.warps)
+        if not resident:
+            raise ParetoError(f"{layout.fmt.name}: {self.tuning} does not fit this device")
+        self.blocks = resident * properties.multi_processor_count
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self._prepared = empty(max_tokens, heads, 16 * steps, dtype=torch.float16)
+        self._factors = empty(max_tokens, heads, 2)
+        self._bias_rows = empty(max_tokens if centred else 0, heads, layout.head_dim)
+        self._partial = empty(2 * self.blocks, self.tuning.rows, layout.head_dim)
+        self._partial_stats = empty(2 * self.blocks, self.tuning.rows, 2)
+        # The kernel leaves its counters at zero.
+        self._counters = torch.zeros(max_requests * self._row_blocks * kv_heads, dtype=torch.int32, device=device)
+
+    def prepare(
+        self, query: torch.Tensor, folding: Folding, scale: float, positions: PositionTables | None = None
+    ) -> None:
+        """Fold key scales, or the transform, into the queries.
+
+        Args:
+            query: [tokens, heads, head_dim], channels contiguous.
+            folding: the layer's.
+            scale: factor of q.k.
+            positions: of centred keys.
+
+        """
+        tokens = query.shape[0]
+        params = _PrepareParams(
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            folding.key.data_ptr(),
+            folding.key_zero.data_ptr(),
+            self._prepared.data_ptr(),
+            self._factors.data_ptr(),
+            _pointer(folding.mean),
+            self._bias_rows.data_ptr(),
+            positions.pairs if positions else 0,
+            int(positions.interleaved) if positions else 0,
+            tokens * self.group,
+            self.kv_heads,
+            self.group,
+            scale,
+        )
+        threads = -(-self.layout.head_dim // 32) * 32 * (4 if self.dense else 1)
+        grid = (-(-tokens * self.group // ROW_TILE), self.kv_heads, 1)
+        self._prepare.launch(grid, threads, params, self.device, self._overlap)
+
+    def attend(
+        self,
+        out: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        folding: Folding,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        positions: PositionTables | None = None,
+    ) -> None:
+        """Attend with the queries that :meth:`prepare` left.
+
+        Args:
+            out: [tokens, heads, head_dim], channels contiguous; rows of requests without tokens are left alone.
+            cache: uint8 [blocks, KV heads, block_size, bytes per token], of any block and head stride that is a
+                multiple of 16 bytes.
+            block_table: int32 [requests, blocks], rows contiguous.
+            seq_lens: int32 [requests], the query's tokens included; 0 for padding.
+            query_start: int32 [requests + 1].
+            folding: the layer's.
+            window: a token sees the last ``window`` tokens, itself included; 0 means all.
+            soft_cap: c in ``c * tanh(score / c)``; 0 means none.
+            positions: of centred keys; they reach as far as the longest sequence.
+
+        """
+        params = _DecodeParams(
+            cache.data_ptr(),
+            cache.stride(0),
+            cache.stride(1),
+            self._prepared.data_ptr(),
+            self._factors.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            out.stride(1),
+            block_table.data_ptr(),
+            block_table.stride(0),
+            seq_lens.data_ptr(),
+            query_start.data_ptr(),
+            folding.value_scale.data_ptr(),
+            folding.value_zero.data_ptr(),
+            self._partial.data_ptr(),
+            self._partial_stats.data_ptr(),
+            self._counters.data_ptr(),
+            self._bias_rows.data_ptr(),
+            _pointer(positions.far if positions else None),
+            _pointer(positions.operands if positions else None),
+            seq_lens.shape[0],
+            self.kv_heads,
+            self.group,
+            self._row_blocks,
+            window,
+            soft_cap,
+        )
+        self._decode.launch((self.blocks, 1, 1), 32 * self.tuning.warps, params, self.device, self._overlap)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        folding: Folding,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        positions: PositionTables | None = None,
+    ) -> None:
+        """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
+
+        Args:
+            query: [tokens, heads, head_dim], channels contiguous; a request's tokens are the last of its sequence, and
+                their codes are in the pages already.
+            out: like query; written.
+            cache: see :meth:`attend`, like the rest.
+            block_table: blocks of each request.
+            seq_lens: tokens of each request.
+            query_start: first query token of each request.
+            folding: the layer's scales.
+            scale: factor of q.k.
+            window: tokens seen, 0 for all.
+            soft_cap: 0 for none.
+            positions: of centred keys.
+
+        Raises:
+            ParetoError: shapes, strides or dtypes do not fit.
+
+        """
+        self._verify(query, out, cache, block_table, seq_lens, query_start, folding, soft_cap)
+        if self.centred in (folding.mean is None, positions is None):
+            raise ParetoError(f"{self.layout.fmt.name}: a mean and positions exactly if the kernel was made for them")
+        self.prepare(query, folding, scale, positions)
+        self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap, positions)
+
+    def _verify(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+        folding: Folding,
+        soft_cap: float,
+    ) -> None:
+        layout, heads, dim = self.layout, self.kv_heads, self.layout.head_dim
+        page = (heads, layout.block_size, layout.bytes_per_token)
+        key = (heads, dim, dim) if self.dense else (heads, dim)
+        folded = (folding.key, folding.key_zero, folding.value_scale, folding.value_zero)
+        aligned = cache.stride(0) % 16 == cache.stride(1) % 16 == cache.data_ptr() % 16 == 0
+        aligned_out = out.stride(0) % 4 == out.stride(1) % 4 == out.data_ptr() % 8 == 0
+        indices = (block_table, seq_lens, query_start)
+        requests, tensors = seq_lens.shape[0], (query, out, cache, *indices, *folded)
+        for valid, what in (
+            (cache.dtype == torch.uint8 and tuple(cache.shape[1:]) == page, f"uint8 pages {page}"),
+            (cache.stride()[2:] == (layout.bytes_per_token, 1), "contiguous pages of a head"),
+            (aligned, "pages at multiples of 16 bytes"),
+            (query.dtype == out.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
+            (tuple(query.shape[1:]) == (self.heads, dim) and query.shape == out.shape, f"{self.heads} heads of {dim}"),
+            (query.stride(2) == out.stride(2) == 1, "contiguous channels"),
+            (aligned_out, "output rows at multiples of 8 bytes"),
+            (query.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
+            (requests <= self.max_requests, f"at most {self.max_requests} requests"),
+            (requests == query_start.shape[0] - 1 == block_table.shape[0], "as many rows as requests"),
+            (all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in indices), "dense int32 indices"),
+            (all(t.dtype == torch.float32 and t.is_contiguous() for t in folded), "float32 contiguous scales"),
+            ([tuple(t.shape) for t in folded] == [key, *[(heads, dim)] * 3], f"scales of {heads} KV heads of {dim}"),
+            (bool(soft_cap) == self.soft_cap, "a soft cap exactly if the kernel was made for one"),
+            (all(t.device == self.device for t in tensors), f"tensors on {self.device}"),
+        ):
+            if not valid:
+                raise ParetoError(f"{layout.fmt.name} decode attention expects {what}")

@@ -1,0 +1,82 @@
+"""How the decode kernel divides a multiprocessor: warps, steps and stages, by device and format."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
+
+ROW_TILE = 8
+"""Query rows that the tensor cores multiply at once."""
+IN_FLIGHT = 64 << 10
+"""Bytes of codes that a multiprocessor reads ahead."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Compile-time choices of ``csrc/decode.cu``.
+
+    Attributes:
+        row_tiles: eights of query rows that share one read of the codes: 1 to 4.
+        warps: of a thread block.
+        units: tokens of a warp's step, in sixteens.
+        stages: steps that a warp reads ahead.
+        blocks_per_sm: thread blocks that a multiprocessor holds at once.
+        bulk_copy: whether codes come by Hopper's bulk copies instead of Ampere's asynchronous ones.
+
+    """
+
+    row_tiles: int
+    warps: int = 8
+    units: int = 2
+    stages: int = 2
+    blocks_per_sm: int = 1
+    bulk_copy: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a row block."""
+        return self.row_tiles * ROW_TILE
+
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        """Return the macros that tell ``csrc/decode.cu``."""
+        return tuple((name.upper(), int(value)) for name, value in asdict(self).items())
+
+    def shared_bytes(self, layout: PageLayout, query_steps: int) -> int:
+        """Return the dynamic shared memory of a thread block, as ``csrc/decode.cu`` lays it out."""
+        ring = self.warps * self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token + 64
+        in_registers = self.row_tiles * query_steps <= 16
+        query = 0 if in_registers else self.row_tiles * query_steps * 32 * 8
+        sums = self.warps * ROW_TILE // 2 * (layout.head_dim + 4) * 4
+        return ring + self.warps * (self.stages * 8 + 16 + self.rows * 8) + query + sums + 16
+
+
+def query_steps(layout: PageLayout) -> int:
+    """Return the tensor-core products of 16 channels that one query row takes (``KeyShare::STEPS``)."""
+    row = layout.row_bytes()["key"]
+    vector = 4 if row % 64 == 0 else 2 if row % 32 == 0 else 1
+    return -(-row // (16 * vector)) * vector * (1 if layout.fmt.key_bits == 8 else 2)
+
+
+def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_per_block: int) -> Tuning:
+    """Return the tuning for a format on a device.
+
+    Args:
+        layout: of a page.
+        rows: most query rows (tokens times heads of a group) that a request has.
+        capability: the device's compute capability.
+        shared_per_block: most bytes of shared memory that a thread block may have.
+
+    """
+    # Sums and queries of a row tile take registers in proportion to the head size.
+    most = min(512 // layout.head_dim, 4)
+    tiles = min(-(-rows // ROW_TILE), most)
+    # 64 KB on the way keep an H100's memory busy. More only queue, and whatever the kernel needs next (block tables,
+    # queries, the next piece) waits behind them: 192 KB cost 8% of the bandwidth at 32 x 8192.
+    units = 2 if layout.bytes_per_token <= 128 and tiles <= 2 else 1
+    for warps in (8, 4):
+        step = warps * units * TOKEN_MULTIPLE * layout.bytes_per_token
+        tuning = Tuning(tiles, warps, units, min(max(round(IN_FLIGHT / step), 2), 4), 1, capability >= (9, 0))
+        if tuning.shared_bytes(layout, query_steps(layout)) <= shared_per_block:
+            break
+    return tuning

@@ -1,0 +1,199 @@
+"""The CUDA decode kernel against attention in float64, on fresh random bytes each run."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from kv_cache.gpu.tuning import Tuning
+from tests.kv_cache.gpu.random_batch import Batch, relative_error
+from tests.kv_cache.random_scales import CODINGS, coding, random_scales
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+STATIC = ("int4_per_head", "int6_per_head", "int8_per_head", "k8v4_per_head")
+# Rounding to bfloat16 alone makes 1.6e-3, to float16 2e-4; queries and weights in float16 add 1e-4 to 4e-4.
+TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 8e-4}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = random.SystemRandom().randrange(2**31)
+    random.seed(value)
+    torch.manual_seed(value)
+    print(f"seed {value}")
+    return value
+
+
+def check(batch: Batch, factor: float = 1.0) -> None:
+    got, want = batch.run(), batch.want()
+    at = 0
+    for request, (length, count) in enumerate(zip(batch.lens, batch.query_lens, strict=True)):
+        rows = slice(at, at + count)
+        at += count
+        if length and count:
+            error = relative_error(got[rows], want[rows])
+            print(f"request {request} of {length}: {error:.2e}")
+            assert error < TOLERANCE[batch.query.dtype] * factor, (request, length, count)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", STATIC)
+def test_formats_and_head_sizes(name, dim, dtype):
+    lens = [1, 15, 16, 17, 33, 4099, random.randint(1, 3000), random.randint(1, 500)]
+    check(Batch.make(name, lens, [1] * len(lens), dim=dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("query_len", [1, 2, 5, 16])
+def test_rows(group, query_len):
+    lens = [random.randint(query_len, 900) for _ in range(6)]
+    queries = [random.randint(1, query_len) for _ in range(5)] + [query_len]
+    check(Batch.make("int4_per_head", lens, queries, group=group, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("query_len", [4, 16])
+@pytest.mark.parametrize("dim", [64, 80, 256])
+@pytest.mark.parametrize("name", STATIC)
+def test_many_rows_of_every_format(name, dim, query_len):
+    lens = [random.randint(query_len, 1200) for _ in range(4)]
+    check(Batch.make(name, lens, [query_len] * 4, dim=dim, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("block", [16, 32, 64, 272])
+def test_block_sizes_and_padded_pages(name, block):
+    lens = [random.randint(1, 2500) for _ in range(5)]
+    check(Batch.make(name, lens, [1] * 5, block=block, padded=True, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("window", [1, 16, 100, 1024])
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_window(window, query_len):
+    lens = [random.randint(query_len, 3000) for _ in range(6)]
+    check(Batch.make("int4_per_head", lens, [query_len] * 6, window=window, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("soft_cap", [5.0, 50.0])
+def test_soft_cap(name, soft_cap):
+    lens = [random.randint(2, 3000) for _ in range(4)]
+    check(Batch.make(name, lens, [2] * 4, soft_cap=soft_cap, sharpness=8.0, dtype=torch.float16), factor=2.0)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_sharp_attention(name):
+    # Logits with a deviation of tens: one token takes nearly all weight, and the query's rounding shows most.
+    lens = [random.randint(500, 6000) for _ in range(6)]
+    check(Batch.make(name, lens, [1] * 6, sharpness=16.0, dtype=torch.float16), factor=4.0)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_dense_transform(name):
+    lens = [random.randint(1, 2000) for _ in range(5)]
+    check(
+        Batch.make(
+            name, lens, [1, 2, 1, 1, 1][: len(lens)] if min(lens) > 1 else [1] * 5, dense=True, dtype=torch.float16
+        )
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("query_len", [1, 3, 16])
+def test_centred_keys(dim, query_len):
+    lens = [random.randint(query_len, 5000) for _ in range(4)] + [query_len, 256, 257]
+    more = {"dtype": torch.float16, "dim": dim, "bias": 3.0, "group": 2}
+    check(Batch.make("int4_per_head", lens, [query_len] * len(lens), **more), factor=1.5)
+
+
+def test_centred_keys_with_a_transform_a_soft_cap_and_a_window():
+    lens = [random.randint(2, 5000) for _ in range(6)]
+    more = {"dtype": torch.float16, "bias": 5.0, "soft_cap": 20.0, "window": 700, "dense": True}
+    check(Batch.make("int4_per_head", lens, [2] * 6, **more), factor=2.0)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("name", CODINGS)
+def test_every_coding(name, dim):
+    fmt, _ = coding(name)
+    if not fmt.static:
+        pytest.skip("scales inside the page")
+    lens = [random.randint(3, 3000) for _ in range(5)]
+    more = {"dim": dim, "dtype": torch.float16, "scales": random_scales(name, 2, dim)}
+    check(Batch.make(fmt.name, lens, [3] * 5, **more), factor=2.0)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"bulk_copy": False},
+        {"bulk_copy": False, "units": 1, "stages": 3},
+        {"warps": 4, "blocks_per_sm": 2},
+        {"units": 1, "stages": 4},
+    ],
+)
+@pytest.mark.parametrize("name", STATIC)
+def test_other_tunings(name, choice):
+    # Without bulk copies, this is the kernel of devices before Hopper.
+    lens = [random.randint(1, 5000) for _ in range(40)]
+    batch = Batch.make(name, lens, [1] * 40, block=32, dtype=torch.float16)
+    got = batch.run(batch.attention(replace(Tuning(1), **choice)))
+    assert relative_error(got, batch.want()) < TOLERANCE[torch.float16]
+
+
+def test_mixed_lengths_and_padding_requests():
+    lens = [20000, 0, 3, 0, 700, 1, 9000, 0, *[random.randint(1, 100) for _ in range(60)], 0]
+    check(Batch.make("int4_per_head", lens, [1 if length else 0 for length in lens], dtype=torch.float16))
+
+
+def test_long_context():
+    check(Batch.make("int4_per_head", [131072, 70001], [1, 1], kv_heads=1, dtype=torch.float16), factor=2.0)
+
+
+def test_large_batch():
+    lens = [random.randint(1, 300) for _ in range(600)]
+    check(Batch.make("int8_per_head", lens, [1] * 600, kv_heads=8, dtype=torch.float16))
+
+
+def test_graph_replays_with_other_lengths():
+    batch = Batch.make("int4_per_head", [3000, 40, 1700], [1, 1, 1], dtype=torch.float16)
+    attention, out = batch.attention(), torch.empty_like(batch.query)
+    lens, start = batch.indices()
+
+    def call():
+        attention(batch.query, out, batch.cache, batch.table, lens, start, batch.folding, batch.scale)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for now in ([3000, 40, 1700], [2999, 1, 16], [17, 33, 0], [1, 40, 1700]):
+        lens.copy_(torch.tensor(now, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        batch.lens = now
+        want, seen = batch.want(), [i for i, length in enumerate(now) if length]
+        assert relative_error(out[seen], want[seen]) < TOLERANCE[torch.float16]
+        assert out[[i for i in range(3) if i not in seen]].isnan().all()
+
+
+def test_repeats_give_the_same_bits():
+    # Which thread block merges last varies; what it computes must not.
+    batch = Batch.make("int4_per_head", [5000, 123, 8000], [1, 1, 1])
+    attention = batch.attention()
+    first = batch.run(attention)
+    assert all(torch.equal(first, batch.run(attention)) for _ in range(20))
+
+
+def test_refusals():
+    batch = Batch.make("int4_per_head", [5], [1])
+    attention = batch.attention()
+    batch.query = batch.query.half()
+    with pytest.raises(ParetoError, match="bfloat16"):
+        batch.run(attention)
