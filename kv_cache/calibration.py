@@ -293,6 +293,7 @@ class KVCalibrator:
             "key_scale": scale,
             "key_zero": zero,
             "key_transform": transform,
+            "key_inverse": inverse.float(),
             "key_feedback": _stored(feedback(inverse.mT @ metric @ inverse, scale)),
         }
         return refined if mean is None else refined | {"key_mean": mean.cpu(), "rotary": self.rotary}

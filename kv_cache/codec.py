@@ -120,8 +120,8 @@ def dequantize_side(
     """
     scale, zero = (getattr(scales, f"{kind}_{part}").to(dtype) for part in ("scale", "zero"))
     x = dequantize(codes, scale, zero)
-    if kind == "key" and scales.key_transform is not None:
-        x = torch.einsum("hcd,thd->thc", torch.linalg.inv(scales.key_transform.double()).to(dtype), x)
+    if kind == "key" and scales.key_inverse is not None:
+        x = torch.einsum("hcd,thd->thc", scales.key_inverse.to(dtype), x)
         if scales.key_mean is not None:
             x = x + centres(scales, positions).to(dtype)
     return x

@@ -35,6 +35,8 @@ class LayerScales:
     Attributes:
         key_scale: float32 [num_kv_heads, head_dim], as are key_zero, value_scale and value_zero.
         key_transform: float32 [num_kv_heads, head_dim, head_dim]; ``transform @ (key - centre)`` is what is coded.
+        key_inverse: float32 [num_kv_heads, head_dim, head_dim], of the transform. Kept rather than computed: a server
+            must not call LAPACK, whose threads hang beside those that vLLM has pinned.
         key_mean: float32 [num_kv_heads, head_dim], a head's mean key before rotary embedding, from which ``rotary``
             makes the centre at each position; only with a transform.
         key_feedback: float32 [num_kv_heads, head_dim, head_dim], strictly lower triangular. Channels are rounded from
@@ -53,14 +55,15 @@ class LayerScales:
     value_scale: torch.Tensor
     value_zero: torch.Tensor
     key_transform: torch.Tensor | None = None
+    key_inverse: torch.Tensor | None = None
     key_mean: torch.Tensor | None = None
     key_feedback: torch.Tensor | None = None
     value_feedback: torch.Tensor | None = None
     rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
-        if self.key_transform is not None and self.key_feedback is None:
-            raise ParetoError("KV scales: a transform of the keys needs the keys' feedback")
+        if self.key_transform is not None and (self.key_inverse is None or self.key_feedback is None):
+            raise ParetoError("KV scales: a transform of the keys needs its inverse and the keys' feedback")
         if self.key_mean is not None and (self.key_transform is None or self.rotary is None):
             raise ParetoError("KV scales: centred keys need a transform and the model's rotary embedding")
 
@@ -71,10 +74,8 @@ class LayerScales:
 
     @functools.cached_property
     def key_decode(self) -> torch.Tensor | None:
-        """``inverse(key_transform) * key_scale``: a query times it meets codes; float32."""
-        if self.key_transform is None:
-            return None
-        return (torch.linalg.inv(self.key_transform.double()) * self.key_scale.double()[:, None]).float()
+        """``key_inverse * key_scale``: a query times it meets codes."""
+        return None if self.key_inverse is None else self.key_inverse * self.key_scale[:, None]
 
     def heads(self, start: int, stop: int) -> LayerScales:
         """Return the scales of KV heads start..stop-1, which is what one tensor-parallel rank holds."""
@@ -84,8 +85,10 @@ class LayerScales:
 
 
 TENSORS = ("key_scale", "key_zero", "value_scale", "value_zero")
-PARTS = ("key_transform", "key_mean", "key_feedback", "value_feedback")
-"""Parts of LayerScales that a format may lack. Matrices are kept in the file as bfloat16."""
+PARTS = ("key_transform", "key_inverse", "key_mean", "key_feedback", "value_feedback")
+"""Parts of LayerScales that a format may lack."""
+ROUNDED = frozenset({"key_transform", "key_feedback", "value_feedback"})
+"""Those that the file keeps as bfloat16."""
 MATRIX_DTYPE = torch.bfloat16
 
 
@@ -133,7 +136,7 @@ class KVScales:
                 if getattr(layers[0], part) is None:
                     continue
                 stack = torch.stack([getattr(layer, part) for layer in layers]).float()
-                tensors[f"{name}.{part}"] = (stack.to(MATRIX_DTYPE) if stack.dim() == 4 else stack).contiguous()
+                tensors[f"{name}.{part}"] = (stack.to(MATRIX_DTYPE) if part in ROUNDED else stack).contiguous()
         header = {
             "schema": SCHEMA,
             "num_layers": self.num_layers,
@@ -185,8 +188,6 @@ class KVScales:
                                 raise ParetoError(f"{path}: {part} of {name} has a wrong shape")
                     if any(not stack.isfinite().all() for stack in stacks.values()):
                         raise ParetoError(f"{path}: the scales of {name} are not finite")
-                    if "key_transform" in stacks and torch.linalg.inv_ex(stacks["key_transform"]).info.any():
-                        raise ParetoError(f"{path}: key_transform of {name} cannot be inverted")
                     layers[name] = [
                         LayerScales(
                             **{part: stack[i] for part, stack in stacks.items()},

@@ -10,6 +10,8 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kv_cache.errors import ParetoError
 from kv_cache.formats import KVFormat
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
@@ -21,7 +23,13 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=4)
 def _load(folder: str) -> KVScales:
-    return KVScales.load(folder)
+    # One thread: vLLM may fork its workers from this process, and OpenMP's threads do not survive a fork.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return KVScales.load(folder)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def find_scales(config: VllmConfig) -> Path:

@@ -34,10 +34,7 @@ class Folding:
     @classmethod
     def of(cls, scales: LayerScales, device: torch.device) -> Folding:
         """Return a layer's scales so folded."""
-        key = scales.key_scale
-        if scales.key_transform is not None:
-            inverse = torch.linalg.inv(scales.key_transform.double().cpu())
-            key = (inverse * scales.key_scale.double().cpu()[:, None]).float()
+        key = scales.key_scale if scales.key_decode is None else scales.key_decode
         mean = scales.key_mean
         key, key_zero, value_scale, value_zero = (
             t.to(device).contiguous() for t in (key, scales.key_zero, scales.value_scale, scales.value_zero)

@@ -9,6 +9,7 @@ import torch
 from kv_cache.formats import FORMATS, KVFormat
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
+from kv_cache.transforms import mixing
 
 CODINGS = [*FORMATS, "k8v4_per_head+feedback", "int4_per_head+transform", "int4_per_head+centred"]
 MAX_POSITION = 5000
@@ -31,8 +32,10 @@ def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
         more["value_feedback"] = (torch.randn(kv_heads, dim, dim) / dim**0.5).tril(-1)
     if parts in ("transform", "centred"):
         more["key_feedback"] = (torch.randn(kv_heads, dim, dim) / dim**0.5).tril(-1)
-        mix = torch.linalg.qr(torch.randn(kv_heads, dim, dim)).Q * (0.5 + torch.rand(kv_heads, 1, dim))
-        more["key_transform"] = mix.contiguous()
+        spread = (0.5 + torch.rand(kv_heads, 1, dim)) * torch.randn(kv_heads, 1, dim).sign()
+        order = torch.randperm(dim)
+        more["key_transform"] = (mixing(dim)[:, order] * spread).float().contiguous()
+        more["key_inverse"] = ((mixing(dim)[:, order] / spread).mT).float().contiguous()
     if parts == "centred":
         more["key_mean"] = torch.randn(kv_heads, dim) * 2
         rotated = dim if dim != 96 else 64  # some models rotate part of the channels

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, get_format
-from kv_cache.scales import MATRIX_DTYPE, PARTS, SCALES_FILE, TENSORS, KVScales
+from kv_cache.scales import MATRIX_DTYPE, PARTS, ROUNDED, SCALES_FILE, TENSORS, KVScales
 from tests.kv_cache.random_scales import random_scales
 
 LAYERS, HEADS, DIM = 3, 4, 64
@@ -24,7 +24,7 @@ def some_scales() -> KVScales:
         made = [random_scales(coding, HEADS, DIM) for _ in range(LAYERS)]
         rotary = rotary or made[0].rotary
         layers[coding.partition("+")[0]] = [
-            replace(layer, rotary=layer.rotary and rotary, **{part: rounded(getattr(layer, part)) for part in PARTS})
+            replace(layer, rotary=layer.rotary and rotary, **{part: rounded(getattr(layer, part)) for part in ROUNDED})
             for layer in made
         ]
     return KVScales(LAYERS, HEADS, DIM, layers=layers, metadata={"seed": 3, "source": "text"}, rotary=rotary)
@@ -32,7 +32,7 @@ def some_scales() -> KVScales:
 
 def rounded(part: torch.Tensor | None) -> torch.Tensor | None:
     """What the file keeps of a matrix."""
-    return part if part is None or part.dim() < 3 else part.to(MATRIX_DTYPE).float()
+    return None if part is None else part.to(MATRIX_DTYPE).float()
 
 
 def rewrite(folder, change) -> None:
@@ -148,8 +148,8 @@ def _matrix_shape(tensors, header):
     tensors["k8v4_per_head.value_feedback"] = tensors["k8v4_per_head.value_feedback"][..., :-1].contiguous()
 
 
-def _singular(tensors, header):
-    tensors["int4_per_head.key_transform"][1, 1] = 0.0
+def _no_inverse(tensors, header):
+    del tensors["int4_per_head.key_inverse"]
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def _singular(tensors, header):
         (_nan, "int4_per_head are not finite"),
         (_zero_scale, "k8v4_per_head are not positive"),
         (_missing, "truncated"),
-        (_no_feedback, "needs the keys' feedback"),
+        (_no_feedback, "the keys' feedback"),
         (_no_rotary, "centred keys need a transform and the model's rotary embedding"),
         (_matrix_shape, "value_feedback of k8v4_per_head has a wrong shape"),
-        (_singular, "key_transform of int4_per_head cannot be inverted"),
+        (_no_inverse, "needs its inverse"),
     ],
 )
 def test_damaged_scales_are_refused(tmp_path, change, message):
