@@ -1,6 +1,7 @@
 """Prints the prompt log-probabilities that vLLM computes for a checkpoint; run as a script, for vLLM spawns workers."""
 
 import json
+import os
 import sys
 
 
@@ -18,7 +19,11 @@ def main(checkpoint: str, tokens_file: str, out_file: str) -> None:
         scores.append([entry[token].logprob for token, entry in pairs])
     with open(out_file, "w") as file:
         json.dump(scores, file)
+    engine.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Now and then a thread of vLLM's outlives the interpreter, which C++ answers by aborting the process.
+    sys.stdout.flush()
+    os._exit(0)
