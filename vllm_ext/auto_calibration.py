@@ -22,7 +22,7 @@ from quant_methods.model_source import cache_dir, fingerprint, resolve_model
 MAX_WEIGHT_BYTES = 4 * 2**30
 """Weights beyond this are not calibrated at start-up: sampling and calibrating would take long on a CPU."""
 SAMPLES, LENGTH = 32, 512
-REVISION = 3
+REVISION = 4
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""
 
 
