@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Any, Literal, get_args
 
 import torch
@@ -52,14 +53,22 @@ def _add_dtypes() -> None:
 
 
 def _choose_backend() -> None:
-    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_ext.names import CPU_BACKEND, CPU_BACKEND_PATH
+    from vllm_ext import names
 
-    if CPU_BACKEND not in AttentionBackendEnum.__members__:
-        AttentionBackendEnum.register(CPU_BACKEND, CPU_BACKEND_PATH)
-    original = CpuPlatform.get_attn_backend_cls.__func__
+    if current_platform.is_cuda():
+        from vllm.platforms.cuda import CudaPlatformBase as Platform
+
+        registered, module = (names.CUDA_BACKEND, names.CUDA_BACKEND_PATH), "vllm_ext.cuda_backend"
+    else:
+        from vllm.platforms.cpu import CpuPlatform as Platform
+
+        registered, module = (names.CPU_BACKEND, names.CPU_BACKEND_PATH), "vllm_ext.cpu_backend"
+    if registered[0] not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(*registered)
+    original = Platform.get_attn_backend_cls.__func__
     if hasattr(original, _MARK):
         return
 
@@ -68,13 +77,12 @@ def _choose_backend() -> None:
         cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> str:
         if attn_selector_config.kv_cache_dtype in FORMATS:
-            from vllm_ext.cpu_backend import backend_path
-
-            return backend_path(attn_selector_config)
+            path: str = importlib.import_module(module).backend_path(attn_selector_config)
+            return path
         return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
 
     setattr(get_attn_backend_cls, _MARK, True)
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    Platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def _check_at_start() -> None:

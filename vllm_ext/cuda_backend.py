@@ -1,0 +1,339 @@
+"""vLLM's attention backend for the quantized KV-cache dtypes on CUDA, over the kernels of :mod:`kv_cache.gpu`.
+
+A request with one new token (or, with speculative decoding, a few) attends over codes, its own included. Pieces of a
+prompt attend over their fresh keys and values in full precision through vLLM's FlashAttention; what came before them is
+read back from codes first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kv_cache.errors import ParetoError
+from kv_cache.gpu.decode import MAX_QUERY_LEN, DecodeAttention
+from kv_cache.gpu.folding import Folding, PositionTables
+from kv_cache.gpu.read import plan, read
+from kv_cache.gpu.sides import Side, make_side
+from kv_cache.gpu.store import store
+from kv_cache.layout import PageLayout
+from vllm_ext.codes_backend import CodesBackend, CodesLayer, check_layer, for_each_format
+from vllm_ext.names import CUDA_BACKEND
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The batch's long pieces of prompts, its last requests.
+
+    Attributes:
+        first_request: of them in the batch.
+        first_token: of them in the batch.
+        query_start: int32 [pieces + 1], from 0.
+        key_start: int32 [pieces + 1]: where each request's keys, earlier ones and fresh ones, start.
+        max_query: most tokens of a piece.
+        max_keys: most keys of a request.
+        tiles: of `kv_cache.gpu.read.plan`, the earlier tokens; None if there are none, and fresh keys are all keys.
+        fresh_rows: int64 [tokens], where the fresh keys go among all keys.
+        keys: of all requests together.
+
+    """
+
+    first_request: int
+    first_token: int
+    query_start: torch.Tensor
+    key_start: torch.Tensor
+    max_query: int
+    max_keys: int
+    tiles: torch.Tensor | None
+    fresh_rows: torch.Tensor | None
+    keys: int
+
+
+@dataclass
+class CodesMetadata:
+    """One step's batch, in the tensors that the kernels take; persistent ones, so that CUDA graphs may hold them.
+
+    Attributes:
+        num_tokens: tokens of the batch; padding may be among them.
+        query_start: int32 [requests + 1].
+        seq_lens: int32 [requests], new tokens included.
+        block_table: int32 [requests, blocks].
+        positions: int64 [num_tokens], of each token in its sequence.
+        num_short: requests, the batch's first, with at most `CodesMetadataBuilder.reorder_batch_threshold` new tokens.
+        num_short_tokens: theirs.
+        prompts: the other requests.
+
+    """
+
+    num_tokens: int
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    positions: torch.Tensor
+    num_short: int
+    num_short_tokens: int
+    prompts: Prompts | None
+
+
+class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
+    """Splits a batch into requests that attend over codes and pieces of prompts that FlashAttention serves."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CodesMetadata:
+        """Return the batch's tensors."""
+        batch = common_attn_metadata
+        if batch.causal is not True:
+            raise ParetoError("quantized KV-cache dtypes serve causal attention only: use --kv-cache-dtype auto")
+        if batch.positions is None:
+            raise ParetoError("quantized KV-cache dtypes need vLLM's model runner V2 on CUDA")
+        assert self.reorder_batch_threshold is not None
+        short, long, short_tokens, _ = split_decodes_and_prefills(batch, self.reorder_batch_threshold)
+        return CodesMetadata(
+            batch.num_actual_tokens,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_table_tensor,
+            batch.positions,
+            short,
+            short_tokens,
+            self._prompts(batch, short, short_tokens) if long else None,
+        )
+
+    def _prompts(self, batch: CommonAttentionMetadata, first: int, first_token: int) -> Prompts:
+        starts = batch.query_start_loc_cpu[first : batch.num_reqs + 1].tolist()
+        queries = [stop - start for start, stop in itertools.pairwise(starts)]
+        lens = batch.seq_lens_cpu_upper_bound
+        if lens is None:
+            lens = batch.seq_lens.cpu()
+        # A padded request has no tokens.
+        keys = [n if q else 0 for q, n in zip(queries, lens[first : batch.num_reqs].tolist(), strict=True)]
+        earlier = [k - q for q, k in zip(queries, keys, strict=True)]
+        query_start, key_start = [0], [0]
+        for q, k in zip(queries, keys, strict=True):
+            query_start.append(query_start[-1] + q)
+            key_start.append(key_start[-1] + k)
+
+        def there(values: torch.Tensor) -> torch.Tensor:
+            return values.pin_memory().to(self.device, non_blocking=True)
+
+        tiles = fresh_rows = None
+        if any(earlier):
+            tiles = there(plan(earlier, key_start[:-1]))
+            fresh_rows = there(
+                torch.cat([torch.arange(stop - q, stop) for q, stop in zip(queries, key_start[1:], strict=True)])
+            )
+        return Prompts(
+            first,
+            first_token,
+            there(torch.tensor(query_start, dtype=torch.int32)),
+            there(torch.tensor(key_start, dtype=torch.int32)),
+            max(queries),
+            max(keys),
+            tiles,
+            fresh_rows,
+            key_start[-1],
+        )
+
+
+class CUDACodesBackend(CodesBackend):
+    """The backend of all dtypes on CUDA."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name under which vLLM's registry knows the backend."""
+        return CUDA_BACKEND
+
+    @staticmethod
+    def get_impl_cls() -> type[CUDACodesImpl]:
+        """Return the layer implementation."""
+        return CUDACodesImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CodesMetadataBuilder]:
+        """Return the metadata builder."""
+        return CodesMetadataBuilder
+
+
+_BACKENDS = for_each_format(CUDACodesBackend)
+globals().update({cls.__name__: cls for cls in _BACKENDS.values()})
+
+
+def backend_path(selected: Any) -> str:
+    """Return the import path of the backend of a layer with one of our dtypes.
+
+    Args:
+        selected: vLLM's AttentionSelectorConfig.
+
+    Raises:
+        ParetoError: the layer is of a kind that the dtype cannot serve.
+
+    """
+    check_layer(selected)
+    return f"{__name__}.{_BACKENDS[selected.kv_cache_dtype].__name__}"
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What one layer's kernels need, made when its cache is known."""
+
+    layout: PageLayout
+    sides: tuple[Side, Side]
+    folding: Folding
+    tables: PositionTables | None
+    decode: DecodeAttention
+
+
+# Scratch of the decode kernel, one for all layers of a shape: layers run one after the other.
+_DECODE: dict[tuple[Any, ...], DecodeAttention] = {}
+_TABLES: dict[tuple[Any, ...], PositionTables] = {}
+
+
+class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
+    """One layer's attention over codes."""
+
+    _parts: _Parts | None = None
+
+    def _made(self, layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> _Parts:
+        if self._parts is None or self._parts.layout.block_size != cache.shape[2]:
+            self._parts = self._make(layer, cache, dtype)
+        return self._parts
+
+    def _make(self, layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> _Parts:
+        layout, device, scales = (
+            PageLayout(self.fmt, self.head_size, cache.shape[2]),
+            cache.device,
+            self.scales_of(layer),
+        )
+        assert scales is not None
+        limit = self.config.model_config.max_model_len
+        sides = tuple(make_side(kind, layout, self.num_kv_heads, scales, device, limit) for kind in ("key", "value"))
+        tables = None
+        if scales.key_mean is not None and scales.rotary is not None:
+            table = scales.rotary.table(limit)
+            key: tuple[Any, ...] = (id(table), self.head_size, device)
+            if key not in _TABLES:
+                _TABLES[key] = PositionTables.of(table, self.head_size, device)
+            tables = _TABLES[key]
+        speculative = self.config.speculative_config
+        length = min(1 + (speculative.num_speculative_tokens if speculative else 0), MAX_QUERY_LEN)
+        requests = self.config.scheduler_config.max_num_seqs
+        dense = scales.key_transform is not None
+        shape = (layout, self.num_kv_heads, self.num_heads, dtype, device, requests, requests * length, length)
+        key = (*shape, self.soft_cap > 0, dense, tables is not None)
+        if key not in _DECODE:
+            _DECODE[key] = DecodeAttention(*shape, soft_cap=self.soft_cap > 0, dense=dense, centred=tables is not None)
+        return _Parts(layout, (sides[0], sides[1]), Folding.of(scales, device), tables, _DECODE[key])
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantize the step's keys and values ([tokens, KV heads, head size]) and write their codes into the pages."""
+        parts, positions = self._made(layer, kv_cache, key.dtype), None
+        if parts.sides[0].centred:
+            if (metadata := self.step_metadata(layer)) is None:
+                return
+            positions = metadata.positions
+            slot_mapping = slot_mapping[: len(positions)]
+        store(parts.layout, parts.sides, kv_cache, key, value, slot_mapping, positions)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CodesMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; ``query`` and ``output`` are [tokens, heads, head size]."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization is not supported")
+        if attn_metadata is None:  # the warm-up run has neither batch nor cache
+            return output.fill_(0)
+        batch, parts = attn_metadata, self._made(layer, kv_cache, query.dtype)
+        if batch.num_short:
+            tokens, requests = batch.num_short_tokens, batch.num_short
+            parts.decode(
+                query[:tokens],
+                output[:tokens],
+                kv_cache,
+                batch.block_table[:requests],
+                batch.seq_lens[:requests],
+                batch.query_start[: requests + 1],
+                parts.folding,
+                self.scale,
+                self.window,
+                self.soft_cap,
+                positions=parts.tables,
+            )
+        if batch.prompts is not None:
+            fresh = slice(batch.prompts.first_token, batch.num_tokens)
+            self._attend_prompts(batch, parts, query[fresh], key[fresh], value[fresh], kv_cache, output[fresh])
+        return output
+
+    def _attend_prompts(
+        self,
+        batch: CodesMetadata,
+        parts: _Parts,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        prompts = batch.prompts
+        assert prompts is not None
+        if prompts.tiles is not None and prompts.fresh_rows is not None:
+            table = batch.block_table[prompts.first_request :]
+            whole = [x.new_empty(prompts.keys, *x.shape[1:]) for x in (key, value)]
+            for x, side, fresh in zip(whole, parts.sides, (key, value), strict=True):
+                read(side, cache, x, table, prompts.tiles)
+                x.index_copy_(0, prompts.fresh_rows, fresh[: len(prompts.fresh_rows)])
+            key, value = whole
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=prompts.query_start,
+            max_seqlen_q=prompts.max_query,
+            cu_seqlens_k=prompts.key_start,
+            max_seqlen_k=prompts.max_keys,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=[self.window - 1, 0] if self.window else None,
+            softcap=self.soft_cap,
+            fa_version=get_flash_attn_version(head_size=self.head_size),
+        )
