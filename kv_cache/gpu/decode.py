@@ -8,15 +8,13 @@ shapes, so a call can be captured in a CUDA graph and replayed with other length
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu import tuning as tunings
 from kv_cache.gpu.folding import Folding, PositionTables
-from kv_cache.gpu.launch import Kernel
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import load_kernel
 from kv_cache.gpu.tuning import ROW_TILE, Tuning
 from kv_cache.layout import PageLayout
 
@@ -74,14 +72,6 @@ class _DecodeParams(ctypes.Structure):
         ("window", _i32),
         ("soft_cap", _f32),
     )
-
-
-@functools.cache
-def _kernel(
-    source: str, name: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int
-) -> Kernel:
-    major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -163,9 +153,9 @@ class DecodeAttention:
             ("OUT_BFLOAT", bf16),
             *self.tuning.macros(),
         )
-        self._decode = _kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
+        self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
         folds = (*page, ("IN_BFLOAT", bf16), ("DENSE", int(dense)), ("BIAS", int(centred)), ("BULK_COPY", 0))
-        self._prepare = _kernel("prepare.cu", "prepare", folds, device, 0)
+        self._prepare = load_kernel("prepare.cu", "prepare", folds, device)
         resident = self._decode.blocks_per_multiprocessor(32 * self.tuning.warps)
         if not resident:
             raise ParetoError(f"{layout.fmt.name}: {self.tuning} does not fit this device")

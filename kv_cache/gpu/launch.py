@@ -8,6 +8,7 @@ import functools
 import torch
 
 from kv_cache.errors import ParetoError
+from kv_cache.gpu.nvrtc import compile_cubin
 
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
@@ -107,3 +108,21 @@ class Kernel:
         )
         args = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, args, None))
+
+
+@functools.cache
+def load_kernel(
+    source: str, name: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int = 0
+) -> Kernel:
+    """Return a kernel of ``csrc/``, compiled for a device and loaded on it, the same for the same arguments.
+
+    Args:
+        source: the file's name.
+        name: the kernel's.
+        macros: names and values to define.
+        device: a CUDA device.
+        shared_bytes: dynamic shared memory of a thread block.
+
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
-from kv_cache.gpu.launch import Kernel
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import load_kernel
 from kv_cache.gpu.sides import Side
 
 TOKENS, THREADS = 16, 128
@@ -33,12 +31,6 @@ class _Params(ctypes.Structure):
         ("high_plane", _i32),
         ("meta_plane", _i32),
     )
-
-
-@functools.cache
-def _kernel(macros: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
-    major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin("read.cu", f"sm_{major}{minor}", macros), "read", device)
 
 
 def plan(lengths: list[int], rows: list[int]) -> torch.Tensor:
@@ -75,7 +67,9 @@ def read(side: Side, cache: torch.Tensor, out: torch.Tensor, block_table: torch.
     if not len(tiles):
         return
     kept = {name: value for name, value in side.macros.items() if name != "FEEDBACK"}
-    kernel = _kernel((*kept.items(), ("OUT_BFLOAT", int(out.dtype == torch.bfloat16))), cache.device)
+    kernel = load_kernel(
+        "read.cu", "read", (*kept.items(), ("OUT_BFLOAT", int(out.dtype == torch.bfloat16))), cache.device
+    )
     tensors = {
         name: side.tensors[name] for name in ("scale", "zero", "mean", "fine", "anchors") if name in side.tensors
     }

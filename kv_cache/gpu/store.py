@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import Kernel
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import load_kernel
 from kv_cache.gpu.sides import Side
 from kv_cache.layout import PageLayout
 
@@ -37,12 +35,6 @@ class _Params(ctypes.Structure):
         ("high_plane", _i32),
         ("meta_plane", _i32),
     )
-
-
-@functools.cache
-def _kernel(macros: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
-    major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin("store.cu", f"sm_{major}{minor}", macros), "store", device)
 
 
 def store(
@@ -77,7 +69,7 @@ def store(
     if not count:
         return
     for x, side in zip((key, value), sides, strict=True):
-        kernel = _kernel((*side.macros.items(), ("INPUT", INPUTS[x.dtype])), cache.device)
+        kernel = load_kernel("store.cu", "store", (*side.macros.items(), ("INPUT", INPUTS[x.dtype])), cache.device)
         params = _Params(
             cache=cache.data_ptr(),
             block_stride=cache.stride(0),
