@@ -66,14 +66,15 @@ def for_each_format(base: type[CodesBackend]) -> dict[str, type[CodesBackend]]:
     }
 
 
-def check_layer(selected: Any) -> None:
-    """Refuse a layer of a kind that its dtype cannot serve.
+def path_of_layer(backends: dict[str, type[CodesBackend]], selected: Any) -> str:
+    """Return the import path of the backend of a layer with one of our dtypes.
 
     Args:
+        backends: of a device, by dtype.
         selected: vLLM's AttentionSelectorConfig.
 
     Raises:
-        ParetoError: the layer is of such a kind.
+        ParetoError: the layer is of a kind that the dtype cannot serve.
 
     """
     name = selected.kv_cache_dtype
@@ -90,6 +91,7 @@ def check_layer(selected: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ParetoError(f"--kv-cache-dtype {name} does not serve {reason}: use --kv-cache-dtype auto")
+    return ".".join(backends[name].full_cls_name())
 
 
 class CodesLayer:

@@ -7,6 +7,7 @@ preempted request was computed again.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kv_cache.cpu_kernels import PagedCache
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
-from vllm_ext.codes_backend import CodesBackend, CodesLayer, check_layer, for_each_format
+from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
 from vllm_ext.names import CPU_BACKEND
 
 
@@ -90,18 +91,7 @@ _BACKENDS = for_each_format(CPUCodesBackend)
 globals().update({cls.__name__: cls for cls in _BACKENDS.values()})
 
 
-def backend_path(selected: Any) -> str:
-    """Return the import path of the backend of a layer with one of our dtypes.
-
-    Args:
-        selected: vLLM's AttentionSelectorConfig.
-
-    Raises:
-        ParetoError: the layer is of a kind that the dtype cannot serve.
-
-    """
-    check_layer(selected)
-    return f"{__name__}.{_BACKENDS[selected.kv_cache_dtype].__name__}"
+backend_path = functools.partial(path_of_layer, _BACKENDS)
 
 
 class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):

@@ -7,6 +7,7 @@ read back from codes first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ from kv_cache.gpu.read import plan, read
 from kv_cache.gpu.sides import Side, make_side
 from kv_cache.gpu.store import store
 from kv_cache.layout import PageLayout
-from vllm_ext.codes_backend import CodesBackend, CodesLayer, check_layer, for_each_format
+from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
 from vllm_ext.names import CUDA_BACKEND
 
 
@@ -182,18 +183,7 @@ _BACKENDS = for_each_format(CUDACodesBackend)
 globals().update({cls.__name__: cls for cls in _BACKENDS.values()})
 
 
-def backend_path(selected: Any) -> str:
-    """Return the import path of the backend of a layer with one of our dtypes.
-
-    Args:
-        selected: vLLM's AttentionSelectorConfig.
-
-    Raises:
-        ParetoError: the layer is of a kind that the dtype cannot serve.
-
-    """
-    check_layer(selected)
-    return f"{__name__}.{_BACKENDS[selected.kv_cache_dtype].__name__}"
+backend_path = functools.partial(path_of_layer, _BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -234,7 +224,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         tables = None
         if scales.key_mean is not None and scales.rotary is not None:
             table = scales.rotary.table(limit)
-            key: tuple[Any, ...] = (id(table), self.head_size, device)
+            key: tuple[Any, ...] = (table, self.head_size, device)
             if key not in _TABLES:
                 _TABLES[key] = PositionTables.of(table, self.head_size, device)
             tables = _TABLES[key]

@@ -11,21 +11,13 @@ from kv_cache import codec
 from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES
 from kv_cache.layout import PageLayout
+from tests.kv_cache.empty_pages import empty_pages
 from tests.kv_cache.random_scales import CODINGS, MAX_POSITION, coding, random_scales
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def pages(layout: PageLayout, blocks: int, kv_heads: int, padded: bool) -> torch.Tensor:
-    """Pages of 0xff, with room between heads and blocks if padded."""
-    page, pad = layout.page_bytes, 48 if padded else 0
-    strides = (kv_heads * (page + pad) + 2 * pad, page + pad, layout.bytes_per_token, 1)
-    size = (blocks - 1) * strides[0] + (kv_heads - 1) * strides[1] + page
-    shape = (blocks, kv_heads, layout.block_size, layout.bytes_per_token)
-    return torch.full((size,), 255, dtype=torch.uint8).as_strided(shape, strides)
 
 
 def on_gpu(cache: torch.Tensor) -> torch.Tensor:
@@ -46,7 +38,7 @@ def test_store_equals_the_codec(name, dim):
     layout, scales = PageLayout(coding(name)[0], dim, 16), random_scales(name, 3, dim)
     sides = sides_of(layout, 3, scales)
     for dtype, padded, tokens in ((torch.bfloat16, True, 50), (torch.float16, False, 16), (torch.float32, False, 1)):
-        want = pages(layout, 5, 3, padded)
+        want = empty_pages(layout, 5, 3, padded)
         cache = on_gpu(want)
         key, value = (torch.randn(tokens + 4, 5, dim).mul(2).to(dtype)[:, 1:4] for _ in range(2))
         if dtype == torch.float32:
@@ -60,7 +52,7 @@ def test_store_equals_the_codec(name, dim):
         assert different == 0, f"{different} of {size} bytes differ for {dtype}"
 
     # Read back what lies in the pages, as two requests of 37 and 33 tokens with a gap between their rows.
-    page_codes = pages(layout, 5, 3, True)
+    page_codes = empty_pages(layout, 5, 3, True)
     lengths, rows, table = [37, 33], [0, 40], torch.tensor([[3, 0, 4], [1, 2, 0]], dtype=torch.int32)
     for request, length in enumerate(lengths):
         key, value = torch.randn(length, 3, dim), torch.randn(length, 3, dim)
@@ -96,6 +88,6 @@ def test_centred_keys_need_positions():
 
     layout, scales = PageLayout(coding("int4_per_head")[0], 64, 16), random_scales("int4_per_head+centred", 1, 64)
     x = torch.randn(2, 1, 64, device="cuda")
-    cache = on_gpu(pages(layout, 1, 1, False))
+    cache = on_gpu(empty_pages(layout, 1, 1, False))
     with pytest.raises(ParetoError, match="position of every token"):
         store(layout, sides_of(layout, 1, scales), cache, x, x, torch.arange(2, device="cuda"))
