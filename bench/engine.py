@@ -38,7 +38,7 @@ class EngineSettings:
         enforce_eager: no compilation and no CUDA graphs; starts faster.
         seed: vLLM's seed.
         worker_extension: class that vLLM mixes into its workers; must be the tap or derive from it.
-        extra: further arguments of ``vllm.LLM``.
+        extra: further arguments of ``vllm.LLM``; ``enable_prefix_caching`` is off unless it is among them.
 
     """
 
@@ -93,11 +93,10 @@ def build_llm(settings: EngineSettings) -> Any:
             enforce_eager=settings.enforce_eager,
             seed=settings.seed,
             enable_chunked_prefill=True,
-            enable_prefix_caching=False,
             worker_extension_cls=settings.worker_extension,
             use_tqdm_on_load=False,
             disable_log_stats=True,
-            **settings.extra,
+            **{"enable_prefix_caching": False} | settings.extra,
         )
     except KeyboardInterrupt:
         raise

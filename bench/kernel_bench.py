@@ -14,14 +14,13 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
+from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.formats import get_format
 from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import Folding, PositionTables
@@ -76,39 +75,6 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     block_size: int = 16
-
-
-def median_seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Return the median seconds that the device takes over ``work``."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return median(times)
-
-
-def graph_seconds(calls: list[Callable[[], Any]], repeats: int) -> float:
-    """Return the median seconds of one of ``calls``, all captured in one CUDA graph."""
-    calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return median_seconds(graph.replay, repeats) / len(calls)
-
-
-def copy_rate() -> float:
-    """Return the bytes read plus written per second by a device-to-device copy."""
-    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    # Not in a graph: a graph's copy node runs a fifth slower than the same copy on a stream.
-    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 10)
 
 
 class Problem:

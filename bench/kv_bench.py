@@ -7,6 +7,7 @@ once would share memory bandwidth and, on a GPU, not fit.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import sys
@@ -24,13 +25,15 @@ from bench.environment import environment, gpu_names, versions
 from bench.files import read_json, write_json
 from bench.kv_bench_schema import DtypeResult, KVBenchReport, Point, Spread
 from bench.schema import KVCache
-from bench.step_timer import prompts, time_batch
+from bench.step_timer import ahead, prompts, time_batch
 from kv_cache.errors import ParetoError
 from quant_methods.model_source import fingerprint, read_config, resolve_model
 
 RESULT = "kv-bench.json"
 FLOOR = 16
 """Context whose decode step stands for everything but attention."""
+PREFIX_TOKENS = 1 << 16
+"""Least tokens of a batch whose prefill from the prefix cache is timed: less is over too soon to tell."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class Settings:
     Attributes:
         model: as given.
         kv_cache_dtypes: the first is the baseline.
-        batches: sequences decoded together.
-        contexts: prompt tokens of each.
+        shapes: (sequences decoded together, prompt tokens of each).
         rounds: how often every dtype is measured.
         steps: decode steps timed in each round.
         max_num_batched_tokens: longest prefill chunk.
@@ -50,13 +52,18 @@ class Settings:
         enforce_eager: vLLM's.
         tensor_parallel_size: vLLM's.
         seed: of the random prompts.
+        compressed: the same model with compressed weights, measured beside it; None means none.
+        compressed_kv_cache_dtypes: those to measure with it.
+        prefix_hits: whether to time prefill with half of each prompt in the prefix cache too, in shapes of at least
+            PREFIX_TOKENS tokens.
+        load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
+        compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
 
     """
 
     model: str
     kv_cache_dtypes: tuple[str, ...]
-    batches: tuple[int, ...]
-    contexts: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     rounds: int
     steps: int
     max_num_batched_tokens: int
@@ -65,10 +72,33 @@ class Settings:
     enforce_eager: bool
     tensor_parallel_size: int
     seed: int
+    compressed: str | None = None
+    compressed_kv_cache_dtypes: tuple[str, ...] = ()
+    prefix_hits: bool = False
+    load_format: str = "auto"
+    compilation_config: str | None = None
+
+    def rows(self) -> list[Row]:
+        """Return what is measured, the baseline first."""
+        own = [Row(self.model, dtype, dtype) for dtype in self.kv_cache_dtypes]
+        if self.compressed is None:
+            return own
+        name = Path(self.compressed).name
+        return own + [Row(self.compressed, dtype, f"{name} {dtype}") for dtype in self.compressed_kv_cache_dtypes]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model and KV-cache dtype, and the name under which its samples are kept."""
+
+    model: str
+    kv_cache_dtype: str
+    name: str
 
 
 Sample = dict[str, Any]
-"""What one engine start measured: ``kv_cache``, and by ``batch x context`` the two times in seconds."""
+"""What one engine start measured: ``kv_cache``, the device's ``copy_bytes_per_s`` (None on CPU), and by ``batch x
+context`` the times in seconds: ``prefill_s``, ``step_s`` and, where timed, ``prefix_prefill_s``."""
 
 
 class KVBench:
@@ -84,11 +114,13 @@ class KVBench:
     def __init__(self, settings: Settings, out: Path, say: Callable[[str], None] | None = None) -> None:
         self.settings, self.out = settings, out
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self.folder = resolve_model(settings.model, quantized=True)
-        config = read_config(self.folder)
+        models = [model for model in (settings.model, settings.compressed) if model is not None]
+        resolve = Path if settings.load_format == "dummy" else functools.partial(resolve_model, quantized=True)
+        self.folders = {model: resolve(model) for model in models}
+        config = read_config(self.folders[settings.model])
         text = config.get("text_config") or config
         self.vocabulary = int(text.get("vocab_size") or 1000)
-        longest = max(settings.contexts)
+        longest = max(context for _, context in settings.shapes)
         context = int(text.get("max_position_embeddings") or 0)
         self.max_model_len = longest + settings.steps + self._ahead() + 8
         if context and self.max_model_len > context:
@@ -97,7 +129,8 @@ class KVBench:
                 f"model's context is {context}; use at most {context - settings.steps - self._ahead() - 8}"
             )
         determining = asdict(settings) | {
-            "model": fingerprint(self.folder), "rounds": None, "versions": versions(), "gpus": gpu_names(),
+            "model": [self._identity(folder) for folder in self.folders.values()], "rounds": None,
+            "versions": versions(), "gpus": gpu_names(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:24]
         self.samples_file = out / ".work" / f"kv-bench-{key}.json"
@@ -105,9 +138,15 @@ class KVBench:
         self.errors: dict[str, str] = {}
         self.environment = environment()
 
+    def _identity(self, folder: Path) -> str:
+        if self.settings.load_format == "dummy":
+            return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+        return fingerprint(folder)
+
     def _ahead(self) -> int:
-        s = self.settings
-        return -(-max(s.batches) * max(s.contexts) // s.max_num_batched_tokens) + max(s.batches)
+        return max(
+            ahead(batch, context, self.settings.max_num_batched_tokens) for batch, context in self.settings.shapes
+        )
 
     def run(self) -> KVBenchReport:
         """Measure every round that is missing; the result file is rewritten after each engine.
@@ -117,19 +156,20 @@ class KVBench:
 
         """
         s = self.settings
+        baseline, *_ = rows = s.rows()
         for index in range(s.rounds):
-            for dtype in s.kv_cache_dtypes:
-                name = f"{index} {dtype}"
-                if name in self.samples or dtype in self.errors:
+            for row in rows:
+                name = f"{index} {row.name}"
+                if name in self.samples or row.name in self.errors:
                     continue
-                self.say(f"round {index + 1} of {s.rounds}: {dtype}")
+                self.say(f"round {index + 1} of {s.rounds}: {row.name}")
                 try:
-                    self.samples[name] = self._measure(dtype)
+                    self.samples[name] = self._measure(row)
                 except (ParetoError, RuntimeError) as error:
-                    if dtype == s.kv_cache_dtypes[0]:
+                    if row == baseline:
                         raise ParetoError(engine.reason(error)) from error
-                    self.errors[dtype] = engine.reason(error)
-                    self.say(f"{dtype} left out: {self.errors[dtype]}")
+                    self.errors[row.name] = engine.reason(error)
+                    self.say(f"{row.name} left out: {self.errors[row.name]}")
                     continue
                 write_json(self.samples_file, self.samples)
                 write_json(self.out / RESULT, self.report("partial").to_dict())
@@ -137,22 +177,37 @@ class KVBench:
         write_json(self.out / RESULT, report.to_dict())
         return report
 
-    def _measure(self, dtype: str) -> Sample:
+    def _measure(self, row: Row) -> Sample:
         s = self.settings
+        extra: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": s.prefix_hits}
+        if s.load_format != "auto":
+            extra["load_format"] = s.load_format
+        if s.compilation_config is not None:
+            extra["compilation_config"] = json.loads(s.compilation_config)
+        most = max(batch for batch, _ in s.shapes)
         settings = EngineSettings(
-            str(self.folder), dtype, s.dtype, self.max_model_len, s.max_num_batched_tokens, max(s.batches),
-            s.kv_cache_memory_bytes, s.tensor_parallel_size, s.enforce_eager, s.seed,
+            str(self.folders[row.model]), row.kv_cache_dtype, s.dtype, self.max_model_len, s.max_num_batched_tokens,
+            most, s.kv_cache_memory_bytes, s.tensor_parallel_size, s.enforce_eager, s.seed, extra=extra,
         )  # fmt: skip
         sample: Sample = {"points": {}, "at": time.time()}
         with engine.running(settings) as llm:
             sample["kv_cache"] = asdict(engine.kv_cache(llm, settings))
+            sample["copy_bytes_per_s"] = min(llm.collective_rpc("pareto_copy_rate"), key=lambda rate: rate or 0.0)
             # Compilation, allocation and caches: not what is measured.
-            time_batch(llm, prompts(max(s.batches), FLOOR, self.vocabulary, s.seed + 1), 8)
-            for batch in s.batches:
-                for context in sorted({FLOOR, *s.contexts}):
-                    timing = time_batch(llm, prompts(batch, context, self.vocabulary, s.seed), s.steps)
-                    sample["points"][f"{batch}x{context}"] = asdict(timing)
+            time_batch(llm, prompts(most, FLOOR, self.vocabulary, s.seed + 1), 8)
+            floors = {(batch, FLOOR) for batch, _ in s.shapes}
+            for batch, context in sorted(floors | set(s.shapes)):
+                tokens = prompts(batch, context, self.vocabulary, s.seed)
+                point = asdict(time_batch(llm, tokens, s.steps))
+                if s.prefix_hits and batch * context >= PREFIX_TOKENS:
+                    point["prefix_prefill_s"] = self._prefix_prefill(llm, batch, context)
+                sample["points"][f"{batch}x{context}"] = point
         return sample
+
+    def _prefix_prefill(self, llm: Any, batch: int, context: int) -> float:
+        tokens = prompts(batch, context, self.vocabulary, self.settings.seed + 2)
+        time_batch(llm, [prompt[: context // 2] for prompt in tokens], 2)
+        return time_batch(llm, tokens, 2).prefill_s
 
     def report(self, status: str) -> KVBenchReport:
         """Return what has been measured so far."""
@@ -171,24 +226,27 @@ class KVBench:
 def summarize(settings: Settings, samples: dict[str, Sample], errors: dict[str, str]) -> list[DtypeResult]:
     """Return the result of each dtype from the samples, keyed by ``round dtype``."""
     rounds = {
-        dtype: {i: samples[f"{i} {dtype}"] for i in range(settings.rounds) if f"{i} {dtype}" in samples}
-        for dtype in settings.kv_cache_dtypes
+        row: {i: samples[f"{i} {row.name}"] for i in range(settings.rounds) if f"{i} {row.name}" in samples}
+        for row in settings.rows()
     }
-    base = rounds[settings.kv_cache_dtypes[0]]
+    base = next(iter(rounds.values()))
     results = []
-    for dtype, own in rounds.items():
+    for row, own in rounds.items():
+        model = None if row.model == settings.model else row.model
         if not own:
-            if dtype in errors:
-                results.append(DtypeResult(dtype, errors[dtype], None, None, []))
+            if row.name in errors:
+                results.append(DtypeResult(row.kv_cache_dtype, errors[row.name], None, None, [], model))
             continue
         cache = KVCache(**next(iter(own.values()))["kv_cache"])
         reference = next(iter(base.values()))["kv_cache"]["tokens"] if base else None
-        points = [_point(batch, context, own, base) for batch in settings.batches for context in settings.contexts]
-        results.append(DtypeResult(dtype, None, cache, cache.tokens / reference if reference else None, points))
+        points = [_point(batch, context, cache, own, base) for batch, context in settings.shapes]
+        results.append(
+            DtypeResult(row.kv_cache_dtype, None, cache, cache.tokens / reference if reference else None, points, model)
+        )
     return results
 
 
-def _point(batch: int, context: int, own: dict[int, Sample], base: dict[int, Sample]) -> Point:
+def _point(batch: int, context: int, cache: KVCache, own: dict[int, Sample], base: dict[int, Sample]) -> Point:
     name, floor = f"{batch}x{context}", f"{batch}x{FLOOR}"
 
     def step(sample: Sample) -> float:
@@ -197,12 +255,21 @@ def _point(batch: int, context: int, own: dict[int, Sample], base: dict[int, Sam
     def prefill(sample: Sample) -> float:
         return float(batch * context / sample["points"][name]["prefill_s"])
 
+    def prefix_prefill(sample: Sample) -> float | None:
+        seconds = sample["points"][name].get("prefix_prefill_s")
+        return None if seconds is None else float(batch * (context - context // 2) / seconds)
+
     def reading(sample: Sample) -> float:
         return step(sample) - float(1000 * sample["points"][floor]["step_s"])
 
     shared = sorted(set(own) & set(base))
     readings = [(reading(base[i]), reading(own[i])) for i in shared]
     positive = bool(readings) and all(a > 0 and b > 0 for a, b in readings)
+    hits = [rate for sample in own.values() if (rate := prefix_prefill(sample)) is not None]
+    hit_ratios = [mine / its for i in shared if (mine := prefix_prefill(own[i])) and (its := prefix_prefill(base[i]))]
+    context_ms = spread([reading(sample) for sample in own.values()])
+    copies = [rate for sample in own.values() if (rate := sample.get("copy_bytes_per_s"))]
+    rate = batch * context * cache.bytes_per_token / (context_ms.median / 1000) if context_ms.median > 0 else None
     return Point(
         batch=batch,
         context=context,
@@ -210,8 +277,12 @@ def _point(batch: int, context: int, own: dict[int, Sample], base: dict[int, Sam
         step_ratio=median(step(base[i]) / step(own[i]) for i in shared) if shared else None,
         prefill_tokens_per_s=spread([prefill(sample) for sample in own.values()]),
         prefill_ratio=median(prefill(own[i]) / prefill(base[i]) for i in shared) if shared else None,
-        context_ms=spread([reading(sample) for sample in own.values()]),
+        context_ms=context_ms,
         context_ratio=median(a / b for a, b in readings) if positive else None,
+        prefix_tokens_per_s=spread(hits) if hits else None,
+        prefix_ratio=median(hit_ratios) if hit_ratios else None,
+        context_bytes_per_s=rate,
+        copy_bytes_per_s=median(copies) if copies else None,
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import math
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.kv_bench_schema import KVBenchReport
+from bench.kv_bench_schema import KVBenchReport, Spread
 from bench.report_rows import plain_dtype
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
@@ -24,12 +27,16 @@ timed, in the process that drives it, without HTTP.
 
   ms/step     one decode step of the whole batch
   context     what of it reading the context costs: the step less one with 16 tokens of context
+  GB/s        the context's bytes divided by that time, beside what a copy within the GPU moves
   prefill     prompt tokens per second until every sequence has its first token
+  from prefix the same for the second half of prompts whose first half is in the prefix cache (--prefix-hits)
 
 Examples:
   pareto kv-bench ref-7m
   pareto kv-bench ref-7m --kv-cache-dtype auto fp8 int4_per_head --batch 1 8 --context 1024 4096 --out results/kv
-  pareto kv-bench Qwen/Qwen3-0.6B --batch 32 --context 8192 --max-num-batched-tokens 8192
+  pareto kv-bench Qwen/Qwen3-0.6B --shape 1x2048 32x8192 --prefix-hits
+  pareto kv-bench bench/shapes/mistral-7b --load-format dummy --shape 32x8192 \\
+      --compressed bench/shapes/mistral-7b-w4 --compressed-kv-cache-dtype auto int4_per_head
 
 The first dtype is the baseline. A dtype that cannot run here is named with the reason and left out. Results:
 OUT/kv-bench.json (pareto report reads it) and OUT/kv-bench.md. Started again with the same flags, finished engines are
@@ -47,6 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=int, default=[8], metavar="N", help="sequences at once (default: 8)")
     parser.add_argument("--context", nargs="+", type=int, default=[4096], metavar="N", help="tokens (default: 4096)")
+    parser.add_argument(
+        "--shape", nargs="+", type=_shape, metavar="BxC",
+        help="sequences x tokens of each, e.g. 32x8192, instead of every --batch with every --context",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix-hits", action="store_true",
+        help="time prefill with half of each prompt in the prefix cache too, in shapes of 65,536 tokens and more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compressed", metavar="MODEL", help="the same model with compressed weights, measured beside it"
+    )
+    parser.add_argument(
+        "--compressed-kv-cache-dtype", nargs="+", metavar="NAME", default=["auto", "int4_per_head"],
+        help="dtypes measured with --compressed (default: auto int4_per_head)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="alternating rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps timed (default: %(default)s)")
     parser.add_argument(
@@ -57,9 +79,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enforce-eager", action=argparse.BooleanOptionalAction, help="no compilation or CUDA graphs (default: on CPU)"
     )
+    parser.add_argument(
+        "--load-format", default="auto", metavar="NAME",
+        help="vLLM's; dummy measures a model's shape, a folder with a config.json, without weights",
+    )  # fmt: skip
+    parser.add_argument("--compilation-config", metavar="JSON", help="vLLM's (default: vLLM's own choice)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: %(default)s)")
     parser.add_argument("--out", default="kv-bench", metavar="DIR", help="folder of the result (default: %(default)s)")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, cross, context = text.partition("x")
+    if not cross or not batch.isdigit() or not context.isdigit() or not int(batch) or not int(context):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sequences x tokens; 32x8192 would be")
+    return int(batch), int(context)
+
+
+def _check_json(text: str) -> None:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ParetoError(f"--compilation-config is not JSON ({error}); e.g. '{{\"mode\": 0}}'") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.files import write_text
     from bench.kv_bench import RESULT, KVBench, Settings
     from bench.plan import default_memory
+    from bench.step_timer import ahead
     from quant_methods.model_source import resolve_model
 
     for flag in ("batch", "context"):
@@ -79,36 +121,47 @@ def run(args: argparse.Namespace) -> int:
     gpu = bool(gpu_names())
     own = [name for name, fmt in FORMATS.items() if fmt.granularity == "head"]
     vllms = ["fp8", "int8_per_token_head", "int4_per_token_head"] if gpu else ["fp8"]
-    sequences = max(args.batch)
-    needed = sequences * (max(args.context) + args.steps + 2 * sequences + 128)
-    folder = resolve_model(args.model, quantized=True)
+    shapes = tuple(args.shape or itertools.product(sorted(set(args.batch)), sorted(set(args.context))))
+    if args.compilation_config is not None:
+        _check_json(args.compilation_config)
+    dummy = args.load_format == "dummy"
+    folder = Path(args.model) if dummy else resolve_model(args.model, quantized=True)
+    if not (folder / "config.json").is_file():
+        raise ParetoError(f"{folder} has no config.json: --load-format dummy takes a folder with one")
+    # The cache is to hold the largest batch in bf16 with what its sequences produce meanwhile.
+    chunk = args.max_num_batched_tokens or (8192 if gpu else 2048)
+    needed = max(batch * (context + args.steps + ahead(batch, context, chunk) + 128) for batch, context in shapes)
     memory = args.kv_cache_memory_bytes or default_memory(folder, math.ceil(needed / 2), args.tensor_parallel_size)
     settings = Settings(
         model=args.model,
         kv_cache_dtypes=tuple(dict.fromkeys(args.kv_cache_dtype or ["auto", *vllms, *own])),
-        batches=tuple(sorted(set(args.batch))),
-        contexts=tuple(sorted(set(args.context))),
+        shapes=tuple(dict.fromkeys(shapes)),
         rounds=args.rounds,
         steps=args.steps,
-        max_num_batched_tokens=args.max_num_batched_tokens or (8192 if gpu else 2048),
+        max_num_batched_tokens=chunk,
         dtype=args.dtype,
         kv_cache_memory_bytes=memory,
         enforce_eager=not gpu if args.enforce_eager is None else args.enforce_eager,
         tensor_parallel_size=args.tensor_parallel_size,
         seed=args.seed,
+        compressed=args.compressed,
+        compressed_kv_cache_dtypes=tuple(args.compressed_kv_cache_dtype) if args.compressed else (),
+        prefix_hits=args.prefix_hits,
+        load_format=args.load_format,
+        compilation_config=args.compilation_config,
     )
     out = Path(args.out)
     report = KVBench(settings, out).run()
     write_text(out / "kv-bench.md", markdown(report))
     console = Console()
-    Console(width=None if console.is_terminal else 130).print(table(report))
+    Console(width=None if console.is_terminal else 150).print(table(report))
     print(f"wrote {out / RESULT} and {out / 'kv-bench.md'}")
     return 0
 
 
 HEADINGS = (
-    "KV-cache dtype", "batch x context", "ms/step", "speed", "context ms", "speed", "prefill tokens/s", "speed",
-    "KV tokens", "capacity",
+    "KV-cache dtype", "batch x context", "ms/step", "speed", "context ms", "speed", "GB/s", "prefill tokens/s", "speed",
+    "from prefix", "speed", "KV tokens", "capacity",
 )  # fmt: skip
 
 
@@ -117,6 +170,8 @@ def lines(report: KVBenchReport) -> list[list[str]]:
     made = []
     for row in report.dtypes:
         name = plain_dtype(row.kv_cache_dtype)
+        if row.model is not None:
+            name = f"{Path(row.model).name}, {name}"
         if row.error is not None or row.kv_cache is None:
             made.append([name, f"not measured: {row.error}", *[""] * (len(HEADINGS) - 2)])
             continue
@@ -124,17 +179,30 @@ def lines(report: KVBenchReport) -> list[list[str]]:
             made.append([
                 name,
                 f"{point.batch} x {point.context:,}",
-                f"{point.step_ms.median:.2f} ({point.step_ms.low:.2f}-{point.step_ms.high:.2f})",
+                _spread(point.step_ms, ".2f"),
                 _ratio(point.step_ratio),
                 f"{point.context_ms.median:.2f}",
                 _ratio(point.context_ratio),
-                f"{point.prefill_tokens_per_s.median:,.0f} "
-                f"({point.prefill_tokens_per_s.low:,.0f}-{point.prefill_tokens_per_s.high:,.0f})",
+                "-" if point.context_bytes_per_s is None else f"{point.context_bytes_per_s / 1e9:,.0f}",
+                _spread(point.prefill_tokens_per_s, ",.0f"),
                 _ratio(point.prefill_ratio),
+                "-" if point.prefix_tokens_per_s is None else _spread(point.prefix_tokens_per_s, ",.0f"),
+                _ratio(point.prefix_ratio),
                 f"{row.kv_cache.tokens:,}",
                 _ratio(row.capacity_ratio),
             ])  # fmt: skip
     return made
+
+
+def _spread(values: Spread, form: str) -> str:
+    if values.n == 1:
+        return f"{values.median:{form}}"
+    return f"{values.median:{form}} ({values.low:{form}}-{values.high:{form}})"
+
+
+def _ceiling(report: KVBenchReport) -> str:
+    rates = [p.copy_bytes_per_s for row in report.dtypes for p in row.points if p.copy_bytes_per_s]
+    return f" A copy within the GPU moves {median(rates) / 1e9:,.0f} GB/s." if rates else ""
 
 
 def _ratio(value: float | None) -> str:
@@ -162,7 +230,7 @@ def markdown(report: KVBenchReport) -> str:
         "",
         f"Median of {settings['rounds']} alternating rounds (slowest and fastest in brackets), {settings['steps']} "
         f"decode steps each; ratios to {plain_dtype(report.baseline)} within a round, above 1 is better. "
-        f"{environment['machine']}, {environment['versions']}, commit {environment['commit']}.",
+        f"{environment['machine']}, {environment['versions']}, commit {environment['commit']}." + _ceiling(report),
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|" + " --- |" * len(HEADINGS),

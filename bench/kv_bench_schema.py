@@ -35,6 +35,12 @@ class Point:
         context_ms: the step's time less that of the same batch at a context of 16 tokens: what reading the context
             costs, which is attention and little else. Can be slightly negative by noise at short contexts.
         context_ratio: baseline's ``context_ms`` divided by this one; None where either is not above 0.
+        prefix_tokens_per_s: as prefill_tokens_per_s, of the second half of prompts whose first half is in the prefix
+            cache; None where not measured.
+        prefix_ratio: this divided by the baseline's.
+        context_bytes_per_s: the context's bytes in the cache divided by context_ms; the attention kernels and all that
+            comes with them, so less than the kernels' own rate. None where context_ms is not above 0.
+        copy_bytes_per_s: bytes read plus written per second by a copy within the same GPU: the ceiling; None on CPU.
 
     """
 
@@ -46,6 +52,10 @@ class Point:
     prefill_ratio: float | None
     context_ms: Spread
     context_ratio: float | None
+    prefix_tokens_per_s: Spread | None = None
+    prefix_ratio: float | None = None
+    context_bytes_per_s: float | None = None
+    copy_bytes_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class DtypeResult:
         kv_cache: memory and capacity.
         capacity_ratio: tokens that fit divided by the baseline's, at the same memory.
         points: by batch and context, those measured so far.
+        model: the folder of compressed weights; None for the run's own model.
 
     """
 
@@ -66,6 +77,7 @@ class DtypeResult:
     kv_cache: KVCache | None
     capacity_ratio: float | None
     points: list[Point]
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
         for entry in document["dtypes"]:
             if entry["error"] or not entry["points"]:
                 continue
-            key = (short_model(document["model"]), plain_dtype(entry["kv_cache_dtype"]))
+            key = (short_model(entry.get("model") or document["model"]), plain_dtype(entry["kv_cache_dtype"]))
             row = rows.setdefault(key, Row(f"{key[0]}, {key[1]} KV", *key))
             _add_kv_bench(row, entry, file)
     ordered = sorted(rows.values(), key=lambda r: (not r.is_baseline, r.model, -(r.kv_bits or 16), r.kv_cache_dtype))

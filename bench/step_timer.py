@@ -33,6 +33,18 @@ def prompts(batch: int, context: int, vocabulary: int, seed: int) -> list[list[i
     return [[draw.randrange(16, vocabulary) for _ in range(context)] for _ in range(batch)]
 
 
+def ahead(batch: int, context: int, limit: int) -> int:
+    """Return how many tokens the first sequence may have produced when the last one of a batch is prefilled.
+
+    Args:
+        batch: sequences.
+        context: prompt tokens of each.
+        limit: most tokens of a step.
+
+    """
+    return -(-batch * context // limit) + batch
+
+
 def time_batch(llm: Any, batch_prompts: list[list[int]], steps: int) -> Timing:
     """Time one batch.
 
@@ -50,8 +62,8 @@ def time_batch(llm: Any, batch_prompts: list[list[int]], steps: int) -> Timing:
     engine = llm.llm_engine
     limit = engine.vllm_config.scheduler_config.max_num_batched_tokens
     # Sequences prefilled first already decode while the last ones are prefilled.
-    ahead = -(-sum(map(len, batch_prompts)) // limit) + len(batch_prompts)
-    params = SamplingParams(max_tokens=steps + ahead + 3, temperature=0.0, ignore_eos=True, detokenize=False)
+    early = ahead(len(batch_prompts), max(map(len, batch_prompts)), limit)
+    params = SamplingParams(max_tokens=steps + early + 3, temperature=0.0, ignore_eos=True, detokenize=False)
     names = [f"time-{next(_ids)}" for _ in batch_prompts]
     started = time.perf_counter()
     for name, tokens in zip(names, batch_prompts, strict=True):

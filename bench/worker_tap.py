@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu_timer import copy_rate
 from bench.recording import Recording
 
 
@@ -44,6 +45,10 @@ class LogitsTap:
             storage = cache.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
+
+    def pareto_copy_rate(self) -> float | None:
+        """Return the bytes read plus written per second by a copy within the GPU; None on CPU."""
+        return copy_rate() if torch.cuda.is_available() else None
 
 
 # Recordings by worker. Not an attribute of the worker: vLLM's class must not be able to collide with it.

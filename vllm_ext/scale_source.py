@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import KVFormat
+from kv_cache.formats import KVFormat, get_format
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
 from vllm_ext.names import SCALES_KEY
 
@@ -35,6 +35,8 @@ def _load(folder: str) -> KVScales:
 def find_scales(config: VllmConfig) -> Path:
     """Return the folder whose ``kv_scales/`` fits the model: named by the user, the checkpoint's own, or made now.
 
+    Beside random weights (``--load-format dummy``) they are random.
+
     Raises:
         ParetoError: there is none and none can be made, or it belongs to another model.
 
@@ -45,9 +47,14 @@ def find_scales(config: VllmConfig) -> Path:
     if folder is None or not (folder / SCALES_FILE).is_file():
         if named:
             raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
-        from vllm_ext.auto_calibration import calibrate
+        if config.load_config.load_format == "dummy":
+            from vllm_ext import dummy_scales
 
-        folder = calibrate(model.model if folder is None else str(folder))
+            folder = dummy_scales.make(config, get_format(config.cache_config.cache_dtype))
+        else:
+            from vllm_ext.auto_calibration import calibrate
+
+            folder = calibrate(model.model if folder is None else str(folder))
     check_geometry(_load(str(folder)), config, folder)
     return folder
 

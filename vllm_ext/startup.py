@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES, get_format
+from kv_cache.formats import HEAD_SIZES, KVFormat, get_format
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ def prepare(config: VllmConfig) -> None:
     fmt = get_format(config.cache_config.cache_dtype)
     model = config.model_config
     instead = "use --kv-cache-dtype auto"
-    if not current_platform.is_cpu():
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} is served on CPU only so far: {instead} or fp8 here")
+    if not current_platform.is_cpu() and not current_platform.is_cuda():
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} is served on CPU and NVIDIA GPUs only: {instead} here")
     if model.use_mla:
         raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve multi-head latent attention: {instead}")
     if model.is_attention_free:
@@ -37,9 +39,12 @@ def prepare(config: VllmConfig) -> None:
         )
     if config.kv_transfer_config is not None:
         raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve KV transfer between instances: {instead}")
-    from kv_cache.cpu_kernels import best_isa
+    if current_platform.is_cuda():
+        _check_cuda(config, fmt)
+    else:
+        from kv_cache.cpu_kernels import best_isa
 
-    best_isa()
+        best_isa()
     if fmt.static:
         from vllm_ext.scale_source import find_scales
 
@@ -47,3 +52,14 @@ def prepare(config: VllmConfig) -> None:
     from vllm_ext.metrics import publish
 
     publish(config)
+
+
+def _check_cuda(config: VllmConfig, fmt: KVFormat) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.has_device_capability(80):
+        raise ParetoError(
+            f"--kv-cache-dtype {fmt.name} needs compute capability 8.0 or above: use --kv-cache-dtype auto"
+        )
+    if config.model_config.dtype not in (torch.bfloat16, torch.float16):
+        raise ParetoError(f"--kv-cache-dtype {fmt.name} serves 16-bit models on CUDA: use --dtype bfloat16 or float16")

@@ -13,14 +13,13 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu import tuning as tunings
+from kv_cache.gpu.arguments import Geometry, cuda_device
 from kv_cache.gpu.folding import Folding, PositionTables
 from kv_cache.gpu.launch import load_kernel
 from kv_cache.gpu.tuning import ROW_TILE, Tuning
 from kv_cache.layout import PageLayout
 
 _i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-DTYPES = (torch.float16, torch.bfloat16)
-MAX_QUERY_LEN = 16
 
 
 class _PrepareParams(ctypes.Structure):
@@ -117,20 +116,11 @@ class DecodeAttention:
     ) -> None:
         if not layout.fmt.static:
             raise ParetoError(f"{layout.fmt.name}: scales inside the page are not served by the CUDA decode kernel")
-        if dtype not in DTYPES or heads % kv_heads or not 1 <= max_query_len <= MAX_QUERY_LEN:
-            raise ParetoError(
-                f"{layout.fmt.name}: the CUDA decode kernel serves float16 and bfloat16, whole groups of query heads, "
-                f"and 1 to {MAX_QUERY_LEN} query tokens a request; got {dtype}, {heads} heads over {kv_heads}, "
-                f"{max_query_len}"
-            )
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            raise ParetoError(f"{layout.fmt.name} needs compute capability 8.0 or above, not {capability}")
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.layout, self.kv_heads, self.heads, self.dtype, self.device = layout, kv_heads, heads, dtype, device
+        geometry = Geometry(layout, kv_heads, heads, dtype, max_requests, max_tokens, max_query_len, soft_cap)
+        device, capability = cuda_device(layout, device)
+        self.geometry, self.layout, self.kv_heads, self.device = geometry, layout, kv_heads, device
         self.group = heads // kv_heads
-        self.dense, self.soft_cap, self.centred = dense, soft_cap, centred
-        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.dense, self.centred = dense, centred
         rows = max_query_len * self.group
         properties = torch.cuda.get_device_properties(device)
         self.tuning = tuning or tunings.choose(
@@ -297,47 +287,21 @@ class DecodeAttention:
             ParetoError: shapes, strides or dtypes do not fit.
 
         """
-        self._verify(query, out, cache, block_table, seq_lens, query_start, folding, soft_cap)
+        self.geometry.verify(query, out, cache, block_table, seq_lens, query_start, soft_cap, self.device)
+        self._verify(folding)
         if self.centred in (folding.mean is None, positions is None):
             raise ParetoError(f"{self.layout.fmt.name}: a mean and positions exactly if the kernel was made for them")
         self.prepare(query, folding, scale, positions)
         self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap, positions)
 
-    def _verify(
-        self,
-        query: torch.Tensor,
-        out: torch.Tensor,
-        cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start: torch.Tensor,
-        folding: Folding,
-        soft_cap: float,
-    ) -> None:
-        layout, heads, dim = self.layout, self.kv_heads, self.layout.head_dim
-        page = (heads, layout.block_size, layout.bytes_per_token)
+    def _verify(self, folding: Folding) -> None:
+        heads, dim = self.kv_heads, self.layout.head_dim
         key = (heads, dim, dim) if self.dense else (heads, dim)
         folded = (folding.key, folding.key_zero, folding.value_scale, folding.value_zero)
-        aligned = cache.stride(0) % 16 == cache.stride(1) % 16 == cache.data_ptr() % 16 == 0
-        aligned_out = out.stride(0) % 4 == out.stride(1) % 4 == out.data_ptr() % 8 == 0
-        indices = (block_table, seq_lens, query_start)
-        requests, tensors = seq_lens.shape[0], (query, out, cache, *indices, *folded)
         for valid, what in (
-            (cache.dtype == torch.uint8 and tuple(cache.shape[1:]) == page, f"uint8 pages {page}"),
-            (cache.stride()[2:] == (layout.bytes_per_token, 1), "contiguous pages of a head"),
-            (aligned, "pages at multiples of 16 bytes"),
-            (query.dtype == out.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
-            (tuple(query.shape[1:]) == (self.heads, dim) and query.shape == out.shape, f"{self.heads} heads of {dim}"),
-            (query.stride(2) == out.stride(2) == 1, "contiguous channels"),
-            (aligned_out, "output rows at multiples of 8 bytes"),
-            (query.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
-            (requests <= self.max_requests, f"at most {self.max_requests} requests"),
-            (requests == query_start.shape[0] - 1 == block_table.shape[0], "as many rows as requests"),
-            (all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in indices), "dense int32 indices"),
             (all(t.dtype == torch.float32 and t.is_contiguous() for t in folded), "float32 contiguous scales"),
             ([tuple(t.shape) for t in folded] == [key, *[(heads, dim)] * 3], f"scales of {heads} KV heads of {dim}"),
-            (bool(soft_cap) == self.soft_cap, "a soft cap exactly if the kernel was made for one"),
-            (all(t.device == self.device for t in tensors), f"tensors on {self.device}"),
+            (all(t.device == self.device for t in folded), f"scales on {self.device}"),
         ):
             if not valid:
-                raise ParetoError(f"{layout.fmt.name} decode attention expects {what}")
+                raise ParetoError(f"{self.layout.fmt.name} decode attention expects {what}")

@@ -64,7 +64,7 @@ def loadtest_document(label, model="ref-7m", dtype="auto", ttft=50.0, rates=(100
 
 def kv_bench_document(**step_s):
     """Return a document of one round from decode seconds by dtype, the first the baseline."""
-    settings = Settings("ref-7m", tuple(step_s), (8,), (4096,), 1, 64, 2048, "auto", 1 << 30, True, 1, 0)
+    settings = Settings("ref-7m", tuple(step_s), ((8, 4096),), 1, 64, 2048, "auto", 1 << 30, True, 1, 0)
     samples = {
         f"0 {dtype}": {
             "kv_cache": asdict(kv_cache(dtype, 16 if dtype == "auto" else 4)),

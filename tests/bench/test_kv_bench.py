@@ -14,7 +14,7 @@ from kv_cache.errors import ParetoError
 sys.path.insert(0, str(Path(__file__).parent))
 from result_files import kv_cache
 
-SETTINGS = Settings("ref-7m", ("auto", "int4_per_head"), (8,), (1024,), 3, 16, 2048, "auto", 1 << 30, True, 1, 0)
+SETTINGS = Settings("ref-7m", ("auto", "int4_per_head"), ((8, 1024),), 3, 16, 2048, "auto", 1 << 30, True, 1, 0)
 
 
 def sample(step_ms, floor_ms=1.0, bits=16):
@@ -123,7 +123,8 @@ def test_prompts_repeat():
 def test_a_run_resumes_and_names_what_cannot_run(tmp_path, monkeypatch):
     started = []
 
-    def measure(self, dtype):
+    def measure(self, row):
+        dtype = row.kv_cache_dtype
         started.append(dtype)
         if dtype == "bogus":
             raise ParetoError("no such dtype")
@@ -161,4 +162,4 @@ def test_a_baseline_that_does_not_start_ends_the_run(tmp_path, monkeypatch):
 
 def test_contexts_beyond_the_model_are_refused(tmp_path):
     with pytest.raises(ParetoError, match="the model's context is 8192; use at most"):
-        KVBench(replace(SETTINGS, contexts=(8192,)), tmp_path)
+        KVBench(replace(SETTINGS, shapes=((8, 8192),)), tmp_path)
