@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
@@ -142,9 +141,3 @@ class CodesLayer:
             return None
         name = self.kv_sharing_target_layer_name or layer.layer_name
         return layer_scales(self.config, self.fmt, extract_layer_index(name), self.num_kv_heads)
-
-    @staticmethod
-    def step_metadata(layer: Any) -> Any:
-        """Return what the layer's metadata builder made of the current step; None in a warm-up run without batch."""
-        metadata = get_forward_context().attn_metadata
-        return metadata[str(layer.layer_name)] if isinstance(metadata, dict) else None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -117,9 +118,10 @@ class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         """Quantize the step's keys and values ([tokens, KV heads, head size]) and write their codes into the pages."""
         pages, positions = self._paged(layer, kv_cache), None
         if pages.centred:
-            if (metadata := self.step_metadata(layer)) is None:
+            metadata = get_forward_context().attn_metadata
+            if not isinstance(metadata, dict):  # a warm-up run has no batch
                 return
-            positions = metadata.positions
+            positions = metadata[str(layer.layer_name)].positions
             slot_mapping = slot_mapping[: len(positions)]
         pages.store(key, value, slot_mapping, positions)
 

@@ -25,9 +25,10 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.decode import MAX_QUERY_LEN, DecodeAttention
+from kv_cache.gpu.arguments import MAX_QUERY_LEN
+from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import Folding, PositionTables
-from kv_cache.gpu.read import plan, read
+from kv_cache.gpu.read import gather, plan
 from kv_cache.gpu.sides import Side, make_side
 from kv_cache.gpu.store import store
 from kv_cache.layout import PageLayout
@@ -46,8 +47,7 @@ class Prompts:
         key_start: int32 [pieces + 1]: where each request's keys, earlier ones and fresh ones, start.
         max_query: most tokens of a piece.
         max_keys: most keys of a request.
-        tiles: of `kv_cache.gpu.read.plan`, the earlier tokens; None if there are none, and fresh keys are all keys.
-        fresh_rows: int64 [tokens], where the fresh keys go among all keys.
+        tiles: of `kv_cache.gpu.read.plan`; None if there are no earlier tokens, and fresh keys are all keys.
         keys: of all requests together.
 
     """
@@ -59,7 +59,6 @@ class Prompts:
     max_query: int
     max_keys: int
     tiles: torch.Tensor | None
-    fresh_rows: torch.Tensor | None
     keys: int
 
 
@@ -73,6 +72,7 @@ class CodesMetadata:
         seq_lens: int32 [requests], new tokens included.
         block_table: int32 [requests, blocks].
         positions: int64 [num_tokens], of each token in its sequence.
+        slot_mapping: int64 [num_tokens], where each token is stored; negative: nowhere.
         num_short: requests, the batch's first, with at most `CodesMetadataBuilder.reorder_batch_threshold` new tokens.
         num_short_tokens: theirs.
         prompts: the other requests.
@@ -84,6 +84,7 @@ class CodesMetadata:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     positions: torch.Tensor
+    slot_mapping: torch.Tensor
     num_short: int
     num_short_tokens: int
     prompts: Prompts | None
@@ -117,6 +118,7 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
             batch.seq_lens,
             batch.block_table_tensor,
             batch.positions,
+            batch.slot_mapping,
             short,
             short_tokens,
             self._prompts(batch, short, short_tokens) if long else None,
@@ -139,12 +141,6 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
         def there(values: torch.Tensor) -> torch.Tensor:
             return values.pin_memory().to(self.device, non_blocking=True)
 
-        tiles = fresh_rows = None
-        if any(earlier):
-            tiles = there(plan(earlier, key_start[:-1]))
-            fresh_rows = there(
-                torch.cat([torch.arange(stop - q, stop) for q, stop in zip(queries, key_start[1:], strict=True)])
-            )
         return Prompts(
             first,
             first_token,
@@ -152,8 +148,7 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
             there(torch.tensor(key_start, dtype=torch.int32)),
             max(queries),
             max(keys),
-            tiles,
-            fresh_rows,
+            there(plan(earlier, queries)) if any(earlier) else None,
             key_start[-1],
         )
 
@@ -161,6 +156,8 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
 class CUDACodesBackend(CodesBackend):
     """The backend of all dtypes on CUDA."""
 
+    # Decode launches the store between its own two kernels.
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
 
     @staticmethod
@@ -188,17 +185,20 @@ backend_path = functools.partial(path_of_layer, _BACKENDS)
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one layer's kernels need, made when its cache is known."""
+    """What one layer's kernels need, made when its cache is known.
+
+    ``decode`` is a DecodeAttention exactly if there is a ``folding``, that is for scales kept outside the page.
+    """
 
     layout: PageLayout
     sides: tuple[Side, Side]
-    folding: Folding
+    folding: Folding | None
     tables: PositionTables | None
-    decode: DecodeAttention
+    decode: Any
 
 
 # Scratch of the decode kernel, one for all layers of a shape: layers run one after the other.
-_DECODE: dict[tuple[Any, ...], DecodeAttention] = {}
+_DECODE: dict[tuple[Any, ...], Any] = {}
 _TABLES: dict[tuple[Any, ...], PositionTables] = {}
 
 
@@ -218,78 +218,91 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             cache.device,
             self.scales_of(layer),
         )
-        assert scales is not None
         limit = self.config.model_config.max_model_len
-        sides = tuple(make_side(kind, layout, self.num_kv_heads, scales, device, limit) for kind in ("key", "value"))
+        keys, values = (make_side(x, layout, self.num_kv_heads, scales, device, limit) for x in ("key", "value"))
+        folding = None if scales is None else Folding.of(scales, device)
         tables = None
-        if scales.key_mean is not None and scales.rotary is not None:
+        if scales is not None and scales.key_mean is not None and scales.rotary is not None:
             table = scales.rotary.table(limit)
             key: tuple[Any, ...] = (table, self.head_size, device)
             if key not in _TABLES:
                 _TABLES[key] = PositionTables.of(table, self.head_size, device)
             tables = _TABLES[key]
+        dense = scales is not None and scales.key_transform is not None
+        return _Parts(layout, (keys, values), folding, tables, self._decode(layout, dtype, device, dense, tables))
+
+    def _decode(
+        self, layout: PageLayout, dtype: torch.dtype, device: torch.device, dense: bool, tables: PositionTables | None
+    ) -> Any:
         speculative = self.config.speculative_config
         length = min(1 + (speculative.num_speculative_tokens if speculative else 0), MAX_QUERY_LEN)
-        requests = self.config.scheduler_config.max_num_seqs
-        dense = scales.key_transform is not None
-        shape = (layout, self.num_kv_heads, self.num_heads, dtype, device, requests, requests * length, length)
-        key = (*shape, self.soft_cap > 0, dense, tables is not None)
+        requests, capped = self.config.scheduler_config.max_num_seqs, self.soft_cap > 0
+        shape = (layout, self.num_kv_heads, self.num_heads, dtype, device, requests, requests * length, length, capped)
+        key = (*shape, dense, tables is not None)
         if key not in _DECODE:
-            _DECODE[key] = DecodeAttention(*shape, soft_cap=self.soft_cap > 0, dense=dense, centred=tables is not None)
-        return _Parts(layout, (sides[0], sides[1]), Folding.of(scales, device), tables, _DECODE[key])
+            if layout.fmt.static:
+                _DECODE[key] = DecodeAttention(*shape, dense=dense, centred=tables is not None)
+            else:
+                # Triton, which a process that serves other formats need not import.
+                from kv_cache.gpu.group_decode import GroupDecodeAttention
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Quantize the step's keys and values ([tokens, KV heads, head size]) and write their codes into the pages."""
-        parts, positions = self._made(layer, kv_cache, key.dtype), None
-        if parts.sides[0].centred:
-            if (metadata := self.step_metadata(layer)) is None:
-                return
-            positions = metadata.positions
-            slot_mapping = slot_mapping[: len(positions)]
-        store(parts.layout, parts.sides, kv_cache, key, value, slot_mapping, positions)
+                _DECODE[key] = GroupDecodeAttention(*shape)
+        return _DECODE[key]
 
     def forward(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: CodesMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend; ``query`` and ``output`` are [tokens, heads, head size]."""
+        """Quantize the step's keys and values into the pages, then attend.
+
+        Args:
+            layer: vLLM's attention layer.
+            query: [tokens, heads, head size]; ``output`` likewise.
+            key: [tokens, KV heads, head size], as ``value``; None where the layer shares another one's cache.
+            value: see ``key``.
+            kv_cache: uint8 [blocks, KV heads, tokens, bytes per token].
+            attn_metadata: of :class:`CodesMetadataBuilder`; None in a warm-up run.
+            output: written.
+            output_scale: of fused quantization, which is not supported.
+            output_block_scale: likewise.
+
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # the warm-up run has neither batch nor cache
             return output.fill_(0)
         batch, parts = attn_metadata, self._made(layer, kv_cache, query.dtype)
-        if batch.num_short:
-            tokens, requests = batch.num_short_tokens, batch.num_short
-            parts.decode(
-                query[:tokens],
-                output[:tokens],
-                kv_cache,
-                batch.block_table[:requests],
-                batch.seq_lens[:requests],
-                batch.query_start[: requests + 1],
-                parts.folding,
-                self.scale,
-                self.window,
-                self.soft_cap,
-                positions=parts.tables,
-            )
+        tokens, requests = batch.num_short_tokens, batch.num_short
+        folding = parts.folding
+        if requests and folding is not None:
+            # First, so that the store may run beside it.
+            parts.decode.prepare(query[:tokens], folding, self.scale, parts.tables)
+        if self.kv_sharing_target_layer_name is None:
+            assert key is not None
+            assert value is not None
+            count = batch.num_tokens
+            store(
+                parts.layout, parts.sides, kv_cache, key[:count], value[:count], batch.slot_mapping, batch.positions,
+                after_prepare=requests > 0 and folding is not None,
+            )  # fmt: skip
+        if requests:
+            pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
+            if folding is not None:
+                parts.decode.attend(output[:tokens], *pages, folding, self.window, self.soft_cap, parts.tables)
+            else:
+                parts.decode(query[:tokens], output[:tokens], *pages, self.scale, self.window, self.soft_cap)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)
+            assert key is not None
+            assert value is not None
             self._attend_prompts(batch, parts, query[fresh], key[fresh], value[fresh], kv_cache, output[fresh])
         return output
 
@@ -305,12 +318,10 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
     ) -> None:
         prompts = batch.prompts
         assert prompts is not None
-        if prompts.tiles is not None and prompts.fresh_rows is not None:
+        if prompts.tiles is not None:
             table = batch.block_table[prompts.first_request :]
-            whole = [x.new_empty(prompts.keys, *x.shape[1:]) for x in (key, value)]
-            for x, side, fresh in zip(whole, parts.sides, (key, value), strict=True):
-                read(side, cache, x, table, prompts.tiles)
-                x.index_copy_(0, prompts.fresh_rows, fresh[: len(prompts.fresh_rows)])
+            whole = key.new_empty(prompts.keys, *key.shape[1:]), value.new_empty(prompts.keys, *value.shape[1:])
+            gather(parts.layout, parts.sides, cache, whole, (key, value), table, prompts.tiles)
             key, value = whole
         flash_attn_varlen_func(
             q=query,

@@ -6,7 +6,9 @@ the folder's name in ``additional_config``, which vLLM hands to every worker.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +23,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-@functools.lru_cache(maxsize=4)
-def _load(folder: str) -> KVScales:
-    # One thread: vLLM may fork its workers from this process, and OpenMP's threads do not survive a fork.
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to this thread: vLLM may fork its workers from here, and OpenMP's threads do not survive a fork."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return KVScales.load(folder)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: str) -> KVScales:
+    return KVScales.load(folder)
 
 
 def find_scales(config: VllmConfig) -> Path:
@@ -41,6 +48,13 @@ def find_scales(config: VllmConfig) -> Path:
         ParetoError: there is none and none can be made, or it belongs to another model.
 
     """
+    with _one_thread():
+        folder = _find(config)
+        check_geometry(_load(str(folder)), config, folder)
+    return folder
+
+
+def _find(config: VllmConfig) -> Path:
     model = config.model_config
     named = config.additional_config.get(SCALES_KEY)
     folder = Path(named) if named else _checkpoint_folder(model)
@@ -55,7 +69,6 @@ def find_scales(config: VllmConfig) -> Path:
             from vllm_ext.auto_calibration import calibrate
 
             folder = calibrate(model.model if folder is None else str(folder))
-    check_geometry(_load(str(folder)), config, folder)
     return folder
 
 

@@ -1,4 +1,5 @@
-"""Reads earlier tokens back from pages on a CUDA device: the host's side of ``csrc/read.cu``."""
+"""Gathers earlier and fresh keys and values for FlashAttention on a CUDA device: the host's side of
+``csrc/read_tiles.cu`` and of ``csrc/read.cu``, which serves scales in the page and heads that the former cannot."""
 
 from __future__ import annotations
 
@@ -7,10 +8,15 @@ import ctypes
 import torch
 
 from kv_cache.gpu.launch import load_kernel
-from kv_cache.gpu.sides import Side
+from kv_cache.gpu.sides import Side, device_limits
+from kv_cache.layout import PageLayout
 
 TOKENS, THREADS = 16, 128
-"""Tokens and threads of a thread block, as ``csrc/read.cu`` has them."""
+"""Tokens and threads of a thread block of ``csrc/read.cu``; a warp of ``csrc/read_tiles.cu`` reads as many tokens."""
+WARPS = 8
+FRESH = -1
+"""In place of a tile's request: its tokens are fresh ones."""
+CENTRES = ("mean", "fine", "anchors")
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -23,69 +29,180 @@ class _Params(ctypes.Structure):
         ("out", _ptr),
         ("token_stride", _i64),
         ("out_head_stride", _i64),
+        ("fresh", _ptr),
+        ("fresh_token_stride", _i64),
+        ("fresh_head_stride", _i64),
         ("block_table", _ptr),
         ("table_stride", _i64),
         ("tiles", _ptr),
-        *((name, _ptr) for name in ("scale", "zero", "mean", "fine", "anchors")),
+        *((name, _ptr) for name in ("scale", "zero", *CENTRES)),
         ("plane", _i32),
         ("high_plane", _i32),
         ("meta_plane", _i32),
     )
 
 
-def plan(lengths: list[int], rows: list[int]) -> torch.Tensor:
-    """Return the tiles of requests whose first tokens are read.
+class _TileSide(ctypes.Structure):
+    _fields_ = (
+        ("out", _ptr),
+        ("token_stride", _i64),
+        ("head_stride", _i64),
+        ("fresh", _ptr),
+        ("fresh_token_stride", _i64),
+        ("fresh_head_stride", _i64),
+        ("scale", _ptr),
+        ("zero", _ptr),
+        ("plane", _i32),
+        ("high_plane", _i32),
+    )
+
+
+class _TileParams(ctypes.Structure):
+    _fields_ = (
+        ("cache", _ptr),
+        ("block_stride", _i64),
+        ("head_stride", _i64),
+        ("block_table", _ptr),
+        ("table_stride", _i64),
+        ("tiles", _ptr),
+        ("count", _i32),
+        *((name, _ptr) for name in ("decode", "bias", *CENTRES)),
+        ("sides", _TileSide * 2),
+    )
+
+
+def plan(earlier: list[int], fresh: list[int]) -> torch.Tensor:
+    """Return the tiles that gather each request's keys: its earlier tokens, then its fresh ones.
 
     Args:
-        lengths: tokens to read of each request, from its first on.
-        rows: of the output, where each request's first token goes.
+        earlier: tokens of each request that are read from pages, from its first on.
+        fresh: tokens of each request after those; they lie one request after the other.
 
     Returns:
-        int32 [tiles, 4] on the CPU: request, first token, tokens, row of that token.
+        int32 [tiles, 4] on the CPU: request or FRESH, first token in it or of the fresh ones, tokens, row of that
+        token among all keys.
 
     """
-    tiles = []
-    for request, (length, row) in enumerate(zip(lengths, rows, strict=True)):
-        first = torch.arange(0, length, TOKENS, dtype=torch.int32)
-        tiles.append(
-            torch.stack([torch.full_like(first, request), first, (length - first).clamp_max(TOKENS), row + first], 1)
-        )
-    return torch.cat(tiles) if tiles else torch.empty(0, 4, dtype=torch.int32)
+    tiles, row, taken = [torch.empty(0, 4, dtype=torch.int32)], 0, 0
+    for request, (before, new) in enumerate(zip(earlier, fresh, strict=True)):
+        for name, start, length in ((request, 0, before), (FRESH, taken, new)):
+            first = torch.arange(0, length, TOKENS, dtype=torch.int32)
+            counts = (length - first).clamp_max(TOKENS)
+            tiles.append(torch.stack([torch.full_like(first, name), start + first, counts, row + first], 1))
+            row += length
+        taken += new
+    return torch.cat(tiles)
 
 
-def read(side: Side, cache: torch.Tensor, out: torch.Tensor, block_table: torch.Tensor, tiles: torch.Tensor) -> None:
-    """Read keys or values back, as :func:`kv_cache.codec.read_page`, rounded to the output's dtype.
+def gather(
+    layout: PageLayout,
+    sides: tuple[Side, Side],
+    cache: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor],
+    fresh: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    tiles: torch.Tensor,
+) -> None:
+    """Gather keys and values, earlier ones as :func:`kv_cache.codec.read_page` rounded to the output's dtype.
 
     Args:
-        side: keys or values of the layer.
-        cache: uint8 [blocks, KV heads, block_size, bytes per token] on CUDA.
-        out: bfloat16 or float16 [rows, KV heads, head_dim], channels contiguous; the tiles' rows are written.
+        layout: of a page.
+        sides: keys and values of the layer.
+        cache: uint8 [blocks, KV heads, block_size, bytes per token] on CUDA, of any block and head stride that is a
+            multiple of 4 bytes.
+        out: keys and values, bfloat16 or float16 [rows, KV heads, head_dim], contiguous; the tiles' rows are written.
+        fresh: keys and values of out's dtype [fresh tokens, KV heads, head_dim], channels contiguous.
         block_table: int32 [requests, blocks], rows contiguous.
         tiles: of :func:`plan`, on the device.
 
     """
     if not len(tiles):
         return
-    kept = {name: value for name, value in side.macros.items() if name != "FEEDBACK"}
-    kernel = load_kernel(
-        "read.cu", "read", (*kept.items(), ("OUT_BFLOAT", int(out.dtype == torch.bfloat16))), cache.device
+    # Rows of four elements, as the kernels copy them.
+    fresh = (_aligned(fresh[0]), _aligned(fresh[1]))
+    if all(side.read_tiled for side in sides):
+        _gather_tiles(layout, sides, cache, out, fresh, block_table, tiles)
+        return
+    for side, to, new in zip(sides, out, fresh, strict=True):
+        kept = {name: value for name, value in side.macros.items() if name != "FEEDBACK"}
+        kernel = load_kernel("read.cu", "read", (*kept.items(), _dtype_macro(to)), cache.device)
+        names = {"scale": "decode" if "decode" in side.tensors else "scale"} | {n: n for n in ("zero", *CENTRES)}
+        params = _Params(
+            cache=cache.data_ptr(),
+            block_stride=cache.stride(0),
+            head_stride=cache.stride(1),
+            out=to.data_ptr(),
+            token_stride=to.stride(0),
+            out_head_stride=to.stride(1),
+            fresh=new.data_ptr(),
+            fresh_token_stride=new.stride(0),
+            fresh_head_stride=new.stride(1),
+            block_table=block_table.data_ptr(),
+            table_stride=block_table.stride(0),
+            tiles=tiles.data_ptr(),
+            **side.offsets,
+            **{field: side.tensors[name].data_ptr() for field, name in names.items() if name in side.tensors},
+        )
+        kernel.launch((len(tiles), cache.shape[1], 1), THREADS, params, cache.device)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % 8 == 0 else x.contiguous()
+
+
+def _dtype_macro(x: torch.Tensor) -> tuple[str, int]:
+    return "OUT_BFLOAT", int(x.dtype == torch.bfloat16)
+
+
+def _gather_tiles(
+    layout: PageLayout,
+    sides: tuple[Side, Side],
+    cache: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor],
+    fresh: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    tiles: torch.Tensor,
+) -> None:
+    keys, values = sides
+    tile_sides = [
+        _TileSide(
+            out=to.data_ptr(),
+            token_stride=to.stride(0),
+            head_stride=to.stride(1),
+            fresh=new.data_ptr(),
+            fresh_token_stride=new.stride(0),
+            fresh_head_stride=new.stride(1),
+            scale=side.tensors["scale"].data_ptr(),
+            zero=side.tensors["zero"].data_ptr(),
+            plane=side.offsets["plane"],
+            high_plane=side.offsets["high_plane"],
+        )
+        for side, to, new in zip(sides, out, fresh, strict=True)
+    ]
+    macros = (
+        *((name, keys.macros[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
+        ("KEY_BITS", keys.macros["BITS"]),
+        ("VALUE_BITS", values.macros["BITS"]),
+        ("WARPS", WARPS),
+        _dtype_macro(out[0]),
     )
-    tensors = {
-        name: side.tensors[name] for name in ("scale", "zero", "mean", "fine", "anchors") if name in side.tensors
-    }
-    if "decode" in side.tensors:
-        tensors["scale"] = side.tensors["decode"]
-    params = _Params(
+    params = _TileParams(
         cache=cache.data_ptr(),
         block_stride=cache.stride(0),
         head_stride=cache.stride(1),
-        out=out.data_ptr(),
-        token_stride=out.stride(0),
-        out_head_stride=out.stride(1),
         block_table=block_table.data_ptr(),
         table_stride=block_table.stride(0),
         tiles=tiles.data_ptr(),
-        **side.offsets,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        count=len(tiles),
+        sides=(_TileSide * 2)(*tile_sides),
+        **{n: keys.tensors[n].data_ptr() for n in ("decode", "bias", *CENTRES) if n in keys.tensors},
     )
-    kernel.launch((len(tiles), cache.shape[1], 1), THREADS, params, cache.device)
+    shared, blocks = 0, 8
+    if "decode" in keys.tensors:
+        shared, blocks = keys.tensors["decode"][0].nbytes + WARPS * TOKENS * (layout.head_dim // 2 + 4) * 4, 2
+    processors, _, _ = device_limits(cache.device)
+    most = -(-len(tiles) // WARPS)
+    grid = (max(min(most, blocks * processors // (2 * cache.shape[1])), 1), cache.shape[1], 2)
+    load_kernel("read_tiles.cu", "read_tiles", macros, cache.device, shared).launch(
+        grid, 32 * WARPS, params, cache.device
+    )

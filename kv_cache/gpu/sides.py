@@ -12,6 +12,11 @@ from kv_cache.layout import PageLayout
 from kv_cache.rotary import CentreTable
 from kv_cache.scales import LayerScales
 
+BAND = 16
+"""Channels that csrc/rounding.cuh rounds at a time."""
+MAX_TILED = 128
+"""Largest head whose transform fits in shared memory, and whose codes in a warp's registers."""
+
 
 @functools.lru_cache(maxsize=8)
 def _tables(table: CentreTable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +34,10 @@ class Side:
         offsets: ``plane``, ``high_plane`` and ``meta_plane`` of the page of one head, in bytes.
         tensors: on the device, contiguous: ``scale``, ``inverse`` and ``zero`` [KV heads, head_dim]; ``encode`` [KV
             heads, head_dim of x, head_dim of codes], ``decode`` (the other way round, scales included) and ``feedback``
-            where the format has them; ``mean``, ``fine`` and ``anchors`` of centred keys.
+            where the format has them; ``mean``, ``fine`` and ``anchors`` of centred keys. Where ``tiled``, ``encode``
+            and ``feedback`` are tensor-core operands (:func:`operands`), and ``own`` is [KV heads, bands, BAND, BAND],
+            the feedback within each band. Where ``read_tiled``, ``decode`` is operands too, and ``bias`` [KV heads,
+            head_dim] is what codes of 0 read as.
 
     """
 
@@ -38,9 +46,57 @@ class Side:
     tensors: dict[str, torch.Tensor]
 
     @property
+    def tiled(self) -> bool:
+        """Whether csrc/store_tiles.cu writes this side; csrc/store.cu serves what it does not."""
+        return "own" in self.tensors or ("scale" in self.tensors and "feedback" not in self.tensors)
+
+    @property
+    def read_tiled(self) -> bool:
+        """Whether csrc/read_tiles.cu reads this side; csrc/read.cu serves what it does not."""
+        return "bias" in self.tensors or ("scale" in self.tensors and "decode" not in self.tensors)
+
+    @property
     def centred(self) -> bool:
         """Whether the kernels need positions."""
         return "mean" in self.tensors
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int, bool]:
+    """Return a device's multiprocessors, the shared memory of a block, and whether launches may overlap."""
+    properties = torch.cuda.get_device_properties(device)
+    overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, overlap
+
+
+def operands(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix as right-hand operands of 16 x 8 x 16 products (PTX ISA, mma.m16n8k16), in bfloat16.
+
+    Args:
+        matrix: float32 [heads, K, N], K a multiple of 16 and N of 8.
+
+    Returns:
+        int32 [heads, K / 16, N / 8, 32 lanes, 2]: lane 4g + t holds rows 2t and 2t + 1, then 2t + 8 and 2t + 9, of
+        column g of each tile.
+
+    """
+    heads, k, n = matrix.shape
+    tiles = matrix.bfloat16().view(heads, k // 16, 2, 4, 2, n // 8, 8).permute(0, 1, 5, 6, 3, 2, 4)
+    return tiles.contiguous().view(torch.int32).reshape(heads, k // 16, n // 8, 32, 2)
+
+
+def _split_operands(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the operands [heads, K / 16, N / 8, 32, 4] of a matrix as the sum of two of bfloat16."""
+    rest = matrix - matrix.bfloat16().float()
+    return torch.cat([operands(matrix), operands(rest)], -1)
+
+
+def _feedback_operands(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tiles below the bands [heads, tiles, 32, 2], band after band, and the bands' own blocks."""
+    tiles, bands = operands(matrix), matrix.shape[1] // BAND
+    below = [tiles[:, band, : band * BAND // 8] for band in range(bands)]
+    own = matrix.unflatten(2, (bands, BAND)).unflatten(1, (bands, BAND)).diagonal(dim1=1, dim2=3)
+    return torch.cat(below, 1), own.permute(0, 3, 1, 2).contiguous()
 
 
 def make_side(
@@ -81,10 +137,19 @@ def make_side(
             raise ParetoError(f"{fmt.name}: scales must have shape {(kv_heads, layout.head_dim)}")
         scale = getattr(scales, f"{kind}_scale").float()
         tensors |= {"scale": scale, "inverse": 1.0 / scale, "zero": getattr(scales, f"{kind}_zero").float()}
+        tiled = layout.head_dim <= MAX_TILED
         if (matrix := getattr(scales, f"{kind}_feedback")) is not None:
             tensors["feedback"] = matrix
+            if not torch.equal(matrix.bfloat16().float(), matrix):
+                raise ParetoError(f"{fmt.name}: feedback must be of bfloat16 numbers, as a scales file keeps it")
+            if tiled:
+                tensors["feedback"], tensors["own"] = _feedback_operands(matrix.float())
         if kind == "key" and scales.key_encode is not None and scales.key_decode is not None:
-            tensors |= {"encode": scales.key_encode.mT, "decode": scales.key_decode.mT}
+            encode, decode = scales.key_encode.mT.contiguous(), scales.key_decode.mT.contiguous()
+            tensors |= {"encode": _split_operands(encode) if tiled else encode, "decode": decode}
+            if tiled and layout.head_dim % 32 == 0:
+                tensors["decode"] = _split_operands(decode)
+                tensors["bias"] = -torch.einsum("hjc,hj->hc", decode, tensors["zero"])
         if kind == "key" and scales.key_mean is not None and scales.rotary is not None:
             rotary = scales.rotary
             macros |= {"PAIRS": rotary.inv_freq.numel(), "INTERLEAVED": int(rotary.interleaved)}

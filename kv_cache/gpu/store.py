@@ -1,4 +1,5 @@
-"""Quantizes new keys and values into pages on a CUDA device: the host's side of ``csrc/store.cu``."""
+"""Quantizes new keys and values into pages on a CUDA device: the host's side of ``csrc/store_tiles.cu`` and of
+``csrc/store.cu``, which serves scales in the page and heads that are too large for the former."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import load_kernel
-from kv_cache.gpu.sides import Side
+from kv_cache.gpu.sides import Side, device_limits
 from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TOKENS, THREADS = 16, 128
-"""Tokens and threads of a thread block, as ``csrc/store.cu`` has them."""
+"""Tokens and threads of a thread block of ``csrc/store.cu``; a warp of ``csrc/store_tiles.cu`` codes as many tokens."""
 TENSORS = ("inverse", "zero", "encode", "feedback", "mean", "fine", "anchors")
+TILE_TENSORS = ("inverse", "zero", "encode", "feedback", "own")
+CENTRES = ("mean", "fine", "anchors")
+KEY_SHARE = 0.6
+"""Of the thread blocks of a long prompt that code keys, which take a transform more than values do."""
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -37,6 +42,32 @@ class _Params(ctypes.Structure):
     )
 
 
+class _TileSide(ctypes.Structure):
+    _fields_ = (
+        ("x", _ptr),
+        ("token_stride", _i64),
+        ("head_stride", _i64),
+        *((name, _ptr) for name in TILE_TENSORS),
+        ("plane", _i32),
+        ("high_plane", _i32),
+    )
+
+
+class _TileParams(ctypes.Structure):
+    _fields_ = (
+        ("cache", _ptr),
+        ("block_stride", _i64),
+        ("head_stride", _i64),
+        ("slots", _ptr),
+        ("positions", _ptr),
+        *((name, _ptr) for name in CENTRES),
+        ("tokens", _i32),
+        ("key_blocks", _i32),
+        ("reads_nothing_before", _i32),
+        ("sides", _TileSide * 2),
+    )
+
+
 def store(
     layout: PageLayout,
     sides: tuple[Side, Side],
@@ -45,8 +76,12 @@ def store(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None = None,
+    after_prepare: bool = False,
 ) -> None:
-    """Quantize tokens and write them into their slots, bit for bit as :func:`kv_cache.codec.write_pages`.
+    """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
+
+    Bit for bit, but for channels that are rounded with feedback: a code may differ where the number rounded lies within
+    1e-3 of the middle between two codes, and the codes after it follow from that one.
 
     Args:
         layout: of a page.
@@ -58,6 +93,8 @@ def store(
             length are padding.
         positions: int64, as many as slots: of each token in its sequence; needed for centred keys, and below the number
             of positions that the side was made for, which only the caller can see to.
+        after_prepare: the launch before this one in the stream is :meth:`kv_cache.gpu.decode.DecodeAttention.prepare`,
+            beside which this one may run.
 
     Raises:
         ParetoError: positions are missing.
@@ -68,6 +105,21 @@ def store(
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
         return
+    if all(side.tiled for side in sides) and (warps := _warps(layout, sides, cache.device)):
+        _store_tiles(layout, sides, warps, cache, key, value, slots[:count], positions, after_prepare)
+    else:
+        _store_each(sides, cache, key, value, slots[:count], positions)
+
+
+def _store_each(
+    sides: tuple[Side, Side],
+    cache: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor | None,
+) -> None:
+    count = slots.shape[0]
     for x, side in zip((key, value), sides, strict=True):
         kernel = load_kernel("store.cu", "store", (*side.macros.items(), ("INPUT", INPUTS[x.dtype])), cache.device)
         params = _Params(
@@ -84,3 +136,83 @@ def store(
             **{name: side.tensors[name].data_ptr() for name in TENSORS if name in side.tensors},
         )
         kernel.launch((-(-count // TOKENS), cache.shape[1], 1), THREADS, params, cache.device)
+
+
+def _matrix_bytes(layout: PageLayout, sides: tuple[Side, Side]) -> int:
+    """Return the bytes of the larger side's matrices of one head, as ``csrc/store_tiles.cu`` keeps them."""
+    return max(
+        sum(side.tensors[name][0].nbytes for name in ("encode", "feedback", "own") if name in side.tensors)
+        for side in sides
+    )
+
+
+def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], warps: int) -> int:
+    matrices = _matrix_bytes(layout, sides)
+    return warps * TOKENS * (layout.head_dim + 8) * 4 + matrices if matrices else 0
+
+
+def _warps(layout: PageLayout, sides: tuple[Side, Side], device: torch.device) -> int:
+    """Return the warps of a block, 0 if the matrices leave no room for one."""
+    limit = device_limits(device)[1]
+    return next((warps for warps in (8, 4, 2, 1) if _shared_bytes(layout, sides, warps) <= limit), 0)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``, or a copy of it if its rows do not start at multiples of four elements."""
+    four = 4 * x.element_size()
+    return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % four == 0 else x.contiguous()
+
+
+def _store_tiles(
+    layout: PageLayout,
+    sides: tuple[Side, Side],
+    warps: int,
+    cache: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor | None,
+    after_prepare: bool,
+) -> None:
+    device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
+    processors, _, overlap = device_limits(device)
+    inputs = [_aligned(x) for x in (key, value)]
+    tile_sides = [
+        _TileSide(
+            x=x.data_ptr(),
+            token_stride=x.stride(0),
+            head_stride=x.stride(1),
+            plane=side.offsets["plane"],
+            high_plane=side.offsets["high_plane"],
+            **{name: side.tensors[name].data_ptr() for name in TILE_TENSORS if name in side.tensors},
+        )
+        for x, side in zip(inputs, sides, strict=True)
+    ]
+    most = -(-count // (TOKENS * warps))
+    share = max(processors // kv_heads, 2)
+    keys = max(min(most, round(share * KEY_SHARE)), 1)
+    values = max(min(most, share - keys), 1)
+    one, other = sides[0].macros, sides[1].macros
+    macros = (
+        *((name, one[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
+        ("KEY_BITS", one["BITS"]),
+        ("KEY_FEEDBACK", one["FEEDBACK"]),
+        ("VALUE_BITS", other["BITS"]),
+        ("VALUE_FEEDBACK", other["FEEDBACK"]),
+        ("INPUT", INPUTS[key.dtype]),
+        ("WARPS", warps),
+    )
+    params = _TileParams(
+        cache=cache.data_ptr(),
+        block_stride=cache.stride(0),
+        head_stride=cache.stride(1),
+        slots=slots.data_ptr(),
+        positions=None if positions is None else positions.data_ptr(),
+        tokens=count,
+        key_blocks=keys,
+        reads_nothing_before=int(after_prepare and overlap),
+        sides=(_TileSide * 2)(*tile_sides),
+        **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
+    )
+    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, _shared_bytes(layout, sides, warps))
+    kernel.launch((keys + values, kv_heads, 1), 32 * warps, params, device, overlap)

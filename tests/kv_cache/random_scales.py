@@ -20,6 +20,11 @@ def coding(name: str) -> tuple[KVFormat, str]:
     return FORMATS[fmt], parts
 
 
+def feedback(kv_heads: int, dim: int) -> torch.Tensor:
+    """Return numbers of bfloat16, which is how a scales file keeps them."""
+    return (torch.randn(kv_heads, dim, dim) / dim**0.5).bfloat16().float().tril(-1)
+
+
 def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
     fmt, parts = coding(name)
     if not fmt.static:
@@ -29,9 +34,9 @@ def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
     zeros = [torch.rand(kv_heads, dim) * top for top in tops]
     more = {}
     if parts:
-        more["value_feedback"] = (torch.randn(kv_heads, dim, dim) / dim**0.5).tril(-1)
+        more["value_feedback"] = feedback(kv_heads, dim)
     if parts in ("transform", "centred"):
-        more["key_feedback"] = (torch.randn(kv_heads, dim, dim) / dim**0.5).tril(-1)
+        more["key_feedback"] = feedback(kv_heads, dim)
         spread = (0.5 + torch.rand(kv_heads, 1, dim)) * torch.randn(kv_heads, 1, dim).sign()
         order = torch.randperm(dim)
         more["key_transform"] = (mixing(dim)[:, order] * spread).float().contiguous()

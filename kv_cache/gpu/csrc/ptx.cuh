@@ -21,6 +21,13 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of bfloat16 operands.
+DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Transpose an 8 x 8 matrix of 16-bit elements held by the warp, one row to each four lanes.
 DEVICE u32 transpose(u32 x) {
     u32 y;
@@ -32,6 +39,18 @@ DEVICE u32 pack_half2(float low, float high) {
     u32 y;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
+}
+
+DEVICE u32 pack_bfloat2(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// The two numbers as the sum of two pairs of bfloat16: 16 bits of each.
+DEVICE void split_bfloat2(float low, float high, u32& head, u32& tail) {
+    head = pack_bfloat2(low, high);
+    tail = pack_bfloat2(low - __uint_as_float(head << 16), high - __uint_as_float(head & 0xffff0000u));
 }
 
 DEVICE u16 to_half(float x) {

@@ -1,14 +1,15 @@
-// Reads earlier tokens back from pages, as 16-bit keys and values packed request after request, for FlashAttention:
-// kv_cache/codec.py, read_page.
+// Gathers 16-bit keys or values for FlashAttention, request after request: earlier tokens read back from pages
+// (kv_cache/codec.py, read_page), fresh ones copied. It serves what read_tiles.cu does not: scales inside the page, and
+// transforms of heads that are too large or of an odd size.
 //
 // A block reads one side of one KV head for TOKENS tokens of one request. Transformed keys are multiplied by the inverse
 // transform, and centred keys get their centre back.
 //
 // Macros: HEAD_DIM, BLOCK_SIZE, BITS, GROUP_SIZE (0: scales are the layer's), TRANSFORM, PAIRS (0: keys are not centred),
 // INTERLEAVED, OUT_BFLOAT.
-#include "ptx.cuh"
+#include "centre.cuh"
 
-constexpr int TOKENS = 16, THREADS = 128, SPAN = 256;
+constexpr int TOKENS = 16, THREADS = 128;
 constexpr int STRIDE = TOKENS + 4;
 constexpr int GROUPS = GROUP_SIZE ? (HEAD_DIM + GROUP_SIZE - 1) / (GROUP_SIZE ? GROUP_SIZE : 1) : 1;
 
@@ -19,14 +20,15 @@ struct Params {
     u16* out;                 // [tokens, KV heads, HEAD_DIM]
     i64 token_stride;         // Elements.
     i64 out_head_stride;      // Elements.
+    const u16* fresh;         // [fresh tokens, KV heads, HEAD_DIM]
+    i64 fresh_token_stride;
+    i64 fresh_head_stride;
     const int* block_table;   // [requests, blocks]
     i64 table_stride;
-    const int* tiles;         // [tiles, 4]: request, first token in it, tokens, first row of out.
+    const int* tiles;         // [tiles, 4], as read_tiles.cu has them.
     const float* scale;       // [KV heads, HEAD_DIM]; TRANSFORM: [KV heads, HEAD_DIM (of codes), HEAD_DIM (of keys)].
     const float* zero;        // [KV heads, HEAD_DIM]
-    const float* mean;        // PAIRS: [KV heads, 2, PAIRS]; as store.cu has them.
-    const float* fine;
-    const float* anchors;
+    Centres centres;          // PAIRS
     int plane;
     int high_plane;
     int meta_plane;
@@ -41,14 +43,10 @@ DEVICE int code_of(const u8* page, const Params& p, int offset, int c) {
 }
 
 DEVICE void add_centre(const Params& p, int head, int position, float* x) {
-    const float* mean = p.mean + static_cast<i64>(head) * 2 * PAIRS;
-    const float* anchor = p.anchors + static_cast<i64>(position / SPAN) * 2 * PAIRS;
-    const float* fine = p.fine + position % SPAN * 2 * PAIRS;
     for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
-        const float cos = anchor[i], sin = anchor[PAIRS + i], c = fine[i], s = fine[PAIRS + i];
-        const float ax = mean[i] * cos - mean[PAIRS + i] * sin, ay = mean[PAIRS + i] * cos + mean[i] * sin;
-        x[(INTERLEAVED ? 2 * i : i) * STRIDE] += c * ax - s * ay;
-        x[(INTERLEAVED ? 2 * i + 1 : i + PAIRS) * STRIDE] += c * ay + s * ax;
+        const float2 centre = centre_of<PAIRS>(p.centres, head, position, i);
+        x[(INTERLEAVED ? 2 * i : i) * STRIDE] += centre.x;
+        x[(INTERLEAVED ? 2 * i + 1 : i + PAIRS) * STRIDE] += centre.y;
     }
 }
 
@@ -57,6 +55,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void read(const __grid_constant
     const int head = blockIdx.y;
     const int* tile = p.tiles + 4 * blockIdx.x;
     const int request = tile[0], first = tile[1], count = tile[2], row = tile[3];
+    if (request < 0) {
+        for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
+            const int t = i / HEAD_DIM, c = i % HEAD_DIM;
+            p.out[(row + t) * p.token_stride + head * p.out_head_stride + c] =
+                p.fresh[(first + t) * p.fresh_token_stride + head * p.fresh_head_stride + c];
+        }
+        return;
+    }
     const int* table = p.block_table + request * p.table_stride;
     for (int i = threadIdx.x; i < TOKENS * HEAD_DIM; i += THREADS) {
         const int t = i / HEAD_DIM, c = i % HEAD_DIM, token = first + t;

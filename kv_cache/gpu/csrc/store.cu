@@ -1,4 +1,5 @@
-// Quantizes new keys and values and scatters them into pages: kv_cache/codec.py, write_pages, bit for bit.
+// Quantizes new keys and values and scatters them into pages: kv_cache/codec.py, write_pages, bit for bit. It serves
+// scales inside the page, and heads that are too large for store_tiles.cu.
 //
 // A block codes one side (keys or values) of one KV head for up to TOKENS tokens. Without feedback a thread codes channels
 // by themselves. With it the block first brings all channels into code units (a matrix product, for transformed keys),
@@ -7,13 +8,13 @@
 //
 // Macros: HEAD_DIM, BLOCK_SIZE, BITS, GROUP_SIZE (0: scales are the layer's), FEEDBACK, TRANSFORM, PAIRS (0: keys are not
 // centred), INTERLEAVED, INPUT (0 float32, 1 bfloat16, 2 float16).
-#include "ptx.cuh"
+#include "centre.cuh"
+#include "rounding.cuh"
 
-constexpr int TOKENS = 16, BAND = 16, THREADS = 128;
+constexpr int TOKENS = 16, THREADS = 128;
 constexpr int STRIDE = TOKENS + 4;  // Of a channel's tokens; 16-byte rows, fewer bank conflicts.
-constexpr float TOP = (1 << BITS) - 1, MAGIC = 12582912.0f;  // 1.5 * 2**23: adding it rounds to an integer, ties to even.
+constexpr float TOP = (1 << BITS) - 1;
 constexpr int GROUPS = GROUP_SIZE ? (HEAD_DIM + GROUP_SIZE - 1) / (GROUP_SIZE ? GROUP_SIZE : 1) : 1;
-constexpr int SPAN = 256;  // kv_cache/rotary.py
 
 struct Params {
     u8* cache;
@@ -28,9 +29,7 @@ struct Params {
     const float* zero;        // [KV heads, HEAD_DIM]
     const float* encode;      // TRANSFORM: [KV heads, HEAD_DIM (of x), HEAD_DIM (of the codes)].
     const float* feedback;    // FEEDBACK: [KV heads, HEAD_DIM, HEAD_DIM].
-    const float* mean;        // PAIRS: [KV heads, 2, PAIRS], as are the next two: cosine, then sine.
-    const float* fine;        // [SPAN, 2, PAIRS]
-    const float* anchors;     // [positions / SPAN, 2, PAIRS]
+    Centres centres;
     int tokens;
     int plane;                // Offsets in bytes in the page of one head.
     int high_plane;
@@ -43,26 +42,13 @@ DEVICE float load(const void* data, i64 at) {
     return INPUT == 1 ? from_bfloat(bits) : from_half(bits);
 }
 
-// The nearest code of x, in range; NaN is code 0.
-DEVICE float nearest(float x) {
-    x = x > 0 ? x : 0;
-    x = x < TOP ? x : TOP;
-    return __fsub_rn(__fadd_rn(x, MAGIC), MAGIC);
-}
-
 // The matrix product and the rounding of errors fuse multiply-adds, all else must not.
 DEVICE void subtract_centre(const Params& p, int head, i64 position, float* x) {
-    const float* mean = p.mean + static_cast<i64>(head) * 2 * PAIRS;
-    const float* anchor = p.anchors + position / SPAN * 2 * PAIRS;
-    const float* fine = p.fine + position % SPAN * 2 * PAIRS;
     for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
-        const float cos = anchor[i], sin = anchor[PAIRS + i], c = fine[i], s = fine[PAIRS + i];
-        const float ax = __fsub_rn(__fmul_rn(mean[i], cos), __fmul_rn(mean[PAIRS + i], sin));
-        const float ay = __fadd_rn(__fmul_rn(mean[PAIRS + i], cos), __fmul_rn(mean[i], sin));
+        const float2 centre = centre_of<PAIRS>(p.centres, head, position, i);
         float& first = x[(INTERLEAVED ? 2 * i : i) * STRIDE];
         float& second = x[(INTERLEAVED ? 2 * i + 1 : i + PAIRS) * STRIDE];
-        first = __fsub_rn(first, __fsub_rn(__fmul_rn(c, ax), __fmul_rn(s, ay)));
-        second = __fsub_rn(second, __fadd_rn(__fmul_rn(c, ay), __fmul_rn(s, ax)));
+        first = __fsub_rn(first, centre.x), second = __fsub_rn(second, centre.y);
     }
 }
 
@@ -109,7 +95,7 @@ DEVICE void round_with_feedback(const Params& p, int head) {
             for (int i = 0; i < BAND; ++i) u[i] = scaled[(band + i) * STRIDE + threadIdx.x];
 #pragma unroll
             for (int i = BAND - 1; i >= 0; --i) {
-                const float code = nearest(u[i]), error = __fsub_rn(u[i], code);
+                const float code = nearest<BITS>(u[i]), error = __fsub_rn(u[i], code);
                 codes[threadIdx.x][band + i] = static_cast<u8>(code);
                 errors[i * STRIDE + threadIdx.x] = error;
 #pragma unroll
@@ -158,7 +144,7 @@ DEVICE void code_group(const Params& p, const float* x, int token, int group, u8
     const u16 scale = to_half(spread);
     const float step = from_half(scale), inverse = step > 0 ? __frcp_rn(step) : 0.0f;
     for (int i = from; i < to; ++i)
-        codes[token][i] = static_cast<u8>(nearest(__fmul_rn(__fsub_rn(clean(i), base), inverse)));
+        codes[token][i] = static_cast<u8>(nearest<BITS>(__fmul_rn(__fsub_rn(clean(i), base), inverse)));
     reinterpret_cast<u16*>(meta)[2 * group] = scale;
     reinterpret_cast<u16*>(meta)[2 * group + 1] = minimum;
 }
@@ -185,7 +171,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void store(const __grid_constan
         }
         v = __fadd_rn(__fmul_rn(v, p.inverse[head * HEAD_DIM + c]), p.zero[head * HEAD_DIM + c]);
         if (FEEDBACK) scaled[c * STRIDE + t] = v;
-        else codes[t][c] = static_cast<u8>(nearest(v));
+        else codes[t][c] = static_cast<u8>(nearest<BITS>(v));
     }
     __syncthreads();
     if (GROUP_SIZE) {
