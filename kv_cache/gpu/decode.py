@@ -13,7 +13,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu import tuning as tunings
-from kv_cache.gpu.arguments import MAX_QUERY_LEN, Geometry, cuda_device
+from kv_cache.gpu.arguments import Geometry, cuda_device
 from kv_cache.gpu.folding import Folding, PositionTables
 from kv_cache.gpu.launch import load_kernel
 from kv_cache.gpu.tuning import ROW_TILE, Tuning
