@@ -38,7 +38,7 @@ def make(config: VllmConfig, fmt: KVFormat) -> Path:
         if not (folder / SCALES_FILE).is_file():
             # Keys and values of a dummy model: a normalized input, times the norm's and the projection's weights.
             spread = DUMMY_STD**2 * math.sqrt(text.hidden_size)
-            _random(fmt, *shape, spread, model.max_model_len, _theta(text)).save(folder)
+            random_scales(fmt, *shape, spread, model.max_model_len, _theta(text)).save(folder)
     return folder
 
 
@@ -47,9 +47,21 @@ def _theta(text: Any) -> float:
     return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
 
 
-def _random(
+def random_scales(
     fmt: KVFormat, layers: int, heads: int, dim: int, spread: float, max_position: int, theta: float
 ) -> KVScales:
+    """Return scales of one static format for layers of ``heads`` KV heads of ``dim`` channels.
+
+    Args:
+        fmt: the format.
+        layers: of the model.
+        heads: KV heads of a layer.
+        dim: channels of a head.
+        spread: standard deviation of keys and values.
+        max_position: tokens of the longest context.
+        theta: base of the rotary embedding.
+
+    """
     draw = torch.Generator().manual_seed(0)
 
     def side(bits: int) -> tuple[torch.Tensor, torch.Tensor]:

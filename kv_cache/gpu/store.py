@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +15,9 @@ from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TOKENS, THREADS = 16, 128
-"""Tokens and threads of a thread block of ``csrc/store.cu``; a warp of ``csrc/store_tiles.cu`` codes as many tokens."""
+"""Tokens and threads of a thread block of ``csrc/store.cu``."""
+TEAM_TOKENS = 32
+"""Tokens that a team of warps of ``csrc/store_tiles.cu`` codes at a time."""
 TENSORS = ("inverse", "zero", "encode", "feedback", "mean", "fine", "anchors")
 TILE_TENSORS = ("inverse", "zero", "encode", "feedback", "own")
 CENTRES = ("mean", "fine", "anchors")
@@ -63,7 +66,7 @@ class _TileParams(ctypes.Structure):
         *((name, _ptr) for name in CENTRES),
         ("tokens", _i32),
         ("key_blocks", _i32),
-        ("reads_nothing_before", _i32),
+        ("done", _ptr),
         ("sides", _TileSide * 2),
     )
 
@@ -76,8 +79,8 @@ def store(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None = None,
-    after_prepare: bool = False,
-) -> None:
+    stored: torch.Tensor | None = None,
+) -> int:
     """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
 
     Bit for bit, but for channels that are rounded with feedback: a code may differ where the number rounded lies within
@@ -93,8 +96,10 @@ def store(
             length are padding.
         positions: int64, as many as slots: of each token in its sequence; needed for centred keys, and below the number
             of positions that the side was made for, which only the caller can see to.
-        after_prepare: the launch before this one in the stream is :meth:`kv_cache.gpu.decode.DecodeAttention.prepare`,
-            beside which this one may run.
+        stored: int32, whose first element counts the thread blocks that have written their codes; None: nobody asks.
+
+    Returns:
+        How many thread blocks will be counted; 0 if none are, and kernels that follow simply come after this one.
 
     Raises:
         ParetoError: positions are missing.
@@ -104,11 +109,11 @@ def store(
     if sides[0].centred and (positions is None or positions.shape[0] < count):
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
-        return
-    if all(side.tiled for side in sides) and (warps := _warps(layout, sides, cache.device)):
-        _store_tiles(layout, sides, warps, cache, key, value, slots[:count], positions, after_prepare)
-    else:
-        _store_each(sides, cache, key, value, slots[:count], positions)
+        return 0
+    if all(side.tiled for side in sides) and (team := _team(layout, sides, count, cache)):
+        return _store_tiles(layout, sides, team, cache, key, value, slots[:count], positions, stored)
+    _store_each(sides, cache, key, value, slots[:count], positions)
+    return 0
 
 
 def _store_each(
@@ -146,15 +151,31 @@ def _matrix_bytes(layout: PageLayout, sides: tuple[Side, Side]) -> int:
     )
 
 
-def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], warps: int) -> int:
-    matrices = _matrix_bytes(layout, sides)
-    return warps * TOKENS * (layout.head_dim + 8) * 4 + matrices if matrices else 0
+def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], teams: int) -> int:
+    """Return the shared memory of a block: its teams' scratch, as csrc/rounding.cuh lays it out, and the matrices."""
+    scratch = TEAM_TOKENS * ((layout.head_dim + 8) * 4 + 2 * 12 * 4 + 8 + 8 + 4 + 4)
+    return teams * scratch + _matrix_bytes(layout, sides)
 
 
-def _warps(layout: PageLayout, sides: tuple[Side, Side], device: torch.device) -> int:
-    """Return the warps of a block, 0 if the matrices leave no room for one."""
-    limit = device_limits(device)[1]
-    return next((warps for warps in (8, 4, 2, 1) if _shared_bytes(layout, sides, warps) <= limit), 0)
+@dataclass(frozen=True)
+class _Team:
+    """Warps of a block, those that share tokens, and the block's shared memory."""
+
+    warps: int
+    size: int
+    shared_bytes: int
+
+
+def _team(layout: PageLayout, sides: tuple[Side, Side], count: int, cache: torch.Tensor) -> _Team | None:
+    """Return how warps share the work, None if the matrices leave no room for one."""
+    processors, limit, _ = device_limits(cache.device)
+    # Few tokens are waited for, and each should be done soon; many should keep all warps busy.
+    few = -(-count // TEAM_TOKENS) * 2 * cache.shape[1] <= processors
+    for warps in (8,) if few else (8, 6, 4, 2, 1):
+        shared = _shared_bytes(layout, sides, 1 if few else warps)
+        if shared <= limit:
+            return _Team(warps, warps if few else 1, shared)
+    return None
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -166,14 +187,14 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def _store_tiles(
     layout: PageLayout,
     sides: tuple[Side, Side],
-    warps: int,
+    team: _Team,
     cache: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None,
-    after_prepare: bool,
-) -> None:
+    stored: torch.Tensor | None,
+) -> int:
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
     inputs = [_aligned(x) for x in (key, value)]
@@ -188,7 +209,7 @@ def _store_tiles(
         )
         for x, side in zip(inputs, sides, strict=True)
     ]
-    most = -(-count // (TOKENS * warps))
+    most = -(-count // (TEAM_TOKENS * team.warps // team.size))
     share = max(processors // kv_heads, 2)
     keys = max(min(most, round(share * KEY_SHARE)), 1)
     values = max(min(most, share - keys), 1)
@@ -200,7 +221,8 @@ def _store_tiles(
         ("VALUE_BITS", other["BITS"]),
         ("VALUE_FEEDBACK", other["FEEDBACK"]),
         ("INPUT", INPUTS[key.dtype]),
-        ("WARPS", warps),
+        ("WARPS", team.warps),
+        ("TEAM", team.size),
     )
     params = _TileParams(
         cache=cache.data_ptr(),
@@ -210,9 +232,10 @@ def _store_tiles(
         positions=None if positions is None else positions.data_ptr(),
         tokens=count,
         key_blocks=keys,
-        reads_nothing_before=int(after_prepare and overlap),
+        done=stored.data_ptr() if stored is not None and overlap else None,
         sides=(_TileSide * 2)(*tile_sides),
         **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
     )
-    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, _shared_bytes(layout, sides, warps))
-    kernel.launch((keys + values, kv_heads, 1), 32 * warps, params, device, overlap)
+    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes)
+    kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
+    return (keys + values) * kv_heads if params.done else 0

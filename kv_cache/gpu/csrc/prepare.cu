@@ -28,6 +28,7 @@ struct Params {
     int kv_heads;
     int group;
     float scale;            // Of q.k.
+    int beside_store;       // Whether the kernel before this one is the store, which this does not wait for.
 };
 
 using Keys = KeyShare<KEY_BITS>;
@@ -46,7 +47,8 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     float m[SHARE];
 #pragma unroll
     for (int k = 0; k < SHARE; ++k) m[k] = active ? column[(k * PARTS + part) * HEAD_DIM * DENSE] : 0.0f;
-    wait_for_previous_kernel();
+    // The store waited for the queries before it let this kernel start.
+    if (!p.beside_store) wait_for_previous_kernel();
     for (int i = threadIdx.x; i < PREPARE_ROWS * HEAD_DIM; i += PREPARE_THREADS) {
         const int r = i / HEAD_DIM, k = i % HEAD_DIM, row = first + r;
         float x = 0;

@@ -212,7 +212,7 @@ DEVICE void gather(const Params& p, const Side& side) {
     }
 }
 
-extern "C" __global__ __launch_bounds__(32 * WARPS) void read_tiles(const __grid_constant__ Params p) {
+extern "C" __global__ __launch_bounds__(32 * WARPS, 2) void read_tiles(const __grid_constant__ Params p) {
     if (blockIdx.z == 0)
         gather<KEY_BITS, TRANSFORM>(p, p.sides[0]);
     else

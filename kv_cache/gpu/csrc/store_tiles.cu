@@ -1,16 +1,18 @@
 // Quantizes new keys and values and scatters them into pages, both in one launch: kv_cache/codec.py, write_pages, for
-// scales kept outside the page. A warp codes one side (keys or values) of one KV head for 16 tokens at a time; a block's
-// warps share the side's matrices in shared memory. Without feedback the codes are the specification's bit for bit. With
-// it, products run on the tensor cores, operands split into two bfloat16 numbers, and a code may differ where a number
-// lies next to a tie (rounding.cuh).
+// scales kept outside the page. A team of warps codes one side (keys or values) of one KV head for 32 tokens at a time:
+// one warp where many tokens keep all busy, the whole block where few are waited for. Without feedback the codes are the
+// specification's bit for bit. With it, products run on the tensor cores, operands split into two bfloat16 numbers, and
+// a code may differ where a number lies next to a tie (rounding.cuh).
 //
-// Macros: HEAD_DIM, BLOCK_SIZE, INPUT (0 float32, 1 bfloat16, 2 float16), WARPS; of keys and of values: KEY_BITS,
-// KEY_FEEDBACK, VALUE_BITS, VALUE_FEEDBACK; TRANSFORM (of keys), PAIRS (0: keys are not centred), INTERLEAVED.
+// Macros: HEAD_DIM, BLOCK_SIZE, INPUT (0 float32, 1 bfloat16, 2 float16), WARPS (of a block), TEAM (1 or WARPS); of keys
+// and of values: KEY_BITS, KEY_FEEDBACK, VALUE_BITS, VALUE_FEEDBACK; TRANSFORM (of keys), PAIRS (0: keys are not
+// centred), INTERLEAVED.
 #include "centre.cuh"
 #include "rounding.cuh"
 
-constexpr int TOKENS = 16, STRIDE = HEAD_DIM + 8;  // Floats of a token's row: no bank conflicts of 8-byte reads.
-constexpr int STEPS = HEAD_DIM / 16, TILES = HEAD_DIM / 8;
+using Team = Scratch<HEAD_DIM>;
+constexpr int TOKENS = Team::TOKENS, STRIDE = Team::STRIDE, TEAM_THREADS = 32 * TEAM;
+constexpr int STEPS = HEAD_DIM / 16, TILES = HEAD_DIM / 8, QUARTER = HEAD_DIM / 4;
 
 struct Side {
     const void* x;           // [tokens, KV heads, HEAD_DIM]
@@ -34,45 +36,39 @@ struct Params {
     Centres centres;
     int tokens;
     int key_blocks;          // The first blocks of a head code keys, the others values.
-    int reads_nothing_before;  // Whether the kernel before this one, which may still run, writes nothing that this reads.
+    int* done;               // Counts the blocks that have stored their tokens; null: nobody asks.
     Side sides[2];
 };
 
-union Scratch {
-    float x[TOKENS * STRIDE];
-    RoundingScratch<HEAD_DIM> rounding;
-};
+// Four channels as they come, and as numbers.
+template <int KIND> struct RawOf { using Type = uint2; };
+template <> struct RawOf<0> { using Type = uint4; };
+using Raw = RawOf<INPUT>::Type;
 
-// Four channels from an index that is a multiple of four.
-DEVICE float4 load_4(const void* data, i64 at) {
-    if (INPUT == 0) return *reinterpret_cast<const float4*>(static_cast<const float*>(data) + at);
-    const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const u16*>(data) + at);
-    const u16 part[4] = {static_cast<u16>(bits.x), static_cast<u16>(bits.x >> 16), static_cast<u16>(bits.y),
-                         static_cast<u16>(bits.y >> 16)};
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = INPUT == 1 ? from_bfloat(part[i]) : from_half(part[i]);
-    return {x[0], x[1], x[2], x[3]};
+DEVICE Raw load_4(const void* data, i64 at) {
+    constexpr int BYTES = INPUT == 0 ? 4 : 2;
+    return *reinterpret_cast<const Raw*>(static_cast<const u8*>(data) + at * BYTES);
 }
 
+DEVICE void numbers(const Raw& raw, float (&x)[4]) {
+    const u32* words = reinterpret_cast<const u32*>(&raw);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (INPUT == 0) x[i] = __uint_as_float(words[i]);
+        else {
+            const u16 bits = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
+            x[i] = INPUT == 1 ? from_bfloat(bits) : from_half(bits);
+        }
+    }
+}
 
 extern __shared__ __align__(16) u8 shared[];
 
-// Where this lane's token goes: lanes 0 to 15 know one token each, all others the same through shuffles.
-struct Place {
-    u8* page;
-    int offset;
-};
-
-DEVICE Place place_of(u64 page, int offset, int token) {
-    return {reinterpret_cast<u8*>(__shfl_sync(ALL_LANES, page, token)), __shfl_sync(ALL_LANES, offset, token)};
-}
-
 // Writes the codes of four columns in each quarter of a token's channels.
 template <int BITS>
-DEVICE void write(const Side& side, Place place, int column, const u32 (&codes)[4]) {
-    constexpr int QUARTER = HEAD_DIM / 4, ROW = BITS == 8 ? HEAD_DIM : HEAD_DIM / 2;
-    u8* row = place.page + side.plane + place.offset * ROW + column;
+DEVICE void write(const Side& side, u8* page, int offset, int column, const u32 (&codes)[4]) {
+    constexpr int ROW = BITS == 8 ? HEAD_DIM : HEAD_DIM / 2;
+    u8* row = page + side.plane + offset * ROW + column;
 #pragma unroll
     for (int q = 0; q < (BITS == 8 ? 4 : 2); ++q) {
         const u32 word = BITS == 8 ? codes[q] : (codes[q] & 0x0f0f0f0f) | (codes[q + 2] & 0x0f0f0f0f) << 4;
@@ -82,117 +78,149 @@ DEVICE void write(const Side& side, Place place, int column, const u32 (&codes)[
     u32 high = 0;
 #pragma unroll
     for (int q = 0; q < 4; ++q) high |= (codes[q] >> 4 & 0x03030303) << 2 * q;
-    *reinterpret_cast<u32*>(place.page + side.high_plane + place.offset * QUARTER + column) = high;
+    *reinterpret_cast<u32*>(page + side.high_plane + offset * QUARTER + column) = high;
+}
+
+// Four channels in codes, not yet rounded.
+DEVICE void scale_4(const Side& side, int channel, const Raw& raw, float (&x)[4]) {
+    numbers(raw, x);
+    const float4 by = load_constant(reinterpret_cast<const float4*>(side.inverse + channel));
+    const float4 zero = load_constant(reinterpret_cast<const float4*>(side.zero + channel));
+    x[0] = __fadd_rn(__fmul_rn(x[0], by.x), zero.x), x[1] = __fadd_rn(__fmul_rn(x[1], by.y), zero.y);
+    x[2] = __fadd_rn(__fmul_rn(x[2], by.z), zero.z), x[3] = __fadd_rn(__fmul_rn(x[3], by.w), zero.w);
+}
+
+// Where the team's tokens go.
+DEVICE void find_places(const Params& p, Team& team, int head, int first, bool positions) {
+    const int token = threadIdx.x % TEAM_THREADS;
+    if (token < TOKENS) {
+        const bool there = first + token < p.tokens;
+        const i64 slot = there ? p.slots[first + token] : -1;
+        if (positions) team.positions[token] = there ? p.positions[first + token] : 0;
+        const i64 block = slot / BLOCK_SIZE;
+        team.pages[token] = slot < 0 ? 0 : reinterpret_cast<u64>(p.cache + block * p.block_stride + head * p.head_stride);
+        team.offsets[token] = slot < 0 ? 0 : static_cast<int>(slot % BLOCK_SIZE);
+    }
 }
 
 template <int BITS>
-DEVICE void code_plainly(const Side& side, int head, int first, u64 page, int offset) {
-    constexpr int QUARTER = HEAD_DIM / 4, COLUMNS = QUARTER / 4;
+DEVICE void code_plainly(const Params& p, const Side& side, int head, int first, const Team& team) {
+    constexpr int COLUMNS = QUARTER / 4;
+#pragma unroll 2
+    for (int i = threadIdx.x % TEAM_THREADS; i < TOKENS * COLUMNS; i += TEAM_THREADS) {
+        const int token = i / COLUMNS, column = i % COLUMNS * 4;
+        if (first + token >= p.tokens) break;
+        Raw raw[4];
 #pragma unroll
-    for (int from = 0; from < TOKENS * COLUMNS; from += 32) {
-        const int i = from + threadIdx.x % 32, token = i / COLUMNS, column = i % COLUMNS * 4;
-        const Place place = place_of(page, offset, token);
-        if (token >= TOKENS || !place.page) continue;
-        u32 codes[4];
+        for (int q = 0; q < 4; ++q)
+            raw[q] = load_4(side.x, (first + token) * side.token_stride + head * side.head_stride + column + q * QUARTER);
+        u32 codes[4] = {};
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-            const int c = column + q * QUARTER;
-            const float4 x = load_4(side.x, (first + token) * side.token_stride + head * side.head_stride + c);
-            const float* inverse = side.inverse + head * HEAD_DIM + c;
-            const float* zero = side.zero + head * HEAD_DIM + c;
-            codes[q] = 0;
-            const float v[4] = {x.x, x.y, x.z, x.w};
+            float x[4];
+            scale_4(side, head * HEAD_DIM + column + q * QUARTER, raw[q], x);
 #pragma unroll
-            for (int k = 0; k < 4; ++k)
-                codes[q] |= static_cast<u32>(nearest<BITS>(__fadd_rn(__fmul_rn(v[k], inverse[k]), zero[k]))) << 8 * k;
+            for (int k = 0; k < 4; ++k) codes[q] |= static_cast<u32>(nearest<BITS>(x[k])) << 8 * k;
         }
-        write<BITS>(side, place, column, codes);
+        u8* page = reinterpret_cast<u8*>(team.pages[token]);
+        if (page) write<BITS>(side, page, team.offsets[token], column, codes);
     }
 }
 
+// Brings the team's tokens into shared memory: scaled, or less their centres if a transform comes next.
 template <bool TRANSFORMED>
-DEVICE void scale_channels(const Side& side, int head, const uint4* encode, const float* x, float (&sums)[TILES][4]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const float* zero = side.zero + head * HEAD_DIM;
-#pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-        const int c = 8 * n + 2 * t;
-        const float2 z = *reinterpret_cast<const float2*>(zero + c);
-        sums[n][0] = sums[n][2] = z.x, sums[n][1] = sums[n][3] = z.y;
-        if (TRANSFORMED) continue;
-        const float2 by = *reinterpret_cast<const float2*>(side.inverse + head * HEAD_DIM + c);
-        const float2 a = *reinterpret_cast<const float2*>(x + g * STRIDE + c);
-        const float2 b = *reinterpret_cast<const float2*>(x + (g + 8) * STRIDE + c);
-        sums[n][0] = __fadd_rn(__fmul_rn(a.x, by.x), z.x), sums[n][1] = __fadd_rn(__fmul_rn(a.y, by.y), z.y);
-        sums[n][2] = __fadd_rn(__fmul_rn(b.x, by.x), z.x), sums[n][3] = __fadd_rn(__fmul_rn(b.y, by.y), z.y);
-    }
-    if constexpr (TRANSFORMED) {
+DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& team) {
+    constexpr int QUADS = HEAD_DIM / 4, AT_ONCE = 4;
+    const int tid = threadIdx.x % TEAM_THREADS;
+    find_places(p, team, head, first, TRANSFORMED && PAIRS > 0);
 #pragma unroll 1
-        for (int step = 0; step < STEPS; ++step) {
-            u32 head_of[4], tail[4];
+    for (int base = tid; base < TOKENS * QUADS; base += AT_ONCE * TEAM_THREADS) {
+        Raw raw[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float2 v = *reinterpret_cast<const float2*>(x + (g + i % 2 * 8) * STRIDE + 16 * step + 2 * t + i / 2 * 8);
-                split_bfloat2(v.x, v.y, head_of[i], tail[i]);
-            }
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int i = base + k * TEAM_THREADS, token = i / QUADS;
+            raw[k] = {};
+            if (i < TOKENS * QUADS && first + token < p.tokens)
+                raw[k] = load_4(side.x, (first + token) * side.token_stride + head * side.head_stride + i % QUADS * 4);
+        }
 #pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                const uint4 m = encode[(step * TILES + n) * 32 + lane];
-                mma_bfloat(sums[n], head_of, m.x, m.y);
-                mma_bfloat(sums[n], head_of, m.z, m.w);
-                mma_bfloat(sums[n], tail, m.x, m.y);
-            }
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int i = base + k * TEAM_THREADS, c = i % QUADS * 4;
+            if (i >= TOKENS * QUADS) break;
+            float x[4];
+            if (TRANSFORMED) numbers(raw[k], x);
+            else scale_4(side, head * HEAD_DIM + c, raw[k], x);
+            *reinterpret_cast<float4*>(team.x + i / QUADS * STRIDE + c) = {x[0], x[1], x[2], x[3]};
         }
     }
-}
-
-template <int BITS, bool TRANSFORMED>
-DEVICE void code_with_feedback(const Params& p, const Side& side, int head, int first, u64 page, int offset,
-                               const uint4* encode, const uint2* feedback, const float* own, Scratch& scratch) {
-    const int lane = threadIdx.x % 32;
-    constexpr int QUADS = HEAD_DIM / 4;
-    __syncwarp();
-#pragma unroll 4
-    for (int i = lane; i < TOKENS * QUADS; i += 32) {
-        const int token = i / QUADS, c = i % QUADS * 4;
-        float4 x = {0, 0, 0, 0};
-        if (__shfl_sync(ALL_LANES, page, token))
-            x = load_4(side.x, (first + token) * side.token_stride + head * side.head_stride + c);
-        *reinterpret_cast<float4*>(scratch.x + token * STRIDE + c) = x;
-    }
-    __syncwarp();
+    team_sync<TEAM>();
     if constexpr (TRANSFORMED && PAIRS > 0) {
-        const int count = min(TOKENS, p.tokens - first);
-        const i64 position = lane < count && page ? p.positions[first + lane] : 0;
 #pragma unroll 4
-        for (int from = 0; from < TOKENS * PAIRS; from += 32) {
-            const int i = from + lane, token = i / PAIRS, pair = i % PAIRS;
-            const i64 at = __shfl_sync(ALL_LANES, position, token);
-            if (token >= TOKENS) continue;
-            const float2 centre = centre_of<PAIRS>(p.centres, head, at, pair);
-            float& a = scratch.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
-            float& b = scratch.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
+        for (int i = tid; i < TOKENS * PAIRS; i += TEAM_THREADS) {
+            const int token = i / PAIRS, pair = i % PAIRS;
+            const float2 centre = centre_of<PAIRS>(p.centres, head, team.positions[token], pair);
+            float& a = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
+            float& b = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
             a = __fsub_rn(a, centre.x), b = __fsub_rn(b, centre.y);
         }
-        __syncwarp();
+        team_sync<TEAM>();
     }
-    float sums[TILES][4];
-    scale_channels<TRANSFORMED>(side, head, encode, scratch.x, sums);
-    __syncwarp();  // The rounding uses the same scratch.
-    round_with_feedback<HEAD_DIM, BITS>(sums, feedback, own, scratch.rounding);
-    constexpr int QUARTER = HEAD_DIM / 4, COLUMNS = QUARTER / 4;
+}
+
+// x = zero + encode^T x.
+DEVICE void transform(const Side& side, int head, const uint4* encode, Team& team) {
+    constexpr int SHARE = (TILES + TEAM - 1) / TEAM;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, member = threadIdx.x / 32 % TEAM;
+#pragma unroll 1
+    for (int half = 0; half < Team::HALVES; ++half) {
+        float* x = team.x + 16 * half * STRIDE;
+        float sums[SHARE][4];
 #pragma unroll
-    for (int from = 0; from < TOKENS * COLUMNS; from += 32) {
-        const int i = from + lane, token = i / COLUMNS, column = i % COLUMNS * 4;
-        const Place place = place_of(page, offset, token);
-        if (token >= TOKENS || !place.page) continue;
+        for (int i = 0; i < SHARE; ++i) {
+            const int n = min(member + i * TEAM, TILES - 1);
+            const float2 zero = load_constant(reinterpret_cast<const float2*>(side.zero + head * HEAD_DIM + 8 * n + 2 * t));
+            sums[i][0] = sums[i][2] = zero.x, sums[i][1] = sums[i][3] = zero.y;
+        }
+#pragma unroll 1
+        for (int step = 0; step < STEPS; ++step) {
+            u32 heads[4], tails[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* at = x + (g + i % 2 * 8) * STRIDE + 16 * step + 2 * t + i / 2 * 8;
+                const float2 v = *reinterpret_cast<const float2*>(at);
+                split_bfloat2(v.x, v.y, heads[i], tails[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < SHARE; ++i) {
+                const int n = min(member + i * TEAM, TILES - 1);
+                const uint4 m = encode[(step * TILES + n) * 32 + lane];
+                mma_bfloat(sums[i], heads, m.x, m.y);
+                mma_bfloat(sums[i], heads, m.z, m.w);
+                mma_bfloat(sums[i], tails, m.x, m.y);
+            }
+        }
+        team_sync<TEAM>();  // All have read these tokens.
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            const int n = member + i * TEAM;
+            if (n < TILES) store_tile<STRIDE>(x + 8 * n, sums[i]);
+        }
+    }
+    team_sync<TEAM>();
+}
+
+template <int BITS>
+DEVICE void write_codes(const Side& side, const Team& team) {
+    constexpr int COLUMNS = QUARTER / 4;
+#pragma unroll 1
+    for (int i = threadIdx.x % TEAM_THREADS; i < TOKENS * COLUMNS; i += TEAM_THREADS) {
+        const int token = i / COLUMNS, column = i % COLUMNS * 4;
+        u8* page = reinterpret_cast<u8*>(team.pages[token]);
+        if (!page) continue;
         u32 codes[4];
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-            const u8* row = scratch.rounding.codes + token * RoundingScratch<HEAD_DIM>::CODE_STRIDE;
-            codes[q] = *reinterpret_cast<const u32*>(row + column + q * QUARTER);
-        }
-        write<BITS>(side, place, column, codes);
+        for (int q = 0; q < 4; ++q) codes[q] = team.codes(token, column + q * QUARTER);
+        write<BITS>(side, page, team.offsets[token], column, codes);
     }
 }
 
@@ -212,8 +240,10 @@ DEVICE void copies_done() {
 template <int BITS, bool FEEDBACK, bool TRANSFORMED>
 DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
     constexpr int ENCODE = STEPS * TILES * 32, FED = feedback_tiles(STEPS) * 32, OWN = STEPS * BAND * BAND;
-    const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u8* end = shared + WARPS * sizeof(Scratch);
+    constexpr int TEAMS = WARPS / TEAM;
+    const int head = blockIdx.y, team_index = threadIdx.x / TEAM_THREADS;
+    Team& team = reinterpret_cast<Team*>(shared)[team_index];
+    u8* end = shared + TEAMS * sizeof(Team);
     const uint4* encode = reinterpret_cast<const uint4*>(end);
     const uint2* feedback = nullptr;
     const float* own = nullptr;
@@ -225,24 +255,34 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
         own = reinterpret_cast<const float*>(end);
         fetch(end, side.own + head * OWN, OWN * sizeof(float));
     }
-    if (!p.reads_nothing_before) wait_for_previous_kernel();
+    wait_for_previous_kernel();
     let_next_kernel_start();
-    if constexpr (FEEDBACK) copies_done();
-    for (int first = (block * WARPS + warp) * TOKENS; first < p.tokens; first += blocks * WARPS * TOKENS) {
-        const i64 slot = lane < TOKENS && first + lane < p.tokens ? p.slots[first + lane] : -1;
-        const u64 page = slot < 0 ? 0
-                                  : reinterpret_cast<u64>(p.cache + slot / BLOCK_SIZE * p.block_stride +
-                                                          head * p.head_stride);
-        const int offset = slot < 0 ? 0 : static_cast<int>(slot % BLOCK_SIZE);
-        if constexpr (FEEDBACK) {
-            Scratch& scratch = reinterpret_cast<Scratch*>(shared)[warp];
-            code_with_feedback<BITS, TRANSFORMED>(p, side, head, first, page, offset, encode, feedback, own, scratch);
-        } else {
-            code_plainly<BITS>(side, head, first, page, offset);
+    int first = (block * TEAMS + team_index) * TOKENS;
+    const int step = blocks * TEAMS * TOKENS;
+    if constexpr (FEEDBACK) {
+        if (first < p.tokens) stage<TRANSFORMED>(p, side, head, first, team);
+        copies_done();
+        while (first < p.tokens) {
+            if constexpr (TRANSFORMED) transform(side, head, encode, team);
+            round_with_feedback<HEAD_DIM, BITS, TEAM>(team, feedback, own);
+            write_codes<BITS>(side, team);
+            first += step;
+            team_sync<TEAM>();
+            if (first < p.tokens) stage<TRANSFORMED>(p, side, head, first, team);
+        }
+    } else {
+        for (; first < p.tokens; first += step) {
+            find_places(p, team, head, first, false);
+            team_sync<TEAM>();
+            code_plainly<BITS>(p, side, head, first, team);
+            team_sync<TEAM>();
         }
     }
-    // The next kernel waits for this one, and by it for the one before.
-    if (p.reads_nothing_before) wait_for_previous_kernel();
+    if (p.done) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(p.done, 1);
+    }
 }
 
 extern "C" __global__ __launch_bounds__(32 * WARPS) void store_tiles(const __grid_constant__ Params p) {

@@ -1,0 +1,167 @@
+"""Time of everything that a layer's quantized KV cache takes on a GPU, apart from the engine.
+
+``step`` is a decode step: the new tokens' keys and values are stored, queries prepared, and the context attended to.
+``store`` and ``gather`` are those of a prompt's piece: storing its tokens, and reading as many earlier ones back beside
+copying the fresh ones. Every figure is the median of CUDA-graph replays over several layers' scales and pages in turn,
+so that nothing comes from the L2 cache. Scales are random, of the parts that calibrated ones have.
+
+    python -m bench.layer_bench --out results/gpu-layer/layer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.environment import environment
+from bench.files import write_json
+from bench.gpu_timer import copy_rate, graph_seconds
+from kv_cache.formats import get_format
+from kv_cache.gpu.decode import DecodeAttention
+from kv_cache.gpu.folding import Folding, PositionTables
+from kv_cache.gpu.read import gather, plan
+from kv_cache.gpu.sides import make_side
+from kv_cache.gpu.store import store
+from kv_cache.layout import PageLayout
+from vllm_ext.dummy_scales import random_scales
+
+SCHEMA = "vllm-pareto/gpu-layer/1"
+FORMATS = ("int4_per_head", "int6_per_head", "k8v4_per_head", "int8_per_head")
+SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
+LAYERS = 8
+BYTES_IN_TURN = 1 << 29
+
+
+class Layers:
+    """A few layers' caches, with the tokens of a decode step or of a prompt's piece.
+
+    Args:
+        name: of the format.
+        batch: requests.
+        context: tokens of each, the new ones included.
+        fresh: new tokens of each.
+
+    """
+
+    def __init__(self, name: str, batch: int, context: int, fresh: int = 1) -> None:
+        device = torch.device("cuda", 0)
+        self.layout = PageLayout(get_format(name), HEAD_DIM, BLOCK)
+        made = random_scales(self.layout.fmt, LAYERS, KV_HEADS, HEAD_DIM, 1.0, context, 1e6)
+        layers = made.layers[name]
+        self.sides = [
+            tuple(make_side(kind, self.layout, KV_HEADS, layer, device, context) for kind in ("key", "value"))
+            for layer in layers
+        ]
+        self.foldings = [Folding.of(layer, device) for layer in layers]
+        self.positions_of = (
+            PositionTables.of(layers[0].rotary.table(context), HEAD_DIM, device) if layers[0].rotary else None
+        )
+        self.bytes = batch * context * KV_HEADS * self.layout.bytes_per_token
+        pages = math.ceil(context / BLOCK)
+        turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
+        shape = (turns * batch * pages, KV_HEADS, BLOCK, self.layout.bytes_per_token)
+        self.cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
+        self.tables = torch.randperm(shape[0], device=device).int().view(turns, batch, pages)
+        at = torch.arange(context - fresh, context, device=device)
+        self.positions = at.repeat(batch)
+        blocks = self.tables[:, :, at // BLOCK].long() * BLOCK + at % BLOCK
+        self.slots = blocks.flatten(1).contiguous()
+        tokens = batch * fresh
+        self.query, self.out = (torch.randn(tokens, HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(2))
+        self.key, self.value = (torch.randn(tokens, KV_HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(2))
+        self.lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+        self.start = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self.turns = turns
+        if fresh == 1:
+            first = layers[0]
+            self.attention = DecodeAttention(
+                self.layout, KV_HEADS, HEADS, torch.bfloat16, device, batch, batch,
+                dense=first.key_transform is not None, centred=first.key_mean is not None,
+            )  # fmt: skip
+        else:
+            self.tiles = plan([context - fresh] * batch, [fresh] * batch).to(device)
+            rows = (batch * context, KV_HEADS, HEAD_DIM)
+            self.whole = tuple(torch.empty(rows, dtype=torch.bfloat16, device=device) for _ in "kv")
+
+    def store(self, turn: int, stored: torch.Tensor | None = None) -> int:
+        """Store the new tokens."""
+        sides = self.sides[turn % LAYERS]
+        slots = self.slots[turn % self.turns]
+        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions, stored)
+
+    def attend(self, turn: int, beside: int = 0) -> None:
+        """Prepare and attend."""
+        folding = self.foldings[turn % LAYERS]
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, beside)
+        self.attention.attend(
+            self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding,
+            positions=self.positions_of, store_blocks=beside,
+        )  # fmt: skip
+
+    def step(self, turn: int) -> None:
+        """Do a decode step."""
+        self.attend(turn, self.store(turn, self.attention.stored))
+
+    def gather(self, turn: int) -> None:
+        """Gather earlier and fresh tokens."""
+        sides, table = self.sides[turn % LAYERS], self.tables[turn % self.turns]
+        gather(self.layout, sides, self.cache, self.whole, (self.key, self.value), table, self.tiles)
+
+    def seconds(self, work: str, repeats: int) -> float:
+        """Return the median seconds of one method."""
+        turns = range(max(LAYERS, min(self.turns, 32)))
+        return graph_seconds([lambda t=t: getattr(self, work)(t) for t in turns], repeats)  # type: ignore[misc]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x context of decode steps")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of a prompt's piece")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    ceiling = copy_rate()
+    print(f"{torch.cuda.get_device_name()}: copy {ceiling / 1e9:.0f} GB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name in args.formats:
+        for shape in args.shapes:
+            batch, context = map(int, shape.split("x"))
+            layers = Layers(name, batch, context)
+            times = {work: 1e6 * layers.seconds(work, args.repeats) for work in ("store", "attend", "step")}
+            rate = layers.bytes / times["step"] / 1e3
+            rows.append({"format": name, "batch": batch, "context": context, "step_gb_per_s": rate, "us": times})
+            text = ", ".join(f"{work} {us:.1f} us" for work, us in times.items())
+            print(f"{name:14} {shape:>8}: {text} ({rate:.0f} GB/s)", flush=True)
+            del layers
+        layers = Layers(name, 2, args.prompt, args.prompt // 2)
+        times = {work: 1e6 * layers.seconds(work, args.repeats) for work in ("store", "gather")}
+        rows.append({"format": name, "prompt": args.prompt, "us": times})
+        print(
+            f"{name:14} prompt: store {args.prompt} tokens {times['store']:.1f} us, gather as many, half of them "
+            f"earlier ones, {times['gather']:.1f} us",
+            flush=True,
+        )
+        del layers
+    if args.out:
+        command = "python -m bench.layer_bench " + " ".join(sys.argv[1:] if argv is None else argv)
+        write_json(
+            args.out,
+            {
+                "schema": SCHEMA, "command": command, "environment": environment(), "copy_gb_per_s": ceiling / 1e9,
+                "shape": {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK},
+                "rows": rows,
+            },
+        )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
