@@ -55,7 +55,10 @@ class Layers:
         made = random_scales(self.layout.fmt, LAYERS, KV_HEADS, HEAD_DIM, 1.0, context, 1e6)
         layers = made.layers[name]
         self.sides = [
-            tuple(make_side(kind, self.layout, KV_HEADS, layer, device, context) for kind in ("key", "value"))
+            (
+                make_side("key", self.layout, KV_HEADS, layer, device, context),
+                make_side("value", self.layout, KV_HEADS, layer, device, context),
+            )
             for layer in layers
         ]
         self.foldings = [Folding.of(layer, device) for layer in layers]
@@ -87,7 +90,10 @@ class Layers:
         else:
             self.tiles = plan([context - fresh] * batch, [fresh] * batch).to(device)
             rows = (batch * context, KV_HEADS, HEAD_DIM)
-            self.whole = tuple(torch.empty(rows, dtype=torch.bfloat16, device=device) for _ in "kv")
+            self.whole = (
+                torch.empty(rows, dtype=torch.bfloat16, device=device),
+                torch.empty(rows, dtype=torch.bfloat16, device=device),
+            )
 
     def store(self, turn: int, stored: torch.Tensor | None = None) -> int:
         """Store the new tokens."""

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from kv_cache.formats import KVFormat
 from kv_cache.rotary import Rotary
-from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
+from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, KVScales, LayerScales
 from quant_methods.model_source import cache_dir
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def random_scales(
         return step, (2**bits - 1) / 2 + torch.rand(heads, dim, generator=draw) - 0.5
 
     def feedback() -> torch.Tensor:
-        return torch.randn(heads, dim, dim, generator=draw).mul(0.05).tril(-1)
+        return torch.randn(heads, dim, dim, generator=draw).mul(0.05).tril(-1).to(MATRIX_DTYPE).float()
 
     rotary = None
     if fmt.granularity == "head" and fmt.key_bits == 4:
