@@ -95,24 +95,24 @@ class Layers:
                 torch.empty(rows, dtype=torch.bfloat16, device=device),
             )
 
-    def store(self, turn: int, stored: torch.Tensor | None = None) -> int:
+    def store(self, turn: int) -> bool:
         """Store the new tokens."""
         sides = self.sides[turn % LAYERS]
         slots = self.slots[turn % self.turns]
-        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions, stored)
+        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions)
 
-    def attend(self, turn: int, beside: int = 0) -> None:
+    def attend(self, turn: int, beside: bool = False) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
         self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, beside)
         self.attention.attend(
             self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding,
-            positions=self.positions_of, store_blocks=beside,
+            positions=self.positions_of,
         )  # fmt: skip
 
     def step(self, turn: int) -> None:
         """Do a decode step."""
-        self.attend(turn, self.store(turn, self.attention.stored))
+        self.attend(turn, self.store(turn))
 
     def gather(self, turn: int) -> None:
         """Gather earlier and fresh tokens."""

@@ -156,7 +156,7 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
 class CUDACodesBackend(CodesBackend):
     """The backend of all dtypes on CUDA."""
 
-    # Decode attends beside the store.
+    # Decode prepares its queries beside the store.
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
 
@@ -281,20 +281,18 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             return output.fill_(0)
         batch, parts = attn_metadata, self._made(layer, kv_cache, query.dtype)
         tokens, requests = batch.num_short_tokens, batch.num_short
-        folding, beside = parts.folding, 0
+        folding, beside = parts.folding, False
         if self.kv_sharing_target_layer_name is None:
             assert key is not None
             assert value is not None
             count = batch.num_tokens
-            beside = store(
-                parts.layout, parts.sides, kv_cache, key[:count], value[:count], batch.slot_mapping, batch.positions,
-                parts.decode.stored if requests and folding is not None else None,
-            )  # fmt: skip
+            new = key[:count], value[:count], batch.slot_mapping, batch.positions
+            beside = store(parts.layout, parts.sides, kv_cache, *new)
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
             if folding is not None:
                 parts.decode.prepare(query[:tokens], folding, self.scale, parts.tables, beside)
-                parts.decode.attend(output[:tokens], *pages, folding, self.window, self.soft_cap, parts.tables, beside)
+                parts.decode.attend(output[:tokens], *pages, folding, self.window, self.soft_cap, parts.tables)
             else:
                 parts.decode(query[:tokens], output[:tokens], *pages, self.scale, self.window, self.soft_cap)
         if batch.prompts is not None:

@@ -65,8 +65,6 @@ class _DecodeParams(ctypes.Structure):
         ("bias_rows", _ptr),
         ("bias_turns", _ptr),
         ("bias_table", _ptr),
-        ("stored", _ptr),
-        ("store_blocks", _i32),
         ("requests", _i32),
         ("kv_heads", _i32),
         ("group", _i32),
@@ -82,10 +80,6 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 class DecodeAttention:
     """Decode attention of one geometry, for any number of layers of one stream.
-
-    The newest tokens' codes may be written meanwhile: ``store`` (:func:`kv_cache.gpu.store.store`, given ``stored``),
-    then :meth:`prepare` and :meth:`attend` with the number of blocks that it returned. Attention then starts on earlier
-    tokens and waits for the store only where it comes to the newest ones.
 
     Args:
         layout: of a page.
@@ -167,7 +161,6 @@ class DecodeAttention:
         self._partial = empty(2 * self.blocks, self.tuning.rows, layout.head_dim)
         self._partial_stats = empty(2 * self.blocks, self.tuning.rows, 2)
         # The kernel leaves its counters at zero.
-        self.stored = torch.zeros(2, dtype=torch.int32, device=device)
         self._counters = torch.zeros(max_requests * self._row_blocks * kv_heads, dtype=torch.int32, device=device)
 
     def prepare(
@@ -176,7 +169,7 @@ class DecodeAttention:
         folding: Folding,
         scale: float,
         positions: PositionTables | None = None,
-        store_blocks: int = 0,
+        beside_store: bool = False,
     ) -> None:
         """Fold key scales, or the transform, into the queries.
 
@@ -185,7 +178,8 @@ class DecodeAttention:
             folding: the layer's.
             scale: factor of q.k.
             positions: of centred keys.
-            store_blocks: see :meth:`attend`.
+            beside_store: the launch just before this one is :func:`kv_cache.gpu.store.store`, and it said that the next
+                launch may run beside it.
 
         """
         tokens = query.shape[0]
@@ -205,7 +199,7 @@ class DecodeAttention:
             self.kv_heads,
             self.group,
             scale,
-            int(store_blocks > 0),
+            int(beside_store),
         )
         threads = -(-self.layout.head_dim // 32) * 32 * (4 if self.dense else 1)
         grid = (-(-tokens * self.group // ROW_TILE), self.kv_heads, 1)
@@ -222,7 +216,6 @@ class DecodeAttention:
         window: int = 0,
         soft_cap: float = 0.0,
         positions: PositionTables | None = None,
-        store_blocks: int = 0,
     ) -> None:
         """Attend with the queries that :meth:`prepare` left.
 
@@ -237,8 +230,6 @@ class DecodeAttention:
             window: a token sees the last ``window`` tokens, itself included; 0 means all.
             soft_cap: c in ``c * tanh(score / c)``; 0 means none.
             positions: of centred keys; they reach as far as the longest sequence.
-            store_blocks: what the store returned that was launched just before :meth:`prepare` and may still run; 0 if
-                it is over, or there was none.
 
         """
         params = _DecodeParams(
@@ -262,8 +253,6 @@ class DecodeAttention:
             self._bias_rows.data_ptr(),
             _pointer(positions.far if positions else None),
             _pointer(positions.operands if positions else None),
-            self.stored.data_ptr(),
-            store_blocks,
             seq_lens.shape[0],
             self.kv_heads,
             self.group,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kv_cache.errors import ParetoError
+from kv_cache.formats import KVFormat
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import CentreTable
 from kv_cache.scales import LayerScales
@@ -32,12 +33,12 @@ class Side:
     Attributes:
         macros: that the kernels are compiled with.
         offsets: ``plane``, ``high_plane`` and ``meta_plane`` of the page of one head, in bytes.
-        tensors: on the device, contiguous: ``scale``, ``inverse`` and ``zero`` [KV heads, head_dim]; ``encode`` [KV
-            heads, head_dim of x, head_dim of codes], ``decode`` (the other way round, scales included) and ``feedback``
-            where the format has them; ``mean``, ``fine`` and ``anchors`` of centred keys. Where ``tiled``, ``encode``
-            and ``feedback`` are tensor-core operands (:func:`operands`), and ``own`` is [KV heads, bands, BAND, BAND],
-            the feedback within each band. Where ``read_tiled``, ``decode`` is operands too, and ``bias`` [KV heads,
-            head_dim] is what codes of 0 read as.
+        tensors: on the device, contiguous: ``scale``, ``inverse`` (1 / scale) and ``zero`` [KV heads, head_dim];
+            ``feedback``, ``decode`` [KV heads, head_dim of codes, head_dim of x] (scales included) and ``encode``, its
+            counterpart for writing, where the format has them; ``mean``, ``fine`` and ``anchors`` of centred keys.
+            Where ``tiled``, ``feedback`` and, in place of ``encode``, ``transform`` are tensor-core operands
+            (:func:`operands`), and ``own`` is [KV heads, bands, BAND, BAND], the feedback within each band. Where
+            ``read_tiled``, ``decode`` is operands too, and ``bias`` [KV heads, head_dim] is what codes of 0 read as.
 
     """
 
@@ -91,6 +92,12 @@ def _split_operands(matrix: torch.Tensor) -> torch.Tensor:
     return torch.cat([operands(matrix), operands(rest)], -1)
 
 
+def _exact(matrix: torch.Tensor, fmt: KVFormat) -> torch.Tensor:
+    if not torch.equal(matrix.bfloat16().float(), matrix):
+        raise ParetoError(f"{fmt.name}: matrices must be of bfloat16 numbers, as a scales file keeps them")
+    return matrix
+
+
 def _feedback_operands(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tiles below the bands [heads, tiles, 32, 2], band after band, and the bands' own blocks."""
     tiles, bands = operands(matrix), matrix.shape[1] // BAND
@@ -140,13 +147,14 @@ def make_side(
         tiled = layout.head_dim <= MAX_TILED
         if (matrix := getattr(scales, f"{kind}_feedback")) is not None:
             tensors["feedback"] = matrix
-            if not torch.equal(matrix.bfloat16().float(), matrix):
-                raise ParetoError(f"{fmt.name}: feedback must be of bfloat16 numbers, as a scales file keeps it")
             if tiled:
-                tensors["feedback"], tensors["own"] = _feedback_operands(matrix.float())
+                tensors["feedback"], tensors["own"] = _feedback_operands(_exact(matrix, fmt))
         if kind == "key" and scales.key_encode is not None and scales.key_decode is not None:
-            encode, decode = scales.key_encode.mT.contiguous(), scales.key_decode.mT.contiguous()
-            tensors |= {"encode": _split_operands(encode) if tiled else encode, "decode": decode}
+            decode = tensors["decode"] = scales.key_decode.mT.contiguous()
+            if tiled and scales.key_transform is not None:
+                tensors["transform"] = operands(_exact(scales.key_transform, fmt).mT.contiguous())
+            else:
+                tensors["encode"] = scales.key_encode.mT.contiguous()
             if tiled and layout.head_dim % 32 == 0:
                 tensors["decode"] = _split_operands(decode)
                 tensors["bias"] = -torch.einsum("hjc,hj->hc", decode, tensors["zero"])
@@ -155,7 +163,7 @@ def make_side(
             macros |= {"PAIRS": rotary.inv_freq.numel(), "INTERLEAVED": int(rotary.interleaved)}
             tensors["mean"] = torch.stack([scales.key_mean[:, channels] for channels in rotary.channels()], 1)
             tensors["fine"], tensors["anchors"] = _tables(rotary.table(max_tokens or rotary.max_position), device)
-    macros |= {"FEEDBACK": int("feedback" in tensors), "TRANSFORM": int("encode" in tensors)}
+    macros |= {"FEEDBACK": int("feedback" in tensors), "TRANSFORM": int("decode" in tensors)}
     offsets = layout.offsets()
     places = {"plane": kind, "high_plane": f"{kind}_high", "meta_plane": f"{kind}_meta"}
     return Side(

@@ -19,7 +19,7 @@ TOKENS, THREADS = 16, 128
 TEAM_TOKENS = 32
 """Tokens that a team of warps of ``csrc/store_tiles.cu`` codes at a time."""
 TENSORS = ("inverse", "zero", "encode", "feedback", "mean", "fine", "anchors")
-TILE_TENSORS = ("inverse", "zero", "encode", "feedback", "own")
+TILE_TENSORS = ("inverse", "zero", "transform", "feedback", "own")
 CENTRES = ("mean", "fine", "anchors")
 KEY_SHARE = 0.6
 """Of the thread blocks of a long prompt that code keys, which take a transform more than values do."""
@@ -66,7 +66,6 @@ class _TileParams(ctypes.Structure):
         *((name, _ptr) for name in CENTRES),
         ("tokens", _i32),
         ("key_blocks", _i32),
-        ("done", _ptr),
         ("sides", _TileSide * 2),
     )
 
@@ -79,8 +78,7 @@ def store(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None = None,
-    stored: torch.Tensor | None = None,
-) -> int:
+) -> bool:
     """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
 
     Bit for bit, but for channels that are rounded with feedback: a code may differ where the number rounded lies within
@@ -96,10 +94,10 @@ def store(
             length are padding.
         positions: int64, as many as slots: of each token in its sequence; needed for centred keys, and below the number
             of positions that the side was made for, which only the caller can see to.
-        stored: int32, whose first element counts the thread blocks that have written their codes; None: nobody asks.
 
     Returns:
-        How many thread blocks will be counted; 0 if none are, and kernels that follow simply come after this one.
+        Whether the next launch may run beside this one without waiting for it, if it reads nothing that this one
+        writes: this one has then waited for all before it.
 
     Raises:
         ParetoError: positions are missing.
@@ -109,11 +107,11 @@ def store(
     if sides[0].centred and (positions is None or positions.shape[0] < count):
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
-        return 0
+        return False
     if all(side.tiled for side in sides) and (team := _team(layout, sides, count, cache)):
-        return _store_tiles(layout, sides, team, cache, key, value, slots[:count], positions, stored)
+        return _store_tiles(layout, sides, team, cache, key, value, slots[:count], positions)
     _store_each(sides, cache, key, value, slots[:count], positions)
-    return 0
+    return False
 
 
 def _store_each(
@@ -146,7 +144,7 @@ def _store_each(
 def _matrix_bytes(layout: PageLayout, sides: tuple[Side, Side]) -> int:
     """Return the bytes of the larger side's matrices of one head, as ``csrc/store_tiles.cu`` keeps them."""
     return max(
-        sum(side.tensors[name][0].nbytes for name in ("encode", "feedback", "own") if name in side.tensors)
+        sum(side.tensors[name][0].nbytes for name in ("transform", "feedback", "own") if name in side.tensors)
         for side in sides
     )
 
@@ -193,8 +191,7 @@ def _store_tiles(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None,
-    stored: torch.Tensor | None,
-) -> int:
+) -> bool:
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
     inputs = [_aligned(x) for x in (key, value)]
@@ -232,10 +229,9 @@ def _store_tiles(
         positions=None if positions is None else positions.data_ptr(),
         tokens=count,
         key_blocks=keys,
-        done=stored.data_ptr() if stored is not None and overlap else None,
         sides=(_TileSide * 2)(*tile_sides),
         **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
     )
     kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
-    return (keys + values) * kv_heads if params.done else 0
+    return overlap

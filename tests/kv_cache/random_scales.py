@@ -39,8 +39,9 @@ def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
         more["key_feedback"] = feedback(kv_heads, dim)
         spread = (0.5 + torch.rand(kv_heads, 1, dim)) * torch.randn(kv_heads, 1, dim).sign()
         order = torch.randperm(dim)
-        more["key_transform"] = (mixing(dim)[:, order] * spread).float().contiguous()
-        more["key_inverse"] = ((mixing(dim)[:, order] / spread).mT).float().contiguous()
+        transform = (mixing(dim)[:, order] * spread).bfloat16()
+        more["key_transform"] = transform.float().contiguous()
+        more["key_inverse"] = torch.linalg.inv(transform.double()).float().contiguous()
     if parts == "centred":
         more["key_mean"] = torch.randn(kv_heads, dim) * 2
         rotated = dim if dim != 96 else 64  # some models rotate part of the channels

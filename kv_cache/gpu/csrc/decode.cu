@@ -205,7 +205,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
 
     const Cut cut(p);
     Walk walk(p, cut);
-    if (walk.place >= walk.end) return leave(p);
+    if (walk.place >= walk.end) return;
     if (threadIdx.x % 32 == 0) *ahead = walk;
     __syncwarp();
     Pipe pipe(p, cut, ahead, shared + warp * RING_BYTES, barriers + warp * STAGES);
@@ -239,5 +239,4 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
         }
         merge.warps(p, piece, rows, first < last, sums);
     }
-    leave(p);
 }

@@ -6,23 +6,6 @@
 constexpr int TILE_BYTES = UNITS * UNIT_BYTES;
 constexpr int RING_BYTES = STAGES * TILE_BYTES;
 
-// The store that runs beside this kernel has written all pages. Its blocks are all running or done when this one starts.
-DEVICE void wait_for_store(const Params& p) {
-    while (load_acquire(p.stored) < p.store_blocks) {}
-}
-
-// A thread block is done. The last one leaves the counters at zero, and by its wait the kernels after this one know the
-// store to be over.
-DEVICE void leave(const Params& p) {
-    if (!p.store_blocks) return;
-    __syncthreads();
-    if (threadIdx.x) return;
-    __threadfence();
-    if (atomicAdd(p.stored + 1, 1) != static_cast<int>(gridDim.x) - 1) return;
-    wait_for_store(p);
-    p.stored[0] = p.stored[1] = 0;
-}
-
 class Pipe {
 public:
     // `walk` is in shared memory, this warp's alone: it is touched once a piece.
@@ -62,7 +45,8 @@ private:
     // Read the next tile, if there is one, into a slot of the ring.
     DEVICE void issue(int slot) {
         if (next < stop || next_piece()) {
-            if ((next + 1) * TILE > fresh) wait_for_fresh();
+            // The query's own tokens may just have been written by the kernel before.
+            if ((next + 1) * TILE > fresh) wait_for_previous_kernel();
             const int units = min(UNITS, div_up(tokens - next * TILE, UNIT));
 #if BULK_COPY
             if (lane == 0) barrier_expect(barrier + 8 * slot, units * UNIT_BYTES);
@@ -77,20 +61,6 @@ private:
 #if !BULK_COPY
         copy_commit();
 #endif
-    }
-
-    // The query's own tokens may just be on their way into the pages.
-    DEVICE void wait_for_fresh() {
-        if (stored) return;
-        if (p.store_blocks) {
-            wait_for_store(p);
-#if BULK_COPY
-            fence_bulk_source();
-#endif
-        } else {
-            wait_for_previous_kernel();
-        }
-        stored = true;
     }
 
     // Turn to the next piece of which this warp has a tile; false if there is none.
@@ -168,7 +138,6 @@ private:
     int lane;
     u64 policy;
     u32 barrier = 0;
-    bool stored = false;
     int stage = 0;
     u32 phase = 0;
     const int* table = nullptr;

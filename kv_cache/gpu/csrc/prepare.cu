@@ -47,7 +47,7 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     float m[SHARE];
 #pragma unroll
     for (int k = 0; k < SHARE; ++k) m[k] = active ? column[(k * PARTS + part) * HEAD_DIM * DENSE] : 0.0f;
-    // The store waited for the queries before it let this kernel start.
+    // The store waited for the queries before it let this kernel start, and reads nothing that this one writes.
     if (!p.beside_store) wait_for_previous_kernel();
     for (int i = threadIdx.x; i < PREPARE_ROWS * HEAD_DIM; i += PREPARE_THREADS) {
         const int r = i / HEAD_DIM, k = i % HEAD_DIM, row = first + r;
@@ -131,4 +131,6 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
         const float factor = p.scale * LOG2E * down;
         if (lane == 0) p.factors[index] = {factor * 0x1p24f, -factor * offset};
     }
+    // Attention waits for this kernel, and by it for the store.
+    if (p.beside_store) wait_for_previous_kernel();
 }

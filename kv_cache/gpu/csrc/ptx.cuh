@@ -111,13 +111,6 @@ DEVICE float4 load_constant(const float4* p) {
     return v;
 }
 
-// What another running kernel has written before it let go of it.
-DEVICE int load_acquire(const int* p) {
-    int v;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
-    return v;
-}
-
 // Loads past L1, whose lines may be older than what another block has written.
 DEVICE float4 load_l2(const float4* p) {
     float4 v;
@@ -163,9 +156,6 @@ DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64 poli
         ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
-
-// Orders what was acquired before bulk copies of it.
-DEVICE void fence_bulk_source() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Orders this thread's ordinary accesses to shared memory before bulk copies into it that follow the next barrier.
 DEVICE void fence_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

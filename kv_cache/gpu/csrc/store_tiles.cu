@@ -20,7 +20,7 @@ struct Side {
     i64 head_stride;         // Elements.
     const float* inverse;    // [KV heads, HEAD_DIM] 1 / scale.
     const float* zero;       // [KV heads, HEAD_DIM]
-    const uint4* encode;     // TRANSFORM: [KV heads, STEPS, TILES, 32] operands, heads and tails.
+    const uint2* transform;  // TRANSFORM: [KV heads, STEPS, TILES, 32] operands.
     const uint2* feedback;   // FEEDBACK: [KV heads, feedback_tiles(STEPS), 32] operands.
     const float* own;        // FEEDBACK: [KV heads, STEPS, 16, 16]
     int plane;               // Offsets in bytes in the page of one head.
@@ -36,7 +36,6 @@ struct Params {
     Centres centres;
     int tokens;
     int key_blocks;          // The first blocks of a head code keys, the others values.
-    int* done;               // Counts the blocks that have stored their tokens; null: nobody asks.
     Side sides[2];
 };
 
@@ -130,7 +129,7 @@ DEVICE void code_plainly(const Params& p, const Side& side, int head, int first,
 // Brings the team's tokens into shared memory: scaled, or less their centres if a transform comes next.
 template <bool TRANSFORMED>
 DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& team) {
-    constexpr int QUADS = HEAD_DIM / 4, AT_ONCE = 4;
+    constexpr int QUADS = HEAD_DIM / 4, AT_ONCE = TEAM == 1 ? 16 : 4;  // Loads on the way.
     const int tid = threadIdx.x % TEAM_THREADS;
     find_places(p, team, head, first, TRANSFORMED && PAIRS > 0);
 #pragma unroll 1
@@ -155,32 +154,28 @@ DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& 
     }
     team_sync<TEAM>();
     if constexpr (TRANSFORMED && PAIRS > 0) {
+        // A warp takes whole tokens, a lane the same pairs of each.
+        for (int pair = tid % 32; pair < PAIRS; pair += 32) {
 #pragma unroll 4
-        for (int i = tid; i < TOKENS * PAIRS; i += TEAM_THREADS) {
-            const int token = i / PAIRS, pair = i % PAIRS;
-            const float2 centre = centre_of<PAIRS>(p.centres, head, team.positions[token], pair);
-            float& a = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
-            float& b = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
-            a = __fsub_rn(a, centre.x), b = __fsub_rn(b, centre.y);
+            for (int token = tid / 32; token < TOKENS; token += TEAM) {
+                const float2 centre = centre_of<PAIRS>(p.centres, head, team.positions[token], pair);
+                float& a = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
+                float& b = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
+                a = __fsub_rn(a, centre.x), b = __fsub_rn(b, centre.y);
+            }
         }
         team_sync<TEAM>();
     }
 }
 
-// x = zero + encode^T x.
-DEVICE void transform(const Side& side, int head, const uint4* encode, Team& team) {
+// x = (transform x) / scale + zero.
+DEVICE void transform(const Side& side, int head, const uint2* matrix, Team& team) {
     constexpr int SHARE = (TILES + TEAM - 1) / TEAM;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, member = threadIdx.x / 32 % TEAM;
 #pragma unroll 1
     for (int half = 0; half < Team::HALVES; ++half) {
         float* x = team.x + 16 * half * STRIDE;
-        float sums[SHARE][4];
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            const int n = min(member + i * TEAM, TILES - 1);
-            const float2 zero = load_constant(reinterpret_cast<const float2*>(side.zero + head * HEAD_DIM + 8 * n + 2 * t));
-            sums[i][0] = sums[i][2] = zero.x, sums[i][1] = sums[i][3] = zero.y;
-        }
+        float sums[SHARE][4] = {};
 #pragma unroll 1
         for (int step = 0; step < STEPS; ++step) {
             u32 heads[4], tails[4];
@@ -192,10 +187,8 @@ DEVICE void transform(const Side& side, int head, const uint4* encode, Team& tea
             }
 #pragma unroll
             for (int i = 0; i < SHARE; ++i) {
-                const int n = min(member + i * TEAM, TILES - 1);
-                const uint4 m = encode[(step * TILES + n) * 32 + lane];
+                const uint2 m = matrix[(step * TILES + min(member + i * TEAM, TILES - 1)) * 32 + lane];
                 mma_bfloat(sums[i], heads, m.x, m.y);
-                mma_bfloat(sums[i], heads, m.z, m.w);
                 mma_bfloat(sums[i], tails, m.x, m.y);
             }
         }
@@ -203,7 +196,13 @@ DEVICE void transform(const Side& side, int head, const uint4* encode, Team& tea
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {
             const int n = member + i * TEAM;
-            if (n < TILES) store_tile<STRIDE>(x + 8 * n, sums[i]);
+            if (n >= TILES) break;
+            const int channel = head * HEAD_DIM + 8 * n + 2 * t;
+            const float2 by = load_constant(reinterpret_cast<const float2*>(side.inverse + channel));
+            const float2 zero = load_constant(reinterpret_cast<const float2*>(side.zero + channel));
+            const float scaled[4] = {sums[i][0] * by.x + zero.x, sums[i][1] * by.y + zero.y,
+                                     sums[i][2] * by.x + zero.x, sums[i][3] * by.y + zero.y};
+            store_tile<STRIDE>(x + 8 * n, scaled);
         }
     }
     team_sync<TEAM>();
@@ -239,17 +238,17 @@ DEVICE void copies_done() {
 
 template <int BITS, bool FEEDBACK, bool TRANSFORMED>
 DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
-    constexpr int ENCODE = STEPS * TILES * 32, FED = feedback_tiles(STEPS) * 32, OWN = STEPS * BAND * BAND;
+    constexpr int MATRIX = STEPS * TILES * 32, FED = feedback_tiles(STEPS) * 32, OWN = STEPS * BAND * BAND;
     constexpr int TEAMS = WARPS / TEAM;
     const int head = blockIdx.y, team_index = threadIdx.x / TEAM_THREADS;
     Team& team = reinterpret_cast<Team*>(shared)[team_index];
     u8* end = shared + TEAMS * sizeof(Team);
-    const uint4* encode = reinterpret_cast<const uint4*>(end);
+    const uint2* matrix = reinterpret_cast<const uint2*>(end);
     const uint2* feedback = nullptr;
     const float* own = nullptr;
     if constexpr (FEEDBACK) {
         // Constants of the model: there is no need to wait for them.
-        if constexpr (TRANSFORMED) end = fetch(end, side.encode + static_cast<i64>(head) * ENCODE, ENCODE * sizeof(uint4));
+        if constexpr (TRANSFORMED) end = fetch(end, side.transform + static_cast<i64>(head) * MATRIX, MATRIX * sizeof(uint2));
         feedback = reinterpret_cast<const uint2*>(end);
         end = fetch(end, side.feedback + static_cast<i64>(head) * FED, FED * sizeof(uint2));
         own = reinterpret_cast<const float*>(end);
@@ -263,7 +262,7 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
         if (first < p.tokens) stage<TRANSFORMED>(p, side, head, first, team);
         copies_done();
         while (first < p.tokens) {
-            if constexpr (TRANSFORMED) transform(side, head, encode, team);
+            if constexpr (TRANSFORMED) transform(side, head, matrix, team);
             round_with_feedback<HEAD_DIM, BITS, TEAM>(team, feedback, own);
             write_codes<BITS>(side, team);
             first += step;
@@ -277,11 +276,6 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
             code_plainly<BITS>(p, side, head, first, team);
             team_sync<TEAM>();
         }
-    }
-    if (p.done) {
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(p.done, 1);
     }
 }
 

@@ -37,8 +37,6 @@ struct Params {
     const float* bias_rows;      // BIAS: [tokens, heads, HEAD_DIM], A then B, in the prepared query's units.
     const float* bias_turns;     // BIAS: [positions / 256, HEAD_DIM], cos then sin of p0 theta.
     const uint4* bias_table;     // BIAS: [16, HEAD_DIM / 16, 32], cos then sin of j theta; see bias.cuh.
-    int* stored;                 // [2]: blocks of the store that are done, blocks of this kernel that are; left at 0.
-    int store_blocks;            // Of the store that runs beside this kernel; 0: it ran before, or there is none.
     int requests;
     int kv_heads;
     int group;                   // Query heads of a KV head.
