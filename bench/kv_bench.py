@@ -32,8 +32,6 @@ from quant_methods.model_source import fingerprint, read_config, resolve_model
 RESULT = "kv-bench.json"
 FLOOR = 16
 """Context whose decode step stands for everything but attention."""
-PREFIX_TOKENS = 1 << 16
-"""Least tokens of a batch whose prefill from the prefix cache is timed: less is over too soon to tell."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,10 @@ class Settings:
         seed: of the random prompts.
         compressed: the same model with compressed weights, measured beside it; None means none.
         compressed_kv_cache_dtypes: those to measure with it.
-        prefix_hits: whether to time prefill with half of each prompt in the prefix cache too, in shapes of at least
-            PREFIX_TOKENS tokens.
+        prefix_shapes: of shapes, those in which prefill with half of each prompt in the prefix cache is timed too.
         load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
         compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
+        shapes_of: shapes of rows that are not measured in all, by the row's name.
 
     """
 
@@ -74,9 +72,15 @@ class Settings:
     seed: int
     compressed: str | None = None
     compressed_kv_cache_dtypes: tuple[str, ...] = ()
-    prefix_hits: bool = False
+    prefix_shapes: tuple[tuple[int, int], ...] = ()
     load_format: str = "auto"
     compilation_config: str | None = None
+    shapes_of: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
+
+    def shapes_for(self, row: Row) -> tuple[tuple[int, int], ...]:
+        """Return the shapes that a row is measured in."""
+        own = dict(self.shapes_of).get(row.name)
+        return self.shapes if own is None else tuple(shape for shape in self.shapes if shape in own)
 
     def rows(self) -> list[Row]:
         """Return what is measured, the baseline first."""
@@ -179,7 +183,7 @@ class KVBench:
 
     def _measure(self, row: Row) -> Sample:
         s = self.settings
-        extra: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": s.prefix_hits}
+        extra: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": bool(s.prefix_shapes)}
         if s.load_format != "auto":
             extra["load_format"] = s.load_format
         if s.compilation_config is not None:
@@ -195,11 +199,12 @@ class KVBench:
             sample["copy_bytes_per_s"] = min(llm.collective_rpc("pareto_copy_rate"), key=lambda rate: rate or 0.0)
             # Compilation, allocation and caches: not what is measured.
             time_batch(llm, prompts(most, FLOOR, self.vocabulary, s.seed + 1), 8)
-            floors = {(batch, FLOOR) for batch, _ in s.shapes}
-            for batch, context in sorted(floors | set(s.shapes)):
+            shapes = s.shapes_for(row)
+            floors = {(batch, FLOOR) for batch, _ in shapes}
+            for batch, context in sorted(floors | set(shapes)):
                 tokens = prompts(batch, context, self.vocabulary, s.seed)
                 point = asdict(time_batch(llm, tokens, s.steps))
-                if s.prefix_hits and batch * context >= PREFIX_TOKENS:
+                if (batch, context) in s.prefix_shapes and not dict(s.shapes_of).get(row.name):
                     point["prefix_prefill_s"] = self._prefix_prefill(llm, batch, context)
                 sample["points"][f"{batch}x{context}"] = point
         return sample
@@ -239,7 +244,7 @@ def summarize(settings: Settings, samples: dict[str, Sample], errors: dict[str, 
             continue
         cache = KVCache(**next(iter(own.values()))["kv_cache"])
         reference = next(iter(base.values()))["kv_cache"]["tokens"] if base else None
-        points = [_point(batch, context, cache, own, base) for batch, context in settings.shapes]
+        points = [_point(batch, context, cache, own, base) for batch, context in settings.shapes_for(row)]
         results.append(
             DtypeResult(row.kv_cache_dtype, None, cache, cache.tokens / reference if reference else None, points, model)
         )

@@ -34,7 +34,7 @@ timed, in the process that drives it, without HTTP.
 Examples:
   pareto kv-bench ref-7m
   pareto kv-bench ref-7m --kv-cache-dtype auto fp8 int4_per_head --batch 1 8 --context 1024 4096 --out results/kv
-  pareto kv-bench Qwen/Qwen3-0.6B --shape 1x2048 32x8192 --prefix-hits
+  pareto kv-bench Qwen/Qwen3-0.6B --shape 1x2048 32x8192 --prefix-hits 32x8192
   pareto kv-bench bench/shapes/mistral-7b --load-format dummy --shape 32x8192 \\
       --compressed bench/shapes/mistral-7b-w4 --compressed-kv-cache-dtype auto int4_per_head
 
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences x tokens of each, e.g. 32x8192, instead of every --batch with every --context",
     )  # fmt: skip
     parser.add_argument(
-        "--prefix-hits", action="store_true",
-        help="time prefill with half of each prompt in the prefix cache too, in shapes of 65,536 tokens and more",
+        "--prefix-hits", nargs="+", type=_shape, metavar="BxC", default=[],
+        help="shapes in which prefill with half of each prompt in the prefix cache is timed too",
     )  # fmt: skip
     parser.add_argument(
         "--compressed", metavar="MODEL", help="the same model with compressed weights, measured beside it"
@@ -68,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compressed-kv-cache-dtype", nargs="+", metavar="NAME", default=["auto", "int4_per_head"],
         help="dtypes measured with --compressed (default: auto int4_per_head)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", type=_only, metavar="NAME=BxC[,BxC]", default=[],
+        help="measure a row of the table (KV-cache dtype, or compressed model and dtype) in these shapes alone",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="alternating rounds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps timed (default: %(default)s)")
@@ -96,6 +100,17 @@ def _shape(text: str) -> tuple[int, int]:
     return int(batch), int(context)
 
 
+def _only(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    name, equals, shapes = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a row and its shapes; fp8=32x8192,8x2048 would be")
+    return name, tuple(_shape(shape) for shape in shapes.split(","))
+
+
+def _listed(shapes: set[tuple[int, int]]) -> str:
+    return ", ".join(f"{batch}x{context}" for batch, context in sorted(shapes))
+
+
 def _check_json(text: str) -> None:
     try:
         json.loads(text)
@@ -122,6 +137,9 @@ def run(args: argparse.Namespace) -> int:
     own = [name for name, fmt in FORMATS.items() if fmt.granularity == "head"]
     vllms = ["fp8", "int8_per_token_head", "int4_per_token_head"] if gpu else ["fp8"]
     shapes = tuple(args.shape or itertools.product(sorted(set(args.batch)), sorted(set(args.context))))
+    named = {shape for _, own in args.only for shape in own} | set(args.prefix_hits)
+    if unknown := named - set(shapes):
+        raise ParetoError(f"--only and --prefix-hits name shapes that are not measured: {_listed(unknown)}")
     if args.compilation_config is not None:
         _check_json(args.compilation_config)
     dummy = args.load_format == "dummy"
@@ -146,10 +164,14 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         compressed=args.compressed,
         compressed_kv_cache_dtypes=tuple(args.compressed_kv_cache_dtype) if args.compressed else (),
-        prefix_hits=args.prefix_hits,
+        prefix_shapes=tuple(args.prefix_hits),
+        shapes_of=tuple(args.only),
         load_format=args.load_format,
         compilation_config=args.compilation_config,
     )
+    rows = [row.name for row in settings.rows()]
+    if strange := [name for name, _ in args.only if name not in rows]:
+        raise ParetoError(f"--only names rows that are not measured: {', '.join(strange)}; rows are {', '.join(rows)}")
     out = Path(args.out)
     report = KVBench(settings, out).run()
     write_text(out / "kv-bench.md", markdown(report))

@@ -12,8 +12,13 @@ from kv_cache.gpu.nvrtc import compile_cubin
 
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
+_PREFERRED_CARVEOUT = 9
+"""CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT"""
 _PROGRAMMATIC_SERIALIZATION = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"""
+
+RESERVED_SHARED = 1024
+"""Bytes of shared memory that the system takes of each thread block."""
 
 
 class _Attribute(ctypes.Structure):
@@ -54,10 +59,14 @@ class Kernel:
         name: the kernel's.
         device: a CUDA device.
         shared_bytes: dynamic shared memory of a thread block.
+        one_block: set no more shared memory aside than one thread block takes, and leave the rest to the L1 cache. By
+            default the driver makes room for as many blocks as fit, and a kernel that overlaps keeps that division.
 
     """
 
-    def __init__(self, cubin: bytes, name: str, device: torch.device, shared_bytes: int = 0) -> None:
+    def __init__(
+        self, cubin: bytes, name: str, device: torch.device, shared_bytes: int = 0, one_block: bool = False
+    ) -> None:
         self._shared_bytes = shared_bytes
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
@@ -67,6 +76,10 @@ class Kernel:
             _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
             if shared_bytes:
                 _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes))
+            if one_block:
+                most = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+                percent = min(-(-100 * (shared_bytes + RESERVED_SHARED) // most), 100)
+                _check(_driver().cuFuncSetAttribute(self._function, _PREFERRED_CARVEOUT, percent))
 
     def blocks_per_multiprocessor(self, threads: int) -> int:
         """Return how many thread blocks of that many threads a multiprocessor holds at once."""
@@ -112,7 +125,12 @@ class Kernel:
 
 @functools.cache
 def load_kernel(
-    source: str, name: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int = 0
+    source: str,
+    name: str,
+    macros: tuple[tuple[str, int], ...],
+    device: torch.device,
+    shared_bytes: int = 0,
+    one_block: bool = False,
 ) -> Kernel:
     """Return a kernel of ``csrc/``, compiled for a device and loaded on it, the same for the same arguments.
 
@@ -122,7 +140,8 @@ def load_kernel(
         macros: names and values to define.
         device: a CUDA device.
         shared_bytes: dynamic shared memory of a thread block.
+        one_block: see :class:`Kernel`.
 
     """
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes)
+    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes, one_block)

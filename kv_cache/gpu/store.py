@@ -232,6 +232,6 @@ def _store_tiles(
         sides=(_TileSide * 2)(*tile_sides),
         **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
     )
-    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes)
+    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes, team.size > 1)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
     return overlap

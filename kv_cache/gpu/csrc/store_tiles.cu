@@ -169,11 +169,11 @@ DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& 
 }
 
 // x = (transform x) / scale + zero.
-DEVICE void transform(const Side& side, int head, const uint2* matrix, Team& team) {
+DEVICE void transform(const Side& side, int head, const uint2* matrix, int tokens, Team& team) {
     constexpr int SHARE = (TILES + TEAM - 1) / TEAM;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, member = threadIdx.x / 32 % TEAM;
 #pragma unroll 1
-    for (int half = 0; half < Team::HALVES; ++half) {
+    for (int half = 0; 16 * half < min(tokens, TOKENS); ++half) {
         float* x = team.x + 16 * half * STRIDE;
         float sums[SHARE][4] = {};
 #pragma unroll 1
@@ -262,7 +262,7 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
         if (first < p.tokens) stage<TRANSFORMED>(p, side, head, first, team);
         copies_done();
         while (first < p.tokens) {
-            if constexpr (TRANSFORMED) transform(side, head, matrix, team);
+            if constexpr (TRANSFORMED) transform(side, head, matrix, p.tokens - first, team);
             round_with_feedback<HEAD_DIM, BITS, TEAM>(team, feedback, own);
             write_codes<BITS>(side, team);
             first += step;

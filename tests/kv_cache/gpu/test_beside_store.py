@@ -42,12 +42,10 @@ def test_beside_the_store(name, dim, query_len, lens):
     query, out = torch.empty_like(batch.query), torch.empty_like(batch.query)
 
     def step(beside: bool) -> None:
-        counted = store(layout, sides, batch.cache, key, value, slots, positions, attention.stored if beside else None)
-        assert (counted > 0) == ((beside and dim <= 128) or (beside and "+" not in name))
-        attention.prepare(query, batch.folding, batch.scale, tables, counted)
-        attention.attend(
-            out, batch.cache, batch.table, seq_lens, start, batch.folding, positions=tables, store_blocks=counted
-        )
+        may = store(layout, sides, batch.cache, key, value, slots, positions)
+        assert not may or dim <= 128 or "+" not in name
+        attention.prepare(query, batch.folding, batch.scale, tables, beside and may)
+        attention.attend(out, batch.cache, batch.table, seq_lens, start, batch.folding, positions=tables)
 
     graphs = {}
     for beside in (False, True):
