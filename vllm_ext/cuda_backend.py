@@ -29,7 +29,9 @@ from kv_cache.gpu.arguments import MAX_QUERY_LEN
 from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import Folding, PositionTables
 from kv_cache.gpu.read import gather, plan
+from kv_cache.gpu.read import preload as preload_read
 from kv_cache.gpu.sides import Side, make_side
+from kv_cache.gpu.store import preload as preload_store
 from kv_cache.gpu.store import store
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
@@ -220,6 +222,8 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         )
         limit = self.config.model_config.max_model_len
         keys, values = (make_side(x, layout, self.num_kv_heads, scales, device, limit) for x in ("key", "value"))
+        for preload in (preload_store, preload_read):
+            preload(layout, (keys, values), dtype, device)
         folding = None if scales is None else Folding.of(scales, device)
         tables = None
         if scales is not None and scales.key_mean is not None and scales.rotary is not None:

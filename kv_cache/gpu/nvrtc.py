@@ -5,6 +5,7 @@ The sources in ``csrc/`` include no CUDA header, so neither a toolkit nor a comp
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -31,6 +32,10 @@ def _candidates() -> Iterator[str]:
 @functools.cache
 def _library() -> ctypes.CDLL:
     for name in _candidates():
+        # Where the wheel's folder is not on the loader's path, NVRTC would not find its own second library.
+        for beside in sorted(Path(name).parent.glob("libnvrtc-builtins.so*")):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(beside), ctypes.RTLD_GLOBAL)
         try:
             library = ctypes.CDLL(name)
         except OSError:

@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from kv_cache.gpu.launch import load_kernel
+from kv_cache.gpu.launch import Kernel, load_kernel
 from kv_cache.gpu.sides import Side, device_limits
 from kv_cache.layout import PageLayout
 
@@ -124,8 +124,6 @@ def gather(
         _gather_tiles(layout, sides, cache, out, fresh, block_table, tiles)
         return
     for side, to, new in zip(sides, out, fresh, strict=True):
-        kept = {name: value for name, value in side.macros.items() if name != "FEEDBACK"}
-        kernel = load_kernel("read.cu", "read", (*kept.items(), _dtype_macro(to)), cache.device)
         names = {"scale": "decode" if "decode" in side.tensors else "scale"} | {n: n for n in ("zero", *CENTRES)}
         params = _Params(
             cache=cache.data_ptr(),
@@ -143,15 +141,49 @@ def gather(
             **side.offsets,
             **{field: side.tensors[name].data_ptr() for field, name in names.items() if name in side.tensors},
         )
-        kernel.launch((len(tiles), cache.shape[1], 1), THREADS, params, cache.device)
+        grid = (len(tiles), cache.shape[1], 1)
+        _side_kernel(side, to.dtype, cache.device).launch(grid, THREADS, params, cache.device)
+
+
+def preload(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load what :func:`gather` launches, so that no request waits for it."""
+    if all(side.read_tiled for side in sides):
+        _tile_kernel(layout, sides, dtype, device)
+    else:
+        for side in sides:
+            _side_kernel(side, dtype, device)
+
+
+def _side_kernel(side: Side, dtype: torch.dtype, device: torch.device) -> Kernel:
+    kept = {name: value for name, value in side.macros.items() if name != "FEEDBACK"}
+    return load_kernel("read.cu", "read", (*kept.items(), _dtype_macro(dtype)), device)
+
+
+def _shared_bytes(layout: PageLayout, keys: Side) -> int:
+    """Return the shared memory of a block of csrc/read_tiles.cu: the transform and a row of results for each token."""
+    if "decode" not in keys.tensors:
+        return 0
+    return keys.tensors["decode"][0].nbytes + WARPS * TOKENS * (layout.head_dim // 2 + 4) * 4
+
+
+def _tile_kernel(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> Kernel:
+    keys, values = sides
+    macros = (
+        *((name, keys.macros[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
+        ("KEY_BITS", keys.macros["BITS"]),
+        ("VALUE_BITS", values.macros["BITS"]),
+        ("WARPS", WARPS),
+        _dtype_macro(dtype),
+    )
+    return load_kernel("read_tiles.cu", "read_tiles", macros, device, _shared_bytes(layout, keys))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % 8 == 0 else x.contiguous()
 
 
-def _dtype_macro(x: torch.Tensor) -> tuple[str, int]:
-    return "OUT_BFLOAT", int(x.dtype == torch.bfloat16)
+def _dtype_macro(dtype: torch.dtype) -> tuple[str, int]:
+    return "OUT_BFLOAT", int(dtype == torch.bfloat16)
 
 
 def _gather_tiles(
@@ -163,7 +195,7 @@ def _gather_tiles(
     block_table: torch.Tensor,
     tiles: torch.Tensor,
 ) -> None:
-    keys, values = sides
+    keys = sides[0]
     tile_sides = [
         _TileSide(
             out=to.data_ptr(),
@@ -179,13 +211,6 @@ def _gather_tiles(
         )
         for side, to, new in zip(sides, out, fresh, strict=True)
     ]
-    macros = (
-        *((name, keys.macros[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
-        ("KEY_BITS", keys.macros["BITS"]),
-        ("VALUE_BITS", values.macros["BITS"]),
-        ("WARPS", WARPS),
-        _dtype_macro(out[0]),
-    )
     params = _TileParams(
         cache=cache.data_ptr(),
         block_stride=cache.stride(0),
@@ -197,12 +222,9 @@ def _gather_tiles(
         sides=(_TileSide * 2)(*tile_sides),
         **{n: keys.tensors[n].data_ptr() for n in ("decode", "bias", *CENTRES) if n in keys.tensors},
     )
-    shared, blocks = 0, 8
-    if "decode" in keys.tensors:
-        shared, blocks = keys.tensors["decode"][0].nbytes + WARPS * TOKENS * (layout.head_dim // 2 + 4) * 4, 2
+    # As many blocks as the shared memory leaves room for.
+    blocks = 2 if "decode" in keys.tensors else 8
     processors, _, _ = device_limits(cache.device)
     most = -(-len(tiles) // WARPS)
     grid = (max(min(most, blocks * processors // (2 * cache.shape[1])), 1), cache.shape[1], 2)
-    load_kernel("read_tiles.cu", "read_tiles", macros, cache.device, shared).launch(
-        grid, 32 * WARPS, params, cache.device
-    )
+    _tile_kernel(layout, sides, out[0].dtype, cache.device).launch(grid, 32 * WARPS, params, cache.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import load_kernel
+from kv_cache.gpu.launch import Kernel, load_kernel
 from kv_cache.gpu.sides import Side, device_limits
 from kv_cache.layout import PageLayout
 
@@ -108,10 +108,24 @@ def store(
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
         return False
-    if all(side.tiled for side in sides) and (team := _team(layout, sides, count, cache)):
-        return _store_tiles(layout, sides, team, cache, key, value, slots[:count], positions)
+    if all(side.tiled for side in sides):
+        return _store_tiles(layout, sides, cache, key, value, slots[:count], positions)
     _store_each(sides, cache, key, value, slots[:count], positions)
     return False
+
+
+def preload(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load what :func:`store` launches, so that no request waits for it."""
+    if all(side.tiled for side in sides):
+        for few in (True, False):
+            _tile_kernel(sides, _team(layout, sides, few, device), dtype, device)
+    else:
+        for side in sides:
+            _side_kernel(side, dtype, device)
+
+
+def _side_kernel(side: Side, dtype: torch.dtype, device: torch.device) -> Kernel:
+    return load_kernel("store.cu", "store", (*side.macros.items(), ("INPUT", INPUTS[dtype])), device)
 
 
 def _store_each(
@@ -124,7 +138,6 @@ def _store_each(
 ) -> None:
     count = slots.shape[0]
     for x, side in zip((key, value), sides, strict=True):
-        kernel = load_kernel("store.cu", "store", (*side.macros.items(), ("INPUT", INPUTS[x.dtype])), cache.device)
         params = _Params(
             cache=cache.data_ptr(),
             block_stride=cache.stride(0),
@@ -138,7 +151,8 @@ def _store_each(
             **side.offsets,
             **{name: side.tensors[name].data_ptr() for name in TENSORS if name in side.tensors},
         )
-        kernel.launch((-(-count // TOKENS), cache.shape[1], 1), THREADS, params, cache.device)
+        grid = (-(-count // TOKENS), cache.shape[1], 1)
+        _side_kernel(side, x.dtype, cache.device).launch(grid, THREADS, params, cache.device)
 
 
 def _matrix_bytes(layout: PageLayout, sides: tuple[Side, Side]) -> int:
@@ -164,16 +178,29 @@ class _Team:
     shared_bytes: int
 
 
-def _team(layout: PageLayout, sides: tuple[Side, Side], count: int, cache: torch.Tensor) -> _Team | None:
-    """Return how warps share the work, None if the matrices leave no room for one."""
-    processors, limit, _ = device_limits(cache.device)
-    # Few tokens are waited for, and each should be done soon; many should keep all warps busy.
-    few = -(-count // TEAM_TOKENS) * 2 * cache.shape[1] <= processors
+def _team(layout: PageLayout, sides: tuple[Side, Side], few: bool, device: torch.device) -> _Team:
+    """Return how warps share the work: few tokens are waited for, many should keep all warps busy."""
+    limit = device_limits(device)[1]
     for warps in (8,) if few else (8, 6, 4, 2, 1):
         shared = _shared_bytes(layout, sides, 1 if few else warps)
         if shared <= limit:
             return _Team(warps, warps if few else 1, shared)
-    return None
+    raise ParetoError(f"{layout.fmt.name}: the matrices of a head do not fit into {limit} bytes of shared memory")
+
+
+def _tile_kernel(sides: tuple[Side, Side], team: _Team, dtype: torch.dtype, device: torch.device) -> Kernel:
+    keys, values = (side.macros for side in sides)
+    macros = (
+        *((name, keys[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
+        ("KEY_BITS", keys["BITS"]),
+        ("KEY_FEEDBACK", keys["FEEDBACK"]),
+        ("VALUE_BITS", values["BITS"]),
+        ("VALUE_FEEDBACK", values["FEEDBACK"]),
+        ("INPUT", INPUTS[dtype]),
+        ("WARPS", team.warps),
+        ("TEAM", team.size),
+    )
+    return load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes, team.size > 1)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +212,6 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def _store_tiles(
     layout: PageLayout,
     sides: tuple[Side, Side],
-    team: _Team,
     cache: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -194,6 +220,7 @@ def _store_tiles(
 ) -> bool:
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
+    team = _team(layout, sides, -(-count // TEAM_TOKENS) * 2 * kv_heads <= processors, device)
     inputs = [_aligned(x) for x in (key, value)]
     tile_sides = [
         _TileSide(
@@ -210,17 +237,6 @@ def _store_tiles(
     share = max(processors // kv_heads, 2)
     keys = max(min(most, round(share * KEY_SHARE)), 1)
     values = max(min(most, share - keys), 1)
-    one, other = sides[0].macros, sides[1].macros
-    macros = (
-        *((name, one[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
-        ("KEY_BITS", one["BITS"]),
-        ("KEY_FEEDBACK", one["FEEDBACK"]),
-        ("VALUE_BITS", other["BITS"]),
-        ("VALUE_FEEDBACK", other["FEEDBACK"]),
-        ("INPUT", INPUTS[key.dtype]),
-        ("WARPS", team.warps),
-        ("TEAM", team.size),
-    )
     params = _TileParams(
         cache=cache.data_ptr(),
         block_stride=cache.stride(0),
@@ -232,6 +248,6 @@ def _store_tiles(
         sides=(_TileSide * 2)(*tile_sides),
         **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
     )
-    kernel = load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes, team.size > 1)
+    kernel = _tile_kernel(sides, team, key.dtype, device)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
     return overlap

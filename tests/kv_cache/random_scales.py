@@ -25,6 +25,13 @@ def feedback(kv_heads: int, dim: int) -> torch.Tensor:
     return (torch.randn(kv_heads, dim, dim) / dim**0.5).bfloat16().float().tril(-1)
 
 
+def inverse(matrix: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Newton's iteration: LAPACK may hang in a process that has started other threads."""
+    for _ in range(4):
+        near = near @ (2 * torch.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix @ near)
+    return near
+
+
 def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
     fmt, parts = coding(name)
     if not fmt.static:
@@ -39,9 +46,9 @@ def random_scales(name: str, kv_heads: int, dim: int) -> LayerScales | None:
         more["key_feedback"] = feedback(kv_heads, dim)
         spread = (0.5 + torch.rand(kv_heads, 1, dim)) * torch.randn(kv_heads, 1, dim).sign()
         order = torch.randperm(dim)
-        transform = (mixing(dim)[:, order] * spread).bfloat16()
+        transform = (mixing(dim)[:, order] * spread).bfloat16().double()
         more["key_transform"] = transform.float().contiguous()
-        more["key_inverse"] = torch.linalg.inv(transform.double()).float().contiguous()
+        more["key_inverse"] = inverse(transform, (mixing(dim)[:, order] / spread).mT.double()).float().contiguous()
     if parts == "centred":
         more["key_mean"] = torch.randn(kv_heads, dim) * 2
         rotated = dim if dim != 96 else 64  # some models rotate part of the channels

@@ -8,9 +8,10 @@ import torch
 from kv_cache import reference
 from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES, get_format
-from kv_cache.gpu import nvrtc
+from kv_cache.gpu import nvrtc, read, store
 from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import PositionTables
+from kv_cache.gpu.sides import make_side
 from kv_cache.gpu.tuning import choose, query_steps
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import SPAN, Rotary
@@ -92,13 +93,35 @@ def test_group_formats_are_refused():
         DecodeAttention(layout, 2, 8, torch.float16, torch.device("cuda"), 1, 1)
 
 
+@pytest.mark.parametrize("capability", SHARED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [*((name, 128) for name in CODINGS), *(("int4_per_head+centred", dim) for dim in (64, 80, 96, 256))],
+)
+def test_store_and_read_compile_and_fit(name, dim, capability, monkeypatch):
+    """Everything that a layer launches is loaded ahead, for devices that are not there."""
+    loaded = []
+
+    def load_kernel(source, kernel, macros, device, shared_bytes=0, one_block=False):
+        assert nvrtc.compile_cubin(source, f"sm_{capability[0]}{capability[1]}", tuple(macros))
+        assert shared_bytes <= SHARED[capability]
+        loaded.append(source)
+
+    layout, scales = PageLayout(coding(name)[0], dim, 16), random_scales(name, 2, dim)
+    device = torch.device("cpu")
+    sides = make_side("key", layout, 2, scales, device), make_side("value", layout, 2, scales, device)
+    for module in (store, read):
+        monkeypatch.setattr(module, "load_kernel", load_kernel)
+        monkeypatch.setattr(module, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
+        module.preload(layout, sides, torch.bfloat16, device)
+    tiled = layout.fmt.static and (dim <= 128 or "+" not in name)
+    assert loaded[:2] == (["store_tiles.cu"] if tiled else ["store.cu"]) * 2
+    assert set(loaded[2:]) == ({"read_tiles.cu"} if tiled and dim != 80 else {"read.cu"})
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90"])
 @pytest.mark.parametrize("name", STATIC)
 def test_kernels_compile(arch, name):
-    try:
-        nvrtc.version()
-    except ParetoError as missing:
-        pytest.skip(str(missing))
     layout = PageLayout(get_format(name), 128, 16)
     capability = (int(arch[3]), int(arch[4]))
     tuning = choose(layout, 8, capability, SHARED[capability])
