@@ -209,17 +209,22 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
 
     _parts: _Parts | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.kv_sharing_target_layer_name is not None:
+            raise ParetoError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} does not serve layers that share a KV cache on CUDA: use "
+                "--kv-cache-dtype auto"
+            )
+
     def _made(self, layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> _Parts:
         if self._parts is None or self._parts.layout.block_size != cache.shape[2]:
             self._parts = self._make(layer, cache, dtype)
         return self._parts
 
     def _make(self, layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> _Parts:
-        layout, device, scales = (
-            PageLayout(self.fmt, self.head_size, cache.shape[2]),
-            cache.device,
-            self.scales_of(layer),
-        )
+        layout, device = PageLayout(self.fmt, self.head_size, cache.shape[2]), cache.device
+        scales = self.scales_of(layer)
         limit = self.config.model_config.max_model_len
         keys, values = (make_side(x, layout, self.num_kv_heads, scales, device, limit) for x in ("key", "value"))
         for preload in (preload_store, preload_read):
@@ -257,8 +262,8 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
+        key: torch.Tensor,
+        value: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: CodesMetadata | None,
         output: torch.Tensor,
@@ -270,7 +275,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         Args:
             layer: vLLM's attention layer.
             query: [tokens, heads, head size]; ``output`` likewise.
-            key: [tokens, KV heads, head size], as ``value``; None where the layer shares another one's cache.
+            key: [tokens, KV heads, head size]; ``value`` likewise.
             value: see ``key``.
             kv_cache: uint8 [blocks, KV heads, tokens, bytes per token].
             attn_metadata: of :class:`CodesMetadataBuilder`; None in a warm-up run.
@@ -285,13 +290,9 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             return output.fill_(0)
         batch, parts = attn_metadata, self._made(layer, kv_cache, query.dtype)
         tokens, requests = batch.num_short_tokens, batch.num_short
-        folding, beside = parts.folding, False
-        if self.kv_sharing_target_layer_name is None:
-            assert key is not None
-            assert value is not None
-            count = batch.num_tokens
-            new = key[:count], value[:count], batch.slot_mapping, batch.positions
-            beside = store(parts.layout, parts.sides, kv_cache, *new)
+        folding, count = parts.folding, batch.num_tokens
+        new = key[:count], value[:count], batch.slot_mapping, batch.positions
+        beside = store(parts.layout, parts.sides, kv_cache, *new)
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
             if folding is not None:
@@ -301,8 +302,6 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
                 parts.decode(query[:tokens], output[:tokens], *pages, self.scale, self.window, self.soft_cap)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)
-            assert key is not None
-            assert value is not None
             self._attend_prompts(batch, parts, query[fresh], key[fresh], value[fresh], kv_cache, output[fresh])
         return output
 

@@ -8,6 +8,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES, KVFormat, get_format
+from kv_cache.gpu.arguments import MAX_QUERY_LEN
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
@@ -55,11 +56,23 @@ def prepare(config: VllmConfig) -> None:
 
 
 def _check_cuda(config: VllmConfig, fmt: KVFormat) -> None:
+    """Refuse what the CUDA backend cannot serve."""
     from vllm.platforms import current_platform
 
     if not current_platform.has_device_capability(80):
         raise ParetoError(
             f"--kv-cache-dtype {fmt.name} needs compute capability 8.0 or above: use --kv-cache-dtype auto"
+        )
+    if not config.use_v2_model_runner:
+        raise ParetoError(
+            f"--kv-cache-dtype {fmt.name} needs vLLM's model runner V2 on CUDA, which this configuration does not use: "
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or use --kv-cache-dtype auto"
+        )
+    speculative = config.speculative_config
+    if speculative and speculative.num_speculative_tokens >= MAX_QUERY_LEN:
+        raise ParetoError(
+            f"--kv-cache-dtype {fmt.name} serves up to {MAX_QUERY_LEN - 1} speculative tokens on CUDA, not "
+            f"{speculative.num_speculative_tokens}"
         )
     if config.model_config.dtype not in (torch.bfloat16, torch.float16):
         raise ParetoError(f"--kv-cache-dtype {fmt.name} serves 16-bit models on CUDA: use --dtype bfloat16 or float16")

@@ -8,11 +8,12 @@ import pytest
 from bench import engine, kv_bench, step_timer
 from bench.kv_bench import KVBench, Settings, summarize
 from bench.kv_bench_command import markdown
+from bench.kv_bench_schema import KVBenchReport
 from bench.step_timer import prompts, time_batch
 from kv_cache.errors import ParetoError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from result_files import kv_cache
+from result_files import MACHINE, kv_cache
 
 SETTINGS = Settings("ref-7m", ("auto", "int4_per_head"), ((8, 1024),), 3, 16, 2048, "auto", 1 << 30, True, 1, 0)
 
@@ -163,3 +164,53 @@ def test_a_baseline_that_does_not_start_ends_the_run(tmp_path, monkeypatch):
 def test_contexts_beyond_the_model_are_refused(tmp_path):
     with pytest.raises(ParetoError, match="the model's context is 8192; use at most"):
         KVBench(replace(SETTINGS, shapes=((8, 8192),)), tmp_path)
+
+
+def test_rows_of_compressed_weights_and_their_own_shapes():
+    settings = replace(
+        SETTINGS, shapes=((8, 1024), (1, 64)), rounds=1, compressed="models/w4", compressed_kv_cache_dtypes=("auto",),
+        shapes_of=(("int4_per_head", ((8, 1024),)),),
+    )  # fmt: skip
+    assert [row.name for row in settings.rows()] == ["auto", "int4_per_head", "w4 auto"]
+
+    def both(step_ms):
+        made = sample(step_ms)
+        made["points"]["8x1024"]["prefix_prefill_s"] = step_ms / 20
+        made["points"] |= {"1x16": {"step_s": 0.001, "prefill_s": 0.01}, "1x64": {"step_s": 0.002, "prefill_s": 0.1}}
+        made["copy_bytes_per_s"] = 3e12
+        return made
+
+    base, int4, w4 = summarize(settings, {"0 auto": both(20), "0 int4_per_head": both(10), "0 w4 auto": both(5)}, {})
+    assert [(p.batch, p.context) for p in base.points] == [(8, 1024), (1, 64)]
+    assert [(p.batch, p.context) for p in int4.points] == [(8, 1024)]
+    assert (base.model, w4.model) == (None, "models/w4")
+    assert w4.points[0].step_ratio == pytest.approx(4)
+    assert int4.points[0].prefix_ratio == pytest.approx(2)
+    assert int4.points[0].prefix_tokens_per_s.median == pytest.approx(8 * 512 / 0.5)
+    assert int4.points[0].context_bytes_per_s == pytest.approx(8 * 1024 * int4.kv_cache.bytes_per_token / 0.009)
+    report = KVBenchReport("complete", "now", "m", "auto", {"rounds": 1, "steps": 8}, MACHINE, [base, int4, w4])
+    text = markdown(report)
+    assert "| w4, bf16 | 8 x 1,024 | 5.00 | 4.00x |" in text
+    assert "A copy within the GPU moves 3,000 GB/s." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shape", "8"], "32x8192 would be"),
+        (["--shape", "8x64", "--prefix-hits", "8x128"], "shapes that are not measured: 8x128"),
+        (["--shape", "8x64", "--only", "fp8=8x64", "--kv-cache-dtype", "auto"], "rows that are not measured: fp8"),
+        (["--only", "fp8"], "fp8=32x8192"),
+        (["--compilation-config", "{mode"], "not JSON"),
+        (["--load-format", "dummy"], "has no config.json"),
+    ],
+)
+def test_wrong_flags_get_one_line(words, message, capsys):
+    from vllm_ext.cli import main
+
+    try:
+        code = main(["kv-bench", "ref-7m", *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code not in (0, None)
+    assert message in capsys.readouterr().err

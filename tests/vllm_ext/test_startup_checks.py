@@ -108,6 +108,67 @@ def fake_config(**extra):
     return SimpleNamespace(model_config=model, additional_config=dict(extra))
 
 
+def cuda_config(**changes):
+    values = {
+        "use_v2_model_runner": True,
+        "speculative_config": None,
+        "model_config": SimpleNamespace(dtype=torch.bfloat16),
+    }
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "message"),
+    [
+        ({}, 75, "compute capability 8.0"),
+        ({"use_v2_model_runner": False}, 90, "VLLM_USE_V2_MODEL_RUNNER=1"),
+        ({"speculative_config": SimpleNamespace(num_speculative_tokens=16)}, 90, "up to 15 speculative tokens"),
+        ({"model_config": SimpleNamespace(dtype=torch.float32)}, 90, "--dtype bfloat16"),
+    ],
+)
+def test_what_cuda_cannot_serve_is_refused(changes, capability, message, monkeypatch):
+    import vllm.platforms
+
+    from kv_cache.formats import get_format
+    from vllm_ext import startup
+
+    platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    if capability >= 80:
+        served = cuda_config(speculative_config=SimpleNamespace(num_speculative_tokens=15))
+        startup._check_cuda(served, get_format("int4_per_head"))
+    with pytest.raises(ParetoError, match=message):
+        startup._check_cuda(cuda_config(**changes), get_format("int4_per_head"))
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.static])
+def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(name, tmp_path, monkeypatch):
+    from kv_cache.formats import get_format
+    from vllm_ext.scale_source import find_scales, layer_scales
+
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
+    model = SimpleNamespace(
+        model=str(tmp_path), revision=None, max_model_len=1000, get_total_num_hidden_layers=lambda: 2,
+        get_total_num_kv_heads=lambda: 2, get_head_size=lambda: 64,
+        hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters={"rope_theta": 1e6}),
+    )  # fmt: skip
+    config = SimpleNamespace(
+        model_config=model, additional_config={}, load_config=SimpleNamespace(load_format="dummy"),
+        cache_config=SimpleNamespace(cache_dtype=name),
+    )  # fmt: skip
+    folder = find_scales(config)
+    assert find_scales(config) == folder
+    config.additional_config[SCALES_KEY] = str(folder)
+    scales = layer_scales(config, get_format(name), 1, 2)
+    four_bit_heads = name in ("int4_per_head", "k8v4_per_head")
+    assert (scales.value_feedback is not None) == four_bit_heads
+    assert (scales.key_mean is not None) == (name == "int4_per_head")
+    # Most keys and values of a dummy model are within reach of the codes.
+    spread = 16 * (1e-3 / 3**0.5) ** 2
+    reach = (2 ** get_format(name).value_bits - 1) * scales.value_scale.mean()
+    assert 5 * spread < reach < 7 * spread
+
+
 def test_scales_of_another_model_are_refused(tmp_path):
     from vllm_ext.scale_source import check_geometry
 
