@@ -181,3 +181,19 @@ def test_any_mix_will_do(results, tmp_path):
     for name, svgs in (("eval", 1), ("a", 3), ("kv", 0), ("w4", 0)):
         report(results / name, "--out", tmp_path / f"{name}.html")
         assert (tmp_path / f"{name}.html").read_text().count("<svg") == svgs, name
+
+
+def test_kv_plots_draw_what_both_results_have(tmp_path):
+    from PIL import Image
+
+    from bench import kv_plots
+
+    speed, quality = tmp_path / "speed.json", tmp_path / "quality.json"
+    speed.write_text(json.dumps(kv_bench_document(auto=0.020, int4_per_head=0.010, fp8=0.015)))
+    quality.write_text(json.dumps(eval_document(configuration(), configuration("int4_per_head", bits=4, kl=0.02))))
+    assert kv_plots.main([str(speed), str(quality), "--out", str(tmp_path)]) == 0
+    for name in ("kv-decode.png", "kv-trade-off.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.convert("L").getextrema()[0] < 128
+    with pytest.raises(SystemExit):
+        kv_plots.main([str(tmp_path / "absent.json"), str(quality), "--out", str(tmp_path)])
