@@ -191,7 +191,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) u8 shared[];
+    DYNAMIC_SHARED __align__(128) u8 shared[];
     const int warp = threadIdx.x / 32;
     // Shared memory; its size is shared_bytes in tuning.py. Loads may run past a ring by less than 64 bytes.
     u8* room = shared + WARPS * RING_BYTES + 64;

@@ -34,8 +34,8 @@ struct Params {
 using Keys = KeyShare<KEY_BITS>;
 
 extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __grid_constant__ Params p) {
-    __shared__ __align__(16) float q[HEAD_DIM][PREPARE_ROWS];
-    __shared__ __align__(16) float y[PARTS > 1 ? PARTS : 1 + BIAS][PREPARE_ROWS][HEAD_DIM];
+    SHARED __align__(16) float q[HEAD_DIM][PREPARE_ROWS];
+    SHARED __align__(16) float y[PARTS > 1 ? PARTS : 1 + BIAS][PREPARE_ROWS][HEAD_DIM];
     const int head = blockIdx.y, first = blockIdx.x * PREPARE_ROWS, heads = p.kv_heads * p.group;
     const int count = min(PREPARE_ROWS, p.rows - first);
     // Thread (part, channel) sums every PARTS-th element of a row of the transform.

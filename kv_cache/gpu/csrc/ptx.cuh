@@ -1,4 +1,5 @@
-// The few PTX instructions that the kernels use. No CUDA header is included, so that NVRTC needs none installed.
+// The few PTX instructions that the kernels use. No CUDA header is included, so that NVRTC needs none installed. The
+// tests run the kernels on a CPU too, with EMULATED defined and the same functions in plain C++.
 #pragma once
 
 typedef unsigned char u8;
@@ -7,11 +8,18 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+#ifdef EMULATED
+#include <emulated_ptx.h>
+#else
 #define DEVICE __device__ __forceinline__
+#define SHARED __shared__
+#define DYNAMIC_SHARED extern __shared__
+#endif
 
 #define NEG_INF __int_as_float(0xff800000)
 constexpr u32 ALL_LANES = 0xffffffffu;
 
+#ifndef EMULATED
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
 // c += a * b on the tensor cores: a is 16 x 16, b is 16 x 8, both float16; c is 16 x 8 float32.
@@ -47,10 +55,11 @@ DEVICE u32 pack_bfloat2(float low, float high) {
     return y;
 }
 
-// The two numbers as the sum of two pairs of bfloat16: 16 bits of each.
-DEVICE void split_bfloat2(float low, float high, u32& head, u32& tail) {
-    head = pack_bfloat2(low, high);
-    tail = pack_bfloat2(low - __uint_as_float(head << 16), high - __uint_as_float(head & 0xffff0000u));
+// a * b + c of pairs of bfloat16.
+DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
 }
 
 DEVICE u16 to_half(float x) {
@@ -70,8 +79,6 @@ DEVICE float from_half(u16 x) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
 }
-
-DEVICE float from_bfloat(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
 
 DEVICE float exp2_fast(float x) {
     float y;
@@ -171,6 +178,14 @@ template <int PENDING>
 DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 #endif
 
+// 16 bytes into shared memory; they are there for this thread after fetches_done.
+DEVICE void fetch_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+
+DEVICE void fetches_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Programmatic dependent launch (sm_90): wait for the kernel before this one; let the next one start.
 DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -182,4 +197,13 @@ DEVICE void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+#endif
+
+DEVICE float from_bfloat(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
+
+// The two numbers as the sum of two pairs of bfloat16: 16 bits of each.
+DEVICE void split_bfloat2(float low, float high, u32& head, u32& tail) {
+    head = pack_bfloat2(low, high);
+    tail = pack_bfloat2(low - __uint_as_float(head << 16), high - __uint_as_float(head & 0xffff0000u));
 }

@@ -51,7 +51,7 @@ DEVICE void add_centre(const Params& p, int head, int position, float* x) {
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void read(const __grid_constant__ Params p) {
-    __shared__ __align__(16) float x[HEAD_DIM * STRIDE], y[TRANSFORM ? HEAD_DIM * STRIDE : 4];
+    SHARED __align__(16) float x[HEAD_DIM * STRIDE], y[TRANSFORM ? HEAD_DIM * STRIDE : 4];
     const int head = blockIdx.y;
     const int* tile = p.tiles + 4 * blockIdx.x;
     const int request = tile[0], first = tile[1], count = tile[2], row = tile[3];

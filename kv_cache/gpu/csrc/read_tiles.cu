@@ -37,7 +37,7 @@ struct Params {
     Side sides[2];
 };
 
-extern __shared__ __align__(16) u8 shared[];
+DYNAMIC_SHARED __align__(16) u8 shared[];
 
 DEVICE u32 pair_of(float low, float high) { return OUT_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high); }
 
@@ -99,11 +99,7 @@ DEVICE void copy(const Side& side, int head, const Tile& tile) {
 }
 
 // Two nibbles, in the low bits of a 32-bit word's halves, as bfloat16 numbers: 128 + code is exact, and so is the rest.
-DEVICE u32 bfloat_codes(u32 nibbles) {
-    u32 y;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(nibbles | 0x43004300), "r"(0x3f803f80), "r"(0xc300c300));
-    return y;
-}
+DEVICE u32 bfloat_codes(u32 nibbles) { return fma_bfloat2(nibbles | 0x43004300, 0x3f803f80, 0xc300c300); }
 
 DEVICE void read_transformed(const Params& p, const Side& side, int head, const Tile& tile, const uint4* decode,
                              u32* results) {

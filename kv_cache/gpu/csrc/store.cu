@@ -52,8 +52,8 @@ DEVICE void subtract_centre(const Params& p, int head, i64 position, float* x) {
     }
 }
 
-__shared__ __align__(16) float scaled[HEAD_DIM * STRIDE];
-__shared__ u8 codes[TOKENS][HEAD_DIM];
+SHARED __align__(16) float scaled[HEAD_DIM * STRIDE];
+SHARED u8 codes[TOKENS][HEAD_DIM];
 
 // scaled = zero + encode^T x, sums from the first channel on.
 DEVICE void transform(const Params& p, int head, const float* x) {
@@ -82,8 +82,8 @@ DEVICE void transform(const Params& p, int head, const float* x) {
 }
 
 DEVICE void round_with_feedback(const Params& p, int head) {
-    __shared__ __align__(16) float errors[BAND * STRIDE];
-    __shared__ float own[BAND * BAND];
+    SHARED __align__(16) float errors[BAND * STRIDE];
+    SHARED float own[BAND * BAND];
     const float* matrix = p.feedback + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM;
     for (int band = HEAD_DIM - BAND; band >= 0; band -= BAND) {
         for (int i = threadIdx.x; i < BAND * BAND; i += THREADS)
@@ -150,9 +150,9 @@ DEVICE void code_group(const Params& p, const float* x, int token, int group, u8
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void store(const __grid_constant__ Params p) {
-    __shared__ __align__(16) float x[TRANSFORM || GROUP_SIZE ? HEAD_DIM * STRIDE : 4];
-    __shared__ u8* pages[TOKENS];
-    __shared__ int offsets[TOKENS];
+    SHARED __align__(16) float x[TRANSFORM || GROUP_SIZE ? HEAD_DIM * STRIDE : 4];
+    SHARED u8* pages[TOKENS];
+    SHARED int offsets[TOKENS];
     const int head = blockIdx.y, first = blockIdx.x * TOKENS, count = min(TOKENS, p.tokens - first);
     wait_for_previous_kernel();
     if (threadIdx.x < TOKENS) {

@@ -61,7 +61,7 @@ DEVICE void numbers(const Raw& raw, float (&x)[4]) {
     }
 }
 
-extern __shared__ __align__(16) u8 shared[];
+DYNAMIC_SHARED __align__(16) u8 shared[];
 
 // Writes the codes of four columns in each quarter of a token's channels.
 template <int BITS>
@@ -225,14 +225,12 @@ DEVICE void write_codes(const Side& side, const Team& team) {
 
 // Copies bytes, a multiple of 16, into shared memory by all threads of the block; they are there after copies_done.
 DEVICE u8* fetch(u8* to, const void* from, int bytes) {
-    for (int i = threadIdx.x * 16; i < bytes; i += WARPS * 32 * 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + i)),
-                     "l"(__cvta_generic_to_global(static_cast<const u8*>(from) + i)) : "memory");
+    for (int i = threadIdx.x * 16; i < bytes; i += WARPS * 32 * 16) fetch_16(to + i, static_cast<const u8*>(from) + i);
     return to + bytes;
 }
 
 DEVICE void copies_done() {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    fetches_done();
     __syncthreads();
 }
 

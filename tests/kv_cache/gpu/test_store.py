@@ -21,39 +21,47 @@ pytestmark = [
 ]
 
 
-def on_gpu(cache: torch.Tensor) -> torch.Tensor:
+DEVICE = torch.device("cuda", 0)
+
+
+def moved(cache: torch.Tensor, device: torch.device) -> torch.Tensor:
     size = cache.untyped_storage().nbytes()
-    flat = cache.as_strided((size,), (1,)).cuda()
+    flat = cache.as_strided((size,), (1,)).to(device, copy=True)
     return flat.as_strided(cache.shape, cache.stride())
 
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 @pytest.mark.parametrize("name", CODINGS)
 @pytest.mark.parametrize("alone", [False, True])
-def test_store_equals_the_codec(name, dim, alone, monkeypatch):
+def test_store_and_gather_are_the_codec(name, dim, alone, monkeypatch):
     from kv_cache.gpu import store as module
-    from kv_cache.gpu.read import gather, plan
-    from kv_cache.gpu.store import store
 
     if alone:  # Each warp has tokens of its own, as in a long prompt.
-        _, shared, overlap = module.device_limits(torch.device("cuda", 0))
+        _, shared, overlap = module.device_limits(DEVICE)
         monkeypatch.setattr(module, "device_limits", lambda device: (1, shared, overlap))
+    check_store_and_gather(name, dim, DEVICE)
+
+
+def check_store_and_gather(name: str, dim: int, device: torch.device) -> None:
+    """Store random tokens, and gather others, in any coding that random_scales knows."""
+    from kv_cache.gpu.read import gather, plan
+    from kv_cache.gpu.store import store
 
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
     torch.manual_seed(seed)
     layout, scales = PageLayout(coding(name)[0], dim, 16), random_scales(name, 3, dim)
-    sides = sides_of(layout, 3, scales)
+    sides = sides_of(layout, 3, scales, device)
     for dtype, padded, tokens in ((torch.bfloat16, True, 50), (torch.float16, False, 16), (torch.float32, False, 1)):
         want = empty_pages(layout, 5, 3, padded)
-        cache = on_gpu(want)
+        cache = moved(want, device)
         key, value = (torch.randn(tokens + 4, 5, dim).mul(2).to(dtype)[:, 1:4] for _ in range(2))
         if dtype == torch.float32:
             key[0, 0, 5], key[0, 1, 7], value[0, 0, 0], value[0, 2, -1] = float("nan"), 1e30, float("-inf"), 7e4
         slots, positions = torch.randperm(80)[:tokens], torch.randint(MAX_POSITION, (tokens,))
         slots[1:][torch.rand(tokens - 1) < 0.1] = -1
         codec.write_pages(want, key[:tokens], value[:tokens], slots, layout, scales, positions)
-        store(layout, sides, cache, key.cuda(), value.cuda(), slots.cuda(), positions.cuda())
+        store(layout, sides, cache, *(x.to(device) for x in (key, value, slots, positions)))
         if tokens and sides[1].tiled and "feedback" in sides[1].tensors:
             stored = slots >= 0
             flat = cache.as_strided((want.untyped_storage().nbytes(),), (1,)).cpu()
@@ -82,13 +90,13 @@ def test_store_equals_the_codec(name, dim, alone, monkeypatch):
             at = torch.arange(length)
             slots = table[request].long()[at // 16] * 16 + at % 16
             codec.write_pages(page_codes, key, value, slots, layout, scales, at)
-    cache, tiles = on_gpu(page_codes), plan(earlier, new).cuda()
+    cache, tiles = moved(page_codes, device), plan(earlier, new).to(device)
     for dtype in (torch.bfloat16, torch.float16):
-        fresh = torch.randn(sum(new) + 2, 7, dim, device="cuda").to(dtype)[:, 1:7].split(3, 1)
+        fresh = torch.randn(sum(new) + 2, 7, dim, device=device).to(dtype)[:, 1:7].split(3, 1)
         out = [
-            torch.full((sum(earlier) + sum(new) + 3, 3, dim), float("nan"), dtype=dtype, device="cuda") for _ in "kv"
+            torch.full((sum(earlier) + sum(new) + 3, 3, dim), float("nan"), dtype=dtype, device=device) for _ in "kv"
         ]
-        gather(layout, sides, cache, (out[0], out[1]), fresh, table.cuda(), tiles)
+        gather(layout, sides, cache, (out[0], out[1]), fresh, table.to(device), tiles)
         for index in range(2):
             row = taken = 0
             for request, (before, count) in enumerate(zip(earlier, new, strict=True)):
@@ -145,17 +153,17 @@ def assert_nearest(codes, x, scales, kind, positions):
         magnitude[..., :i] += (feedback[:, i, :i] * error[..., None]).abs()
 
 
-def sides_of(layout, kv_heads, scales):
+def sides_of(layout, kv_heads, scales, device):
     from kv_cache.gpu.sides import make_side
 
-    return tuple(make_side(kind, layout, kv_heads, scales, torch.device("cuda", 0)) for kind in ("key", "value"))
+    return tuple(make_side(kind, layout, kv_heads, scales, device) for kind in ("key", "value"))
 
 
 def test_centred_keys_need_positions():
     from kv_cache.gpu.store import store
 
     layout, scales = PageLayout(coding("int4_per_head")[0], 64, 16), random_scales("int4_per_head+centred", 1, 64)
-    x = torch.randn(2, 1, 64, device="cuda")
-    cache = on_gpu(empty_pages(layout, 1, 1, False))
+    x = torch.randn(2, 1, 64, device=DEVICE)
+    cache = moved(empty_pages(layout, 1, 1, False), DEVICE)
     with pytest.raises(ParetoError, match="position of every token"):
-        store(layout, sides_of(layout, 1, scales), cache, x, x, torch.arange(2, device="cuda"))
+        store(layout, sides_of(layout, 1, scales, DEVICE), cache, x, x, torch.arange(2, device=DEVICE))
