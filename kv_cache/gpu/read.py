@@ -8,7 +8,7 @@ import ctypes
 import torch
 
 from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import Side, device_limits
+from kv_cache.gpu.sides import Side, aligned, device_limits
 from kv_cache.layout import PageLayout
 
 TOKENS, THREADS = 16, 128
@@ -118,8 +118,7 @@ def gather(
     """
     if not len(tiles):
         return
-    # Rows of four elements, as the kernels copy them.
-    fresh = (_aligned(fresh[0]), _aligned(fresh[1]))
+    fresh = (aligned(fresh[0]), aligned(fresh[1]))
     if all(side.read_tiled for side in sides):
         _gather_tiles(layout, sides, cache, out, fresh, block_table, tiles)
         return
@@ -176,10 +175,6 @@ def _tile_kernel(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtyp
         _dtype_macro(dtype),
     )
     return load_kernel("read_tiles.cu", "read_tiles", macros, device, _shared_bytes(layout, keys))
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % 8 == 0 else x.contiguous()
 
 
 def _dtype_macro(dtype: torch.dtype) -> tuple[str, int]:

@@ -70,6 +70,12 @@ def device_limits(device: torch.device) -> tuple[int, int, bool]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin, overlap
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return [tokens, heads, channels] with rows at multiples of four elements, as the kernels load: ``x``, or a copy."""
+    four = 4 * x.element_size()
+    return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % four == 0 else x.contiguous()
+
+
 def operands(matrix: torch.Tensor) -> torch.Tensor:
     """Return a matrix as right-hand operands of 16 x 8 x 16 products (PTX ISA, mma.m16n8k16), in bfloat16.
 

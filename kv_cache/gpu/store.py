@@ -10,7 +10,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import Side, device_limits
+from kv_cache.gpu.sides import Side, aligned, device_limits
 from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -203,12 +203,6 @@ def _tile_kernel(sides: tuple[Side, Side], team: _Team, dtype: torch.dtype, devi
     return load_kernel("store_tiles.cu", "store_tiles", macros, device, team.shared_bytes, team.size > 1)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x``, or a copy of it if its rows do not start at multiples of four elements."""
-    four = 4 * x.element_size()
-    return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % four == 0 else x.contiguous()
-
-
 def _store_tiles(
     layout: PageLayout,
     sides: tuple[Side, Side],
@@ -221,7 +215,7 @@ def _store_tiles(
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
     team = _team(layout, sides, -(-count // TEAM_TOKENS) * 2 * kv_heads <= processors, device)
-    inputs = [_aligned(x) for x in (key, value)]
+    inputs = [aligned(x) for x in (key, value)]
     tile_sides = [
         _TileSide(
             x=x.data_ptr(),
