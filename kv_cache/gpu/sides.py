@@ -71,7 +71,7 @@ def device_limits(device: torch.device) -> tuple[int, int, bool]:
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, heads, channels] with rows at multiples of four elements, as the kernels load: ``x``, or a copy."""
+    """Return [tokens, heads, channels] with rows at multiples of four elements: ``x``, or a copy."""
     four = 4 * x.element_size()
     return x if x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % four == 0 else x.contiguous()
 
