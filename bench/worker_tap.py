@@ -48,7 +48,11 @@ class LogitsTap:
 
     def pareto_copy_rate(self) -> float | None:
         """Return the bytes read plus written per second by a copy within the GPU; None on CPU."""
-        return copy_rate() if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        rate = copy_rate()
+        torch.cuda.empty_cache()
+        return rate
 
 
 # Recordings by worker. Not an attribute of the worker: vLLM's class must not be able to collide with it.
