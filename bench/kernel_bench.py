@@ -77,6 +77,21 @@ class Case:
     block_size: int = 16
 
 
+def random_pages(
+    layout: PageLayout, kv_heads: int, batch: int, context: int, turns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return one pool of scattered pages, and block tables of which no two turns read the same page.
+
+    Returns:
+        uint8 [blocks, KV heads, block_size, bytes per token] and int32 [turns, batch, blocks of a sequence].
+
+    """
+    pages = math.ceil(context / layout.block_size)
+    shape = (turns * batch * pages, kv_heads, layout.block_size, layout.bytes_per_token)
+    cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    return cache, torch.randperm(shape[0], device=device).int().view(turns, batch, pages)
+
+
 class Problem:
     """Caches, tables and queries of one case.
 
@@ -95,11 +110,7 @@ class Problem:
             self.lens.random_(128, case.context + 1)
         self.bytes = int(self.lens.sum()) * case.kv_heads * self.layout.bytes_per_token
         turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
-        # One pool of pages; each turn reads pages that no other turn reads.
-        pages = math.ceil(case.context / case.block_size)
-        shape = (turns * case.batch * pages, case.kv_heads, case.block_size, self.layout.bytes_per_token)
-        self.cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
-        self.tables = torch.randperm(shape[0], device=device).int().view(turns, case.batch, pages)
+        self.cache, self.tables = random_pages(self.layout, case.kv_heads, case.batch, case.context, turns, device)
         self.start = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * case.query_len
         tokens = case.batch * case.query_len
         self.query = torch.randn(tokens, case.heads, case.head_dim, device=device).bfloat16()

@@ -82,6 +82,10 @@ class Settings:
         own = dict(self.shapes_of).get(row.name)
         return self.shapes if own is None else tuple(shape for shape in self.shapes if shape in own)
 
+    def prefix_shapes_for(self, row: Row) -> tuple[tuple[int, int], ...]:
+        """Return the shapes in which a row is timed from the prefix cache: none where it has shapes of its own."""
+        return () if row.name in dict(self.shapes_of) else self.prefix_shapes
+
     def rows(self) -> list[Row]:
         """Return what is measured, the baseline first."""
         own = [Row(self.model, dtype, dtype) for dtype in self.kv_cache_dtypes]
@@ -204,7 +208,7 @@ class KVBench:
             for batch, context in sorted(floors | set(shapes)):
                 tokens = prompts(batch, context, self.vocabulary, s.seed)
                 point = asdict(time_batch(llm, tokens, s.steps))
-                if (batch, context) in s.prefix_shapes and not dict(s.shapes_of).get(row.name):
+                if (batch, context) in s.prefix_shapes_for(row):
                     point["prefix_prefill_s"] = self._prefix_prefill(llm, batch, context)
                 sample["points"][f"{batch}x{context}"] = point
         return sample

@@ -21,6 +21,7 @@ import torch
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
+from bench.kernel_bench import random_pages
 from kv_cache.formats import get_format
 from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import Folding, PositionTables
@@ -66,11 +67,8 @@ class Layers:
             PositionTables.of(layers[0].rotary.table(context), HEAD_DIM, device) if layers[0].rotary else None
         )
         self.bytes = batch * context * KV_HEADS * self.layout.bytes_per_token
-        pages = math.ceil(context / BLOCK)
-        turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
-        shape = (turns * batch * pages, KV_HEADS, BLOCK, self.layout.bytes_per_token)
-        self.cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
-        self.tables = torch.randperm(shape[0], device=device).int().view(turns, batch, pages)
+        self.turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
+        self.cache, self.tables = random_pages(self.layout, KV_HEADS, batch, context, self.turns, device)
         at = torch.arange(context - fresh, context, device=device)
         self.positions = at.repeat(batch)
         blocks = self.tables[:, :, at // BLOCK].long() * BLOCK + at % BLOCK
@@ -80,7 +78,6 @@ class Layers:
         self.key, self.value = (torch.randn(tokens, KV_HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(2))
         self.lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         self.start = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        self.turns = turns
         if fresh == 1:
             first = layers[0]
             self.attention = DecodeAttention(

@@ -25,7 +25,6 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.arguments import MAX_QUERY_LEN
 from kv_cache.gpu.decode import DecodeAttention
 from kv_cache.gpu.folding import Folding, PositionTables
 from kv_cache.gpu.read import gather, plan
@@ -197,11 +196,14 @@ class _Parts:
     folding: Folding | None
     tables: PositionTables | None
     decode: Any
+    flash_version: int | None
 
 
 # Scratch of the decode kernel, one for all layers of a shape: layers run one after the other.
 _DECODE: dict[tuple[Any, ...], Any] = {}
-_TABLES: dict[tuple[Any, ...], PositionTables] = {}
+
+# One for all layers.
+_position_tables = functools.lru_cache(maxsize=8)(PositionTables.of)
 
 
 class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
@@ -232,19 +234,17 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         folding = None if scales is None else Folding.of(scales, device)
         tables = None
         if scales is not None and scales.key_mean is not None and scales.rotary is not None:
-            table = scales.rotary.table(limit)
-            key: tuple[Any, ...] = (table, self.head_size, device)
-            if key not in _TABLES:
-                _TABLES[key] = PositionTables.of(table, self.head_size, device)
-            tables = _TABLES[key]
+            tables = _position_tables(scales.rotary.table(limit), self.head_size, device)
         dense = scales is not None and scales.key_transform is not None
-        return _Parts(layout, (keys, values), folding, tables, self._decode(layout, dtype, device, dense, tables))
+        decode = self._decode(layout, dtype, device, dense, tables)
+        version = get_flash_attn_version(head_size=self.head_size)
+        return _Parts(layout, (keys, values), folding, tables, decode, version)
 
     def _decode(
         self, layout: PageLayout, dtype: torch.dtype, device: torch.device, dense: bool, tables: PositionTables | None
     ) -> Any:
         speculative = self.config.speculative_config
-        length = min(1 + (speculative.num_speculative_tokens if speculative else 0), MAX_QUERY_LEN)
+        length = 1 + (speculative.num_speculative_tokens if speculative else 0)  # Start-up has refused too many.
         requests, capped = self.config.scheduler_config.max_num_seqs, self.soft_cap > 0
         shape = (layout, self.num_kv_heads, self.num_heads, dtype, device, requests, requests * length, length, capped)
         key = (*shape, dense, tables is not None)
@@ -335,5 +335,5 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             causal=True,
             window_size=[self.window - 1, 0] if self.window else None,
             softcap=self.soft_cap,
-            fa_version=get_flash_attn_version(head_size=self.head_size),
+            fa_version=parts.flash_version,
         )

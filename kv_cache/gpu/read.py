@@ -8,7 +8,7 @@ import ctypes
 import torch
 
 from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import Side, aligned, device_limits
+from kv_cache.gpu.sides import CENTRES, Side, aligned, device_limits, tile_macros
 from kv_cache.layout import PageLayout
 
 TOKENS, THREADS = 16, 128
@@ -16,7 +16,6 @@ TOKENS, THREADS = 16, 128
 WARPS = 8
 FRESH = -1
 """In place of a tile's request: its tokens are fresh ones."""
-CENTRES = ("mean", "fine", "anchors")
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -123,7 +122,9 @@ def gather(
         _gather_tiles(layout, sides, cache, out, fresh, block_table, tiles)
         return
     for side, to, new in zip(sides, out, fresh, strict=True):
-        names = {"scale": "decode" if "decode" in side.tensors else "scale"} | {n: n for n in ("zero", *CENTRES)}
+        pointers = side.pointers("scale", "zero", *CENTRES)
+        if "decode" in side.tensors:
+            pointers["scale"] = side.tensors["decode"].data_ptr()
         params = _Params(
             cache=cache.data_ptr(),
             block_stride=cache.stride(0),
@@ -138,7 +139,7 @@ def gather(
             table_stride=block_table.stride(0),
             tiles=tiles.data_ptr(),
             **side.offsets,
-            **{field: side.tensors[name].data_ptr() for field, name in names.items() if name in side.tensors},
+            **pointers,
         )
         grid = (len(tiles), cache.shape[1], 1)
         _side_kernel(side, to.dtype, cache.device).launch(grid, THREADS, params, cache.device)
@@ -166,15 +167,8 @@ def _shared_bytes(layout: PageLayout, keys: Side) -> int:
 
 
 def _tile_kernel(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> Kernel:
-    keys, values = sides
-    macros = (
-        *((name, keys.macros[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
-        ("KEY_BITS", keys.macros["BITS"]),
-        ("VALUE_BITS", values.macros["BITS"]),
-        ("WARPS", WARPS),
-        _dtype_macro(dtype),
-    )
-    return load_kernel("read_tiles.cu", "read_tiles", macros, device, _shared_bytes(layout, keys))
+    macros = (*tile_macros(sides), ("WARPS", WARPS), _dtype_macro(dtype))
+    return load_kernel("read_tiles.cu", "read_tiles", macros, device, _shared_bytes(layout, sides[0]))
 
 
 def _dtype_macro(dtype: torch.dtype) -> tuple[str, int]:
@@ -199,10 +193,9 @@ def _gather_tiles(
             fresh=new.data_ptr(),
             fresh_token_stride=new.stride(0),
             fresh_head_stride=new.stride(1),
-            scale=side.tensors["scale"].data_ptr(),
-            zero=side.tensors["zero"].data_ptr(),
             plane=side.offsets["plane"],
             high_plane=side.offsets["high_plane"],
+            **side.pointers("scale", "zero"),
         )
         for side, to, new in zip(sides, out, fresh, strict=True)
     ]
@@ -215,7 +208,7 @@ def _gather_tiles(
         tiles=tiles.data_ptr(),
         count=len(tiles),
         sides=(_TileSide * 2)(*tile_sides),
-        **{n: keys.tensors[n].data_ptr() for n in ("decode", "bias", *CENTRES) if n in keys.tensors},
+        **keys.pointers("decode", "bias", *CENTRES),
     )
     # As many blocks as the shared memory leaves room for.
     blocks = 2 if "decode" in keys.tensors else 8

@@ -15,6 +15,8 @@ from kv_cache.scales import LayerScales
 
 BAND = 16
 """Channels that csrc/rounding.cuh rounds at a time."""
+CENTRES = ("mean", "fine", "anchors")
+"""Tensors of centred keys, in the order of ``Centres`` in csrc/centre.cuh."""
 MAX_TILED = 128
 """Largest head whose transform fits in shared memory, and whose codes in a warp's registers."""
 
@@ -46,6 +48,19 @@ class Side:
     offsets: dict[str, int]
     tensors: dict[str, torch.Tensor]
 
+    @functools.cached_property
+    def _addresses(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+
+    def pointers(self, *names: str) -> dict[str, int]:
+        """Return the addresses of those of the named tensors that this side has."""
+        return {name: self._addresses[name] for name in names if name in self._addresses}
+
+    @functools.cached_property
+    def matrix_bytes(self) -> int:
+        """Bytes of one head's matrices, as ``csrc/store_tiles.cu`` keeps them."""
+        return sum(self.tensors[n][0].nbytes for n in ("transform", "feedback", "own") if n in self.tensors)
+
     @property
     def tiled(self) -> bool:
         """Whether csrc/store_tiles.cu writes this side; csrc/store.cu serves what it does not."""
@@ -60,6 +75,13 @@ class Side:
     def centred(self) -> bool:
         """Whether the kernels need positions."""
         return "mean" in self.tensors
+
+
+def tile_macros(sides: tuple[Side, Side]) -> tuple[tuple[str, int], ...]:
+    """Return what ``csrc/store_tiles.cu`` and ``csrc/read_tiles.cu`` both ask of keys and values."""
+    keys, values = (side.macros for side in sides)
+    shared = ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")
+    return *((name, keys[name]) for name in shared), ("KEY_BITS", keys["BITS"]), ("VALUE_BITS", values["BITS"])
 
 
 @functools.cache
@@ -155,11 +177,11 @@ def make_side(
             tensors["feedback"] = matrix
             if tiled:
                 tensors["feedback"], tensors["own"] = _feedback_operands(_exact(matrix, fmt))
-        if kind == "key" and scales.key_encode is not None and scales.key_decode is not None:
+        if kind == "key" and scales.key_transform is not None and scales.key_decode is not None:
             decode = tensors["decode"] = scales.key_decode.mT.contiguous()
-            if tiled and scales.key_transform is not None:
+            if tiled:
                 tensors["transform"] = operands(_exact(scales.key_transform, fmt).mT.contiguous())
-            else:
+            elif scales.key_encode is not None:
                 tensors["encode"] = scales.key_encode.mT.contiguous()
             if tiled and layout.head_dim % 32 == 0:
                 tensors["decode"] = _split_operands(decode)

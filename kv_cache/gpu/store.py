@@ -10,7 +10,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import Side, aligned, device_limits
+from kv_cache.gpu.sides import CENTRES, Side, aligned, device_limits, tile_macros
 from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,9 +18,8 @@ TOKENS, THREADS = 16, 128
 """Tokens and threads of a thread block of ``csrc/store.cu``."""
 TEAM_TOKENS = 32
 """Tokens that a team of warps of ``csrc/store_tiles.cu`` codes at a time."""
-TENSORS = ("inverse", "zero", "encode", "feedback", "mean", "fine", "anchors")
+TENSORS = ("inverse", "zero", "encode", "feedback", *CENTRES)
 TILE_TENSORS = ("inverse", "zero", "transform", "feedback", "own")
-CENTRES = ("mean", "fine", "anchors")
 KEY_SHARE = 0.6
 """Of the thread blocks of a long prompt that code keys, which take a transform more than values do."""
 
@@ -149,24 +148,16 @@ def _store_each(
             positions=None if positions is None else positions.data_ptr(),
             tokens=count,
             **side.offsets,
-            **{name: side.tensors[name].data_ptr() for name in TENSORS if name in side.tensors},
+            **side.pointers(*TENSORS),
         )
         grid = (-(-count // TOKENS), cache.shape[1], 1)
         _side_kernel(side, x.dtype, cache.device).launch(grid, THREADS, params, cache.device)
 
 
-def _matrix_bytes(layout: PageLayout, sides: tuple[Side, Side]) -> int:
-    """Return the bytes of the larger side's matrices of one head, as ``csrc/store_tiles.cu`` keeps them."""
-    return max(
-        sum(side.tensors[name][0].nbytes for name in ("transform", "feedback", "own") if name in side.tensors)
-        for side in sides
-    )
-
-
 def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], teams: int) -> int:
     """Return the shared memory of a block: its teams' scratch, as csrc/rounding.cuh lays it out, and the matrices."""
-    scratch = TEAM_TOKENS * ((layout.head_dim + 8) * 4 + 2 * 12 * 4 + 8 + 8 + 4 + 4)
-    return teams * scratch + _matrix_bytes(layout, sides)
+    scratch = TEAM_TOKENS * ((layout.head_dim + 8) * 4 + 2 * 12 * 4 + 8 + 8 + 4)
+    return teams * scratch + max(side.matrix_bytes for side in sides)
 
 
 @dataclass(frozen=True)
@@ -189,13 +180,10 @@ def _team(layout: PageLayout, sides: tuple[Side, Side], few: bool, device: torch
 
 
 def _tile_kernel(sides: tuple[Side, Side], team: _Team, dtype: torch.dtype, device: torch.device) -> Kernel:
-    keys, values = (side.macros for side in sides)
     macros = (
-        *((name, keys[name]) for name in ("HEAD_DIM", "BLOCK_SIZE", "TRANSFORM", "PAIRS", "INTERLEAVED")),
-        ("KEY_BITS", keys["BITS"]),
-        ("KEY_FEEDBACK", keys["FEEDBACK"]),
-        ("VALUE_BITS", values["BITS"]),
-        ("VALUE_FEEDBACK", values["FEEDBACK"]),
+        *tile_macros(sides),
+        ("KEY_FEEDBACK", sides[0].macros["FEEDBACK"]),
+        ("VALUE_FEEDBACK", sides[1].macros["FEEDBACK"]),
         ("INPUT", INPUTS[dtype]),
         ("WARPS", team.warps),
         ("TEAM", team.size),
@@ -223,7 +211,7 @@ def _store_tiles(
             head_stride=x.stride(1),
             plane=side.offsets["plane"],
             high_plane=side.offsets["high_plane"],
-            **{name: side.tensors[name].data_ptr() for name in TILE_TENSORS if name in side.tensors},
+            **side.pointers(*TILE_TENSORS),
         )
         for x, side in zip(inputs, sides, strict=True)
     ]
@@ -240,7 +228,7 @@ def _store_tiles(
         tokens=count,
         key_blocks=keys,
         sides=(_TileSide * 2)(*tile_sides),
-        **{name: sides[0].tensors[name].data_ptr() for name in CENTRES if name in sides[0].tensors},
+        **sides[0].pointers(*CENTRES),
     )
     kernel = _tile_kernel(sides, team, key.dtype, device)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)

@@ -10,9 +10,8 @@
 //
 // The coefficients come in the units of the product of queries and keys (prepare.cu), to which theirs adds.
 #pragma once
+#include "centre.cuh"
 #include "merge.cuh"
-
-constexpr int SPAN = 256;  // Positions of the table.
 
 #if BIAS
 struct Bias {

@@ -40,7 +40,6 @@ struct Scratch {
     u64 pages[TOKENS];         // Of each token; 0: it is not stored.
     i64 positions[TOKENS];
     int offsets[TOKENS];       // In the page.
-    int unused[TOKENS];
 
     DEVICE u32 codes(int token, int channel) const {
         const u8* row = reinterpret_cast<const u8*>(x + token * STRIDE + channel / BAND * BAND);

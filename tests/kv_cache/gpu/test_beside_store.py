@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -31,8 +29,8 @@ def test_beside_the_store(name, dim, query_len, lens):
     sides = tuple(make_side(kind, layout, kv_heads, scales, DEVICE, MAX_POSITION) for kind in ("key", "value"))
     seq_lens, start = batch.indices()
     positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
-    requests = torch.tensor([[i] for i in itertools.chain(*([i] * q for i, q in enumerate(queries)))])
-    blocks = batch.table.cpu().long()[requests[:, 0], positions // layout.block_size]
+    requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(queries))
+    blocks = batch.table.cpu().long()[requests, positions // layout.block_size]
     slots = (blocks * layout.block_size + positions % layout.block_size).cuda()
     tokens, positions = len(slots), positions.cuda()
     pages = batch.cache.as_strided((batch.cache.untyped_storage().nbytes(),), (1,))
