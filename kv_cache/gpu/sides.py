@@ -58,8 +58,9 @@ class Side:
 
     @functools.cached_property
     def matrix_bytes(self) -> int:
-        """Bytes of one head's matrices, as ``csrc/store_tiles.cu`` keeps them."""
-        return sum(self.tensors[n][0].nbytes for n in ("transform", "feedback", "own") if n in self.tensors)
+        """Bytes of one head's matrices, and of the scales that follow a transform, as ``csrc/store_tiles.cu`` keeps them."""
+        kept = ["feedback", "own", *(("transform", "inverse", "zero") if "transform" in self.tensors else ())]
+        return sum(self.tensors[name][0].nbytes for name in kept if name in self.tensors)
 
     @property
     def tiled(self) -> bool:

@@ -154,9 +154,11 @@ def _store_each(
         _side_kernel(side, x.dtype, cache.device).launch(grid, THREADS, params, cache.device)
 
 
-def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], teams: int) -> int:
-    """Return the shared memory of a block: its teams' scratch, as csrc/rounding.cuh lays it out, and the matrices."""
-    scratch = TEAM_TOKENS * ((layout.head_dim + 8) * 4 + 2 * 12 * 4 + 8 + 8 + 4)
+def _shared_bytes(layout: PageLayout, sides: tuple[Side, Side], teams: int, size: int) -> int:
+    """Return the shared memory of a block of teams of ``size`` warps: their scratch, as csrc/rounding.cuh lays it out,
+    and the matrices."""
+    turns = 2 if size > 1 else 1
+    scratch = TEAM_TOKENS * ((layout.head_dim + 8) * 4 + turns * 2 * 12 * 4 + 8 + 8 + 4)
     return teams * scratch + max(side.matrix_bytes for side in sides)
 
 
@@ -173,9 +175,10 @@ def _team(layout: PageLayout, sides: tuple[Side, Side], few: bool, device: torch
     """Return how warps share the work: few tokens are waited for, many should keep all warps busy."""
     limit = device_limits(device)[1]
     for warps in (8,) if few else (8, 6, 4, 2, 1):
-        shared = _shared_bytes(layout, sides, 1 if few else warps)
+        size = warps if few else 1
+        shared = _shared_bytes(layout, sides, warps // size, size)
         if shared <= limit:
-            return _Team(warps, warps if few else 1, shared)
+            return _Team(warps, size, shared)
     raise ParetoError(f"{layout.fmt.name}: the matrices of a head do not fit into {limit} bytes of shared memory")
 
 

@@ -73,9 +73,10 @@ def prompts(count, length, seed=0, vocabulary=8192):
     return torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
 
 
-def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0):
+def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0, soft_cap=None):
     """Write a random decoder with large weights, so that a wrong attention shows in its log-probabilities."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(seed)
     shape = {
@@ -91,7 +92,14 @@ def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    if window is None:
+    if soft_cap is not None:
+        model = Gemma2ForCausalLM(
+            Gemma2Config(
+                attn_logit_softcapping=soft_cap, sliding_window=100, query_pre_attn_scalar=head_dim,
+                hidden_activation="gelu_pytorch_tanh", **shape,
+            )  # fmt: skip
+        )
+    elif window is None:
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:
         model = MistralForCausalLM(MistralConfig(sliding_window=window, **shape))

@@ -72,6 +72,16 @@ def test_models_of_every_shape(tmp_path, head_dim, heads, kv_heads, window):
     assert worst_difference(results["auto"], results["int8_per_group"]) < 0.08
 
 
+def test_soft_cap(tmp_path):
+    model = write_model(tmp_path / "model", soft_cap=1.0)
+    texts = prompts(3, 150, vocabulary=VOCABULARY)
+    results = {}
+    for name in ("auto", "int8_per_group"):
+        with engine(model, name, skip_tokenizer_init=True, max_num_batched_tokens=128) as llm:
+            results[name] = run(llm, texts, 16)
+    assert worst_difference(results["auto"], results["int8_per_group"]) < 0.08
+
+
 def test_scheduling_does_not_change_a_token(ref_7m):
     """Chunked prefill, prefix-cache hits, mixed batches, preemption and recomputation: the same tokens, the same bits.
 

@@ -10,7 +10,7 @@
 #include "centre.cuh"
 #include "rounding.cuh"
 
-using Team = Scratch<HEAD_DIM>;
+using Team = Scratch<HEAD_DIM, TEAM>;
 constexpr int TOKENS = Team::TOKENS, STRIDE = Team::STRIDE, TEAM_THREADS = 32 * TEAM;
 constexpr int STEPS = HEAD_DIM / 16, TILES = HEAD_DIM / 8, QUARTER = HEAD_DIM / 4;
 
@@ -89,18 +89,25 @@ DEVICE void scale_4(const Side& side, int channel, const Raw& raw, float (&x)[4]
     x[2] = __fadd_rn(__fmul_rn(x[2], by.z), zero.z), x[3] = __fadd_rn(__fmul_rn(x[3], by.w), zero.w);
 }
 
-// Where the team's tokens go.
-DEVICE void find_places(const Params& p, Team& team, int head, int first, bool positions) {
-    const int token = threadIdx.x % TEAM_THREADS;
-    if (token < TOKENS) {
-        const bool there = first + token < p.tokens;
-        const i64 slot = there ? p.slots[first + token] : -1;
-        if (positions) team.positions[token] = there ? p.positions[first + token] : 0;
+// Where a thread's token goes, as it is asked for.
+struct Place {
+    i64 slot, position;
+
+    DEVICE Place(const Params& p, int token, bool positions) {
+        const bool there = threadIdx.x % TEAM_THREADS < TOKENS && token < p.tokens;
+        slot = there ? p.slots[token] : -1;
+        position = there && positions ? p.positions[token] : 0;
+    }
+
+    DEVICE void keep(const Params& p, int head, Team& team) const {
+        const int token = threadIdx.x % TEAM_THREADS;
+        if (token >= TOKENS) return;
+        team.positions[token] = position;
         const i64 block = slot / BLOCK_SIZE;
         team.pages[token] = slot < 0 ? 0 : reinterpret_cast<u64>(p.cache + block * p.block_stride + head * p.head_stride);
         team.offsets[token] = slot < 0 ? 0 : static_cast<int>(slot % BLOCK_SIZE);
     }
-}
+};
 
 template <int BITS>
 DEVICE void code_plainly(const Params& p, const Side& side, int head, int first, const Team& team) {
@@ -126,12 +133,68 @@ DEVICE void code_plainly(const Params& p, const Side& side, int head, int first,
     }
 }
 
+// A warp's part of the centres: it takes whole tokens, and a lane the same pairs of each. Few tokens are waited for:
+// their centres are asked for beside the tokens themselves, not once these are there.
+struct CentreShare {
+    static constexpr int LANE_PAIRS = (PAIRS + 31) / 32, WARP_TOKENS = TOKENS / TEAM;
+    static constexpr bool EARLY = PAIRS > 0 && TEAM > 1;
+    u32 positions[EARLY ? WARP_TOKENS : 1];
+    float2 centres[EARLY ? WARP_TOKENS : 1][EARLY ? LANE_PAIRS : 1];
+
+    template <class Do>
+    DEVICE static void for_each_token(int tokens, const Do& handle) {
+#pragma unroll(EARLY ? WARP_TOKENS : 4)
+        for (int k = 0; k < WARP_TOKENS; ++k) {
+            const int token = threadIdx.x % TEAM_THREADS / 32 + k * TEAM;
+            if (!EARLY || token < tokens) handle(k, token);
+        }
+    }
+
+    DEVICE void ask_positions(const Params& p, int first) {
+        if constexpr (EARLY)
+            for_each_token(p.tokens - first, [&](int k, int token) { positions[k] = static_cast<u32>(p.positions[first + token]); });
+    }
+
+    DEVICE void ask(const Params& p, int head, int first) {
+        if constexpr (EARLY) {
+            for_each_token(p.tokens - first, [&](int k, int) {
+#pragma unroll
+                for (int i = 0; i < LANE_PAIRS; ++i) {
+                    const int pair = threadIdx.x % 32 + 32 * i;
+                    if (pair < PAIRS) centres[k][i] = centre_of<PAIRS>(p.centres, head, positions[k], pair);
+                }
+            });
+        }
+    }
+
+    DEVICE void subtract(const Params& p, int head, int first, Team& team) const {
+        if constexpr (PAIRS > 0) {
+#pragma unroll
+            for (int i = 0; i < LANE_PAIRS; ++i) {
+                const int pair = threadIdx.x % 32 + 32 * i;
+                if (pair >= PAIRS) break;
+                for_each_token(p.tokens - first, [&](int k, int token) {
+                    float2 centre;
+                    if constexpr (EARLY) centre = centres[k][i];
+                    else centre = centre_of<PAIRS>(p.centres, head, team.positions[token], pair);
+                    float& a = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
+                    float& b = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
+                    a = __fsub_rn(a, centre.x), b = __fsub_rn(b, centre.y);
+                });
+            }
+        }
+    }
+};
+
 // Brings the team's tokens into shared memory: scaled, or less their centres if a transform comes next.
 template <bool TRANSFORMED>
 DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& team) {
     constexpr int QUADS = HEAD_DIM / 4, AT_ONCE = TEAM == 1 ? 16 : 4;  // Loads on the way.
+    constexpr bool CENTRED = TRANSFORMED && PAIRS > 0;
     const int tid = threadIdx.x % TEAM_THREADS;
-    find_places(p, team, head, first, TRANSFORMED && PAIRS > 0);
+    const Place place(p, first + tid, CENTRED);
+    [[maybe_unused]] CentreShare share;
+    if constexpr (CENTRED) share.ask_positions(p, first);
 #pragma unroll 1
     for (int base = tid; base < TOKENS * QUADS; base += AT_ONCE * TEAM_THREADS) {
         Raw raw[AT_ONCE];
@@ -142,6 +205,8 @@ DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& 
             if (i < TOKENS * QUADS && first + token < p.tokens)
                 raw[k] = load_4(side.x, (first + token) * side.token_stride + head * side.head_stride + i % QUADS * 4);
         }
+        if constexpr (CENTRED)
+            if (base == tid) share.ask(p, head, first);
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
             const int i = base + k * TEAM_THREADS, c = i % QUADS * 4;
@@ -152,44 +217,41 @@ DEVICE void stage(const Params& p, const Side& side, int head, int first, Team& 
             *reinterpret_cast<float4*>(team.x + i / QUADS * STRIDE + c) = {x[0], x[1], x[2], x[3]};
         }
     }
+    place.keep(p, head, team);
     team_sync<TEAM>();
-    if constexpr (TRANSFORMED && PAIRS > 0) {
-        // A warp takes whole tokens, a lane the same pairs of each.
-        for (int pair = tid % 32; pair < PAIRS; pair += 32) {
-#pragma unroll 4
-            for (int token = tid / 32; token < TOKENS; token += TEAM) {
-                const float2 centre = centre_of<PAIRS>(p.centres, head, team.positions[token], pair);
-                float& a = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair : pair)];
-                float& b = team.x[token * STRIDE + (INTERLEAVED ? 2 * pair + 1 : pair + PAIRS)];
-                a = __fsub_rn(a, centre.x), b = __fsub_rn(b, centre.y);
-            }
-        }
+    if constexpr (CENTRED) {
+        share.subtract(p, head, first, team);
         team_sync<TEAM>();
     }
 }
 
 // x = (transform x) / scale + zero.
-DEVICE void transform(const Side& side, int head, const uint2* matrix, int tokens, Team& team) {
-    constexpr int SHARE = (TILES + TEAM - 1) / TEAM;
+DEVICE void transform(const uint2* matrix, const float* inverse, const float* zero, int tokens, Team& team) {
+    // Few tokens are transformed all at once; for many there are not enough registers.
+    constexpr int SHARE = (TILES + TEAM - 1) / TEAM, AT_ONCE = TEAM > 1 ? Team::HALVES : 1;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, member = threadIdx.x / 32 % TEAM;
 #pragma unroll 1
-    for (int half = 0; 16 * half < min(tokens, TOKENS); ++half) {
-        float* x = team.x + 16 * half * STRIDE;
-        float sums[SHARE][4] = {};
-#pragma unroll 1
+    for (int first = 0; 16 * first < min(tokens, TOKENS); first += AT_ONCE) {
+        float* x = team.x + 16 * first * STRIDE;
+        float sums[AT_ONCE][SHARE][4] = {};
+#pragma unroll(TEAM > 1 ? 4 : 1)
         for (int step = 0; step < STEPS; ++step) {
-            u32 heads[4], tails[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float* at = x + (g + i % 2 * 8) * STRIDE + 16 * step + 2 * t + i / 2 * 8;
-                const float2 v = *reinterpret_cast<const float2*>(at);
-                split_bfloat2(v.x, v.y, heads[i], tails[i]);
-            }
+            for (int half = 0; half < AT_ONCE; ++half) {
+                if (half && tokens <= 16) break;
+                u32 heads[4], tails[4];
 #pragma unroll
-            for (int i = 0; i < SHARE; ++i) {
-                const uint2 m = matrix[(step * TILES + min(member + i * TEAM, TILES - 1)) * 32 + lane];
-                mma_bfloat(sums[i], heads, m.x, m.y);
-                mma_bfloat(sums[i], tails, m.x, m.y);
+                for (int i = 0; i < 4; ++i) {
+                    const float* at = x + (16 * half + g + i % 2 * 8) * STRIDE + 16 * step + 2 * t + i / 2 * 8;
+                    const float2 v = *reinterpret_cast<const float2*>(at);
+                    split_bfloat2(v.x, v.y, heads[i], tails[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < SHARE; ++i) {
+                    const uint2 m = matrix[(step * TILES + min(member + i * TEAM, TILES - 1)) * 32 + lane];
+                    mma_bfloat(sums[half][i], heads, m.x, m.y);
+                    mma_bfloat(sums[half][i], tails, m.x, m.y);
+                }
             }
         }
         team_sync<TEAM>();  // All have read these tokens.
@@ -197,12 +259,16 @@ DEVICE void transform(const Side& side, int head, const uint2* matrix, int token
         for (int i = 0; i < SHARE; ++i) {
             const int n = member + i * TEAM;
             if (n >= TILES) break;
-            const int channel = head * HEAD_DIM + 8 * n + 2 * t;
-            const float2 by = load_constant(reinterpret_cast<const float2*>(side.inverse + channel));
-            const float2 zero = load_constant(reinterpret_cast<const float2*>(side.zero + channel));
-            const float scaled[4] = {sums[i][0] * by.x + zero.x, sums[i][1] * by.y + zero.y,
-                                     sums[i][2] * by.x + zero.x, sums[i][3] * by.y + zero.y};
-            store_tile<STRIDE>(x + 8 * n, scaled);
+            const int channel = 8 * n + 2 * t;
+            const float2 by = *reinterpret_cast<const float2*>(inverse + channel);
+            const float2 to = *reinterpret_cast<const float2*>(zero + channel);
+#pragma unroll
+            for (int half = 0; half < AT_ONCE; ++half) {
+                const float(&sum)[4] = sums[half][i];
+                const float scaled[4] = {sum[0] * by.x + to.x, sum[1] * by.y + to.y,
+                                         sum[2] * by.x + to.x, sum[3] * by.y + to.y};
+                store_tile<STRIDE>(x + 16 * half * STRIDE + channel - 2 * t, scaled);
+            }
         }
     }
     team_sync<TEAM>();
@@ -241,16 +307,21 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
     const int head = blockIdx.y, team_index = threadIdx.x / TEAM_THREADS;
     Team& team = reinterpret_cast<Team*>(shared)[team_index];
     u8* end = shared + TEAMS * sizeof(Team);
-    const uint2* matrix = reinterpret_cast<const uint2*>(end);
+    const uint2* matrix = nullptr;
     const uint2* feedback = nullptr;
-    const float* own = nullptr;
+    const float *own = nullptr, *inverse = nullptr, *zero = nullptr;
     if constexpr (FEEDBACK) {
         // Constants of the model: there is no need to wait for them.
-        if constexpr (TRANSFORMED) end = fetch(end, side.transform + static_cast<i64>(head) * MATRIX, MATRIX * sizeof(uint2));
-        feedback = reinterpret_cast<const uint2*>(end);
-        end = fetch(end, side.feedback + static_cast<i64>(head) * FED, FED * sizeof(uint2));
-        own = reinterpret_cast<const float*>(end);
-        fetch(end, side.own + head * OWN, OWN * sizeof(float));
+        const auto take = [&](auto*& to, const auto* from, int elements) {
+            to = reinterpret_cast<decltype(from)>(end);
+            end = fetch(end, from + static_cast<i64>(head) * elements, elements * sizeof(*from));
+        };
+        if constexpr (TRANSFORMED) {
+            take(matrix, side.transform, MATRIX);
+            take(inverse, side.inverse, HEAD_DIM), take(zero, side.zero, HEAD_DIM);
+        }
+        take(feedback, side.feedback, FED);
+        take(own, side.own, OWN);
     }
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -260,8 +331,8 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
         if (first < p.tokens) stage<TRANSFORMED>(p, side, head, first, team);
         copies_done();
         while (first < p.tokens) {
-            if constexpr (TRANSFORMED) transform(side, head, matrix, p.tokens - first, team);
-            round_with_feedback<HEAD_DIM, BITS, TEAM>(team, feedback, own);
+            if constexpr (TRANSFORMED) transform(matrix, inverse, zero, p.tokens - first, team);
+            round_with_feedback<BITS>(team, feedback, own, p.tokens - first);
             write_codes<BITS>(side, team);
             first += step;
             team_sync<TEAM>();
@@ -269,7 +340,7 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
         }
     } else {
         for (; first < p.tokens; first += step) {
-            find_places(p, team, head, first, false);
+            Place(p, first + threadIdx.x % TEAM_THREADS, false).keep(p, head, team);
             team_sync<TEAM>();
             code_plainly<BITS>(p, side, head, first, team);
             team_sync<TEAM>();
@@ -277,7 +348,7 @@ DEVICE void code(const Params& p, const Side& side, int block, int blocks) {
     }
 }
 
-extern "C" __global__ __launch_bounds__(32 * WARPS) void store_tiles(const __grid_constant__ Params p) {
+extern "C" __global__ __launch_bounds__(32 * WARPS, 1) void store_tiles(const __grid_constant__ Params p) {
     const int block = blockIdx.x;
     if (block < p.key_blocks)
         code<KEY_BITS, KEY_FEEDBACK, TRANSFORM>(p, p.sides[0], block, p.key_blocks);
