@@ -89,6 +89,8 @@ def build_llm(settings: EngineSettings) -> Any:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_num_seqs=settings.max_num_seqs,
             kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+            # Memory is given: this would only keep vLLM from starting beside other processes on the device.
+            gpu_memory_utilization=0.05,
             tensor_parallel_size=settings.tensor_parallel_size,
             enforce_eager=settings.enforce_eager,
             seed=settings.seed,

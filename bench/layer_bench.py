@@ -92,16 +92,17 @@ class Layers:
                 torch.empty(rows, dtype=torch.bfloat16, device=device),
             )
 
-    def store(self, turn: int) -> bool:
+    def store(self, turn: int, beside: bool = False) -> int:
         """Store the new tokens."""
         sides = self.sides[turn % LAYERS]
         slots = self.slots[turn % self.turns]
-        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions)
+        stored = self.attention.stored if beside else None
+        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions, stored)
 
-    def attend(self, turn: int, beside: bool = False) -> None:
+    def attend(self, turn: int, store_blocks: int = 0) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
-        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, beside)
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, store_blocks)
         self.attention.attend(
             self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding,
             positions=self.positions_of,
@@ -109,7 +110,7 @@ class Layers:
 
     def step(self, turn: int) -> None:
         """Do a decode step."""
-        self.attend(turn, self.store(turn))
+        self.attend(turn, self.store(turn, beside=True))
 
     def gather(self, turn: int) -> None:
         """Gather earlier and fresh tokens."""

@@ -263,7 +263,8 @@ def _context(folder: Path) -> int:
 def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
     sources: Sequence[str | None] = settings.texts or (None,)
     sets: list[TextSet] = []
-    device = "cuda" if gpu_names() and torch.cuda.is_available() else "cpu"
+    # Asking torch.cuda whether there is a GPU would keep a forked engine from using it.
+    device = "cuda" if torch.backends.cuda.is_built() and None in sources and gpu_names() else "cpu"
     for source in sources:
         path = Path(source) if source is not None else None
         windows = load_sequences(

@@ -39,7 +39,8 @@ class _PrepareParams(ctypes.Structure):
         ("kv_heads", _i32),
         ("group", _i32),
         ("scale", _f32),
-        ("beside_store", _i32),
+        ("store_blocks", _i32),
+        ("stored", _ptr),
     )
 
 
@@ -62,6 +63,7 @@ class _DecodeParams(ctypes.Structure):
         ("partial", _ptr),
         ("partial_stats", _ptr),
         ("counters", _ptr),
+        ("stored", _ptr),
         ("bias_rows", _ptr),
         ("bias_turns", _ptr),
         ("bias_table", _ptr),
@@ -162,6 +164,8 @@ class DecodeAttention:
         self._partial_stats = empty(2 * self.blocks, self.tuning.rows, 2)
         # The kernel leaves its counters at zero.
         self._counters = torch.zeros(max_requests * self._row_blocks * kv_heads, dtype=torch.int32, device=device)
+        self.stored = torch.zeros(2, dtype=torch.int32, device=device)
+        """By what a store that runs beside queries and attention says that it is done (``Stored`` in csrc/ptx.cuh)."""
 
     def prepare(
         self,
@@ -169,7 +173,7 @@ class DecodeAttention:
         folding: Folding,
         scale: float,
         positions: PositionTables | None = None,
-        beside_store: bool = False,
+        store_blocks: int = 0,
     ) -> None:
         """Fold key scales, or the transform, into the queries.
 
@@ -178,8 +182,8 @@ class DecodeAttention:
             folding: the layer's.
             scale: factor of q.k.
             positions: of centred keys.
-            beside_store: the launch just before this one is :func:`kv_cache.gpu.store.store`, and it said that the next
-                launch may run beside it.
+            store_blocks: what :func:`kv_cache.gpu.store.store`, told of :attr:`stored`, returned, if it is the launch
+                just before this one.
 
         """
         tokens = query.shape[0]
@@ -199,7 +203,8 @@ class DecodeAttention:
             self.kv_heads,
             self.group,
             scale,
-            int(beside_store),
+            store_blocks,
+            self.stored.data_ptr(),
         )
         threads = -(-self.layout.head_dim // 32) * 32 * (4 if self.dense else 1)
         grid = (-(-tokens * self.group // ROW_TILE), self.kv_heads, 1)
@@ -250,6 +255,7 @@ class DecodeAttention:
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
             self._counters.data_ptr(),
+            self.stored.data_ptr(),
             self._bias_rows.data_ptr(),
             _pointer(positions.far if positions else None),
             _pointer(positions.operands if positions else None),

@@ -63,6 +63,7 @@ class _TileParams(ctypes.Structure):
         ("slots", _ptr),
         ("positions", _ptr),
         *((name, _ptr) for name in CENTRES),
+        ("stored", _ptr),
         ("tokens", _i32),
         ("key_blocks", _i32),
         ("sides", _TileSide * 2),
@@ -77,7 +78,8 @@ def store(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None = None,
-) -> bool:
+    stored: torch.Tensor | None = None,
+) -> int:
     """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
 
     Bit for bit, but for channels that are rounded with feedback: a code may differ where the number rounded lies within
@@ -93,10 +95,11 @@ def store(
             length are padding.
         positions: int64, as many as slots: of each token in its sequence; needed for centred keys, and below the number
             of positions that the side was made for, which only the caller can see to.
+        stored: of the :class:`kv_cache.gpu.decode.DecodeAttention` whose queries are prepared in the next launch, beside
+            this one; None if the next launch is another. It is then told what this returns.
 
     Returns:
-        Whether the next launch may run beside this one without waiting for it, if it reads nothing that this one
-        writes: this one has then waited for all before it.
+        The thread blocks for which attention has to wait; 0 if the next launch is to wait for this one.
 
     Raises:
         ParetoError: positions are missing.
@@ -106,11 +109,11 @@ def store(
     if sides[0].centred and (positions is None or positions.shape[0] < count):
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
-        return False
+        return 0
     if all(side.tiled for side in sides):
-        return _store_tiles(layout, sides, cache, key, value, slots[:count], positions)
+        return _store_tiles(layout, sides, cache, key, value, slots[:count], positions, stored)
     _store_each(sides, cache, key, value, slots[:count], positions)
-    return False
+    return 0
 
 
 def preload(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> None:
@@ -202,7 +205,8 @@ def _store_tiles(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None,
-) -> bool:
+    stored: torch.Tensor | None,
+) -> int:
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
     team = _team(layout, sides, -(-count // TEAM_TOKENS) * 2 * kv_heads <= processors, device)
@@ -228,6 +232,7 @@ def _store_tiles(
         head_stride=cache.stride(1),
         slots=slots.data_ptr(),
         positions=None if positions is None else positions.data_ptr(),
+        stored=stored.data_ptr() if overlap and stored is not None else None,
         tokens=count,
         key_blocks=keys,
         sides=(_TileSide * 2)(*tile_sides),
@@ -235,4 +240,4 @@ def _store_tiles(
     )
     kernel = _tile_kernel(sides, team, key.dtype, device)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
-    return overlap
+    return (keys + values) * kv_heads if overlap and stored is not None else 0

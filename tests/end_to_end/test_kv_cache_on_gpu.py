@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SMALL = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 28}
+SMALL = {"dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.05}
 
 
 def plain_and_coded(model, name, texts, tokens, **settings):

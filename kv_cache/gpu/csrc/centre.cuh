@@ -13,8 +13,8 @@ struct Centres {
 
 // The centre's two channels of one of TURNED pairs, without fused operations.
 template <int TURNED>
-DEVICE float2 centre_of(const Centres& p, int head, u32 position, int pair) {
-    const float* mean = p.mean + head * 2 * TURNED + pair;
+DEVICE float2 centre_of(const Centres& p, int head, i64 position, int pair) {
+    const float* mean = p.mean + static_cast<i64>(head) * 2 * TURNED + pair;
     const float* anchor = p.anchors + position / SPAN * 2 * TURNED + pair;
     const float* fine = p.fine + position % SPAN * 2 * TURNED + pair;
     const float x = load_constant(mean), y = load_constant(mean + TURNED);

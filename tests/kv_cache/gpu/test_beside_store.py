@@ -1,4 +1,5 @@
-"""Queries prepared while the newest tokens are still being stored, against one launch after the other."""
+"""Queries prepared, and attention begun, while the newest tokens are still being stored: against one launch after the
+other."""
 
 from __future__ import annotations
 
@@ -13,7 +14,55 @@ from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-DEVICE = torch.device("cuda", 0)
+
+class DecodeStep:
+    """A step of a layer over pages that hold all tokens but the newest."""
+
+    def __init__(self, name, dim, query_len, lens, device, kv_heads=2):
+        queries = [min(query_len, length) for length in lens]
+        scales = random_scales(name, kv_heads, dim)
+        self.batch = batch = Batch.make(
+            name.partition("+")[0], lens, queries, dim=dim, kv_heads=kv_heads, scales=scales, device=device
+        )
+        self.attention, layout = batch.attention(), batch.layout
+        self.tables = PositionTables.of(batch.centres, dim, device) if batch.centres else None
+        self.sides = tuple(
+            make_side(kind, layout, kv_heads, scales, device, MAX_POSITION) for kind in ("key", "value")
+        )
+        self.seq_lens, self.start = batch.indices()
+        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
+        requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(queries))
+        blocks = batch.table.cpu().long()[requests, positions // layout.block_size]
+        self.slots = (blocks * layout.block_size + positions % layout.block_size).to(device)
+        self.positions = positions.to(device)
+        self.pages = batch.cache.as_strided((batch.cache.untyped_storage().nbytes(),), (1,))
+        self.before = self.pages.clone()
+        shape = len(positions), kv_heads, dim
+        self.key, self.value = (torch.empty(shape, device=device, dtype=batch.query.dtype) for _ in range(2))
+        self.query, self.out = torch.empty_like(batch.query), torch.empty_like(batch.query)
+
+    def renew(self):
+        for fresh in (self.key, self.value, self.query):
+            fresh.normal_()
+
+    def reset(self):
+        self.pages.copy_(self.before)
+        self.out.fill_(float("nan"))
+
+    def run(self, beside):
+        """Return whether the launches ran beside each other."""
+        batch, stored = self.batch, self.attention.stored if beside else None
+        blocks = store(
+            batch.layout, self.sides, batch.cache, self.key, self.value, self.slots, self.positions, stored
+        )
+        self.attention.prepare(self.query, batch.folding, batch.scale, self.tables, blocks)
+        self.attention.attend(
+            self.out, batch.cache, batch.table, self.seq_lens, self.start, batch.folding, positions=self.tables
+        )
+        return blocks > 0
+
+    def result(self):
+        return self.out.clone(), self.pages.clone()
 
 
 @pytest.mark.parametrize("name", ["int4_per_head+centred", "k8v4_per_head+feedback", "int8_per_head", "int6_per_head"])
@@ -21,45 +70,22 @@ DEVICE = torch.device("cuda", 0)
 @pytest.mark.parametrize("query_len", [1, 3])
 @pytest.mark.parametrize("lens", [[5], [700, 3, 4100, 64], [2048] * 8])
 def test_beside_the_store(name, dim, query_len, lens):
-    kv_heads, queries = 2, [min(query_len, length) for length in lens]
-    scales = random_scales(name, kv_heads, dim)
-    batch = Batch.make(name.partition("+")[0], lens, queries, dim=dim, kv_heads=kv_heads, scales=scales)
-    attention, layout = batch.attention(), batch.layout
-    tables = PositionTables.of(batch.centres, dim, DEVICE) if batch.centres else None
-    sides = tuple(make_side(kind, layout, kv_heads, scales, DEVICE, MAX_POSITION) for kind in ("key", "value"))
-    seq_lens, start = batch.indices()
-    positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
-    requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(queries))
-    blocks = batch.table.cpu().long()[requests, positions // layout.block_size]
-    slots = (blocks * layout.block_size + positions % layout.block_size).cuda()
-    tokens, positions = len(slots), positions.cuda()
-    pages = batch.cache.as_strided((batch.cache.untyped_storage().nbytes(),), (1,))
-    before = pages.clone()
-
-    key, value = (torch.empty(tokens, kv_heads, dim, device=DEVICE, dtype=batch.query.dtype) for _ in range(2))
-    query, out = torch.empty_like(batch.query), torch.empty_like(batch.query)
-
-    def step(beside: bool) -> None:
-        may = store(layout, sides, batch.cache, key, value, slots, positions)
-        assert not may or dim <= 128 or "+" not in name
-        attention.prepare(query, batch.folding, batch.scale, tables, beside and may)
-        attention.attend(out, batch.cache, batch.table, seq_lens, start, batch.folding, positions=tables)
-
+    overlaps = torch.cuda.get_device_capability() >= (9, 0)
+    step = DecodeStep(name, dim, query_len, lens, torch.device("cuda", 0))
     graphs = {}
     for beside in (False, True):
-        step(beside)
+        assert step.run(beside) == (beside and overlaps and (dim <= 128 or "+" not in name))
         torch.cuda.synchronize()
         graphs[beside] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[beside]):
             for _ in range(3):
-                step(beside)
+                step.run(beside)
     for _ in range(20):
-        key.normal_(), value.normal_(), query.normal_()
+        step.renew()
         results = {}
         for beside, graph in graphs.items():
-            pages.copy_(before)
-            out.fill_(float("nan"))
+            step.reset()
             graph.replay()
-            results[beside] = out.clone(), pages.clone()
-        assert torch.equal(results[False][0], results[True][0])
-        assert torch.equal(results[False][1], results[True][1])
+            results[beside] = step.result()
+        for one, other in zip(results[False], results[True], strict=True):
+            assert torch.equal(one, other)

@@ -10,6 +10,7 @@ import torch
 from kv_cache.gpu import decode, read, store
 from tests.kv_cache.gpu.emulator import DEVICE, PROCESSORS, SHARED_BYTES, emulated
 from tests.kv_cache.gpu.random_batch import Batch
+from tests.kv_cache.gpu.test_beside_store import DecodeStep
 from tests.kv_cache.gpu.test_decode import check
 from tests.kv_cache.gpu.test_store import check_store_and_gather
 from tests.kv_cache.random_scales import CODINGS, coding, random_scales
@@ -69,6 +70,20 @@ def test_decode_as_ampere_copies(name, monkeypatch):
     )
     assert not batch.attention().tuning.bulk_copy
     check(batch, 1.5)
+
+
+@pytest.mark.parametrize("name", ["int4_per_head+centred", "int8_per_head"])
+def test_attention_beside_the_store(name):
+    step = DecodeStep(name, 64, 2, [40, 1, 90], DEVICE)
+    results = []
+    for beside in (False, True, True):
+        step.reset(), torch.manual_seed(5), step.renew()
+        assert step.run(beside) == beside
+        results.append(step.result())
+    assert all(torch.equal(*both) for result in results[1:] for both in zip(results[0], result, strict=True))
+    step.attention.stored[1] += 1  # A block that is never done.
+    with pytest.raises(AssertionError, match="in vain"):
+        step.run(True)
 
 
 def test_the_emulator_tells_when_threads_wait_in_vain(tmp_path, monkeypatch):
