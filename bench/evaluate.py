@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import engine
 from bench.environment import environment
 from bench.estimates import exp_estimate, mean_estimate
-from bench.files import read_arrays, read_json, write_arrays, write_json
+from bench.files import read_arrays, read_json, replacing, write_arrays, write_json
 from bench.needle import Trial, is_correct
 from bench.needle import summarize as summarize_needle
 from bench.plan import Configuration, Plan
@@ -144,21 +144,16 @@ class Evaluation:
 
     def _window(self, llm: Any, configuration: Configuration, store: Store, index: int) -> None:
         tokens = self.windows[index][1]
-        partial = store.logits_file(index).with_suffix(".partial")
         compare = None
         if not configuration.is_baseline:
             base = self.base_store.window(index, True)
             if base is None:
                 raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
             compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
-        figures = measure_window(llm, tokens, str(partial) if configuration.is_baseline else None, compare)
-        if figures["max_chunk"] > self.plan.settings.chunk_tokens:
-            raise RuntimeError(
-                f"the engine prefilled {figures['max_chunk']} tokens at once, more than the "
-                f"{self.plan.settings.chunk_tokens} asked for: the result would hide the KV cache's error"
-            )
-        if configuration.is_baseline:
-            partial.replace(store.logits_file(index))
+        # Another evaluation may be measuring the same baseline.
+        with replacing(store.logits_file(index)) if configuration.is_baseline else contextlib.nullcontext() as partial:
+            figures = measure_window(llm, tokens, str(partial) if partial else None, compare)
+            self._check_chunks(figures["max_chunk"])
         arrays = {
             "nll": np.array(figures["nll"], np.float32),
             "kl": np.array(figures["kl"], np.float32),
@@ -167,6 +162,13 @@ class Evaluation:
             "dtype": np.array(figures["dtype"]),
         }
         write_arrays(store.window_file(index), arrays)
+
+    def _check_chunks(self, longest: int) -> None:
+        if longest > self.plan.settings.chunk_tokens:
+            raise RuntimeError(
+                f"the engine prefilled {longest} tokens at once, more than the {self.plan.settings.chunk_tokens} asked "
+                "for: the result would hide the KV cache's error"
+            )
 
     def _result(self, configuration: Configuration) -> ConfigurationResult:
         store = self.store(configuration)

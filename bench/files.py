@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kv_cache.errors import ParetoError
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ParetoError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file of this process's own beside ``path`` that takes its place if the block ends well.
+
+    Raises:
+        ParetoError: the place cannot be written, or the disk is full.
+
+    """
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+    try:
+        yield Path(name)
+        with _written(path):
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            # Temporary files are private; results are read by others as any new file is.
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -21,21 +55,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         ParetoError: the place cannot be written, or the disk is full.
 
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                # Temporary files are private; results are read by others as any new file is.
-                os.chmod(file.name, 0o666 & ~_umask())
-                os.replace(file.name, path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise ParetoError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with replacing(path) as partial, _written(path):
+        partial.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -92,17 +92,16 @@ class Layers:
                 torch.empty(rows, dtype=torch.bfloat16, device=device),
             )
 
-    def store(self, turn: int, beside: bool = False) -> int:
+    def store(self, turn: int) -> bool:
         """Store the new tokens."""
         sides = self.sides[turn % LAYERS]
         slots = self.slots[turn % self.turns]
-        stored = self.attention.stored if beside else None
-        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions, stored)
+        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions)
 
-    def attend(self, turn: int, store_blocks: int = 0) -> None:
+    def attend(self, turn: int, beside: bool = False) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
-        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, store_blocks)
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, beside)
         self.attention.attend(
             self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding,
             positions=self.positions_of,
@@ -110,7 +109,7 @@ class Layers:
 
     def step(self, turn: int) -> None:
         """Do a decode step."""
-        self.attend(turn, self.store(turn, beside=True))
+        self.attend(turn, self.store(turn))
 
     def gather(self, turn: int) -> None:
         """Gather earlier and fresh tokens."""

@@ -292,12 +292,11 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         tokens, requests = batch.num_short_tokens, batch.num_short
         folding, count = parts.folding, batch.num_tokens
         new = key[:count], value[:count], batch.slot_mapping, batch.positions
-        stored = parts.decode.stored if requests and folding is not None else None
-        store_blocks = store(parts.layout, parts.sides, kv_cache, *new, stored)
+        beside = store(parts.layout, parts.sides, kv_cache, *new)
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
             if folding is not None:
-                parts.decode.prepare(query[:tokens], folding, self.scale, parts.tables, store_blocks)
+                parts.decode.prepare(query[:tokens], folding, self.scale, parts.tables, beside)
                 parts.decode.attend(output[:tokens], *pages, folding, self.window, self.soft_cap, parts.tables)
             else:
                 parts.decode(query[:tokens], output[:tokens], *pages, self.scale, self.window, self.soft_cap)

@@ -39,8 +39,7 @@ class _PrepareParams(ctypes.Structure):
         ("kv_heads", _i32),
         ("group", _i32),
         ("scale", _f32),
-        ("store_blocks", _i32),
-        ("stored", _ptr),
+        ("beside_store", _i32),
     )
 
 
@@ -63,7 +62,6 @@ class _DecodeParams(ctypes.Structure):
         ("partial", _ptr),
         ("partial_stats", _ptr),
         ("counters", _ptr),
-        ("stored", _ptr),
         ("bias_rows", _ptr),
         ("bias_turns", _ptr),
         ("bias_table", _ptr),
@@ -164,8 +162,6 @@ class DecodeAttention:
         self._partial_stats = empty(2 * self.blocks, self.tuning.rows, 2)
         # The kernel leaves its counters at zero.
         self._counters = torch.zeros(max_requests * self._row_blocks * kv_heads, dtype=torch.int32, device=device)
-        self.stored = torch.zeros(2, dtype=torch.int32, device=device)
-        """By what a store that runs beside queries and attention says that it is done (``Stored`` in csrc/ptx.cuh)."""
 
     def prepare(
         self,
@@ -173,7 +169,7 @@ class DecodeAttention:
         folding: Folding,
         scale: float,
         positions: PositionTables | None = None,
-        store_blocks: int = 0,
+        beside_store: bool = False,
     ) -> None:
         """Fold key scales, or the transform, into the queries.
 
@@ -182,8 +178,8 @@ class DecodeAttention:
             folding: the layer's.
             scale: factor of q.k.
             positions: of centred keys.
-            store_blocks: what :func:`kv_cache.gpu.store.store`, told of :attr:`stored`, returned, if it is the launch
-                just before this one.
+            beside_store: the launch just before this one is :func:`kv_cache.gpu.store.store`, and it said that the next
+                launch may run beside it.
 
         """
         tokens = query.shape[0]
@@ -203,8 +199,7 @@ class DecodeAttention:
             self.kv_heads,
             self.group,
             scale,
-            store_blocks,
-            self.stored.data_ptr(),
+            int(beside_store),
         )
         threads = -(-self.layout.head_dim // 32) * 32 * (4 if self.dense else 1)
         grid = (-(-tokens * self.group // ROW_TILE), self.kv_heads, 1)
@@ -255,7 +250,6 @@ class DecodeAttention:
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
             self._counters.data_ptr(),
-            self.stored.data_ptr(),
             self._bias_rows.data_ptr(),
             _pointer(positions.far if positions else None),
             _pointer(positions.operands if positions else None),

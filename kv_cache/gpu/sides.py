@@ -58,7 +58,7 @@ class Side:
 
     @functools.cached_property
     def matrix_bytes(self) -> int:
-        """Bytes of one head's matrices, and of the scales that follow a transform, as ``csrc/store_tiles.cu`` keeps them."""
+        """Bytes of one head's matrices and of the scales after a transform, as ``csrc/store_tiles.cu`` keeps them."""
         kept = ["feedback", "own", *(("transform", "inverse", "zero") if "transform" in self.tensors else ())]
         return sum(self.tensors[name][0].nbytes for name in kept if name in self.tensors)
 

@@ -63,7 +63,6 @@ class _TileParams(ctypes.Structure):
         ("slots", _ptr),
         ("positions", _ptr),
         *((name, _ptr) for name in CENTRES),
-        ("stored", _ptr),
         ("tokens", _i32),
         ("key_blocks", _i32),
         ("sides", _TileSide * 2),
@@ -78,8 +77,7 @@ def store(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None = None,
-    stored: torch.Tensor | None = None,
-) -> int:
+) -> bool:
     """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
 
     Bit for bit, but for channels that are rounded with feedback: a code may differ where the number rounded lies within
@@ -95,11 +93,10 @@ def store(
             length are padding.
         positions: int64, as many as slots: of each token in its sequence; needed for centred keys, and below the number
             of positions that the side was made for, which only the caller can see to.
-        stored: of the :class:`kv_cache.gpu.decode.DecodeAttention` whose queries are prepared in the next launch, beside
-            this one; None if the next launch is another. It is then told what this returns.
 
     Returns:
-        The thread blocks for which attention has to wait; 0 if the next launch is to wait for this one.
+        Whether the next launch may run beside this one without waiting for it, if it reads nothing that this one
+        writes: this one has then waited for all before it.
 
     Raises:
         ParetoError: positions are missing.
@@ -109,11 +106,11 @@ def store(
     if sides[0].centred and (positions is None or positions.shape[0] < count):
         raise ParetoError(f"{layout.fmt.name}: centred keys need the position of every token")
     if not count:
-        return 0
+        return False
     if all(side.tiled for side in sides):
-        return _store_tiles(layout, sides, cache, key, value, slots[:count], positions, stored)
+        return _store_tiles(layout, sides, cache, key, value, slots[:count], positions)
     _store_each(sides, cache, key, value, slots[:count], positions)
-    return 0
+    return False
 
 
 def preload(layout: PageLayout, sides: tuple[Side, Side], dtype: torch.dtype, device: torch.device) -> None:
@@ -205,8 +202,7 @@ def _store_tiles(
     value: torch.Tensor,
     slots: torch.Tensor,
     positions: torch.Tensor | None,
-    stored: torch.Tensor | None,
-) -> int:
+) -> bool:
     device, count, kv_heads = cache.device, slots.shape[0], cache.shape[1]
     processors, _, overlap = device_limits(device)
     team = _team(layout, sides, -(-count // TEAM_TOKENS) * 2 * kv_heads <= processors, device)
@@ -232,7 +228,6 @@ def _store_tiles(
         head_stride=cache.stride(1),
         slots=slots.data_ptr(),
         positions=None if positions is None else positions.data_ptr(),
-        stored=stored.data_ptr() if overlap and stored is not None else None,
         tokens=count,
         key_blocks=keys,
         sides=(_TileSide * 2)(*tile_sides),
@@ -240,4 +235,4 @@ def _store_tiles(
     )
     kernel = _tile_kernel(sides, team, key.dtype, device)
     kernel.launch((keys + values, kv_heads, 1), 32 * team.warps, params, device, overlap)
-    return (keys + values) * kv_heads if overlap and stored is not None else 0
+    return overlap

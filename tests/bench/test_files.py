@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from bench.files import read_arrays, read_json, write_arrays, write_json, write_text
+from bench.files import read_arrays, read_json, replacing, write_arrays, write_json, write_text
 from kv_cache.errors import ParetoError
 
 
@@ -39,3 +39,23 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ParetoError, match="cannot be written"):
         write_text(tmp_path / "file" / "below.txt", "x")
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "folder" / "a.bin"
+    with replacing(path) as one:
+        with replacing(path) as other:
+            other.write_bytes(b"other")
+        assert path.read_bytes() == b"other"
+        one.write_bytes(b"one")
+    assert path.read_bytes() == b"one"
+
+    def fail():
+        with replacing(path) as third:
+            third.write_bytes(b"half")
+            raise ConnectionError("not a matter of files")
+
+    with pytest.raises(ConnectionError):
+        fail()
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+    assert path.read_bytes() == b"one"

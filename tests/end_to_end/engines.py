@@ -75,8 +75,14 @@ def prompts(count, length, seed=0, vocabulary=8192):
 
 def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0, soft_cap=None):
     """Write a random decoder with large weights, so that a wrong attention shows in its log-probabilities."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+    )
 
     torch.manual_seed(seed)
     shape = {
@@ -93,12 +99,8 @@ def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None,
         "eos_token_id": 1,
     }
     if soft_cap is not None:
-        model = Gemma2ForCausalLM(
-            Gemma2Config(
-                attn_logit_softcapping=soft_cap, sliding_window=100, query_pre_attn_scalar=head_dim,
-                hidden_activation="gelu_pytorch_tanh", **shape,
-            )  # fmt: skip
-        )
+        gemma = {"attn_logit_softcapping": soft_cap, "sliding_window": 100, "query_pre_attn_scalar": head_dim}
+        model = Gemma2ForCausalLM(Gemma2Config(**shape, **gemma))
     elif window is None:
         model = LlamaForCausalLM(LlamaConfig(**shape))
     else:

@@ -205,10 +205,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
 
     const Cut cut(p);
     Walk walk(p, cut);
-    if (walk.place >= walk.end) {
-        if (blockIdx.x == 0) wait_for_previous_kernel(), wait_for_store(p.stored);
-        return;
-    }
+    if (walk.place >= walk.end) return;
     if (threadIdx.x % 32 == 0) *ahead = walk;
     __syncwarp();
     Pipe pipe(p, cut, ahead, shared + warp * RING_BYTES, barriers + warp * STAGES);
@@ -242,6 +239,4 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
         }
         merge.warps(p, piece, rows, first < last, sums);
     }
-    // The kernel after this one may take it that the store is over.
-    if (blockIdx.x == 0) wait_for_store(p.stored);
 }

@@ -45,12 +45,8 @@ private:
     // Read the next tile, if there is one, into a slot of the ring.
     DEVICE void issue(int slot) {
         if (next < stop || next_piece()) {
-            // The query's own tokens may still be on their way into the pages. The kernel before this one knows by whom.
-            if ((next + 1) * TILE > fresh && !stored) {
-                wait_for_previous_kernel();
-                wait_for_store(p.stored);
-                stored = true;
-            }
+            // The query's own tokens may just have been written by the kernel before.
+            if ((next + 1) * TILE > fresh) wait_for_previous_kernel();
             const int units = min(UNITS, div_up(tokens - next * TILE, UNIT));
 #if BULK_COPY
             if (lane == 0) barrier_expect(barrier + 8 * slot, units * UNIT_BYTES);
@@ -144,7 +140,6 @@ private:
     u32 barrier = 0;
     int stage = 0;
     u32 phase = 0;
-    bool stored = false;
     const int* table = nullptr;
     const u8* pages = nullptr;
     int tokens = 0, fresh = 0, next = 0, stop = 0;

@@ -28,8 +28,7 @@ struct Params {
     int kv_heads;
     int group;
     float scale;            // Of q.k.
-    int store_blocks;       // Thread blocks of the store just before this kernel, which it does not wait for; 0: it does.
-    Stored* stored;         // What attention waits for.
+    int beside_store;       // Whether the kernel before this one is the store, which this does not wait for.
 };
 
 using Keys = KeyShare<KEY_BITS>;
@@ -49,8 +48,7 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
 #pragma unroll
     for (int k = 0; k < SHARE; ++k) m[k] = active ? column[(k * PARTS + part) * HEAD_DIM * DENSE] : 0.0f;
     // The store waited for the queries before it let this kernel start, and reads nothing that this one writes.
-    if (!p.store_blocks) wait_for_previous_kernel();
-    else if (threadIdx.x == 0 && blockIdx.x == 0 && head == 0) p.stored->wanted += p.store_blocks;
+    if (!p.beside_store) wait_for_previous_kernel();
     for (int i = threadIdx.x; i < PREPARE_ROWS * HEAD_DIM; i += PREPARE_THREADS) {
         const int r = i / HEAD_DIM, k = i % HEAD_DIM, row = first + r;
         float x = 0;
@@ -133,4 +131,6 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
         const float factor = p.scale * LOG2E * down;
         if (lane == 0) p.factors[index] = {factor * 0x1p24f, -factor * offset};
     }
+    // Attention waits for this kernel, and by it for the store.
+    if (p.beside_store) wait_for_previous_kernel();
 }

@@ -198,42 +198,7 @@ DEVICE void let_next_kernel_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-DEVICE u64 load_acquire(const u64* p) {
-    u64 v;
-    asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
-    return v;
-}
-
-// Orders ordinary accesses of global memory and bulk copies from it.
-DEVICE void fence_proxies() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
-}
-#endif
-
-// Says which thread blocks of a store are done to a kernel that runs beside it. Both only grow, and may wrap.
-struct Stored {
-    int done;    // Blocks of all stores so far that have written all that they write.
-    int wanted;  // Blocks that these had, the newest store's included.
-};
-
-// This block, all of whose threads call, has written all that it writes.
-DEVICE void block_stored(Stored* stored) {
-    fence_proxies();
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(&stored->done, 1);
-}
-
-// Wait until the blocks of all stores are done.
-DEVICE void wait_for_store(const Stored* stored) {
-    u64 both;
-    do both = load_acquire(reinterpret_cast<const u64*>(stored));
-    while (static_cast<int>(both) - static_cast<int>(both >> 32) < 0);
-    fence_proxies();
-}
 
 DEVICE float from_bfloat(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
 

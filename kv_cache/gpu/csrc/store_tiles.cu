@@ -34,7 +34,6 @@ struct Params {
     const i64* slots;        // [tokens] block * BLOCK_SIZE + offset; negative: not stored.
     const i64* positions;    // [tokens], for centred keys.
     Centres centres;
-    Stored* stored;          // Null, or what a kernel waits for that runs beside this one.
     int tokens;
     int key_blocks;          // The first blocks of a head code keys, the others values.
     Side sides[2];
@@ -355,5 +354,4 @@ extern "C" __global__ __launch_bounds__(32 * WARPS, 1) void store_tiles(const __
         code<KEY_BITS, KEY_FEEDBACK, TRANSFORM>(p, p.sides[0], block, p.key_blocks);
     else
         code<VALUE_BITS, VALUE_FEEDBACK, false>(p, p.sides[1], block - p.key_blocks, gridDim.x - p.key_blocks);
-    if (p.stored) block_stored(p.stored);
 }

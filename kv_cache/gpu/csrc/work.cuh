@@ -34,7 +34,6 @@ struct Params {
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.
     int* counters;               // [requests, row blocks, KV heads]: pieces done; 0 between launches.
-    const Stored* stored;        // What says that the newest tokens' codes are in the pages.
     const float* bias_rows;      // BIAS: [tokens, heads, HEAD_DIM], A then B, in the prepared query's units.
     const float* bias_turns;     // BIAS: [positions / 256, HEAD_DIM], cos then sin of p0 theta.
     const uint4* bias_table;     // BIAS: [16, HEAD_DIM / 16, 32], cos then sin of j theta; see bias.cuh.

@@ -1,5 +1,4 @@
-"""Queries prepared, and attention begun, while the newest tokens are still being stored: against one launch after the
-other."""
+"""Queries prepared while the newest tokens are still being stored, against one launch after the other."""
 
 from __future__ import annotations
 
@@ -26,9 +25,7 @@ class DecodeStep:
         )
         self.attention, layout = batch.attention(), batch.layout
         self.tables = PositionTables.of(batch.centres, dim, device) if batch.centres else None
-        self.sides = tuple(
-            make_side(kind, layout, kv_heads, scales, device, MAX_POSITION) for kind in ("key", "value")
-        )
+        self.sides = tuple(make_side(kind, layout, kv_heads, scales, device, MAX_POSITION) for kind in ("key", "value"))
         self.seq_lens, self.start = batch.indices()
         positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
         requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(queries))
@@ -51,15 +48,13 @@ class DecodeStep:
 
     def run(self, beside):
         """Return whether the launches ran beside each other."""
-        batch, stored = self.batch, self.attention.stored if beside else None
-        blocks = store(
-            batch.layout, self.sides, batch.cache, self.key, self.value, self.slots, self.positions, stored
-        )
-        self.attention.prepare(self.query, batch.folding, batch.scale, self.tables, blocks)
+        batch = self.batch
+        may = store(batch.layout, self.sides, batch.cache, self.key, self.value, self.slots, self.positions)
+        self.attention.prepare(self.query, batch.folding, batch.scale, self.tables, beside and may)
         self.attention.attend(
             self.out, batch.cache, batch.table, self.seq_lens, self.start, batch.folding, positions=self.tables
         )
-        return blocks > 0
+        return beside and may
 
     def result(self):
         return self.out.clone(), self.pages.clone()

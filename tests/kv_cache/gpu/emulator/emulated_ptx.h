@@ -238,11 +238,4 @@ template <int PENDING> void copy_wait() {}
 DEVICE void fetch_16(void* to, const void* from) { memcpy(to, from, 16); }
 DEVICE void fetches_done() {}
 DEVICE void wait_for_previous_kernel() {}
-DEVICE u64 load_acquire(const u64* p) {
-    // Of a Stored: kernels run one after the other here, so what is not done now never will be.
-    static emulator::Barrier never{1 << 30};
-    if (static_cast<int>(*p) - static_cast<int>(*p >> 32) < 0) emulator::wait(never);
-    return *p;
-}
-DEVICE void fence_proxies() {}
 DEVICE void let_next_kernel_start() {}
