@@ -28,6 +28,7 @@ from quant_methods.kv_observer import ATTENTION, Observer, observing
 
 # Tokens that go through a block at once; bounds the activations' memory.
 TOKENS_PER_BATCH = 8192
+SAMPLE_TOKENS = 1024
 
 
 class _Stop(Exception):
@@ -49,6 +50,22 @@ class Stage:
 
 
 @dataclass
+class Ranges:
+    """Sizes of a stage's inputs x [tokens, in], float32 on the device.
+
+    Attributes:
+        largest: the largest |x|, [in].
+        mean: the mean |x|, [in].
+        sample: inputs of about SAMPLE_TOKENS tokens, evenly spread, [n, in].
+
+    """
+
+    largest: Tensor
+    mean: Tensor
+    sample: Tensor
+
+
+@dataclass
 class Statistics:
     """What a stage's inputs x [tokens, in] were, as means over the calibration tokens.
 
@@ -56,6 +73,7 @@ class Statistics:
         hessian: x^T x, [in, in].
         cross: (x_original - x)^T x, [in, in], or None.
         residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None.
+        ranges: sizes of x, or None.
 
     All are float32 on the device.
     """
@@ -63,6 +81,7 @@ class Statistics:
     hessian: Tensor
     cross: Tensor | None = None
     residual: Tensor | None = None
+    ranges: Ranges | None = None
 
 
 class Decoder:
@@ -261,6 +280,7 @@ class Decoder:
         stages: list[Stage],
         position: int,
         original: tuple[nn.Module, Tensor] | None = None,
+        ranges: bool = False,
     ) -> Statistics:
         """Gather the statistics of one stage's inputs over the calibration set.
 
@@ -271,6 +291,7 @@ class Decoder:
             stages: the block's stages.
             position: which stage.
             original: the original block and the original model's hidden states, to compare with.
+            ranges: gather the sizes of the inputs too.
 
         """
         stage = stages[position]
@@ -281,9 +302,17 @@ class Decoder:
         residual = (
             torch.zeros((hidden.shape[-1], width), device=self.device) if original and stage.joins_residual else None
         )
+        tokens = hidden.shape[0] * hidden.shape[1]
+        largest, mean = (torch.zeros(width, device=self.device) for _ in range(2))
+        sample: list[Tensor] = []
         for start, batch in self.batches(hidden):
             inputs, stream = self._inputs(index, block, batch, stage, before)
             hessian.addmm_(inputs.T, inputs)
+            if ranges:
+                size = inputs.abs()
+                torch.maximum(largest, size.amax(0), out=largest)
+                mean += size.sum(0) / tokens
+                sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
             if original:
                 original_block, original_hidden = original
                 original_batch = original_hidden[start : start + len(batch)].to(self.device)
@@ -292,11 +321,10 @@ class Decoder:
                 cross.addmm_((original_inputs - inputs).T, inputs)
                 if residual is not None:
                     residual.addmm_((original_stream - stream).T, inputs)
-        tokens = hidden.shape[0] * hidden.shape[1]
         for matrix in (hessian, cross, residual):
             if matrix is not None:
                 matrix.div_(tokens)
-        return Statistics(hessian, cross, residual)
+        return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
 
     def _inputs(
         self, index: int, block: nn.Module, hidden: Tensor, stage: Stage, before: list[str]

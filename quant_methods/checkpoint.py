@@ -32,6 +32,7 @@ from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
 from quant_methods.recipe import QuantizedLinear, WeightStep
 
 SHARD_BYTES = 4 << 30
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Files that make a checkpoint usable beside its weights: tokenizer, chat template, generation defaults, licence.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
@@ -70,6 +71,10 @@ class Source:
             raise ParetoError(f"{self.dir}: the checkpoint lacks {name}")
         with safe_open(self.entries[name][0], framework="pt") as file:
             return file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a tensor is stored in."""
+        return _DTYPES[self.entries[name][1]["dtype"]]
 
     def size(self) -> int:
         """Return the bytes of all tensors."""

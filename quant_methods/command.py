@@ -15,8 +15,8 @@ from rich.table import Table
 from kv_cache.errors import ParetoError
 
 if TYPE_CHECKING:
-    from quant_methods.compress import Report
     from quant_methods.recipe import Recipe
+    from quant_methods.run import Report
 
 HELP = "write a compressed checkpoint that stock vLLM serves"
 USER_ERRORS = (ParetoError,)
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
     recipe.add_argument("--activations", choices=("none", "int8"), help="precision of activations at serving time")
-    recipe.add_argument("--search", choices=("minmax", "mse"), help="how each group's range is chosen")
+    recipe.add_argument("--search", choices=("minmax", "mse", "output"), help="how each group's range is chosen")
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from quant_methods.compress import compress
-    from quant_methods.recipe import load_recipe
+    from quant_methods.recipe_file import load_recipe
 
     recipe = override(load_recipe(args.recipe), args)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
@@ -150,7 +150,8 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 
 def _recipes_table() -> Table:
-    from quant_methods.recipe import WeightStep, built_in_recipes, load_recipe
+    from quant_methods.recipe import WeightStep
+    from quant_methods.recipe_file import built_in_recipes, load_recipe
 
     table = Table(title="built-in recipes", title_justify="left")
     for heading in ("recipe", "what it does", "vLLM serves it on"):

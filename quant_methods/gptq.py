@@ -42,7 +42,7 @@ class GPTQ(WeightStep):
 
     Attributes:
         act_order: round the channels with the largest activations first.
-        search: how each group's range is chosen, ``minmax`` or ``mse``.
+        search: how each group's range is chosen, ``minmax``, ``mse`` or ``output``.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         upstream: make up for the error of the layers before.
 
@@ -60,7 +60,7 @@ class GPTQ(WeightStep):
             raise ParetoError(f"damping: {self.damping} is not in (0, 1]; the paper's value is 0.01")
 
 
-@handles(GPTQ, needs_hessian=True, needs_upstream=lambda step: step.upstream)
+@handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
 def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
     """Quantize one layer; see ``recipe.LinearProblem``.
 
@@ -147,10 +147,9 @@ def solve(
     """
     rows, columns = weight.shape
     width = columns // grid.groups(columns)
-    importance = hessian.diagonal().to(weight.dtype)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        scale, zero = fit(weight, grid, importance, search, scale_dtype)
+        scale, zero = fit(weight, grid, hessian, search, scale_dtype)
     else:
         order = torch.arange(columns, device=weight.device)
         scale = weight.new_empty((rows, columns // width))
@@ -174,7 +173,7 @@ def solve(
                     late = current[stop - j :] - upper[start:j, stop : j + width].T @ pending[: j - start]
                     current = torch.cat([current[: stop - j], late])
                 whole = Grid(grid.bits, -1, grid.symmetric)
-                fitted = fit(current.T, whole, importance[j : j + width], search, scale_dtype)
+                fitted = fit(current.T, whole, hessian[j : j + width, j : j + width], search, scale_dtype)
                 scale[group], zero[group] = fitted[0][:, 0], fitted[1][:, 0]
             codes[j] = round_to_grid(work[j], scale[group], zero[group], grid)
             error = (work[j] - (codes[j] - zero[group]) * scale[group]) / upper[j, j]

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Search = Literal["minmax", "mse"]
+Search = Literal["minmax", "mse", "output"]
 
 # Steps of the scale search, and the smallest fraction of the unclipped range that it tries. At 4 bits the best
 # fraction of a Gaussian group of 128 lies near 0.8; heavy tails want less.
@@ -96,19 +96,27 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes.float() - expand(zero_point.float(), columns)) * expand(scale.float(), columns)
 
 
+def nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """Return a weight [rows, columns] rounded to nearest, no range clipped: what searches of scales compare."""
+    columns = weight.shape[1]
+    scale, zero = fit(weight, grid, search="minmax")
+    return dequantize(round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid), scale, zero)
+
+
 def fit(
     weight: Tensor,
     grid: Grid,
-    importance: Tensor | None = None,
+    hessian: Tensor | None = None,
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor]:
     """Choose the scales and zero-points of a weight.
 
     ``minmax`` covers the largest weight of each group, as round-to-nearest does by convention. ``mse`` tries clipped
-    ranges too and keeps the one with the least ``sum_j importance_j (w_j - dequantized_j)^2``; with the Hessian's
-    diagonal as importance that is the layer's output error under uncorrelated inputs (the objective of OBQ, Frantar &
-    Alistarh 2022, Eq. 3, with off-diagonal terms dropped).
+    ranges too and keeps the one with the least ``sum_j H_jj e_j^2``, e being a group's error: the layer's output error
+    under uncorrelated inputs (the objective of OBQ, Frantar & Alistarh 2022, Eq. 3, with off-diagonal terms dropped).
+    ``output`` keeps the one with the least ``e^T H e`` within the group: the mean square of what the group adds to the
+    layer's output error (the clip search of AWQ, Lin et al. 2023, section 3.2 and its code).
 
     A symmetric grid has one more code below zero than above; a negative scale turns that around, so ``mse`` tries
     both signs (llama.cpp's Q4_0 does the same).
@@ -116,7 +124,7 @@ def fit(
     Args:
         weight: [rows, columns] floating point; ``grid.group_size`` divides ``columns``.
         grid: the grid.
-        importance: [columns] nonnegative weights of the error; None for equal weights.
+        hessian: [columns, columns], the mean of x x^T; None for equal weights.
         search: how the range is chosen.
         scale_dtype: dtype that scales are stored in; the result is rounded to it.
 
@@ -127,9 +135,7 @@ def fit(
     rows, columns = weight.shape
     groups = grid.groups(columns)
     grouped = weight.reshape(rows, groups, columns // groups)
-    if importance is None:
-        importance = torch.ones(columns, dtype=weight.dtype, device=weight.device)
-    importance = importance.to(weight.dtype).reshape(1, groups, columns // groups)
+    importance = _importance(weight, hessian, groups, search)
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0)
 
@@ -152,12 +158,17 @@ def fit(
     best_scale, best_zero = scale.clone(), zero.clone()
 
     buffer = torch.empty_like(grouped)
+    product = grouped.new_empty((groups, rows, columns // groups)) if importance.dim() == 3 else buffer
 
     def consider(scale: Tensor, zero: Tensor) -> None:
         # round_to_grid and dequantize, in one buffer: this loop is most of the time of round-to-nearest.
         torch.div(grouped, scale, out=buffer)
-        buffer.round_().clamp_(grid.low - zero, grid.high - zero).mul_(scale).sub_(grouped).square_().mul_(importance)
-        error = buffer.sum(-1, keepdim=True)
+        buffer.round_().clamp_(grid.low - zero, grid.high - zero).mul_(scale).sub_(grouped)
+        if importance.dim() == 2:
+            error = buffer.square_().mul_(importance).sum(-1, keepdim=True)
+        else:
+            torch.bmm(buffer.transpose(0, 1), importance, out=product)
+            error = buffer.mul_(product.transpose(0, 1)).sum(-1, keepdim=True)
         better = error < best_error
         torch.where(better, error, best_error, out=best_error)
         torch.where(better, scale, best_scale, out=best_scale)
@@ -177,3 +188,34 @@ def fit(
             for offset in (0, -1, 1):
                 consider(scale, (centre + offset).clamp(grid.low, grid.high))
     return best_scale.squeeze(-1), best_zero.squeeze(-1)
+
+
+def _importance(weight: Tensor, hessian: Tensor | None, groups: int, search: Search) -> Tensor:
+    """Return [groups, width], or [groups, width, width] where errors within a group count together."""
+    columns = weight.shape[1]
+    width = columns // groups
+    if hessian is None:
+        return weight.new_ones((groups, width))
+    if search != "output":
+        return hessian.diagonal().to(weight.dtype).reshape(groups, width)
+    return (
+        hessian.to(weight.dtype)
+        .unflatten(1, (groups, width))
+        .unflatten(0, (groups, width))
+        .diagonal(dim1=0, dim2=2)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
+
+
+def round_tokens(x: Tensor, bits: int) -> Tensor:
+    """Round activations to symmetric integers with one scale a token, and read them back.
+
+    Args:
+        x: [..., channels] floating point.
+        bits: of an integer.
+
+    """
+    top = (1 << (bits - 1)) - 1
+    scale = (x.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.round(x / scale).clamp(-top - 1, top) * scale

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
-from quant_methods.recipe import HANDLERS, Recipe, WeightStep
+from quant_methods.recipe import HANDLERS, Recipe, TransformStep, WeightStep
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -21,11 +21,13 @@ class Plan:
     Attributes:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
+        transforms: steps that prepare a block before its layers are quantized, in order.
 
     """
 
     steps: dict[str, WeightStep]
     ignored: list[str]
+    transforms: tuple[TransformStep, ...] = ()
 
     @property
     def schemes(self) -> list[tuple[WeightStep, list[str]]]:
@@ -38,7 +40,7 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether a step looks at activations."""
-        return any(HANDLERS[type(step)].needs_hessian for step in self.steps.values())
+        return bool(self.transforms) or any(HANDLERS[type(step)].needs_hessian(step) for step in self.steps.values())
 
     @property
     def needs_original(self) -> bool:
@@ -84,6 +86,12 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
             f"ignore ({', '.join(recipe.ignore)})"
         )
+    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
+    if transforms and not weight_steps:
+        raise ParetoError(
+            f"recipe {recipe.name}: {transforms[0].method} prepares weights for a step that rounds them, and there is "
+            "none; add one, e.g. {method: rtn}"
+        )
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside = [
@@ -91,7 +99,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside)
+    return Plan(steps, ignored + outside, transforms)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -10,8 +10,8 @@ names it in YAML; the module that implements a method declares the dataclass and
     @handles(GPTQ)
     def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear: ...
 
-YAML that has an unknown key, a value of the wrong type or a combination that vLLM cannot serve is refused here, before
-any work, with a line that names what would be right.
+A :class:`WeightStep` rounds weights; a :class:`TransformStep` goes before it and changes a block without changing what
+it computes, so that it rounds better. ``recipe_file.py`` reads recipes from YAML.
 """
 
 from __future__ import annotations
@@ -19,21 +19,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.grid import Grid
-
-BUILT_IN = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,18 @@ class WeightStep(Step):
         if self.activations == "none" and self.bits == 8:
             return ("cuda",)
         return ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TransformStep(Step):
+    """A step that moves scales between layers and their inputs, without changing what a block computes.
+
+    Attributes:
+        targets: globs over module names; a scale is moved where all layers that share an input match.
+
+    """
+
+    targets: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,28 @@ class LinearProblem:
 
 
 @dataclass
+class ScalingProblem:
+    """What a transform step gets: linear layers that share an input x [tokens, in], and what calibration saw of it.
+
+    Attributes:
+        weights: float32 [out, in] of each layer.
+        steps: the step that will quantize each; None for a layer that stays as it is.
+        hessian: float32 [in, in], the mean of x x^T over the calibration tokens.
+        largest: float32 [in], the largest |x|.
+        mean: float32 [in], the mean |x|.
+        sample: float32 [some tokens, in], evenly spread over the calibration set.
+
+    """
+
+    weights: list[Tensor]
+    steps: list[WeightStep | None]
+    hessian: Tensor
+    largest: Tensor
+    mean: Tensor
+    sample: Tensor
+
+
+@dataclass
 class QuantizedLinear:
     """A quantized linear layer.
 
@@ -210,18 +238,19 @@ class Handler:
 
     Attributes:
         quantize: solves one layer.
-        needs_hessian: the calibrator must supply ``hessian``.
+        needs_hessian: given the step, whether the calibrator must supply ``hessian``.
         needs_upstream: given the step, whether to supply ``cross`` and ``residual``.
 
     """
 
     quantize: Callable[[Any, LinearProblem], QuantizedLinear]
-    needs_hessian: bool = False
+    needs_hessian: Callable[[Any], bool] = lambda step: False
     needs_upstream: Callable[[Any], bool] = lambda step: False
 
 
 STEPS: dict[str, type[Step]] = {}
 HANDLERS: dict[type[Step], Handler] = {}
+TRANSFORMS: dict[type[Step], Callable[[Any, ScalingProblem], Tensor]] = {}
 StepType = TypeVar("StepType", bound=type[Step])
 
 
@@ -239,7 +268,7 @@ def register(method: str) -> Callable[[StepType], StepType]:
 def handles(
     step_type: type[Step],
     *,
-    needs_hessian: bool = False,
+    needs_hessian: Callable[[Any], bool] = lambda step: False,
     needs_upstream: Callable[[Any], bool] = lambda step: False,
 ) -> Callable[[Callable[[Any, LinearProblem], QuantizedLinear]], Callable[[Any, LinearProblem], QuantizedLinear]]:
     """Register the function that performs a step."""
@@ -253,104 +282,14 @@ def handles(
     return decorate
 
 
-def built_in_recipes() -> dict[str, Path]:
-    """Return the recipes that ship with the package, by name."""
-    return {path.stem: path for path in sorted(BUILT_IN.glob("*.yaml"))}
+Scale = Callable[[Any, ScalingProblem], Tensor]
 
 
-def load_recipe(name: str) -> Recipe:
-    """Return a recipe by built-in name or YAML file.
+def transforms(step_type: type[Step]) -> Callable[[Scale], Scale]:
+    """Register the function that performs a transform step: it returns float32 [in], by which inputs are divided."""
 
-    Raises:
-        ParetoError: unknown name, unreadable file, or a bad recipe.
+    def decorate(function: Scale) -> Scale:
+        TRANSFORMS[step_type] = function
+        return function
 
-    """
-    recipes = built_in_recipes()
-    path = recipes.get(name, Path(name))
-    if name not in recipes and not path.is_file():
-        if path.suffix in (".yaml", ".yml"):
-            raise ParetoError(f"recipe {name}: no such file")
-        raise ParetoError(f"unknown recipe {name!r}; built-in recipes: {', '.join(recipes)}; or give a YAML file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParetoError(f"recipe {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ParetoError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ParetoError(f"recipe {path}: expected a mapping with the key 'steps'")
-    return parse_recipe({"name": path.stem, **data})
-
-
-def parse_recipe(data: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from plain data.
-
-    Raises:
-        ParetoError: an unknown key or method, a value of the wrong type, or settings that cannot be served.
-
-    """
-    # Importing a method's module registers it.
-    import quant_methods.gptq
-    import quant_methods.rtn  # noqa: F401
-
-    where = f"recipe {data.get('name', '')}".strip()
-    data = dict(data)
-    raw_steps = data.pop("steps", [])
-    raw_calibration = data.pop("calibration", {})
-    if not isinstance(raw_steps, list) or not all(isinstance(step, dict) for step in raw_steps):
-        raise ParetoError(f"{where}: steps: expected a list of mappings with the key 'method'")
-    if not isinstance(raw_calibration, dict):
-        raise ParetoError(f"{where}: calibration: expected a mapping")
-    steps = []
-    for raw in raw_steps:
-        values = dict(raw)
-        method = values.pop("method", None)
-        if method not in STEPS:
-            raise ParetoError(f"{where}: unknown method {method!r}; methods: {', '.join(sorted(STEPS))}")
-        step = _build(STEPS[method], values, f"{where}: step {method}")
-        step.check()
-        steps.append(step)
-    calibration = _build(Calibration, raw_calibration, f"{where}: calibration")
-    calibration.check()
-    known = {f.name for f in dataclasses.fields(Recipe)}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ParetoError(f"{where}: unknown key {unknown[0]!r}; valid keys: {', '.join(sorted(known))}")
-    return _build(Recipe, data, where, steps=tuple(steps), calibration=calibration)
-
-
-Built = TypeVar("Built")
-
-
-def _build(kind: type[Built], values: Mapping[str, Any], where: str, **ready: Any) -> Built:
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = dict(ready)
-    for key, value in values.items():
-        if key not in fields:
-            raise ParetoError(
-                f"{where}: unknown key {key!r}; valid keys: {', '.join(sorted(set(fields) - set(ready)))}"
-            )
-        arguments[key] = _checked(value, fields[key], f"{where}: {key}")
-    return kind(**arguments)
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        if value not in typing.get_args(hint):
-            raise ParetoError(f"{where}: {value!r} is not one of {', '.join(map(str, typing.get_args(hint)))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ParetoError(f"{where}: expected a list of strings, got {value!r}")
-        return tuple(value)
-    if origin is types.UnionType:
-        return value
-    # bool is an int to Python, and a group size of `true` is a mistake.
-    good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not good:
-        raise ParetoError(f"{where}: expected {hint.__name__}, got {value!r}")
-    return value
+    return decorate

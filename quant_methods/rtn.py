@@ -21,18 +21,20 @@ class RTN(WeightStep):
     """Round-to-nearest.
 
     Attributes:
-        search: ``minmax`` covers the largest weight of each group, ``mse`` clips for the least squared error.
+        search: ``minmax`` covers the largest weight of each group, ``mse`` clips for the least squared error of the
+            weights, ``output`` for that of the layer's output on calibration data.
 
     """
 
     search: Search = "mse"
 
 
-@handles(RTN)
+@handles(RTN, needs_hessian=lambda step: step.search == "output")
 def quantize(step: RTN, problem: LinearProblem) -> QuantizedLinear:
     """Round one layer; see ``recipe.LinearProblem``."""
     weight, grid = problem.weight, step.grid
-    scale, zero = fit(weight, grid, None, step.search, problem.scale_dtype)
+    hessian = problem.hessian if step.search == "output" else None
+    scale, zero = fit(weight, grid, hessian, step.search, problem.scale_dtype)
     columns = weight.shape[1]
     codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))

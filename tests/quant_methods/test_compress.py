@@ -15,12 +15,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
-from quant_methods import compress as compress_module
+from quant_methods import run as run_module
 from quant_methods.checkpoint import read_tensors, read_weight, unpack_linear
-from quant_methods.compress import RECIPE_FILE, compress
+from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.recipe import Calibration, Recipe, Step
 from quant_methods.rtn import RTN
+from quant_methods.run import RECIPE_FILE
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
 
@@ -240,7 +241,7 @@ def test_a_full_disk_is_one_clear_line(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compress_module, "write_tensors", full)
+    monkeypatch.setattr(run_module, "write_tensors", full)
     with pytest.raises(ParetoError, match="the disk is full; free some space and run the same command"):
         compress(tiny_model, recipe(RTN(group_size=64)), tmp_path / "out", text=text_file)
 

@@ -6,8 +6,8 @@ from quant_methods.grid import Grid, dequantize, expand, fit, round_to_grid
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (32, 128, -1) for symmetric in (True, False)]
 
 
-def quantized(weight: torch.Tensor, grid: Grid, search: str, importance: torch.Tensor | None = None) -> torch.Tensor:
-    scale, zero = fit(weight, grid, importance, search)
+def quantized(weight: torch.Tensor, grid: Grid, search: str, hessian: torch.Tensor | None = None) -> torch.Tensor:
+    scale, zero = fit(weight, grid, hessian, search)
     columns = weight.shape[1]
     codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
     assert codes.min() >= grid.low

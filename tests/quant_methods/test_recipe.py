@@ -7,7 +7,8 @@ import pytest
 
 from kv_cache.errors import ParetoError
 from quant_methods.gptq import GPTQ
-from quant_methods.recipe import HANDLERS, STEPS, Calibration, built_in_recipes, load_recipe, parse_recipe
+from quant_methods.recipe import HANDLERS, STEPS, Calibration
+from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.rtn import RTN
 
 

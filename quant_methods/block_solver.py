@@ -1,0 +1,110 @@
+"""Quantizes one block: transform steps first, then its layers, stage by stage, on the inputs that serving will see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kv_cache.errors import ParetoError
+from quant_methods import checkpoint
+from quant_methods.calibrator import Decoder, Statistics
+from quant_methods.gptq import relative_error
+from quant_methods.plan import Plan
+from quant_methods.recipe import HANDLERS, LinearProblem, QuantizedLinear
+from quant_methods.scaling import scale_block
+
+
+class BlockSolver:
+    """Carries out a plan on blocks.
+
+    Args:
+        decoder: whose blocks they are.
+        plan: what happens to each layer.
+        say: told what happens now.
+
+    """
+
+    def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
+        self.decoder, self.plan, self.say = decoder, plan, say
+
+    def transform(self, index: int, block: nn.Module, hidden: Tensor | None) -> dict[str, Tensor]:
+        """Carry out the transform steps on a block in place; return the changed tensors that are stored as they are."""
+        if not self.plan.transforms:
+            return {}
+        assert hidden is not None
+        self.say("scales")
+        return scale_block(self.decoder, index, block, hidden, list(self.plan.transforms), self.plan)
+
+    def install(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Give a block the weights of its finished file."""
+        for local in self.decoder.linears(index):
+            name = self.decoder.name(index, local)
+            if name in self.plan.steps:
+                linear = checkpoint.unpack_linear(name, tensors, self.plan.steps[name].grid)
+                block.get_submodule(local).weight.copy_(checkpoint.read_weight(linear))
+        for local, parameter in block.state_dict().items():
+            name = self.decoder.name(index, local)
+            if name in tensors and name.removesuffix(".weight") not in self.plan.steps:
+                parameter.copy_(tensors[name])
+
+    def quantize(
+        self,
+        index: int,
+        block: nn.Module,
+        local: list[str],
+        hidden: Tensor | None,
+        *,
+        original: tuple[nn.Module, Tensor] | None,
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Quantize a block in place; return its stored tensors and each layer's relative error."""
+        tensors: dict[str, Tensor] = {}
+        errors: dict[str, float] = {}
+        if self.plan.needs_data:
+            assert hidden is not None
+            stages = self.decoder.stages(index, block, hidden)
+            never = set(local) - {name for stage in stages for name in stage.names}
+            if never:
+                raise ParetoError(
+                    f"{self.decoder.name(index, min(never))} never runs on the calibration set; ignore it"
+                )
+        else:
+            stages = []
+        order = [(position, name) for position, stage in enumerate(stages) for name in stage.names if name in local]
+        statistics: Statistics | None = None
+        seen = -1
+        for position, name in order or [(-1, name) for name in local]:
+            full = self.decoder.name(index, name)
+            self.say(name)
+            step = self.plan.steps[full]
+            if position != seen and hidden is not None:
+                statistics = self.decoder.statistics(
+                    index, block, hidden, stages=stages, position=position, original=original
+                )
+                seen = position
+            linear = block.get_submodule(name)
+            result = self._solve(full, linear.weight.data, statistics)
+            hessian = statistics.hessian if statistics else None
+            errors[full] = relative_error(linear.weight.data, result, hessian)
+            linear.weight.copy_(checkpoint.read_weight(result))
+            tensors |= checkpoint.pack_linear(full, _on_cpu(result), step)
+        return tensors, errors
+
+    def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
+        step = self.plan.steps[name]
+        stored = self.decoder.source.entries[f"{name}.weight"][1]["dtype"]
+        problem = LinearProblem(
+            name=name,
+            weight=weight.clone(),
+            hessian=statistics.hessian if statistics else None,
+            cross=statistics.cross if statistics else None,
+            residual=statistics.residual if statistics else None,
+            # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
+            scale_dtype=torch.float16 if stored == "F16" else torch.bfloat16,
+        )
+        return HANDLERS[type(step)].quantize(step, problem)
+
+
+def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:
+    return QuantizedLinear(linear.codes.cpu(), linear.scale.cpu(), linear.zero_point.cpu())
