@@ -1,9 +1,8 @@
 """Moves scales from a block's linear layers to what feeds them, without changing what the block computes.
 
 Layers that share an input x (a stage, see ``calibrator.py``) may take ``W diag(s)`` if x becomes ``diag(s)^-1 x``.
-Where x is a norm's output, the norm's weight is divided by s; where it is linear in the output channels of another layer
-(down in up, o in v unless heads share their values), that layer's rows are. What to scale by is for the transform steps
-to say.
+Where x is a norm's output, the norm's weight is divided by s; where it is linear in the outputs of another layer (down
+in up, o in v unless heads share their values), that layer's rows are. The transform steps say what to scale by.
 
 A norm's weight is stored in the checkpoint's dtype, so it is rounded first, and its layers are scaled by what it was
 really divided by.

@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_methods.checkpoint import read_tensors, read_weight, unpack_linear
+from quant_methods.awq import AWQ
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.model_source import resolve_model
-from quant_methods.recipe import Calibration, Recipe, WeightStep
+from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.reference import load_reference
 from quant_methods.rtn import RTN
+from quant_methods.smoothquant import SmoothQuant
 from quant_methods.text_source import load_sequences
 
-# One layout for each of ref-7m's six blocks.
-LAYOUTS: tuple[WeightStep, ...] = (
+# Scales moved into norms and layers, and one layout for each of ref-7m's six blocks.
+LAYOUTS: tuple[Step, ...] = (
+    SmoothQuant(search=True, targets=("model.layers.5.*",)),
+    AWQ(targets=("model.layers.3.*", "model.layers.4.*")),
     GPTQ(bits=4, group_size=128, symmetric=False, targets=("model.layers.0.*",)),
     GPTQ(bits=4, group_size=32, symmetric=True, targets=("model.layers.1.*",)),
     GPTQ(bits=4, group_size=64, symmetric=False, act_order=False, targets=("model.layers.2.*",)),
@@ -32,28 +36,19 @@ LAYOUTS: tuple[WeightStep, ...] = (
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_computes_what_the_dequantized_model_computes(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model_dir = resolve_model("ref-7m")
     recipe = Recipe("layouts", steps=LAYOUTS, calibration=Calibration(8, 64), kv_scales=False)
     report = compress(model_dir, recipe, tmp_path / "out")
     assert "cpu" in report.devices
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     tokens = load_sequences(model_dir, None, 4, 96, split="evaluation")
 
     @torch.no_grad()
-    def score() -> torch.Tensor:
-        logits = model(tokens).logits[:, :-1].log_softmax(-1)
+    def score(checkpoint: Path) -> torch.Tensor:
+        logits = load_reference(checkpoint)(tokens).logits[:, :-1].log_softmax(-1)
         return logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
-    original = score()
-    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
-    for layer in report.layers:
-        step = LAYOUTS[int(layer.name.split(".")[2])]
-        linear = unpack_linear(layer.name, tensors, step.grid)
-        model.get_submodule(layer.name).weight.data = read_weight(linear)
-    expected = score()
+    original, expected = score(model_dir), score(tmp_path / "out")
 
     (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
     script = Path(__file__).with_name("engine_logprobs.py")

@@ -35,9 +35,26 @@ def test_mse_search_never_loses_to_minmax(grid: Grid) -> None:
     importance = torch.rand(256) + 0.01
 
     def error(search: str) -> float:
-        return ((quantized(weight, grid, search, importance) - weight).square() * importance).sum().item()
+        found = quantized(weight, grid, search, importance.diag())
+        return ((found - weight).square() * importance).sum().item()
 
     assert error("mse") <= error("minmax") * (1 + 1e-5)  # the two sums round differently
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_output_search_has_the_least_output_error_of_each_group(grid: Grid) -> None:
+    weight = torch.distributions.StudentT(3.0).sample((16, 256))
+    inputs = torch.randn(400, 256) @ (torch.eye(256) + 0.2 * torch.randn(256, 256))
+    groups = grid.groups(256)
+
+    def errors(search: str) -> torch.Tensor:
+        found = (quantized(weight, grid, search, inputs.T @ inputs / 400) - weight).unflatten(1, (groups, -1))
+        return torch.einsum("rgw,tgw->rgt", found, inputs.unflatten(1, (groups, -1))).square().sum(-1)
+
+    least = errors("output")
+    for search in ("minmax", "mse"):
+        assert (least <= errors(search) * (1 + 1e-4)).all()
+    assert least.sum() < errors("mse").sum()
 
 
 def test_symmetric_search_uses_the_code_below_zero_for_the_larger_side() -> None:

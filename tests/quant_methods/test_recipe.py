@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from kv_cache.errors import ParetoError
+from quant_methods.awq import AWQ
 from quant_methods.gptq import GPTQ
-from quant_methods.recipe import HANDLERS, STEPS, Calibration
+from quant_methods.recipe import HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.rtn import RTN
+from quant_methods.smoothquant import SmoothQuant
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
@@ -17,7 +19,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert all(type(step) in HANDLERS for step in recipe.steps)
+    assert all(type(step) in HANDLERS or type(step) in TRANSFORMS for step in recipe.steps)
 
 
 def test_gptq_w4_is_there() -> None:
@@ -27,8 +29,8 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == set(HANDLERS)
-    assert {"rtn": RTN, "gptq": GPTQ}.items() <= STEPS.items()
+    assert set(STEPS.values()) == set(HANDLERS) | set(TRANSFORMS)
+    assert {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant} == STEPS
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
@@ -48,7 +50,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
     [
         ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
-        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: gptq, rtn"),
+        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rtn, smoothquant"),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
         ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
