@@ -14,8 +14,9 @@ from quant_methods.calibrator import Decoder
 from quant_methods.checkpoint import Source, full_disk_explained
 from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
-from quant_methods.recipe import Recipe
+from quant_methods.recipe import Recipe, WeightStep
 from quant_methods.recipe_file import load_recipe
+from quant_methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.run import Progress, Report, Run
 
 
@@ -53,7 +54,9 @@ def compress(
         raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
     if out.resolve() == model_dir.resolve():
         raise ParetoError(f"{out} is the model itself; give another --out")
-    decoder = Decoder(model_dir, Source(model_dir), device)
+    decoder = Decoder(model_dir, _source(model_dir, recipe), device)
+    if isinstance(decoder.source, RotatedSource):
+        check_norms(decoder.blocks[0], decoder.config)
     plan = make_plan(decoder, recipe, model_dir)
     _check_disk(out, decoder.source, plan)
     work = out.with_name(out.name + ".partial")
@@ -71,6 +74,20 @@ def compress(
             progress=progress,
         )
         return run.finish(started)
+
+
+def _source(model_dir: Path, recipe: Recipe) -> Source:
+    """Return the checkpoint as the recipe's other steps are to see it."""
+    source = Source(model_dir)
+    rotations = [step for step in recipe.steps if isinstance(step, Rotate)]
+    if len(rotations) > 1 or (rotations and recipe.steps[0] is not rotations[0]):
+        raise ParetoError(f"recipe {recipe.name}: rotate comes once, and first")
+    if rotations and not any(isinstance(step, WeightStep) for step in recipe.steps):
+        raise ParetoError(
+            f"recipe {recipe.name}: rotate prepares weights for a step that rounds them, and there is none; add one, "
+            "e.g. {method: gptq}"
+        )
+    return RotatedSource(source, rotations[0]) if rotations else source
 
 
 def _check_device(device: str) -> str:

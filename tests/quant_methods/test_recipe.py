@@ -10,6 +10,7 @@ from quant_methods.awq import AWQ
 from quant_methods.gptq import GPTQ
 from quant_methods.recipe import HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
+from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
 from quant_methods.smoothquant import SmoothQuant
 
@@ -19,7 +20,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert all(type(step) in HANDLERS or type(step) in TRANSFORMS for step in recipe.steps)
+    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, Rotate}
 
 
 def test_gptq_w4_is_there() -> None:
@@ -29,8 +30,8 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == set(HANDLERS) | set(TRANSFORMS)
-    assert {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant} == STEPS
+    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate}
+    assert {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "rotate": Rotate} == STEPS
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
@@ -50,7 +51,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
     [
         ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
-        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rtn, smoothquant"),
+        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rotate, rtn, smoothquant"),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
         ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
