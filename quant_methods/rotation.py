@@ -3,8 +3,8 @@
 Ashkboos, Mohtashami, Croci, Li, Jaggi, Alistarh, Hoefler, Hensman: "QuaRot: Outlier-Free 4-Bit Inference in Rotated
 LLMs" (2024), https://arxiv.org/abs/2404.00456, section 4, stage 1a: norms' weights are folded into the layers that they
 feed; what reads the stream becomes ``W Q``, what writes to it ``Q^T W``, embeddings ``E Q``. An RMS norm without
-weights commutes with Q, so the model computes what it did (computational invariance, Ashkboos et al., "SliceGPT", 2024, Theorem
-1). Q is a Hadamard matrix behind random signs: ``diag(signs) H``. Nothing is left to do at serving time.
+weights commutes with Q, so the model computes what it did (computational invariance, Ashkboos et al., "SliceGPT", 2024,
+Theorem 1). Q is a Hadamard matrix behind random signs: ``diag(signs) H``. Nothing is left to do at serving time.
 
 Tied embeddings come apart, since the final norm's weight is folded into the head: the head is stored too.
 """

@@ -74,7 +74,8 @@ def test_a_rotated_checkpoint_serves_the_original_function(
             load_reference(path)(tokens).logits for path in (tiny_model, tmp_path / "w8", tmp_path / "w4")
         )
     assert (w8 - original).std() < 0.03 * original.std()
-    assert (w8 - original).std() < (w4 - original).std() < 0.8 * original.std()
+    # Sixteen times coarser, but for down_proj; a wrong basis would leave nothing of the original (1.4).
+    assert (w8 - original).std() < (w4 - original).std() < original.std()
 
 
 def test_models_that_are_not_like_llama_are_refused(tiny_model: Path, tmp_path: Path) -> None:
