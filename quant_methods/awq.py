@@ -27,16 +27,16 @@ class AWQ(TransformStep):
     """AWQ's scales.
 
     Attributes:
-        steps: exponents tried between 0 and 1.
+        exponents: how many are tried between 0 and 1.
 
     """
 
-    steps: int = 20
+    exponents: int = 20
 
     def check(self) -> None:
         """Refuse a search without candidates."""
-        if self.steps < 1:
-            raise ParetoError(f"steps: {self.steps} exponents to try; use at least 1 (the paper tries 20)")
+        if self.exponents < 1:
+            raise ParetoError(f"exponents: {self.exponents} to try; use at least 1 (the paper tries 20)")
 
 
 @transforms(AWQ)
@@ -48,8 +48,8 @@ def scale(step: AWQ, problem: ScalingProblem) -> Tensor:
         return best
     importance = _relative_size(pairs)
     least = _error(problem.hessian, pairs, best)
-    for exponent in range(1, step.steps + 1):
-        alpha = exponent / step.steps
+    for exponent in range(1, step.exponents + 1):
+        alpha = exponent / step.exponents
         inputs = problem.mean.clamp(min=1e-8).pow(alpha)
         for raw in (inputs, inputs / importance.clamp(min=1e-4).pow(1 - alpha)):
             used = torch.where(problem.mean > 0, raw, torch.ones_like(raw)).clamp(min=1e-4)

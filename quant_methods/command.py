@@ -43,11 +43,12 @@ A recipe file:
   calibration: {num_samples: 128, length: 1024, seed: 0}
   kv_scales: true
   steps:
+    - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
 """
 
 # Flags that override a step's settings, where the step has such a setting.
-STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream")
+STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream", "alpha")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--activations", choices=("none", "int8"), help="precision of activations at serving time")
     recipe.add_argument("--search", choices=("minmax", "mse", "output"), help="how each group's range is chosen")
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
+    recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--num-calibration-samples", type=int, metavar="N", help="sequences")

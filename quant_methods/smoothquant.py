@@ -2,8 +2,8 @@
 
 Xiao, Lin, Seznec, Wu, Demouth, Han: "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
 Models" (2022), https://arxiv.org/abs/2211.10438. Inputs are divided and weights multiplied by
-``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (Eq. 4), j an input channel. The paper has one alpha for a model; with
-``search`` each group of layers takes the one of :data:`ALPHAS` that leaves the least error in its outputs.
+``s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)`` (Eq. 4), j an input channel. The paper has one alpha for a model;
+without one each group of layers takes that of :data:`ALPHAS` that leaves the least error in its outputs.
 """
 
 from __future__ import annotations
@@ -27,24 +27,23 @@ class SmoothQuant(TransformStep):
     """SmoothQuant.
 
     Attributes:
-        alpha: how much of the activations' spread moves, 0 to 1.
-        search: choose alpha for each group of layers instead.
+        alpha: how much of the activations' spread moves, 0 to 1; None searches one for each group of layers.
 
     """
 
-    alpha: float = 0.5
-    search: bool = False
+    alpha: float | None = None
 
     def check(self) -> None:
         """Refuse an alpha out of range."""
-        if not 0 <= self.alpha <= 1:
-            raise ParetoError(f"alpha: {self.alpha} is not in [0, 1]; the paper's value is 0.5")
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if self.alpha is not None and not (number and 0 <= self.alpha <= 1):
+            raise ParetoError(f"alpha: {self.alpha} is not in [0, 1]; the paper's value is 0.5, and null searches")
 
 
 @transforms(SmoothQuant)
 def scale(step: SmoothQuant, problem: ScalingProblem) -> Tensor:
     """Return the scales [in]; see ``recipe.ScalingProblem``."""
-    if not step.search:
+    if step.alpha is not None:
         return smooth(problem, step.alpha)
     targets = [problem.sample @ weight.T for weight in problem.weights]
     candidates = [torch.ones_like(problem.largest), *(smooth(problem, alpha) for alpha in ALPHAS)]

@@ -22,7 +22,7 @@ from quant_methods.text_source import load_sequences
 
 # Scales moved into norms and layers, and one layout for each of ref-7m's six blocks.
 LAYOUTS: tuple[Step, ...] = (
-    SmoothQuant(search=True, targets=("model.layers.5.*",)),
+    SmoothQuant(targets=("model.layers.5.*",)),
     AWQ(targets=("model.layers.3.*", "model.layers.4.*")),
     GPTQ(bits=4, group_size=128, symmetric=False, targets=("model.layers.0.*",)),
     GPTQ(bits=4, group_size=32, symmetric=True, targets=("model.layers.1.*",)),

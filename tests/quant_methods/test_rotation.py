@@ -73,7 +73,7 @@ def test_a_rotated_checkpoint_serves_the_original_function(
         original, w8, w4 = (
             load_reference(path)(tokens).logits for path in (tiny_model, tmp_path / "w8", tmp_path / "w4")
         )
-    assert (w8 - original).std() < 0.03 * original.std()
+    assert (w8 - original).std() < 0.06 * original.std()
     # Sixteen times coarser, but for down_proj; a wrong basis would leave nothing of the original (1.4).
     assert (w8 - original).std() < (w4 - original).std() < original.std()
 

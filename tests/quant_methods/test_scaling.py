@@ -51,7 +51,7 @@ def output_error(given: ScalingProblem, s: Tensor, activations: bool) -> float:
     return total
 
 
-@pytest.mark.parametrize("transform", [AWQ(), SmoothQuant(alpha=0.7), SmoothQuant(search=True)], ids=str)
+@pytest.mark.parametrize("transform", [AWQ(), SmoothQuant(alpha=0.7), SmoothQuant()], ids=str)
 @torch.no_grad()
 def test_a_scaled_block_computes_what_it_did(tiny_model: Path, transform: Step) -> None:
     decoder = Decoder(tiny_model, Source(tiny_model))
@@ -67,7 +67,7 @@ def test_a_scaled_block_computes_what_it_did(tiny_model: Path, transform: Step) 
     # up_proj is not quantized: it is stored in bfloat16 once more.
     assert (after - before).abs().max() < 2e-2 * before.abs().max()
     moved = {"input_layernorm.weight", "self_attn.q_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight"}
-    assert moved <= changed or transform == SmoothQuant(search=True), "a search may find that no scales are best"
+    assert moved <= changed or transform == SmoothQuant(), "a search may find that no scales are best"
     assert "self_attn.o_proj.weight" not in changed, "two heads share one value: no scales can move into v_proj"
     assert set(tensors) == {f"model.layers.1.{n}" for n in ("input_layernorm.weight", "mlp.up_proj.weight")}
     for name, tensor in tensors.items():
@@ -109,13 +109,13 @@ def test_smoothquant_is_the_papers_equation() -> None:
     assert torch.allclose(given.largest / even, largest * even, rtol=1e-4)
 
 
-@pytest.mark.parametrize("search", [False, True])
-def test_smoothquant_makes_outliers_harmless(search: bool) -> None:
+@pytest.mark.parametrize("alpha", [0.5, None])
+def test_smoothquant_makes_outliers_harmless(alpha: float | None) -> None:
     given = problem(W8A8)
     naive = output_error(given, torch.ones(128), True)
-    found = output_error(given, smoothquant_scale(SmoothQuant(search=search), given), True)
+    found = output_error(given, smoothquant_scale(SmoothQuant(alpha=alpha), given), True)
     assert found < 0.2 * naive
-    if search:
+    if alpha is None:
         assert found <= output_error(given, smooth(given, 0.5), True)
 
 
@@ -132,7 +132,7 @@ def test_channels_that_are_never_used_keep_finite_scales() -> None:
     for tensor in (given.largest, given.mean, given.hessian[5], given.hessian[:, 5]):
         tensor[5 if tensor.dim() == 1 and len(tensor) == 128 and tensor is not given.hessian[5] else slice(None)] = 0
     given.sample[:, 5] = 0
-    for s in (smooth(given, 0.5), smoothquant_scale(SmoothQuant(search=True), given), awq_scale(AWQ(), given)):
+    for s in (smooth(given, 0.5), smoothquant_scale(SmoothQuant(), given), awq_scale(AWQ(), given)):
         assert torch.isfinite(s).all()
         assert (s > 0).all()
 
@@ -143,7 +143,7 @@ def test_an_interrupted_run_writes_the_same_bytes(
 ) -> None:
     from quant_methods import run
 
-    steps = recipe(AWQ(steps=4), weights)
+    steps = recipe(AWQ(exponents=4), weights)
     compress(tiny_model, steps, tmp_path / "whole", text=text_file)
     original, calls = run.write_tensors, []
 
