@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,15 @@ SCHEMA = "vllm-pareto/weight-quality/1"
 
 @torch.no_grad()
 def log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
-    """Return float32 [tokens - 1, vocabulary] of a window [tokens]."""
+    """Return float32 [tokens - 1, vocabulary] of a window [tokens], on the CPU."""
     device = next(model.parameters()).device
-    return model(window[None].to(device)).logits[0, :-1].float().log_softmax(-1)
+    return model(window[None].to(device)).logits[0, :-1].float().log_softmax(-1).cpu()
 
 
-def compare(model: Any, windows: torch.Tensor, base: list[torch.Tensor]) -> dict[str, Any]:
-    """Return KL(base || model) in nats a token, top-1 agreement and perplexity over windows [windows, tokens]."""
+def compare(tested: Iterable[torch.Tensor], windows: torch.Tensor, base: list[torch.Tensor]) -> dict[str, Any]:
+    """Return KL(base || tested) in nats a token, top-1 agreement and perplexity, of log-probabilities of windows."""
     divergence, agreement, loss = [], [], []
-    for window, expected in zip(windows, base, strict=True):
-        found = log_probabilities(model, window).cpu()
+    for found, window, expected in zip(tested, windows, base, strict=True):
         divergence.append((expected.exp() * (expected - found)).sum(-1).mean().item())
         agreement.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
         loss.append(-found.gather(-1, window[1:, None]).mean().item())
@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = resolve_model(args.model)
         original = load_reference(folder, args.device)
         windows = load_sequences(folder, args.text, args.num_windows, args.window_tokens, split="evaluation")
-        base = [log_probabilities(original, window).cpu() for window in track(windows, description=folder.name)]
-        rows = [{"checkpoint": folder.name, "bits": 16.0, **compare(original, windows, base)}]
+        base = [log_probabilities(original, window) for window in track(windows, description=folder.name)]
+        rows = [{"checkpoint": folder.name, "bits": 16.0, **compare(base, windows, base)}]
         for checkpoint in track(args.checkpoints, description="checkpoints"):
             model = load_reference(checkpoint, args.device)
             recipe = checkpoint / "pareto_recipe.json"
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                     "recipe": made.get("recipe"),
                     "calibration": made.get("calibration"),
                     "bits": stored_bits(checkpoint, model),
-                    **compare(model, windows, base),
+                    **compare((log_probabilities(model, window) for window in windows), windows, base),
                 }
             )
             document = {

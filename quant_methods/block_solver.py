@@ -35,7 +35,7 @@ class BlockSolver:
             return {}
         assert hidden is not None
         self.say("scales")
-        return scale_block(self.decoder, index, block, hidden, list(self.plan.transforms), self.plan)
+        return scale_block(self.decoder, index, block, hidden, self.plan)
 
     def install(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Give a block the weights of its finished file."""

@@ -76,6 +76,10 @@ class Source:
         """Return the dtype that a tensor is stored in."""
         return _DTYPES[self.entries[name][1]["dtype"]]
 
+    def changed(self) -> list[str]:
+        """Return the names of the tensors that ``read`` returns other than the files have them: none."""
+        return []
+
     def size(self) -> int:
         """Return the bytes of all tensors."""
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in self.entries.values())

@@ -14,7 +14,7 @@ from quant_methods.calibrator import Decoder
 from quant_methods.checkpoint import Source, full_disk_explained
 from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
-from quant_methods.recipe import Recipe, WeightStep
+from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
 from quant_methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.run import Progress, Report, Run
@@ -82,11 +82,6 @@ def _source(model_dir: Path, recipe: Recipe) -> Source:
     rotations = [step for step in recipe.steps if isinstance(step, Rotate)]
     if len(rotations) > 1 or (rotations and recipe.steps[0] is not rotations[0]):
         raise ParetoError(f"recipe {recipe.name}: rotate comes once, and first")
-    if rotations and not any(isinstance(step, WeightStep) for step in recipe.steps):
-        raise ParetoError(
-            f"recipe {recipe.name}: rotate prepares weights for a step that rounds them, and there is none; add one, "
-            "e.g. {method: gptq}"
-        )
     return RotatedSource(source, rotations[0]) if rotations else source
 
 

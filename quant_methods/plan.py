@@ -87,10 +87,10 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"ignore ({', '.join(recipe.ignore)})"
         )
     transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
-    if transforms and not weight_steps:
+    if recipe.steps and not weight_steps:
         raise ParetoError(
-            f"recipe {recipe.name}: {transforms[0].method} prepares weights for a step that rounds them, and there is "
-            "none; add one, e.g. {method: rtn}"
+            f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
+            "is none; add one, e.g. {method: rtn}"
         )
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")

@@ -54,9 +54,10 @@ def load_reference(checkpoint: Path, device: str = "cpu") -> Any:
             elif full in source:
                 state[full] = source.read(full).float()
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {name for name, p in model.named_parameters(remove_duplicate=False) if f"{name}" not in state}
-    if unexpected or set(missing) - tied or (set(missing) and not settings.tie_word_embeddings):
-        raise ParetoError(f"{checkpoint}: the checkpoint lacks {sorted(missing)[:1] or unexpected[:1]}")
+    head = model.get_output_embeddings() if settings.tie_word_embeddings else None
+    tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if absent := [*sorted(set(missing) - tied), *unexpected]:
+        raise ParetoError(f"{checkpoint}: the checkpoint lacks {absent[0]}")
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False)
 

@@ -111,7 +111,7 @@ class RotatedSource(Source):
         return self._plain.size()
 
     def changed(self) -> list[str]:
-        """Return the names of the tensors that differ from the checkpoint's."""
+        """Return the names of the tensors that ``read`` returns other than the files have them."""
         return [name for name in self.entries if self._role(name)[0] != "inside"]
 
     def read(self, name: str) -> Tensor:

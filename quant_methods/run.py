@@ -35,7 +35,6 @@ from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.rotation import RotatedSource
 from quant_methods.text_source import load_sequences
 
 RECIPE_FILE = "pareto_recipe.json"
@@ -251,12 +250,10 @@ class Run:
         bits = self.plan.steps[name].grid.bits_per_weight(rows, columns)
         return LayerReport(name, (rows, columns), bits, errors[name])
 
-    def _rotated(self, quantized: set[str]) -> Path:
-        """Write what rotation changed and no step quantized, and return the file."""
-        source = self.decoder.source
-        assert isinstance(source, RotatedSource)
-        path = self.work / "rotated.safetensors"
-        write_tensors(path, {n: source.read(n).to(source.dtype(n)) for n in source.changed() if n not in quantized}, {})
+    def _changed(self, names: set[str]) -> Path:
+        """Write tensors as the source gives them, in the dtype that they are stored in, and return the file."""
+        source, path = self.decoder.source, self.work / "changed.safetensors"
+        write_tensors(path, {name: source.read(name).to(source.dtype(name)) for name in sorted(names)}, {})
         return path
 
     def _write(self) -> int:
@@ -271,10 +268,10 @@ class Run:
             replaced = {f"{name}.weight" for name in self.plan.steps}
             parts = [p for p in map(self._block_file, range(self.total)) if p.is_file()]
             replaced |= {name for part in parts for name in read_header(part)}
-            if isinstance(self.decoder.source, RotatedSource):
-                parts.append(self._rotated(replaced))
-                replaced |= set(read_header(parts[-1]))
-                config["tie_word_embeddings"] = False
+            if changed := self.decoder.source.changed():
+                parts.append(self._changed(set(changed) - replaced))
+                replaced |= set(changed)
+                config["tie_word_embeddings"] = False  # Head and embedding changed in different ways.
             size = checkpoint.assemble(self.decoder.source, replaced, parts, target)
             config["quantization_config"] = checkpoint.quantization_config(self.plan.schemes, self.plan.ignored)
         else:

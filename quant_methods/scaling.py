@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder, Stage
 from quant_methods.plan import Plan, matches
-from quant_methods.recipe import TRANSFORMS, ScalingProblem, TransformStep
+from quant_methods.recipe import TRANSFORMS, ScalingProblem
 
 # Layers whose output channels become the input channels of another, one by one and linearly.
 LINEAR_FEEDS = {"down_proj": "up_proj", "o_proj": "v_proj"}
@@ -41,18 +41,15 @@ class Fold:
 
 
 @torch.no_grad()
-def scale_block(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, steps: list[TransformStep], plan: Plan
-) -> dict[str, Tensor]:
-    """Carry out transform steps on a block, in place.
+def scale_block(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
+    """Carry out a plan's transform steps on a block, in place.
 
     Args:
         decoder: whose block it is.
         index: the block's index.
         block: its weights are loaded.
         hidden: the hidden states that enter it, float32 [sequences, length, width].
-        steps: in order.
-        plan: says which layers will be quantized, and how.
+        plan: has the steps, and says which layers will be quantized, and how.
 
     Returns:
         Those of the block's tensors that changed and will not be quantized, by full name, as they are to be stored.
@@ -66,7 +63,7 @@ def scale_block(
     batch = next(decoder.batches(hidden))[1]
     before = decoder.run(index, block, batch)
     changed: set[str] = set()
-    for step in steps:
+    for step in plan.transforms:
         for fold in folds:
             names = [decoder.name(index, name) for name in fold.stage.names]
             weight_steps = [plan.steps.get(name) for name in names]

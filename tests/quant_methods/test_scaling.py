@@ -11,7 +11,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.awq import AWQ
 from quant_methods.awq import scale as awq_scale
 from quant_methods.calibrator import Decoder
-from quant_methods.checkpoint import Source
+from quant_methods.checkpoint import Source, write_tensors
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.grid import nearest, round_tokens
@@ -60,7 +60,7 @@ def test_a_scaled_block_computes_what_it_did(tiny_model: Path, transform: Step) 
     with decoder.loaded(1) as block:
         before = decoder.run(1, block, hidden)
         weights = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        tensors = scale_block(decoder, 1, block, hidden, list(plan.transforms), plan)
+        tensors = scale_block(decoder, 1, block, hidden, plan)
         after = decoder.run(1, block, hidden)
         changed = {name for name, tensor in block.state_dict().items() if not torch.equal(tensor, weights[name])}
         now = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -181,6 +181,15 @@ def test_the_reference_reads_back_scaled_norms_and_rounded_activations(
     scale = (original - original.mean(-1, keepdim=True)).std()
     assert 0 < (w8 - original).std() < 0.05 * scale
     assert (w8 - original).std() < (w8a8 - original).std() < 0.1 * scale
+
+
+def test_the_reference_refuses_a_checkpoint_that_lacks_a_layer(tiny_model: Path, tmp_path: Path) -> None:
+    source = Source(tiny_model)
+    lacking = "model.layers.1.mlp.up_proj.weight"
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    write_tensors(tmp_path / "model.safetensors", {n: source.read(n) for n in source.entries if n != lacking}, {})
+    with pytest.raises(ParetoError, match=f"the checkpoint lacks {lacking}"):
+        load_reference(tmp_path)
 
 
 def test_a_transform_without_a_weight_step_is_refused(tiny_model: Path, tmp_path: Path) -> None:
