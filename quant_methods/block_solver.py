@@ -12,7 +12,8 @@ from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics
 from quant_methods.gptq import relative_error
 from quant_methods.plan import Plan
-from quant_methods.recipe import HANDLERS, LinearProblem, QuantizedLinear
+from quant_methods.quantized import QuantizedLinear
+from quant_methods.recipe import HANDLERS, LinearProblem
 from quant_methods.scaling import scale_block
 
 
@@ -43,7 +44,7 @@ class BlockSolver:
             name = self.decoder.name(index, local)
             if name in self.plan.steps:
                 linear = checkpoint.unpack_linear(name, tensors, self.plan.steps[name].grid)
-                block.get_submodule(local).weight.copy_(checkpoint.read_weight(linear))
+                block.get_submodule(local).weight.copy_(linear.read())
         for local, parameter in block.state_dict().items():
             name = self.decoder.name(index, local)
             if name in tensors and name.removesuffix(".weight") not in self.plan.steps:
@@ -87,8 +88,8 @@ class BlockSolver:
             result = self._solve(full, linear.weight.data, statistics)
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
-            linear.weight.copy_(checkpoint.read_weight(result))
-            tensors |= checkpoint.pack_linear(full, _on_cpu(result), step)
+            linear.weight.copy_(result.read())
+            tensors |= checkpoint.pack_linear(full, result.cpu(), step)
         return tensors, errors
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
@@ -104,7 +105,3 @@ class BlockSolver:
             scale_dtype=torch.float16 if stored == "F16" else torch.bfloat16,
         )
         return HANDLERS[type(step)].quantize(step, problem)
-
-
-def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:
-    return QuantizedLinear(linear.codes.cpu(), linear.scale.cpu(), linear.zero_point.cpu())

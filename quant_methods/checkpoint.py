@@ -27,9 +27,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.grid import Grid, dequantize
+from quant_methods.grid import Grid
 from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
-from quant_methods.recipe import QuantizedLinear, WeightStep
+from quant_methods.quantized import QuantizedLinear
+from quant_methods.recipe import WeightStep
 
 SHARD_BYTES = 4 << 30
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,11 +113,6 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
         packed = tensors[f"{name}.weight_zero_point"]
         zero = unpack_from_int32(packed, grid.bits, torch.Size((rows, scale.shape[1])), packed_dim=0)
     return QuantizedLinear(codes, scale, zero)
-
-
-def read_weight(linear: QuantizedLinear) -> Tensor:
-    """Return the float32 weight [out, in] that serving reads."""
-    return dequantize(linear.codes, linear.scale, linear.zero_point)
 
 
 def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: list[str]) -> dict[str, Any]:

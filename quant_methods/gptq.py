@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.grid import Grid, Search, dequantize, fit, round_to_grid
-from quant_methods.recipe import LinearProblem, QuantizedLinear, WeightStep, handles, register
+from quant_methods.grid import Grid, Search, fit, round_to_grid
+from quant_methods.quantized import QuantizedLinear
+from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 from quant_methods.threads import few_threads
 
 # Channels rounded between two updates of all later ones (Algorithm 1's B); changes speed, not the result.
@@ -194,7 +195,7 @@ def relative_error(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor |
         hessian: float32 [in, in] or None.
 
     """
-    error = dequantize(quantized.codes, quantized.scale, quantized.zero_point) - weight
+    error = quantized.read() - weight
 
     def norm(matrix: Tensor) -> Tensor:
         return ((matrix if hessian is None else matrix @ hessian) * matrix).sum().clamp(min=0).sqrt()

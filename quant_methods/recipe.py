@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.grid import Grid
+from quant_methods.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -214,22 +215,6 @@ class ScalingProblem:
     largest: Tensor
     mean: Tensor
     sample: Tensor
-
-
-@dataclass
-class QuantizedLinear:
-    """A quantized linear layer.
-
-    Attributes:
-        codes: int8 [out, in].
-        scale: [out, groups] in the stored dtype.
-        zero_point: int8 [out, groups]; zeros on a symmetric grid.
-
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
 
 
 @dataclass(frozen=True)

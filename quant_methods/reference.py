@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kv_cache.errors import ParetoError
-from quant_methods.checkpoint import Source, read_weight, unpack_linear
+from quant_methods.checkpoint import Source, unpack_linear
 from quant_methods.grid import Grid, round_tokens
 from quant_methods.model_source import read_config
 
@@ -96,7 +96,7 @@ def _weight(source: Source, name: str, group: dict[str, Any]) -> Tensor:
         raise ParetoError(f"{name}: stored as {settings['type']}, {group.get('format')}; expected integers with scales")
     if f"{name}.weight_g_idx" in tensors:
         raise ParetoError(f"{name}: stored with permuted groups (g_idx), which this does not read")
-    return read_weight(unpack_linear(name, tensors, grid))
+    return unpack_linear(name, tensors, grid).read()
 
 
 def _round_inputs(module: nn.Module, name: str, group: dict[str, Any]) -> None:

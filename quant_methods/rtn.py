@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from quant_methods.grid import Search, expand, fit, round_to_grid
-from quant_methods.recipe import LinearProblem, QuantizedLinear, WeightStep, handles, register
+from quant_methods.quantized import QuantizedLinear
+from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 
 
 @register("rtn")

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods import run as run_module
-from quant_methods.checkpoint import read_tensors, read_weight, unpack_linear
+from quant_methods.checkpoint import read_tensors, unpack_linear
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.recipe import Calibration, Recipe, Step
@@ -62,7 +62,7 @@ def test_compressed_tensors_reads_back_what_was_written(
     for layer in report.layers:
         parts = {k.removeprefix(layer.name + "."): v for k, v in tensors.items() if k.startswith(layer.name + ".")}
         theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"].float()
-        ours = read_weight(unpack_linear(layer.name, tensors, step.grid))
+        ours = unpack_linear(layer.name, tensors, step.grid).read()
         # They multiply in the scale's dtype.
         assert torch.allclose(theirs, ours, rtol=2**-7, atol=0)
         assert tuple(ours.shape) == layer.shape

@@ -179,6 +179,7 @@ DEVICE void round_with_feedback(Scratch<DIM, WARPS_OF_TEAM>& scratch, const uint
             block.load(own + band * OWN);
             round_band<CODE_BITS>(scratch, block, band);
             __syncwarp();
+            if (!band) break;  // Nothing below waits for its errors.
             hand_on(scratch, feedback, band, 0, 1, 2 * band, tokens);
             __syncwarp();
         }
