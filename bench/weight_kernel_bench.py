@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def dense(rows: int, channels: int) -> tuple[list[Product], int]:
     """Return products with several bfloat16 matrices, and the bytes of one."""
     copies = _copies(2 * rows * channels)
     weights = [torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    return [lambda x, w=w: x @ w.T for w in weights], 2 * rows * channels  # type: ignore[misc]
+    return [functools.partial(torch.nn.functional.linear, weight=w) for w in weights], 2 * rows * channels
 
 
 def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
@@ -92,7 +93,7 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
     """Return a row for each kind of weight and number of columns: the layer's time and that of each matrix."""
     makers: dict[str, Callable[[int, int], tuple[list[Product], int]]] = {"bfloat16": dense, "Marlin, 4 bits": marlin}
     for what in ours:
-        makers[f"ours, {what} bits"] = lambda rows, channels, what=what: low_bit(what, rows, channels)  # type: ignore[misc]
+        makers[f"ours, {what} bits"] = functools.partial(low_bit, what)
     rows = []
     for name, make in makers.items():
         seconds: dict[int, list[float]] = {count: [] for count in columns}
@@ -102,7 +103,7 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
             stored += size
             for count in columns:
                 x = torch.randn(count, shape[1], device="cuda", dtype=torch.bfloat16)
-                calls = [lambda product=product, x=x: product(x) for product in products]
+                calls: list[Callable[[], Any]] = [functools.partial(product, x) for product in products]
                 seconds[count].append(graph_seconds(calls, repeats))
             del products
             torch.cuda.empty_cache()
