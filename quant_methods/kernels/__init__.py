@@ -1,1 +1,1 @@
-"""Kernels for weights that vLLM has none for, each beside its PyTorch specification."""
+"""Arithmetic of quantized layers at serving time; each kernel lies beside its plain PyTorch specification."""
