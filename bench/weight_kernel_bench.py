@@ -23,7 +23,7 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.errors import ParetoError
-from quant_methods.kernels.low_bit_cuda import LowBitMatrix
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 
 SCHEMA = "vllm-pareto/gpu-weight-kernel/1"
 MISTRAL = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
@@ -50,14 +50,12 @@ def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
     codes = torch.randint(low, low + (1 << bits), (rows, channels), device="cuda", dtype=torch.int8)
     groups = torch.rand(rows, channels // GROUP, device="cuda", dtype=torch.bfloat16)
     table = torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16) if is_table else None
-    first = LowBitMatrix(codes, bits, groups, groups.round(), table, torch.bfloat16)
+    first = LowBitCUDA(codes, groups, groups.round(), table, torch.bfloat16, bits)
     stored = sum(t.numel() * t.element_size() for t in (first.words, first.groups, first.table) if t is not None)
     matrices = [first]
     for _ in range(_copies(stored) - 1):
-        other = copy.copy(first)
-        other.words = first.words.clone()
-        matrices.append(other)
-    products: list[Product] = [matrix.multiply for matrix in matrices]
+        matrices.append(copy.deepcopy(first))
+    products: list[Product] = [matrix.apply for matrix in matrices]
     return products, stored
 
 

@@ -18,7 +18,8 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # What the plugin may know of offline compression: where a model lies, how it is stored and multiplied; not how it is
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
-    "model_source", "native_format", "quantized", "grid", "shards", "kernels.low_bit", "kernels.sparse",
+    "model_source", "native_format", "quantized", "grid", "shards", "kernels.low_bit", "kernels.low_bit_cuda",
+    "kernels.sparse",
 )}  # fmt: skip
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},

@@ -5,7 +5,7 @@
 | 8 bits, symmetric, one scale per channel, activations int8 | vLLM's int8 kernel | vLLM's int8 kernel |
 | up to 4 bits (CUDA: 4) on a grid | vLLM's 4-bit kernel | vLLM's 4-bit kernel (Machete, Marlin) |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
-| everything else | dequantized once at load | ``quant_methods/kernels/low_bit.py`` |
+| everything else | dequantized once at load | ``quant_methods/kernels/low_bit_cuda.py`` |
 
 What a bulk holds is registered as parameters and buffers, so that compiled graphs take it as inputs.
 """
@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.scalar_type import scalar_types
 
+from quant_methods.kernels.low_bit_cuda import low_bit_module
 from quant_methods.native_format import Form, pack_codes
 from quant_methods.quantized import QuantizedLinear
 
@@ -74,9 +75,7 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
             else:
                 return MixedBulk(linear, config, kernel)
     if cuda:
-        from quant_methods.kernels.low_bit import LowBitLinear
-
-        return LowBitBulk(LowBitLinear(linear.codes, linear.scale, linear.zero_point, linear.table, dtype))
+        return LowBitBulk(low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits))
     logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)
     return DenseBulk(linear.bulk().to(dtype))
 

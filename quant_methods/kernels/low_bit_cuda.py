@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import Kernel, load_kernel
+from quant_methods.kernels.low_bit import LowBitLinear
 
 FOLDER = Path(__file__).parent / "csrc"
 ROWS, CHANNELS, STEPS = 16, 128, 8
 """Of a unit, and the steps in it; see ``csrc/low_bit.cu``."""
-MAX_COLUMNS = 64
+MAX_TOKENS = 64
 """Of a product by the kernel; with more, the weights are expanded for a dense product."""
 MAX_COLUMN_TILES = 4
 """Tiles of 8 columns that a thread block takes."""
@@ -81,17 +83,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
-class LowBitMatrix:
-    """A weight [rows, channels] on a CUDA device that activations are multiplied with.
+class LowBitCUDA(nn.Module):
+    """A layer's bulk on a CUDA device; its specification is :class:`quant_methods.kernels.low_bit.LowBitLinear`.
 
     Args:
-        codes: int8 [rows, channels]: on a grid signed codes, with a table its indices, from 0. Channels are a multiple
-            of 8.
-        bits: 2 to 7; with a table 3 or 4.
-        scale: [rows, groups], of groups of 32, 64 or 128 channels or whole rows; unused with a table.
-        zero_point: [rows, groups] integers; unused with a table.
-        table: [rows, 2^bits] or None.
+        codes: int8 [out, in]: on a grid signed codes, with a table its indices, from 0. 8 divides ``in``.
+        scale: [out, groups], of groups of 32, 64 or 128 channels or whole rows; unused with a table.
+        zero_point: int8 [out, groups]; unused with a table.
+        table: [out, 2^bits] or None.
         dtype: bfloat16 or float16, of activations and results.
+        bits: 2 to 7; with a table 3 or 4.
 
     Raises:
         ParetoError: a shape or dtype that the kernel does not serve.
@@ -99,29 +100,27 @@ class LowBitMatrix:
     """
 
     def __init__(
-        self, codes: Tensor, bits: int, scale: Tensor, zero_point: Tensor, table: Tensor | None, dtype: torch.dtype
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, dtype: torch.dtype, bits: int
     ) -> None:
-        (self.rows, self.channels), self.bits, self.dtype, self.device = codes.shape, bits, dtype, codes.device
+        super().__init__()
+        (self.rows, self.channels), self.bits, self.dtype = codes.shape, bits, dtype
         widths = (3, 4) if table is not None else range(2, 8)
         if bits not in widths or dtype not in (torch.bfloat16, torch.float16) or self.channels % 8:
             what = "tables of 3 or 4 bits" if table is not None else "codes of 2 to 7 bits"
             raise ParetoError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
         self.units, self.tiles = -(-self.channels // CHANNELS), -(-self.rows // ROWS)
-        unsigned = codes if table is not None else codes.to(torch.int16) + (1 << (bits - 1))
-        self.words = pack(unsigned.to(torch.uint8), bits)
-        self.groups = self.table = None
-        self.group_steps = STEPS
+        groups, entries, self.group_steps = None, None, STEPS
         if table is None:
-            self.groups = self._groups(scale, zero_point)
+            groups = self._groups(scale, zero_point)
         else:
-            entries = torch.zeros(self.tiles * ROWS, 1 << bits, dtype=dtype, device=self.device)
-            entries[: self.rows] = table
+            padded = torch.zeros(self.tiles * ROWS, 1 << bits, dtype=dtype, device=codes.device)
+            padded[: self.rows] = table
             # Low bytes, then high bytes.
-            self.table = entries.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
-        properties = torch.cuda.get_device_properties(self.device)
-        self._processors: int = properties.multi_processor_count
-        # Enough warps to keep the memory busy where a matrix has few row tiles.
-        self._warps = 8 if self.tiles > self._processors else 16
+            entries = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+        unsigned = codes if table is not None else codes.to(torch.int16) + (1 << (bits - 1))
+        self.register_buffer("words", pack(unsigned.to(torch.uint8), bits), persistent=False)
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("table", entries, persistent=False)
 
     def _groups(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Return scales and what is to be added to codes, [row tiles, groups, 2, 16]."""
@@ -139,78 +138,134 @@ class LowBitMatrix:
         padded[: self.rows, :, :groups] = both
         return padded.unflatten(0, (self.tiles, ROWS)).permute(0, 3, 2, 1).contiguous()
 
-    def _kernel(self, name: str, column_tiles: int) -> tuple[Kernel, int]:
-        """Return a kernel and how many of its thread blocks the device holds."""
-        return _kernel(
-            name, self.bits, self.dtype == torch.bfloat16, self.table is not None, self._warps, column_tiles,
-            self.group_steps, self.device,
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the product [..., out] with inputs [..., in], both in ``dtype``."""
+        parts = self.words, self.groups, self.table
+        y = low_bit_linear(x.reshape(-1, self.channels), *parts, self.rows, self.bits, self.group_steps)
+        return y.reshape(*x.shape[:-1], self.rows)
+
+    def weight(self) -> Tensor:
+        """Return the weight [out, in] in ``dtype``."""
+        matrix = _Matrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
+        return matrix.expand(self.dtype, 0, self.tiles)
+
+
+def low_bit_module(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, dtype: torch.dtype, bits: int
+) -> nn.Module:
+    """Return what multiplies by a layer's bulk on a CUDA device: the kernel where it serves it, else PyTorch.
+
+    Takes the arguments of :class:`LowBitCUDA`.
+    """
+    try:
+        return LowBitCUDA(codes, scale, zero_point, table, dtype, bits)
+    except ParetoError:
+        return LowBitLinear(codes, scale, zero_point, table, dtype)
+
+
+@torch.library.custom_op("pareto::low_bit_linear", mutates_args=())
+def low_bit_linear(
+    x: Tensor, words: Tensor, groups: Tensor | None, table: Tensor | None, rows: int, bits: int, group_steps: int
+) -> Tensor:
+    """Return x W^T, by the kernel or, with many rows of x, by a dense product with expanded weights.
+
+    Args:
+        x: [tokens, in] bfloat16 or float16.
+        words: as ``pack`` returns them.
+        groups: scales and offsets as :class:`LowBitCUDA` lays them out, in the dtype of x, or None.
+        table: bytes of the look-up tables, or None.
+        rows: output channels.
+        bits: of a code.
+        group_steps: channels of a group, in sixteens.
+
+    Returns:
+        [tokens, rows] in the dtype of x.
+
+    """
+    matrix = _Matrix(words, groups, table, rows, x.shape[1], bits, group_steps)
+    y = x.new_empty(x.shape[0], rows)
+    if x.shape[0] > MAX_TOKENS:
+        at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
+        for first in range(0, matrix.tiles, at_once):
+            weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
+            torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
+    elif x.shape[0]:
+        matrix.multiply(x, y)
+    return y
+
+
+@low_bit_linear.register_fake
+def _(
+    x: Tensor, words: Tensor, groups: Tensor | None, table: Tensor | None, rows: int, bits: int, group_steps: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Arguments of the kernels: see :func:`low_bit_linear`."""
+
+    words: Tensor
+    groups: Tensor | None
+    table: Tensor | None
+    rows: int
+    channels: int
+    bits: int
+    group_steps: int
+
+    @property
+    def tiles(self) -> int:
+        return self.words.shape[0]
+
+    def _kernel(self, name: str, dtype: torch.dtype, column_tiles: int) -> tuple[Kernel, int, int]:
+        """Return a kernel, the warps of a thread block, and how many blocks the device holds."""
+        device = self.words.device
+        processors = _processors(device)
+        # Enough warps to keep the memory busy where a matrix has few row tiles.
+        warps = 8 if self.tiles > processors else 16
+        kernel, resident = _kernel(
+            name, self.bits, dtype == torch.bfloat16, self.table is not None, warps, column_tiles, self.group_steps,
+            device,
         )  # fmt: skip
+        return kernel, warps, resident * processors
 
-    def _params(self, x: Tensor | None, y: Tensor) -> _Params:
-        def pointer(tensor: Tensor | None) -> int:
-            return 0 if tensor is None else tensor.data_ptr()
-
-        columns, x_stride = (0, 0) if x is None else (len(x), x.stride(0))
-        return _Params(
-            self.words.data_ptr(), pointer(self.groups), pointer(self.table), pointer(x), y.data_ptr(), x_stride,
-            y.stride(0), columns, self.channels, self.rows, self.units, self.tiles,
-        )  # fmt: skip
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return x W^T.
-
-        Args:
-            x: [columns, channels] in ``dtype``.
-
-        Returns:
-            [columns, rows] in ``dtype``.
-
-        """
-        columns = len(x)
-        if columns > MAX_COLUMNS:
-            return self._multiply_expanded(x)
+    def multiply(self, x: Tensor, y: Tensor) -> None:
+        tokens, device = x.shape[0], self.words.device
         if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
             x = x.contiguous()
-        y = x.new_empty(columns, self.rows)
-        if not columns:
-            return y
-        tiles = 1 << (min(-(-columns // 8), MAX_COLUMN_TILES) - 1).bit_length()
-        kernel, resident = self._kernel("multiply", tiles)
-        grid = (min(self.tiles, resident * self._processors), -(-columns // (8 * tiles)), 1)
-        kernel.launch(grid, 32 * self._warps, self._params(x, y), self.device, overlap=_overlaps(self.device))
-        return y
+        column_tiles = 1 << (min(-(-tokens // 8), MAX_COLUMN_TILES) - 1).bit_length()
+        kernel, warps, blocks = self._kernel("multiply", x.dtype, column_tiles)
+        params = _Params(
+            self.words.data_ptr(), _pointer(self.groups), _pointer(self.table), x.data_ptr(), y.data_ptr(), x.stride(0),
+            y.stride(0), tokens, self.channels, self.rows, self.words.shape[1], self.tiles,
+        )  # fmt: skip
+        grid = (min(self.tiles, blocks), -(-tokens // (8 * column_tiles)), 1)
+        kernel.launch(grid, 32 * warps, params, device, overlap=_overlaps(device))
 
-    def expand(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Return the weight of some row tiles, [rows, channels] in ``dtype``.
-
-        Args:
-            first: row tile.
-            last: row tile after the last one; None for all.
-
-        """
-        last = self.tiles if last is None else last
-        rows = min(last * ROWS, self.rows) - first * ROWS
-        y = torch.empty(rows, self.channels, dtype=self.dtype, device=self.device)
-        params = self._params(None, y)
+    def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        """Return the weight of the row tiles from first to before last, [rows, channels]."""
+        units, device = self.words.shape[1], self.words.device
+        y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
+        kernel, warps, _ = self._kernel("expand", dtype, 1)
         # The part looks like a matrix of its own.
-        params.words += 4 * self.words.stride(0) * first
-        if self.groups is not None:
-            params.groups += 2 * self.groups.stride(0) * first
-        if self.table is not None:
-            params.table += self.table.stride(0) * ROWS * first
-        params.rows, params.tiles = rows, last - first
-        kernel, _ = self._kernel("expand", 1)
-        kernel.launch((last - first, -(-self.units // self._warps), 1), 32 * self._warps, params, self.device)
+        groups, table = self.groups, self.table
+        params = _Params(
+            self.words[first].data_ptr(), _pointer(None if groups is None else groups[first]),
+            _pointer(None if table is None else table[first * ROWS]), 0, y.data_ptr(), 0, y.stride(0), 0, self.channels,
+            len(y), units, last - first,
+        )  # fmt: skip
+        kernel.launch((last - first, -(-units // warps), 1), 32 * warps, params, device)
         return y
 
-    def _multiply_expanded(self, x: Tensor) -> Tensor:
-        y = x.new_empty(len(x), self.rows)
-        at_once = max(EXPANDED_BYTES // (2 * self.channels * ROWS), 1)
-        for first in range(0, self.tiles, at_once):
-            last = min(first + at_once, self.tiles)
-            weight = self.expand(first, last)
-            torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
-        return y
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 @functools.cache

@@ -7,7 +7,8 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.kernels import low_bit_cuda
-from quant_methods.kernels.low_bit_cuda import LowBitMatrix
+from quant_methods.kernels.low_bit import LowBitLinear
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from quant_methods.quantized import QuantizedLinear
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 
@@ -31,10 +32,12 @@ def emulated(monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    low_bit_cuda._kernel.cache_clear()
+    cached = low_bit_cuda._kernel, low_bit_cuda._overlaps, low_bit_cuda._processors
+    for function in cached:
+        function.cache_clear()
     yield CPU
-    low_bit_cuda._kernel.cache_clear()
-    low_bit_cuda._overlaps.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
@@ -51,21 +54,21 @@ def random_layer(bits, rows, channels, group_size, dtype, device, table=False, s
 
 def check(bits, rows, channels, group_size, columns, dtype, device, table=False):
     layer = random_layer(bits, rows, channels, group_size, dtype, device, table)
-    matrix = LowBitMatrix(layer.codes, bits, layer.scale, layer.zero_point, layer.table, dtype)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, dtype, bits)
     # Rows of the activations lie apart, and what is between them is poison.
     storage = torch.full((columns, channels + 8), torch.nan, dtype=dtype, device=device)
     x = storage[:, :channels]
     x.copy_(torch.randn(columns, channels, generator=torch.Generator().manual_seed(1)))
     weight = layer.read().double()
     expected = x.double() @ weight.T
-    found = matrix.multiply(x).double()
+    found = matrix.apply(x[:, None])[:, 0].double()
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     # The result is rounded once; where the weights are expanded for a dense product, they are too.
     size = x.double().abs() @ weight.abs().T
     bound = rounding * expected.abs() + 1e-5 * size + (rounding * size / channels**0.5 * 4 if columns > 64 else 0)
     assert found.shape == expected.shape
     assert ((found - expected).abs() <= bound).all()
-    whole = matrix.expand().double()
+    whole = matrix.weight().double()
     assert ((whole - weight).abs() <= rounding * weight.abs()).all()
 
 
@@ -102,15 +105,15 @@ def test_tables(bits, columns):
 def test_a_graph_replays_with_other_activations():
     device = torch.device("cuda", 0)
     layer = random_layer(3, 512, 1024, 128, torch.bfloat16, device)
-    matrix = LowBitMatrix(layer.codes, 3, layer.scale, layer.zero_point, None, torch.bfloat16)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3)
     x = torch.randn(4, 1024, device=device, dtype=torch.bfloat16)
-    matrix.multiply(x)
+    matrix.apply(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = matrix.multiply(x)
+        y = matrix.apply(x)
     x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(y, matrix.multiply(x))
+    assert torch.equal(y, matrix.apply(x))
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
@@ -135,4 +138,13 @@ def test_what_the_kernel_does_not_serve_is_refused(bits, channels, groups, dtype
     codes = torch.zeros(16, channels, dtype=torch.int8)
     scale = torch.ones(16, groups)
     with pytest.raises(ParetoError, match="low-bit kernel serves"):
-        LowBitMatrix(codes, bits, scale, scale, torch.zeros(16, 1 << bits) if table else None, dtype)
+        LowBitCUDA(codes, scale, scale, torch.zeros(16, 1 << bits) if table else None, dtype, bits)
+
+
+def test_what_the_kernel_does_not_serve_runs_in_pytorch(emulated):
+    layer = random_layer(2, 16, 96, -1, torch.bfloat16, emulated, table=True)
+    parts = layer.codes, layer.scale, layer.zero_point, layer.table
+    assert isinstance(low_bit_module(*parts, torch.bfloat16, 2), LowBitLinear)
+    layer = random_layer(3, 16, 96, 32, torch.bfloat16, emulated)
+    parts = layer.codes, layer.scale, layer.zero_point, layer.table
+    assert isinstance(low_bit_module(*parts, torch.bfloat16, 3), LowBitCUDA)
