@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -13,6 +14,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.native_format import Form, unpack
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.shards import cut, share
+from vllm_ext.dummy_weights import random_linear
 from vllm_ext.served_linear import serve
 
 QKV = {"q": 0, "k": 1, "v": 2}
@@ -78,6 +80,7 @@ class ParetoLinearMethod(LinearMethodBase):
 
         """
         device = next(layer.parameters()).device
+        dummy = get_current_vllm_config().load_config.load_format == "dummy"
         for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
             delattr(layer, name)
         linears: list[QuantizedLinear] = []
@@ -85,6 +88,12 @@ class ParetoLinearMethod(LinearMethodBase):
         whole = _whole_sizes(layer)
         for position, (name, form) in enumerate(self.forms.items()):
             tensors = {local: tensor.to(device) for local, tensor in layer.pareto_pieces.pop(position, {}).items()}
+            if dummy:
+                size = layer.pareto_outputs[position] if len(self.forms) > 1 else sum(layer.pareto_outputs)
+                low, high = layer.pareto_inputs
+                linears.append(random_linear(form, size, high - low, layer.pareto_dtype, device))
+                forms.append(form)
+                continue
             linear = unpack(name, tensors, form)
             # A layer of the model's own that is merged already is cut like the layers that vLLM merges.
             positions = [position] if len(self.forms) > 1 else range(len(layer.pareto_outputs))

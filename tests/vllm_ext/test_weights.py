@@ -230,3 +230,17 @@ def test_it_compiles_without_a_break(form: Form) -> None:
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), layer.quant_method.apply(layer, x))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_random_weights_of_a_shape(form: Form) -> None:
+    config = VllmConfig()
+    config.load_config.load_format = "dummy"
+    with set_current_vllm_config(config):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            128, [128, 64], bias=False, quant_config=config_of({"mlp.gate_proj": form, "mlp.up_proj": form}),
+            prefix="mlp.gate_up_proj",
+        )  # fmt: skip
+        y = finished(layer).quant_method.apply(layer, torch.randn(3, 128, dtype=torch.bfloat16))
+    assert y.shape == (3, 192)
+    assert 0 < y.float().abs().max() < 1
