@@ -22,12 +22,19 @@ class Plan:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
+        outside: how many of the ignored, the last ones, are not inside blocks.
 
     """
 
     steps: dict[str, WeightStep]
     ignored: list[str]
     transforms: tuple[TransformStep, ...] = ()
+    outside: int = 0
+
+    @property
+    def ignored_inside(self) -> list[str]:
+        """The linear layers inside blocks that are left alone."""
+        return self.ignored[: len(self.ignored) - self.outside]
 
     @property
     def schemes(self) -> list[tuple[WeightStep, list[str]]]:
@@ -99,7 +106,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside, transforms)
+    return Plan(steps, ignored + outside, transforms, len(outside))
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
