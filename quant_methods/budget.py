@@ -180,14 +180,19 @@ def mixed_recipe(recipe: Recipe, plan: Plan, assignment: Assignment, budget: Bud
                 alone.append(layer)
             else:
                 targets.setdefault((plan.steps[layer], choice.width), []).append(layer)
-    steps = [
+    rounding = [
         dataclasses.replace(Width.parse(width).step(step), targets=tuple(layers))
         for (step, width), layers in targets.items()
+    ]
+    # Other steps keep their place before and after those that round.
+    place = next(i for i, step in enumerate(recipe.steps) if isinstance(step, WeightStep))
+    others = [
+        [s for s in part if not isinstance(s, WeightStep)] for part in (recipe.steps[:place], recipe.steps[place:])
     ]
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-{budget.text.replace(' ', '')}",
         description=f"{recipe.name}, widths chosen for {budget.text}",
-        steps=(*(step for step in recipe.steps if not isinstance(step, WeightStep)), *steps),
+        steps=(*others[0], *rounding, *others[1]),
         ignore=(*recipe.ignore, *alone),
     )

@@ -1,4 +1,4 @@
-"""``compress_to_budget``: measures sensitivities, assigns widths, compresses, and keeps the measures with the result."""
+"""``compress_to_budget``: measures sensitivities, assigns widths, compresses, keeps the measures with the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from quant_methods.model_source import fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.run import MEASURES, Progress, Report, locked
-from quant_methods.sensitivity import Sensitivity, Settings, Unit, Width, digest, read_units
+from quant_methods.sensitivity import WIDTHS, Sensitivity, Settings, Unit, Width, digest, read_units
 from quant_methods.sensitivity_plot import plot
 from quant_methods.text_source import load_sequences
 
@@ -50,7 +50,7 @@ def compress_to_budget(
         recipe: how; its steps' bits are replaced by the widths that are chosen.
         budget: the limit.
         out: directory of the checkpoint.
-        settings: how sensitivity is measured; None for what ``default_settings`` finds.
+        settings: how sensitivity is measured; None for the defaults.
         loss: which measure is added up.
         measured: ``pareto_sensitivity.json`` of an earlier checkpoint, to be used instead of measuring again.
         text: calibration text (.txt or .jsonl); None lets the model write its own.
@@ -105,20 +105,22 @@ def compress_to_budget(
 
 
 def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:
-    """Return the widths in rising order.
+    """Return the widths in rising order; of the default ones those that the plan's steps can have.
 
     Raises:
-        ParetoError: a step of the plan cannot have one of them.
+        ParetoError: a step cannot have a width that was asked for.
 
     """
+    widths = set()
     for width in settings.widths:
-        if width.bits != 16:
-            for step in set(plan.steps.values()):
-                try:
-                    width.step(step)
-                except ParetoError as error:
-                    raise ParetoError(f"width {width} of step {step.method}: {error}") from error
-    return tuple(sorted(set(settings.widths), key=lambda width: (width.bits, -(width.group_size or 10**6))))
+        try:
+            for step in set(plan.steps.values()) if width.bits != 16 else ():
+                width.step(step)
+            widths.add(width)
+        except ParetoError as error:
+            if settings.widths != WIDTHS:
+                raise ParetoError(f"width {width}: {error}") from error
+    return tuple(sorted(widths, key=lambda width: (width.bits, -(width.group_size or 10**6))))
 
 
 def _measures(

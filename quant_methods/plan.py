@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
+from quant_methods.exempt import globs
 from quant_methods.recipe import HANDLERS, Recipe, TransformStep, WeightStep
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
@@ -74,12 +75,13 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
+    ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     for index in range(len(decoder.blocks)):
         chosen: dict[str, WeightStep | None] = {}
         for local, linear in decoder.linears(index).items():
             name = decoder.name(index, local)
             step = None
-            if not matches(name, recipe.ignore):
+            if not matches(name, ignore):
                 step = next((s for s in weight_steps if matches(name, s.targets)), None)
             chosen[local] = step
             if step is None:
@@ -90,8 +92,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         _check_fused(decoder.name(index, ""), chosen)
     if weight_steps and not steps:
         raise ParetoError(
-            f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
-            f"ignore ({', '.join(recipe.ignore)})"
+            f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
+            f"ignore ({', '.join(recipe.ignore)}) and exempt ({', '.join(recipe.exempt)})"
         )
     transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:

@@ -277,7 +277,7 @@ class Sensitivity:
                     weight = original[local]
                     rounded = self._rounded(name, step, weight, hessian)
                     weights[local].copy_(rounded)
-                    stored += round(step.grid.bits_per_weight(*weight.shape) * weight.numel())
+                    stored += stored_bits(step, weight.shape)
                     lost += mean_square(rounded - weight, hessian)
                     whole += mean_square(weight, hessian)
                 rows.append((stored, lost / max(whole, 1e-30)))
@@ -371,6 +371,12 @@ def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
         if family is not None:
             families[family] = groups[-1]
     return groups
+
+
+def stored_bits(step: WeightStep, shape: torch.Size) -> int:
+    """Return the storage of a layer in bits; zero-points count 8, as in the format of ours that mixes are stored in."""
+    rows, columns = shape
+    return rows * (columns * step.bits + step.grid.groups(columns) * (16 if step.symmetric else 24))
 
 
 def common_name(names: tuple[str, ...]) -> str:

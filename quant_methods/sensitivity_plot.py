@@ -48,7 +48,9 @@ def plot(assignment: Assignment, title: str) -> bytes:
     below.set_ylabel("chosen bits")
     below.set_ylim(0, max(bits) + 1.5)
     below.set_yticks(sorted(set(bits)))
-    _name_units(below, units)
+    ticks, names = label_places([short_name(unit.name) for unit in units])
+    below.set_xticks(ticks, names, rotation=90 if len(ticks) == len(units) else 0, fontsize=8)
+    below.set_xlabel("layers, by block")
     for axes in (above, below):
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
@@ -73,18 +75,17 @@ def _loss(unit: Unit, width: str, loss: str) -> float:
     return max(value or 0.0, 1e-9)
 
 
-def short_name(unit: Unit) -> str:
+def short_name(name: str) -> str:
     """Return ``0 q k v`` for ``model.layers.0.self_attn.{q_proj,k_proj,v_proj}``."""
-    block = next((part for part in unit.name.split(".") if part.isdigit()), "")
-    local = re.sub(r"_proj\b", "", unit.name.rpartition(".")[2])
+    block = next((part for part in name.split(".") if part.isdigit()), "")
+    local = re.sub(r"_proj\b", "", name.rpartition(".")[2])
     return f"{block} {re.sub(r'[{},]+', ' ', local).strip()}"
 
 
-def _name_units(axes: Any, units: list[Unit]) -> None:
-    names = [short_name(unit) for unit in units]
-    if len(units) <= MOST_LABELS:
-        axes.set_xticks(range(len(units)), names, rotation=90, fontsize=8)
-        return
-    starts = [i for i, name in enumerate(names) if i == 0 or name.split()[0] != names[i - 1].split()[0]]
-    axes.set_xticks(starts, [names[i].split()[0] for i in starts], fontsize=8)
-    axes.set_xlabel("block")
+def label_places(names: list[str]) -> tuple[list[int], list[str]]:
+    """Return where to put which labels below an axis of layers: all, or only blocks' numbers if they are many."""
+    if len(names) <= MOST_LABELS:
+        return list(range(len(names))), names
+    blocks = [name.split()[0] for name in names]
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+    return starts, [blocks[i] for i in starts]
