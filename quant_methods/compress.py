@@ -32,7 +32,7 @@ def compress(
     progress: Progress = lambda done, total, what: None,
     attachments: Mapping[str, bytes] | None = None,
 ) -> Report:
-    """Write a compressed checkpoint that stock vLLM serves.
+    """Write a compressed checkpoint that vLLM serves.
 
     Args:
         model: an embedded model's name, a directory, or a hub name.
