@@ -20,7 +20,7 @@ from quant_methods.model_source import fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.run import MEASURES, Progress, Report, locked
-from quant_methods.sensitivity import WIDTHS, Sensitivity, Settings, Unit, Width, digest, read_units
+from quant_methods.sensitivity import WIDTHS, Sensitivity, Settings, Unit, Width, digest, read_units, unmeasured
 from quant_methods.sensitivity_plot import plot
 from quant_methods.text_source import load_sequences
 
@@ -67,11 +67,9 @@ def compress_to_budget(
 
     """
     out = Path(out)
-    settings = settings or Settings()
-    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
-    if not plan.steps:
-        raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
-    settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
+    model_dir, decoder, plan, settings = check_budget(
+        model, recipe, budget, out, settings=settings or Settings(), loss=loss, device=device, overwrite=overwrite
+    )
     units, key = _measures(
         model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
     )
@@ -102,6 +100,35 @@ def compress_to_budget(
         attachments=attachments,
     )
     return report, mixed
+
+
+def check_budget(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    budget: Budget,
+    out: Path,
+    *,
+    settings: Settings,
+    loss: Loss,
+    device: str,
+    overwrite: bool,
+) -> tuple[Path, Decoder, Plan, Settings]:
+    """Check everything that can be checked before any measuring, a budget too small or too large included.
+
+    Returns:
+        What ``prepare`` does, and the settings as they apply.
+
+    Raises:
+        ParetoError: bad input.
+
+    """
+    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
+    if not plan.steps:
+        raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
+    settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
+    blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]
+    assign(blank, plan, decoder.source, budget, loss)
+    return model_dir, decoder, plan, settings
 
 
 def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:

@@ -203,19 +203,19 @@ class Sensitivity:
         final = self._final(heard) if heard is not None else None
         for index in range(self.total):
             units = known[index]
-            groups = units_of(self.decoder, self.plan, index)
+            blank = unmeasured(self.decoder, self.plan, index, self.settings.widths)
             with self.decoder.loaded(index) as block:
                 variants: list[Tensor] = []
-                measures: list[list[tuple[int, float]]] = []
-                if units is None and groups:
-                    measures, variants = self._round(index, block, groups, seen, heard)
+                errors: list[float] = []
+                if units is None and blank:
+                    errors, variants = self._round(index, block, blank, seen, heard)
                 if index < self.total - 1:
                     self.decoder.advance(index, block, seen)
                     if heard is not None:
                         self.decoder.advance(index, block, heard)
             if units is None:
                 losses = self._follow(index, variants, final) if variants and final is not None else []
-                units = self._units(index, groups, measures, losses)
+                units = self._filled(blank, errors, losses)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self._file(index), {"key": self.key, "units": [asdict(unit) for unit in units]})
             found += units
@@ -242,13 +242,13 @@ class Sensitivity:
 
     @torch.no_grad()
     def _round(
-        self, index: int, block: nn.Module, groups: list[list[str]], seen: Tensor, heard: Tensor | None
-    ) -> tuple[list[list[tuple[int, float]]], list[Tensor]]:
+        self, index: int, block: nn.Module, units: list[Unit], seen: Tensor, heard: Tensor | None
+    ) -> tuple[list[float], list[Tensor]]:
         """Round each unit at each width, the others left alone.
 
         Returns:
-            For each unit and width the bits stored and the error, and the block's outputs [sequences, length, width]
-            for each unit and width in turn, if there are inputs ``heard``.
+            For each unit and width in turn the error and, if there are inputs ``heard``, the block's outputs
+            [sequences, length, width].
 
         """
         if self.plan.transforms:
@@ -256,9 +256,10 @@ class Sensitivity:
         stages = self.decoder.stages(index, block, seen)
         position = {name: place for place, stage in enumerate(stages) for name in stage.names}
         hessians: dict[int, Tensor] = {}
-        measures: list[list[tuple[int, float]]] = []
+        errors: list[float] = []
         variants: list[Tensor] = []
-        for group in groups:
+        for unit in units:
+            group = [name.removeprefix(self.decoder.name(index, "")) for name in unit.layers]
             weights = {local: block.get_submodule(local).weight for local in group}
             original = {local: weight.detach().clone() for local, weight in weights.items()}
             for local in group:
@@ -267,28 +268,25 @@ class Sensitivity:
                 place = position[local]
                 if place not in hessians:
                     hessians[place] = self.decoder.statistics(index, block, seen, stages=stages, position=place).hessian
-            rows: list[tuple[int, float]] = []
             for width in self.measured:
                 self.progress(index, self.total, f"block {index + 1}/{self.total}: {group[0]} in {width} bits")
-                stored, lost, whole = 0, 0.0, 0.0
+                lost, whole = 0.0, 0.0
                 for local in group:
                     name, hessian = self.decoder.name(index, local), hessians[position[local]]
                     step = width.step(self.plan.steps[name])
                     weight = original[local]
                     rounded = self._rounded(name, step, weight, hessian)
                     weights[local].copy_(rounded)
-                    stored += stored_bits(step, weight.shape)
                     lost += mean_square(rounded - weight, hessian)
                     whole += mean_square(weight, hessian)
-                rows.append((stored, lost / max(whole, 1e-30)))
+                errors.append(lost / max(whole, 1e-30))
                 if heard is not None:
                     after = heard.clone()
                     self.decoder.advance(index, block, after)
                     variants.append(after)
             for local, weight in original.items():
                 weights[local].copy_(weight)
-            measures.append(rows)
-        return measures, variants
+        return errors, variants
 
     def _rounded(self, name: str, step: WeightStep, weight: Tensor, hessian: Tensor) -> Tensor:
         dtype = torch.float16 if self.decoder.source.dtype(f"{name}.weight") == torch.float16 else torch.bfloat16
@@ -322,25 +320,38 @@ class Sensitivity:
                     losses[number] += divergence(expected, got).double().mean().item() / len(final)
         return losses
 
-    def _units(
-        self, index: int, groups: list[list[str]], measures: list[list[tuple[int, float]]], losses: list[float]
-    ) -> list[Unit]:
+    def _filled(self, blank: list[Unit], errors: list[float], losses: list[float]) -> list[Unit]:
+        """Return units with their measures, which come for each unit and width but 16 bits in turn."""
+        error, loss = iter(errors), iter(losses)
         units = []
-        linears = self.decoder.linears(index)
-        for number, (group, rows) in enumerate(zip(groups, measures, strict=True)):
-            weights = sum(linears[local].weight.numel() for local in group)
-            names = tuple(self.decoder.name(index, local) for local in group)
-            whole = 8 * sum(self.decoder.source.size_of(f"{name}.weight") for name in names)
-            by_width = dict(zip(self.measured, rows, strict=True))
-            kl = dict(zip(self.measured, losses[number * len(rows) :], strict=False))
+        for unit in blank:
             choices = []
-            for width in self.settings.widths:
-                stored, error = by_width.get(width, (whole, 0.0))
+            for width, choice in zip(self.settings.widths, unit.choices, strict=True):
+                measured = width in self.measured
                 # Rounding of the arithmetic can put a divergence of nothing below zero.
-                loss = max(kl.get(width, 0.0), 0.0) if self.settings.kl else None
-                choices.append(Choice(str(width), stored, error, loss))
-            units.append(Unit(common_name(names), names, weights, tuple(choices)))
+                kl = (max(next(loss), 0.0) if measured else 0.0) if self.settings.kl else None
+                choices.append(replace(choice, error=next(error) if measured else 0.0, kl=kl))
+            units.append(replace(unit, choices=tuple(choices)))
         return units
+
+
+def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ...]) -> list[Unit]:
+    """Return a block's units with what they take at each width, and no measures (zeros)."""
+    linears = decoder.linears(index)
+    units = []
+    for group in units_of(decoder, plan, index):
+        names = tuple(decoder.name(index, local) for local in group)
+        shapes = [linears[local].weight.shape for local in group]
+        choices = []
+        for width in widths:
+            if width.bits == 16:
+                stored = 8 * sum(decoder.source.size_of(f"{name}.weight") for name in names)
+            else:
+                steps = [width.step(plan.steps[name]) for name in names]
+                stored = sum(stored_bits(step, shape) for step, shape in zip(steps, shapes, strict=True))
+            choices.append(Choice(str(width), stored, 0.0, 0.0))
+        units.append(Unit(common_name(names), names, sum(shape.numel() for shape in shapes), tuple(choices)))
+    return units
 
 
 def read_units(path: Path, key: str, settings: Settings) -> list[Unit] | None:

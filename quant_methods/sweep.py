@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kv_cache.errors import ParetoError
+from quant_methods.budget import Loss
 from quant_methods.checkpoint import Source, write_bytes, write_json
 from quant_methods.compress import compress, prepare, work_of
-from quant_methods.mixed import compress_to_budget
+from quant_methods.mixed import check_budget, compress_to_budget
 from quant_methods.model_source import fingerprint, resolve_model
 from quant_methods.quality import Yardstick
 from quant_methods.run import locked
@@ -72,6 +73,7 @@ class SweepRun:
         self.folder = resolve_model(model)
         self.model_key = fingerprint(self.folder)
         self.text_key = hashlib.sha256(text.read_bytes()).hexdigest() if text is not None else None
+        self.loss: Loss = "kl" if self.settings.kl else "hessian"
         self.keys = [self._key(point) for point in sweep.points]
         self.rows: dict[str, dict[str, Any]] = {}
 
@@ -117,7 +119,7 @@ class SweepRun:
             for number in waiting:
                 # Refuses what cannot work for this model, before the first hour is spent.
                 try:
-                    prepare(self.model, points[number].recipe, self._place(number), device=self.device, overwrite=True)
+                    self._check(number)
                 except ParetoError as error:
                     raise ParetoError(f"point {points[number].name}: {error}") from error
             yardstick = None
@@ -168,6 +170,16 @@ class SweepRun:
                 f"{path} holds results of another model or evaluation text; give another --out, or --overwrite"
             )
 
+    def _check(self, number: int) -> None:
+        point, place = self.sweep.points[number], self._place(number)
+        if point.budget is None:
+            prepare(self.model, point.recipe, place, device=self.device, overwrite=True)
+        else:
+            check_budget(
+                self.model, point.recipe, point.budget, place, settings=self.settings, loss=self.loss,
+                device=self.device, overwrite=True,
+            )  # fmt: skip
+
     def _point(self, number: int, yardstick: Yardstick) -> dict[str, Any]:
         """Compress and measure one point."""
         point, place = self.sweep.points[number], self._place(number)
@@ -186,7 +198,14 @@ class SweepRun:
                 compress(self.model, point.recipe, place, progress=show, **common)
             else:
                 compress_to_budget(
-                    self.model, point.recipe, point.budget, place, settings=self.settings, progress=show, **common
+                    self.model,
+                    point.recipe,
+                    point.budget,
+                    place,
+                    settings=self.settings,
+                    loss=self.loss,
+                    progress=show,
+                    **common,
                 )
         seconds = time.monotonic() - started
         quality, bits = yardstick.measure(place, lambda step, steps: show(step, steps, "evaluation"))
