@@ -1,4 +1,4 @@
-"""Draws activation statistics: ranges, outlier channels and 8-bit rounding errors of every stage, before and after."""
+"""Draws activation statistics: ranges, outlier channels and what int8 rounds to zero of every stage, before, after."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def plot(before: list[InputStatistics], after: list[InputStatistics] | None, cri
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(min(6 + 0.2 * len(before), 22), 8.2), layout="constrained", dpi=130)
-    ranges, counts, errors = figure.subplots(3, 1, sharex=True)
+    ranges, counts, zeros = figure.subplots(3, 1, sharex=True)
     sides = [("before" if after else "inputs", BEFORE, before), *([("after", AFTER, after)] if after else [])]
     for name, colour, rows in sides:
         _line(ranges, rows, lambda row: row.largest, colour, "o-", f"{name}: largest |x|")
         _line(ranges, rows, lambda row: row.median_largest, colour, "v:", f"{name}: median channel's largest")
         _line(counts, rows, lambda row: row.outlier_channels, colour, "o-", f"{name}: > {criteria.factor:g} x median")
         _line(counts, rows, lambda row: row.llm_int8_channels, colour, "v:", f"{name}: |x| >= 6 (LLM.int8)")
-        _line(errors, rows, lambda row: 100 * row.static_error, colour, "o-", f"{name}: one static scale")
-        _line(errors, rows, lambda row: 100 * row.token_error, colour, "v:", f"{name}: one scale a token")
+        _line(zeros, rows, lambda row: 100 * row.static_zeros, colour, "o-", f"{name}: one static scale")
+        _line(zeros, rows, lambda row: 100 * row.token_zeros, colour, "v:", f"{name}: one scale a token")
     ranges.set_ylabel("size of inputs")
     ranges.set_yscale("log")
     ranges.set_title(title, fontsize=10)
     counts.set_ylabel("outlier channels")
     counts.set_yscale("symlog", linthresh=1)
     counts.set_ylim(bottom=-0.15)
-    errors.set_ylabel("int8 rounding error, %")
-    errors.set_yscale("log")
+    zeros.set_ylabel("int8 rounds to zero, %")
+    zeros.set_ylim(bottom=0)
     places, names = label_places([short_name(row.name) for row in before])
-    errors.set_xticks(places, names, rotation=90 if len(places) == len(before) else 0, fontsize=8)
-    for axes in (ranges, counts, errors):
+    zeros.set_xticks(places, names, rotation=90 if len(places) == len(before) else 0, fontsize=8)
+    for axes in (ranges, counts, zeros):
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.set_xlim(-0.8, len(before) - 0.2)
