@@ -23,7 +23,7 @@ def test_compresses_and_reports(
     assert (out / "model.safetensors").is_file()
     assert "21 layers at 4.3" in text
     assert "model.layers.2.mlp.down_proj" in text
-    assert "serves on    CPU and CUDA" in text
+    assert "served by    stock vLLM on CPU and CUDA" in text
 
 
 def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +31,21 @@ def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     for name in ("gptq-w4", "rtn-w8", "kv-scales"):
         assert name in text
+
+
+def test_finds_widths_for_a_budget(
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--num-calibration-samples", "4", "--calibration-length", "32", "--text", text_file, "--group-size", "64"]
+    status, text, _ = run(
+        capsys, tiny_model, "--recipe", "rtn-w4", "--budget", "4.6bits", "--widths", "3", "4", "6", "--no-kv-scales",
+        "--sensitivity", "hessian", "--exempt", "embeddings", "--out", tmp_path / "out", *small,
+    )  # fmt: skip
+    assert status == 0
+    assert "widths chosen for 4.6bits" in text
+    assert "model.layers.0.self_attn.{q_proj,k_proj,v_proj}" in text
+    assert "vLLM with this plugin" in text
+    assert (tmp_path / "out" / "pareto_sensitivity.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -43,11 +58,23 @@ def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
             ["--recipe", "rtn-w4", "--act-order", "--out", "x"],
             "--act-order: no step of recipe rtn-w4 has it (steps: rtn)",
         ),
-        (["--bits", "3", "--out", "x"], "bits: 3 is not served by vLLM; use 4 or 8"),
-        (["--bits", "8", "--out", "x"], "8-bit weights with zero-points have no kernel"),
+        (["--bits", "9", "--out", "x"], "bits: 9 is not served; use 2 to 8"),
         (["--text", "missing.txt", "--out", "x"], "missing.txt: No such file or directory"),
         (["--device", "cuda:77", "--out", "x"], "--device cuda:77 is not available here"),
         (["--num-calibration-samples", "0", "--out", "x"], "at least 1 sequence"),
+        (["--per-tensor", "--out", "x"], "per_tensor means one group: give group_size -1 with it, not 128"),
+        (["--no-outlier-handling", "--out", "x"], "recipe gptq-w4 does nothing about outliers"),
+        (["--exempt", "middle", "--out", "x"], "exempt: 'middle' is unknown; names: embeddings, first, last"),
+        (["--exempt", "mlp", "attention", "--out", "x"], "attention and mlp together leave nothing to compress"),
+        (["--budget", "4.25", "--out", "x"], "budget '4.25': expected bits a weight or a size"),
+        (["--budget", "2bits", "--out", "x"], "less than the narrowest widths take (3.188bits); raise it"),
+        (["--budget", "20bits", "--out", "x"], "leaves every layer at 16 bits"),
+        (["--budget", "4bits", "--widths", "3", "9", "--out", "x"], "width 9: bits: 9 is not served"),
+        (["--budget", "4bits", "--recipe", "kv-scales", "--out", "x"], "has no step that rounds weights"),
+        (["--widths", "3", "--out", "x"], "--widths is for --budget; give both or neither"),
+        (["--sweep", "missing.yaml", "--out", "x"], "sweep missing.yaml: No such file or directory"),
+        (["--sweep", "g.yaml", "--bits", "4", "--out", "x"], "--bits does not go with --sweep; put it under grid"),
+        (["--statistics", "--percentile", "7", "--out", "x"], "--percentile from 50 to 100"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
