@@ -16,7 +16,7 @@ def plot(before: list[InputStatistics], after: list[InputStatistics] | None, cri
     # The object-oriented interface needs no display and no global state.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(6 + 0.2 * len(before), 22), 8.2), layout="constrained", dpi=130)
+    figure = Figure(figsize=(min(6 + 0.2 * len(before), 16), 8.2), layout="constrained", dpi=130)
     ranges, counts, zeros = figure.subplots(3, 1, sharex=True)
     sides = [("before" if after else "inputs", BEFORE, before), *([("after", AFTER, after)] if after else [])]
     for name, colour, rows in sides:
