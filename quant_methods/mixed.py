@@ -125,6 +125,11 @@ def check_budget(
     model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
     if not plan.steps:
         raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
+    if (step := next((step for step in plan.steps.values() if not step.plain), None)) is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "
+            "alone; use a recipe that rounds to a grid and nothing else"
+        )
     settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
     blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]
     assign(blank, plan, decoder.source, budget, loss)
