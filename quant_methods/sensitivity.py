@@ -204,12 +204,15 @@ class Sensitivity:
         for index in range(self.total):
             units = known[index]
             blank = unmeasured(self.decoder, self.plan, index, self.settings.widths)
-            with self.decoder.loaded(index) as block:
-                variants: list[Tensor] = []
-                errors: list[float] = []
-                if units is None and blank:
+            variants: list[Tensor] = []
+            errors: list[float] = []
+            if units is None and blank:
+                with self.decoder.loaded(index) as block:
                     errors, variants = self._round(index, block, blank, seen, heard)
-                if index < self.total - 1:
+            if index < self.total - 1:
+                # Loaded anew: steps that move scales have changed it, and rounded norms, which an interrupted run that
+                # knows this block's measures would not have seen.
+                with self.decoder.loaded(index) as block:
                     self.decoder.advance(index, block, seen)
                     if heard is not None:
                         self.decoder.advance(index, block, heard)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
+from quant_methods.awq import AWQ
 from quant_methods.budget import Budget
 from quant_methods.checkpoint import Source
 from quant_methods.compress import compress, prepare
@@ -18,6 +19,7 @@ from quant_methods.mixed import JSON_FILE, PLOT_FILE, compress_to_budget
 from quant_methods.quality import compare, log_probabilities, stored_bits
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.reference import load_reference
+from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
 from quant_methods.sensitivity import Sensitivity, Settings, Unit, Width, mean_square, units_of
 from quant_methods.text_source import load_sequences
@@ -134,17 +136,22 @@ def test_an_interrupted_measurement_goes_on_with_the_same_numbers(
         measure(tiny_model, text_file, tmp_path, stop="block", settings=Settings(widths=(Width(4, -1),)))
 
 
-def test_a_rotated_model_is_measured_rotated(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    from quant_methods.rotation import Rotate
-
-    rotated = dataclasses.replace(RECIPE, steps=(Rotate(), *RECIPE.steps))
+def test_steps_before_the_rounding_are_measured_along(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    prepared = dataclasses.replace(RECIPE, steps=(Rotate(), AWQ(exponents=2), *RECIPE.steps))
     settings = dataclasses.replace(SETTINGS, widths=(Width(8), Width(16)), hessian_sequences=1)
-    found = measure(tiny_model, text_file, tmp_path, rotated, settings)
+    found = measure(tiny_model, text_file, tmp_path, prepared, settings)
     assert all(0 < unit.choices[0].kl < 0.01 for unit in found if unit.choices[0].kl is not None)
+    # Taken up after its first block, the same numbers.
+    for path in sorted((tmp_path / "measures").iterdir())[1:]:
+        path.unlink()
+    assert measure(tiny_model, text_file, tmp_path, prepared, settings) == found
 
 
 @pytest.mark.parametrize("budget", ["4.6bits", "6bits", "2.3MB"])
-def test_budgets_are_kept_and_used(tiny_model: Path, text_file: Path, tmp_path: Path, budget: str) -> None:
+def test_budgets_are_kept_and_used(
+    tiny_model: Path, text_file: Path, tmp_path: Path, budget: str, units: list[Unit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sensitivity, "measure", lambda self: units)
     said: list[Any] = []
     report, mixed = compress_to_budget(
         tiny_model, RECIPE, Budget.parse(budget), tmp_path / "out", settings=SETTINGS, text=text_file,
