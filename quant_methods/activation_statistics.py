@@ -18,7 +18,7 @@ from quant_methods.calibrator import Decoder, Ranges
 from quant_methods.grid import round_tokens
 from quant_methods.plan import Plan
 from quant_methods.scaling import scale_block
-from quant_methods.sensitivity import common_name
+from quant_methods.units import common_name
 
 # Dettmers et al., "LLM.int8()" (2022), https://arxiv.org/abs/2208.07339, section 3.3: outliers are features of
 # magnitude 6 or more.

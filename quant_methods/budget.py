@@ -21,7 +21,7 @@ from quant_methods.checkpoint import Source
 from quant_methods.knapsack import solve
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, WeightStep
-from quant_methods.sensitivity import Choice, Unit, Width
+from quant_methods.units import Choice, Unit, Width
 
 Loss = Literal["kl", "hessian"]
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}

@@ -96,7 +96,8 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Return how sensitivity is to be measured."""
-    from quant_methods.sensitivity import WIDTHS, Settings, Width
+    from quant_methods.sensitivity import Settings
+    from quant_methods.units import WIDTHS, Width
 
     if args.sensitivity_sequences < 1:
         raise ParetoError(f"--sensitivity-sequences {args.sensitivity_sequences}: at least 1 is needed")

@@ -20,9 +20,10 @@ from quant_methods.model_source import fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.run import MEASURES, Progress, Report, locked
-from quant_methods.sensitivity import WIDTHS, Sensitivity, Settings, Unit, Width, digest, read_units, unmeasured
+from quant_methods.sensitivity import Sensitivity, Settings, digest, read_units
 from quant_methods.sensitivity_plot import plot
 from quant_methods.text_source import load_sequences
+from quant_methods.units import WIDTHS, Unit, Width, unmeasured
 
 SCHEMA = "vllm-pareto/sensitivity/1"
 JSON_FILE, PLOT_FILE = "pareto_sensitivity.json", "pareto_sensitivity.png"

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from quant_methods.budget import Assignment
-from quant_methods.sensitivity import Unit, Width
+from quant_methods.units import Unit, Width
 
 # Okabe and Ito's colours: distinct for every kind of colour vision, and by lightness.
 COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#000000", "#888888")

@@ -21,8 +21,9 @@ from quant_methods.recipe import Calibration, Recipe
 from quant_methods.reference import load_reference
 from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
-from quant_methods.sensitivity import Sensitivity, Settings, Unit, Width, mean_square, units_of
+from quant_methods.sensitivity import Sensitivity, Settings, mean_square
 from quant_methods.text_source import load_sequences
+from quant_methods.units import Unit, Width, units_of
 
 
 @pytest.fixture(autouse=True, scope="module")

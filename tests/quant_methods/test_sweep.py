@@ -18,11 +18,12 @@ from quant_methods.recipe import Calibration, Recipe, Step
 from quant_methods.recipe_file import load_recipe
 from quant_methods.reference import load_reference
 from quant_methods.rtn import RTN
-from quant_methods.sensitivity import Settings, Width
+from quant_methods.sensitivity import Settings
 from quant_methods.smoothquant import SmoothQuant
 from quant_methods.sweep import SweepRun, markdown
 from quant_methods.sweep_file import load_sweep
 from quant_methods.sweep_plot import frontier
+from quant_methods.units import Width
 
 SMALL = "num_calibration_samples: [4], calibration_length: [32], kv_scales: [false]"
 
