@@ -183,4 +183,6 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: 
             soft_wrap=True,
         )
     if report.serving.plugin:
-        console.print("note: serve it where vllm-pareto is installed; stock vLLM does not know this format")
+        console.print(
+            "note: serve it where vllm-pareto is installed; stock vLLM does not know its format", soft_wrap=True
+        )

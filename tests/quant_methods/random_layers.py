@@ -88,7 +88,8 @@ def quantize(step: Parts, problem: LinearProblem) -> QuantizedLinear:
         codes = (weight[:, :, None] - table.float()[:, None, :]).abs().argmin(-1).to(torch.int8)
         linear = QuantizedLinear(codes, table[:, :0], codes[:, :0], table, columns, sparse)
     else:
-        scale, zero = fit(weight, step.grid, scale_dtype=dtype)
+        # Clipping matters at 2 bits, where the largest weight leaves nothing for the others.
+        scale, zero = fit(weight, step.grid, search="mse" if step.bits == 2 else "minmax", scale_dtype=dtype)
         codes = round_to_grid(weight, expand(scale, inputs), expand(zero, inputs), step.grid).to(torch.int8)
         linear = QuantizedLinear(codes, scale.to(dtype), zero.to(torch.int8), None, columns, sparse)
     if step.rank:

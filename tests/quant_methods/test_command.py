@@ -26,11 +26,34 @@ def test_compresses_and_reports(
     assert "served by    stock vLLM on CPU and CUDA" in text
 
 
+def test_says_where_the_format_of_ours_is_served(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--recipe",
+        "rtn-w3",
+        "--search",
+        "minmax",
+        "--group-size",
+        "64",
+        "--no-kv-scales",
+        "--out",
+        tmp_path / "out",
+    ]
+    status, text, _ = run(capsys, tiny_model, *words)
+    assert status == 0
+    # 3 bits, and for each 64 weights a scale of 16 bits and a zero-point of 8.
+    assert "21 layers at 3.375 bits a weight" in text
+    assert "served by    vLLM with this plugin on CPU and CUDA" in text
+    assert "stock vLLM does not know its format" in text
+
+
 def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     status, text, _ = run(capsys, "--list-recipes")
     assert status == 0
-    for name in ("gptq-w4", "rtn-w8", "kv-scales"):
+    for name in ("gptq-w4", "rtn-w8", "kv-scales", "gptq-w3"):
         assert name in text
+    assert "vLLM with this plugin" in " ".join(text.split())
 
 
 def test_finds_widths_for_a_budget(

@@ -269,7 +269,10 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """One layer that needs our format takes all others along; the reader gets what the block solver had."""
-    steps = (RTN(bits=3, group_size=32, symmetric=False, targets=("down_proj",)), RTN(bits=4, group_size=64))
+    steps = (
+        RTN(bits=3, group_size=32, symmetric=False, search="minmax", targets=("down_proj",)),
+        RTN(bits=4, group_size=64, search="minmax"),
+    )
     report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
     assert str(report.serving) == "vLLM with this plugin on CPU and CUDA"
     tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
