@@ -41,9 +41,10 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         help="to choose from: bits, or bits and group size (default: 3 4 6 8 16; 4g32)",
     )
     budget.add_argument(
-        "--sensitivity", choices=("kl", "hessian"), default="kl",
-        help="kl: divergence of the model's output with this layer alone quantized (default); hessian: each layer's "
-        "own relative output error, faster and rougher",
+        "--sensitivity", choices=("kl", "scaled", "hessian"), default="kl",
+        help="kl: divergence of the model's output with this layer alone quantized (default); scaled: the same at one "
+        "width, scaled to the others by the layer's output error, several times faster; hessian: that error alone, "
+        "which says little of what the model loses",
     )  # fmt: skip
     budget.add_argument(
         "--sensitivity-rounding", choices=("nearest", "recipe"), default="nearest",
@@ -103,7 +104,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ParetoError(f"--sensitivity-sequences {args.sensitivity_sequences}: at least 1 is needed")
     return Settings(
         widths=WIDTHS if args.widths is None else tuple(map(Width.parse, args.widths)),
-        kl=args.sensitivity == "kl",
+        kl=args.sensitivity != "hessian",
+        scaled=args.sensitivity == "scaled",
         kl_sequences=args.sensitivity_sequences,
         rounding=args.sensitivity_rounding,
     )
@@ -121,7 +123,7 @@ def run_budget(
         budget,
         args.out,
         settings=settings_of(args),
-        loss=args.sensitivity,
+        loss="hessian" if args.sensitivity == "hessian" else "kl",
         measured=args.sensitivity_file,
         chosen=lambda assignment: _print_assignment(console, assignment, budget),
         **common,

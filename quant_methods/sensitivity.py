@@ -51,6 +51,8 @@ class Settings:
     Attributes:
         widths: what each unit may be stored in.
         kl: measure the KL divergence, not only the output error.
+        scaled: measure it at one width alone, and scale it to the others by the output error: the divergence is
+            quadratic in the error, whose direction differs little between widths.
         kl_sequences: calibration sequences for it.
         hessian_sequences: calibration sequences for H; other ones, if there are enough.
         rounding: ``nearest`` rounds every layer to nearest, ranges clipped for the least weighted error; ``recipe`` as
@@ -60,6 +62,7 @@ class Settings:
 
     widths: tuple[Width, ...] = WIDTHS
     kl: bool = True
+    scaled: bool = False
     kl_sequences: int = 4
     hessian_sequences: int = 16
     rounding: Rounding = "nearest"
@@ -102,6 +105,10 @@ class Sensitivity:
         self.total = len(decoder.blocks)
         self.progress = progress
         self.measured = [width for width in settings.widths if width.bits != 16]
+        # Scaled from few bits, where the divergence is large against the arithmetic's rounding, but still quadratic.
+        self.heard_at = self.measured
+        if settings.scaled:
+            self.heard_at = [w for w in self.measured if w.bits >= 4][:1] or self.measured[-1:]
 
     def measure(self) -> list[Unit]:
         """Return every unit of every block, in model order."""
@@ -194,7 +201,7 @@ class Sensitivity:
                     lost += mean_square(rounded - weight, hessian)
                     whole += mean_square(weight, hessian)
                 errors.append(lost / max(whole, 1e-30))
-                if heard is not None:
+                if heard is not None and width in self.heard_at:
                     after = heard.clone()
                     self.decoder.advance(index, block, after)
                     variants.append(after)
@@ -235,16 +242,22 @@ class Sensitivity:
         return losses
 
     def _filled(self, blank: list[Unit], errors: list[float], losses: list[float]) -> list[Unit]:
-        """Return units with their measures, which come for each unit and width but 16 bits in turn."""
+        """Return units with their measures: errors of each unit and width in turn, losses of those run, in turn."""
         error, loss = iter(errors), iter(losses)
         units = []
         for unit in blank:
-            choices = []
-            for width, choice in zip(self.settings.widths, unit.choices, strict=True):
-                measured = width in self.measured
-                # Rounding of the arithmetic can put a divergence of nothing below zero.
-                kl = (max(next(loss), 0.0) if measured else 0.0) if self.settings.kl else None
-                choices.append(replace(choice, error=next(error) if measured else 0.0, kl=kl))
+            found = {str(width): next(error) for width in self.measured}
+            # Rounding of the arithmetic can put a divergence of nothing below zero.
+            heard = {str(width): max(next(loss), 0.0) for width in self.heard_at if self.settings.kl}
+            if self.settings.scaled and heard:
+                ((at, least),) = heard.items()
+                heard = {width: least * value / max(found[at], 1e-30) for width, value in found.items()}
+            choices = [
+                replace(choice, error=found.get(choice.width, 0.0), kl=heard.get(choice.width, 0.0))
+                if self.settings.kl
+                else replace(choice, error=found.get(choice.width, 0.0), kl=None)
+                for choice in unit.choices
+            ]
             units.append(replace(unit, choices=tuple(choices)))
         return units
 

@@ -192,6 +192,18 @@ def test_measures_are_used_again(tiny_model: Path, text_file: Path, tmp_path: Pa
         compress_to_budget(tiny_model, other, Budget.parse("6bits"), tmp_path / "c", **given)
 
 
+def test_scaled_measures_come_close(tiny_model: Path, text_file: Path, tmp_path: Path, units: list[Unit]) -> None:
+    found = measure(tiny_model, text_file, tmp_path, settings=dataclasses.replace(SETTINGS, scaled=True))
+    for scaled, whole in zip(found, units, strict=True):
+        assert [c.error for c in scaled.choices] == [c.error for c in whole.choices]
+        assert scaled.choices[0] == whole.choices[0]
+        assert scaled.choices[3].kl == 0
+        for one, other in zip(scaled.choices[1:3], whole.choices[1:3], strict=True):
+            assert one.kl == pytest.approx(other.kl, rel=0.5)
+    # Eight bits are some 250 times better than four: a wrong power would not pass.
+    assert 0.5 < sum(u.choices[2].kl or 0 for u in found) / sum(u.choices[2].kl or 0 for u in units) < 2
+
+
 def test_the_hessian_measure_needs_no_model_runs(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     said: list[Any] = []
     compress_to_budget(tiny_model, RECIPE, Budget.parse("5bits"), tmp_path / "a", settings=SETTINGS, loss="hessian",
