@@ -38,7 +38,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         "--widths",
         nargs="+",
         metavar="W",
-        help="to choose from: bits, or bits and group size (default: 3 4 6 8 16; 4g32)",
+        help="to choose from: bits, or bits and group size (default: 3 4 5 6 8 16; e.g. 4g32)",
     )
     budget.add_argument(
         "--sensitivity", choices=("kl", "scaled", "hessian"), default="kl",

@@ -59,7 +59,7 @@ class Width:
         return changed
 
 
-WIDTHS = tuple(map(Width, (3, 4, 6, 8, 16)))
+WIDTHS = tuple(map(Width, (3, 4, 5, 6, 8, 16)))
 
 
 @dataclass(frozen=True)
