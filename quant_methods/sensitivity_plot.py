@@ -11,7 +11,7 @@ from quant_methods.units import Unit, Width
 
 # Okabe and Ito's colours: distinct for every kind of colour vision, and by lightness.
 COLOURS = ("#D55E00", "#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#000000", "#888888")
-MARKERS = "ovs^DPX*"
+MARKERS = "ovs^Dph<"
 # More units than this, and only blocks are named.
 MOST_LABELS = 48
 
