@@ -198,6 +198,42 @@ class Decoder:
         return hidden
 
     @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load what comes after the blocks, and yield what turns the last block's output into logits.
+
+        It takes float32 [batch, length, width] on the device. ``embed`` must have run.
+        """
+        embedding, output = self.base.get_input_embeddings(), self.model.get_output_embeddings()
+        loaded = []
+        for name, module in self.model.named_modules():
+            inside = name.startswith(self.prefix + ".") or next(module.children(), None) is not None
+            if inside or not module._parameters or (module is embedding and embedding is not output):
+                continue
+            for local in [local for local, parameter in module._parameters.items() if parameter is not None]:
+                full = f"{name}.{local}"
+                if module is output and full not in self.source:  # Tied.
+                    full = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
+                weight = self.source.read(full).to(self.device, torch.float32)
+                module._parameters[local] = nn.Parameter(weight, requires_grad=False)
+            loaded.append(module)
+
+        def logits(hidden: Tensor) -> Tensor:
+            for block in self.blocks:
+                block.forward = lambda hidden_states, **arguments: hidden
+            try:
+                found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+            finally:
+                for block in self.blocks:
+                    del block.forward
+            return found
+
+        try:
+            yield logits
+        finally:
+            for module in loaded:
+                module.to("meta")
+
+    @contextlib.contextmanager
     def _stubs(self) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
         """Replace every block by a stub that records its arguments and passes the hidden states on."""
         seen: list[tuple[Tensor, dict[str, Any]]] = []

@@ -81,6 +81,11 @@ class Source:
         """Return the names of the tensors that ``read`` returns other than the files have them: none."""
         return []
 
+    def size_of(self, name: str) -> int:
+        """Return the bytes of one tensor."""
+        start, stop = self.entries[name][1]["data_offsets"]
+        return int(stop - start)
+
     def size(self) -> int:
         """Return the bytes of all tensors."""
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in self.entries.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kv_cache.errors import ParetoError
+from quant_methods.command_modes import add_modes, budget_of, run_budget, run_statistics, run_sweep
+from quant_methods.exempt import NAMES
 
 if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
@@ -32,6 +33,9 @@ examples:
   pareto compress Qwen/Qwen3-0.6B --recipe gptq-w4-g32 --text calibration.jsonl --device cuda --out qwen-w4
   pareto compress ref-7m --recipe gptq-w4 --group-size 64 --symmetric --verbose --out ref-7m-w4-g64
   pareto compress ref-7m --recipe kv-scales --out ref-7m-kv        (weights as they are, KV scales added)
+  pareto compress ref-7m --budget 4.25bits --text calibration.jsonl --out ref-7m-mixed     (finds each layer's bits)
+  pareto compress ref-7m --sweep grid.yaml --text calibration.jsonl --out sweep            (many recipes, one table)
+  pareto compress ref-7m --statistics --recipe smoothquant-w8a8 --out statistics           (outliers, before and after)
 
 Calibration runs on --text (a .txt file, or .jsonl with a "text" field) or, without it, on text that the model writes
 itself from a fixed seed. Layers run one block at a time, so the model need not fit in memory.
@@ -43,13 +47,11 @@ A recipe file:
   ignore: [lm_head, down_proj]          # globs over module names
   calibration: {num_samples: 128, length: 1024, seed: 0}
   kv_scales: true
+  exempt: [first, last]                 # parts of the model by name, see --exempt
   steps:
     - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
 """
-
-# Flags that override a step's settings, where the step has such a setting.
-STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream", "alpha")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("overrides of the recipe")
     recipe.add_argument("--bits", type=int, help="2 to 8; stock vLLM serves 4 and 8")
     recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
+    recipe.add_argument("--per-tensor", action=switch, default=None, help="one scale a weight, with --group-size -1")
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
     recipe.add_argument(
@@ -75,11 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
+    recipe.add_argument("--outliers", type=float, metavar="F", help="fraction of input channels kept apart; 0: none")
+    recipe.add_argument(
+        "--outlier-handling", action=switch, default=None, help="--no-...: drop rotate, smoothquant, awq; --outliers 0"
+    )
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
+    recipe.add_argument("--exempt", nargs="+", metavar="PART", help=f"parts to leave alone: {', '.join(NAMES)}")
     recipe.add_argument("--num-calibration-samples", type=int, metavar="N", help="sequences")
     recipe.add_argument("--calibration-length", type=int, metavar="TOKENS", help="tokens in each sequence")
     recipe.add_argument("--seed", type=int, help="seed of sampling and of the KV calibration")
     recipe.add_argument("--kv-scales", action=switch, default=None, help="calibrate KV-cache scales in the same pass")
+    add_modes(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,9 +102,15 @@ def run(args: argparse.Namespace) -> int:
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from quant_methods.compress import compress
+    from quant_methods.overrides import override
     from quant_methods.recipe_file import load_recipe
 
-    recipe = override(load_recipe(args.recipe), args)
+    if args.sweep is not None:
+        return run_sweep(args, console)
+    recipe = override(load_recipe(args.recipe), vars(args))
+    if args.statistics:
+        return run_statistics(args, recipe, console)
+    budget = budget_of(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{recipe.name}", total=None)
@@ -104,54 +119,21 @@ def run(args: argparse.Namespace) -> int:
             bar.update(task, completed=done, total=total, description=f"{recipe.name}: {what}")
 
         try:
-            report = compress(
-                args.model,
-                recipe,
-                args.out,
-                text=args.text,
-                device=args.device,
-                overwrite=args.overwrite,
-                progress=show,
-            )
+            common: dict[str, Any] = {
+                "text": args.text,
+                "device": args.device,
+                "overwrite": args.overwrite,
+                "progress": show,
+            }
+            if budget is None:
+                report = compress(args.model, recipe, args.out, **common)
+            else:
+                report, recipe = run_budget(args, recipe, budget, console, common)
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last finished block")
             raise
     _print_report(console, report, recipe, verbose=args.verbose)
     return 0
-
-
-def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """Return the recipe with the flags' values in place of its own.
-
-    Raises:
-        ParetoError: a flag that no step of the recipe has, or a combination that a step refuses.
-
-    """
-    steps = list(recipe.steps)
-    for name in STEP_FLAGS:
-        value = getattr(args, name)
-        if value is None:
-            continue
-        having = [i for i, step in enumerate(steps) if any(f.name == name for f in dataclasses.fields(step))]
-        if not having:
-            methods = ", ".join(step.method for step in steps) or "none"
-            raise ParetoError(f"--{name.replace('_', '-')}: no step of recipe {recipe.name} has it (steps: {methods})")
-        for i in having:
-            changes: dict[str, Any] = {name: value}
-            steps[i] = dataclasses.replace(steps[i], **changes)
-    for step in steps:
-        step.check()
-    calibration = recipe.calibration
-    given = {"num_samples": args.num_calibration_samples, "length": args.calibration_length, "seed": args.seed}
-    calibration = dataclasses.replace(calibration, **{k: v for k, v in given.items() if v is not None})
-    calibration.check()
-    return dataclasses.replace(
-        recipe,
-        steps=tuple(steps),
-        calibration=calibration,
-        ignore=recipe.ignore if args.ignore is None else tuple(args.ignore),
-        kv_scales=recipe.kv_scales if args.kv_scales is None else args.kv_scales,
-    )
 
 
 def _recipes_table() -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def compress(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = lambda done, total, what: None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> Report:
     """Write a compressed checkpoint that vLLM serves.
 
@@ -40,6 +42,7 @@ def compress(
         device: torch device for the arithmetic.
         overwrite: replace ``out``, and drop an unfinished run of something else.
         progress: told how far the run is.
+        attachments: files to put beside the weights, by name.
 
     Raises:
         ParetoError: bad input; see the modules of this room.
@@ -48,18 +51,8 @@ def compress(
     started = time.monotonic()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     out = Path(out)
-    model_dir = resolve_model(model)
-    device = _check_device(device)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
-    if out.resolve() == model_dir.resolve():
-        raise ParetoError(f"{out} is the model itself; give another --out")
-    decoder = Decoder(model_dir, _source(model_dir, recipe), device)
-    if isinstance(decoder.source, RotatedSource):
-        check_norms(decoder.blocks[0], decoder.config)
-    plan = make_plan(decoder, recipe, model_dir)
-    _check_disk(out, decoder.source, plan)
-    work = out.with_name(out.name + ".partial")
+    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
+    work = work_of(out)
     with full_disk_explained(work):
         run = Run(
             model=model,
@@ -72,8 +65,37 @@ def compress(
             plan=plan,
             overwrite=overwrite,
             progress=progress,
+            attachments=attachments or {},
         )
         return run.finish(started)
+
+
+def work_of(out: Path) -> Path:
+    """Return where an unfinished run lies."""
+    return out.with_name(out.name + ".partial")
+
+
+def prepare(
+    model: str | os.PathLike[str], recipe: Recipe, out: Path, *, device: str, overwrite: bool
+) -> tuple[Path, Decoder, Plan]:
+    """Check everything that can be checked before any work; return the model's directory, its decoder and the plan.
+
+    Raises:
+        ParetoError: bad input.
+
+    """
+    model_dir = resolve_model(model)
+    device = _check_device(device)
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
+    if out.resolve() == model_dir.resolve():
+        raise ParetoError(f"{out} is the model itself; give another --out")
+    decoder = Decoder(model_dir, _source(model_dir, recipe), device)
+    if isinstance(decoder.source, RotatedSource):
+        check_norms(decoder.blocks[0], decoder.config)
+    plan = make_plan(decoder, recipe, model_dir)
+    _check_disk(out, decoder.source, plan)
+    return model_dir, decoder, plan
 
 
 def _source(model_dir: Path, recipe: Recipe) -> Source:

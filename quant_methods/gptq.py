@@ -173,7 +173,7 @@ def solve(
                 if j + width > stop:
                     late = current[stop - j :] - upper[start:j, stop : j + width].T @ pending[: j - start]
                     current = torch.cat([current[: stop - j], late])
-                whole = Grid(grid.bits, -1, grid.symmetric)
+                whole = Grid(grid.bits, -1, grid.symmetric, grid.per_tensor)
                 fitted = fit(current.T, whole, hessian[j : j + width, j : j + width], search, scale_dtype)
                 scale[group], zero[group] = fitted[0][:, 0], fitted[1][:, 0]
             codes[j] = round_to_grid(work[j], scale[group], zero[group], grid)

@@ -31,12 +31,14 @@ class Grid:
         bits: bits a code, 2 to 8.
         group_size: input channels that share one scale; -1 for a whole row ("per channel").
         symmetric: without zero-points (they are 0).
+        per_tensor: all rows have the same scale and zero-point (``group_size`` is -1).
 
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    per_tensor: bool = False
 
     @property
     def low(self) -> int:
@@ -138,6 +140,8 @@ def fit(
     importance = _importance(weight, hessian, groups, search)
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0)
+    if grid.per_tensor:
+        low, high = low.amin(0, keepdim=True).expand_as(low), high.amax(0, keepdim=True).expand_as(high)
 
     def stored(scale: Tensor) -> Tensor:
         # A group of zeros: any scale reads back zeros. A subnormal scale would overflow the division.
@@ -169,6 +173,8 @@ def fit(
         else:
             torch.bmm(buffer.transpose(0, 1), importance, out=product)
             error = buffer.mul_(product.transpose(0, 1)).sum(-1, keepdim=True)
+        if grid.per_tensor:
+            error = error.sum(0, keepdim=True).expand_as(error)
         better = error < best_error
         torch.where(better, error, best_error, out=best_error)
         torch.where(better, scale, best_scale, out=best_scale)

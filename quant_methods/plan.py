@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
+from quant_methods.exempt import globs
 from quant_methods.native_format import INPUT_MULTIPLE
 from quant_methods.recipe import HANDLERS, Recipe, Serving, TransformStep, WeightStep
 
@@ -23,12 +24,19 @@ class Plan:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
+        outside: how many of the ignored, the last ones, are not inside blocks.
 
     """
 
     steps: dict[str, WeightStep]
     ignored: list[str]
     transforms: tuple[TransformStep, ...] = ()
+    outside: int = 0
+
+    @property
+    def ignored_inside(self) -> list[str]:
+        """The linear layers inside blocks that are left alone."""
+        return self.ignored[: len(self.ignored) - self.outside]
 
     @property
     def schemes(self) -> list[tuple[WeightStep, list[str]]]:
@@ -70,13 +78,14 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
+    ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(len(decoder.blocks)):
         chosen: dict[str, WeightStep | None] = {}
         for local, linear in decoder.linears(index).items():
             name = decoder.name(index, local)
             step = None
-            if not matches(name, recipe.ignore):
+            if not matches(name, ignore):
                 step = next((s for s in weight_steps if matches(name, s.targets)), None)
             chosen[local] = step
             if step is None:
@@ -90,8 +99,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         _check_width(name, width, rows, steps[name], native=native)
     if weight_steps and not steps:
         raise ParetoError(
-            f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
-            f"ignore ({', '.join(recipe.ignore)})"
+            f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
+            f"ignore ({', '.join(recipe.ignore)}) and exempt ({', '.join(recipe.exempt)})"
         )
     transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:
@@ -106,7 +115,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside, transforms)
+    return Plan(steps, ignored + outside, transforms, len(outside))
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -53,6 +53,8 @@ class WeightStep(Step):
     Attributes:
         bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
+        per_tensor: one scale for the whole weight, with group_size -1. It is stored once for each output channel, so
+            that every kernel serves it: for comparing, it saves nothing.
         symmetric: without zero-points.
         activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
@@ -61,6 +63,7 @@ class WeightStep(Step):
 
     bits: int = 4
     group_size: int = 128
+    per_tensor: bool = False
     symmetric: bool = True
     activations: Literal["none", "int8", "int6"] = "none"
     targets: tuple[str, ...] = ("*",)
@@ -73,7 +76,7 @@ class WeightStep(Step):
     @property
     def grid(self) -> Grid:
         """The grid of codes."""
-        return Grid(self.bits, self.group_size, self.symmetric)
+        return Grid(self.bits, self.group_size, self.symmetric, self.per_tensor)
 
     def check(self) -> None:
         """Refuse what neither vLLM 0.32 nor this plugin serves."""
@@ -83,6 +86,8 @@ class WeightStep(Step):
             raise ParetoError(
                 f"group_size: {self.group_size} has no kernel in vLLM; use 32, 64, 128, or -1 for one scale per channel"
             )
+        if self.per_tensor and self.group_size != -1:
+            raise ParetoError(f"per_tensor means one group: give group_size -1 with it, not {self.group_size}")
 
     def stock_devices(self) -> tuple[str, ...]:
         """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``, or none.
@@ -180,6 +185,7 @@ class Recipe:
         description: one line.
         steps: what is done, in order; empty to copy the weights.
         ignore: globs over module names (``lm_head``, ``*.down_proj``) that stay unquantized.
+        exempt: names of parts of the model that stay unquantized too; see ``exempt.py``.
         calibration: the data.
         kv_scales: calibrate scales of a quantized KV cache in the same pass.
 
@@ -189,6 +195,7 @@ class Recipe:
     description: str = ""
     steps: tuple[Step, ...] = ()
     ignore: tuple[str, ...] = ("lm_head",)
+    exempt: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     kv_scales: bool = True
 

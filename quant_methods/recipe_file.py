@@ -101,11 +101,17 @@ def _build(kind: type[Built], values: Mapping[str, Any], where: str, **ready: An
             raise ParetoError(
                 f"{where}: unknown key {key!r}; valid keys: {', '.join(sorted(set(fields) - set(ready)))}"
             )
-        arguments[key] = _checked(value, fields[key], f"{where}: {key}")
+        arguments[key] = checked(value, fields[key], f"{where}: {key}")
     return kind(**arguments)
 
 
-def _checked(value: Any, hint: Any, where: str) -> Any:
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """Return a value from YAML as a field with this type hint takes it.
+
+    Raises:
+        ParetoError: it is of another type; ``where`` says which field it was for.
+
+    """
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value not in typing.get_args(hint):

@@ -18,7 +18,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kv_cache.errors import ParetoError
 from quant_methods import checkpoint
 from quant_methods.block_solver import BlockSolver
 from quant_methods.calibrator import Decoder, clone
-from quant_methods.checkpoint import read_tensors, write_json, write_tensors
+from quant_methods.checkpoint import read_tensors, write_bytes, write_json, write_tensors
 from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
@@ -38,6 +38,8 @@ from quant_methods.recipe import Recipe, Serving
 from quant_methods.text_source import load_sequences
 
 RECIPE_FILE = "pareto_recipe.json"
+# Measures of sensitivity in the state directory; they have keys of their own.
+MEASURES = "sensitivity"
 
 Progress = Callable[[int, int, str], None]
 """Called with (blocks finished, blocks in all, what happens now)."""
@@ -106,7 +108,9 @@ class Run:
         plan: Plan,
         overwrite: bool,
         progress: Progress,
+        attachments: Mapping[str, bytes],
     ) -> None:
+        self.attachments = attachments
         self.model_dir, self.recipe, self.out, self.work = model_dir, recipe, out, work
         self.decoder, self.plan, self.overwrite, self.progress = decoder, plan, overwrite, progress
         self.total = len(decoder.blocks)
@@ -191,12 +195,7 @@ class Run:
     @contextlib.contextmanager
     def _state_directory(self) -> Iterator[None]:
         """Create the state directory or take up an unfinished run's, and keep other runs out of it."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ParetoError(f"{self.work} is in use by another run; wait for it or give another --out") from None
+        with locked(self.work):
             state = self.work / "state.json"
             if state.is_file():
                 found = json.loads(state.read_text())
@@ -204,7 +203,7 @@ class Run:
                     if not self.overwrite:
                         raise ParetoError(_mismatch(self.work, found, self.provenance))
                     for path in self.work.iterdir():
-                        if path.name != "lock":
+                        if path.name not in ("lock", MEASURES):
                             shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(state, {"key": self._key(), **self.provenance})
             yield
@@ -290,6 +289,8 @@ class Run:
             size = self.decoder.source.size()
         write_json(target / "config.json", config)
         write_json(target / RECIPE_FILE, self.provenance)
+        for name, data in self.attachments.items():
+            write_bytes(target / name, data)
         if self.calibrator is not None:
             self.calibrator.finish({"recipe": self.recipe.name}).save(target)
         if self.out.exists():
@@ -299,6 +300,23 @@ class Run:
             self.out.rename(old)
         target.rename(self.out)
         return size
+
+
+@contextlib.contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Create a state directory if there is none, and keep other runs out of it.
+
+    Raises:
+        ParetoError: another run is in it.
+
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ParetoError(f"{work} is in use by another run; wait for it or give another --out") from None
+        yield
 
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

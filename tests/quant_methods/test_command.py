@@ -56,6 +56,21 @@ def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "vLLM with this plugin" in " ".join(text.split())
 
 
+def test_finds_widths_for_a_budget(
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--num-calibration-samples", "4", "--calibration-length", "32", "--text", text_file, "--group-size", "64"]
+    status, text, _ = run(
+        capsys, tiny_model, "--recipe", "rtn-w4", "--budget", "4.6bits", "--widths", "3", "4", "6", "--no-kv-scales",
+        "--sensitivity", "hessian", "--exempt", "embeddings", "--out", tmp_path / "out", *small,
+    )  # fmt: skip
+    assert status == 0
+    assert "widths chosen for 4.6bits" in text
+    assert "model.layers.0.self_attn.{q_proj,k_proj,v_proj}" in text
+    assert "vLLM with this plugin" in text
+    assert (tmp_path / "out" / "pareto_sensitivity.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -70,6 +85,19 @@ def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["--text", "missing.txt", "--out", "x"], "missing.txt: No such file or directory"),
         (["--device", "cuda:77", "--out", "x"], "--device cuda:77 is not available here"),
         (["--num-calibration-samples", "0", "--out", "x"], "at least 1 sequence"),
+        (["--per-tensor", "--out", "x"], "per_tensor means one group: give group_size -1 with it, not 128"),
+        (["--no-outlier-handling", "--out", "x"], "recipe gptq-w4 does nothing about outliers"),
+        (["--exempt", "middle", "--out", "x"], "exempt: 'middle' is unknown; names: embeddings, first, last"),
+        (["--exempt", "mlp", "attention", "--out", "x"], "attention and mlp together leave nothing to compress"),
+        (["--budget", "4.25", "--out", "x"], "budget '4.25': expected bits a weight or a size"),
+        (["--budget", "2bits", "--out", "x"], "less than the narrowest widths take (3.188bits); raise it"),
+        (["--budget", "20bits", "--out", "x"], "leaves every layer at 16 bits"),
+        (["--budget", "4bits", "--widths", "3", "9", "--out", "x"], "width 9: bits: 9 is not served"),
+        (["--budget", "4bits", "--recipe", "kv-scales", "--out", "x"], "has no step that rounds weights"),
+        (["--widths", "3", "--out", "x"], "--widths is for --budget; give both or neither"),
+        (["--sweep", "missing.yaml", "--out", "x"], "sweep missing.yaml: No such file or directory"),
+        (["--sweep", "g.yaml", "--bits", "4", "--out", "x"], "--bits does not go with --sweep; put it under grid"),
+        (["--statistics", "--percentile", "7", "--out", "x"], "--percentile from 50 to 100"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -75,3 +75,20 @@ def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     assert Grid(4, 128, True).bits_per_weight(10, 512) == 4 + 16 / 128
     assert Grid(4, 128, False).bits_per_weight(10, 512) == 4 + 20 / 128
     assert Grid(8, -1, True).bits_per_weight(10, 512) == 8 + 16 / 512
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", ["minmax", "mse", "output"])
+def test_one_scale_for_the_tensor_is_that_of_its_weights_in_one_row(symmetric: bool, search: str) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 32), torch.randn(40, 32)
+    hessian = x.T @ x
+    scale, zero = fit(weight, Grid(4, -1, symmetric, per_tensor=True), hessian, search)  # type: ignore[arg-type]
+    assert scale.shape == zero.shape == (6, 1)
+    assert len(scale.unique()) == len(zero.unique()) == 1
+    # The same weights in one row, whose outputs' errors add up as those of six rows do.
+    apart = torch.block_diag(*[hessian] * 6)
+    one, centre = fit(weight.reshape(1, -1), Grid(4, -1, symmetric), apart, search)  # type: ignore[arg-type]
+    assert (scale[0], zero[0]) == (one[0], centre[0])
+    by_row, _ = fit(weight, Grid(4, -1, symmetric), hessian, search)  # type: ignore[arg-type]
+    assert len(by_row.unique()) > 1
