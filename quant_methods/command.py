@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from quant_methods.recipe_file import load_recipe
 
     recipe = override(load_recipe(args.recipe), args)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{recipe.name}", total=None)
 
@@ -186,6 +186,12 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: 
             f"weights      {len(report.layers)} layers at {report.bits_per_weight:.3f} bits a weight, scales included",
             f"error        {mean:.4f} mean relative, {worst.relative_error:.4f} worst ({worst.name})",
         ]
+    if report.tuned is not None:
+        tuned = report.tuned
+        lines.append(
+            f"tuned        KL to the original on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after "
+            f"{tuned.kept} steps"
+        )
     lines.append(
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
 from quant_methods.recipe import HANDLERS, Recipe, TransformStep, WeightStep
+from quant_methods.tuning import Tune
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -22,12 +23,14 @@ class Plan:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
+        tune: what is trained at the end, or None.
 
     """
 
     steps: dict[str, WeightStep]
     ignored: list[str]
     transforms: tuple[TransformStep, ...] = ()
+    tune: Tune | None = None
 
     @property
     def schemes(self) -> list[tuple[WeightStep, list[str]]]:
@@ -60,10 +63,13 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     """Assign a step to every linear layer.
 
     Raises:
-        ParetoError: nothing is matched, a group size does not divide a layer's width, or layers that vLLM merges
-            would be stored differently.
+        ParetoError: nothing is matched, a group size does not divide a layer's width, layers that vLLM merges would
+            be stored differently, or a step is out of place.
 
     """
+    tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
+    if tune is not None and tune is not recipe.steps[-1]:
+        raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
@@ -99,7 +105,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside, transforms)
+    return Plan(steps, ignored + outside, transforms, tune)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
