@@ -45,6 +45,7 @@ A recipe file:
   steps:
     - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
+    - {method: tune}                    # optional, last: trains scales and norms by gradient; best on a GPU
 """
 
 # Flags that override a step's settings, where the step has such a setting.

@@ -92,6 +92,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
             f"ignore ({', '.join(recipe.ignore)})"
         )
+    if tune is not None and not weight_steps:
+        raise ParetoError(
+            f"recipe {recipe.name}: tune trains what a step that rounds weights made, and there is none; add one, e.g. "
+            "{method: rtn}"
+        )
     transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:
         raise ParetoError(

@@ -1,0 +1,198 @@
+"""The tune step: it lowers the KL it reports, keeps the codes, resumes to the same bytes, never ends worse."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from kv_cache.scales import KVScales
+from quant_methods.checkpoint import read_tensors
+from quant_methods.compress import compress
+from quant_methods.gptq import GPTQ
+from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe_file import parse_recipe
+from quant_methods.reference import load_reference
+from quant_methods.rotation import Rotate
+from quant_methods.rtn import RTN
+from quant_methods.run import RECIPE_FILE
+from quant_methods.text_source import load_sequences
+from quant_methods.tuning import LOOKS, Tune
+
+COARSE = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")
+TUNE = Tune(num_samples=12, length=32, held_out=4, epochs=4, batch=3, learning_rate=1e-2, seed=1)
+
+
+def recipe(*steps: Step, **changes: Any) -> Recipe:
+    given = Recipe("test", steps=steps, calibration=Calibration(6, 32, 3), kv_scales=False)
+    return dataclasses.replace(given, **changes)
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def divergence(model: Path, checkpoint: Path, text: Path) -> float:
+    """Return KL(model || checkpoint) over TUNE's held-out sequences, from the files alone."""
+    tokens = load_sequences(model, text, TUNE.num_samples + TUNE.held_out, TUNE.length)[TUNE.num_samples :]
+    with torch.no_grad():
+        base, found = (load_reference(path)(tokens).logits.log_softmax(-1) for path in (model, checkpoint))
+    return (base.exp() * (base - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [(COARSE,), (Rotate(), COARSE), (RTN(bits=8, group_size=-1, symmetric=True, activations="int8"),)],
+    ids=["w4", "rotated", "w8a8"],
+)
+def test_what_is_written_has_the_divergence_that_is_reported(
+    tiny_model: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...]
+) -> None:
+    compress(tiny_model, recipe(*steps), tmp_path / "plain", text=text_file)
+    report = compress(tiny_model, recipe(*steps, TUNE), tmp_path / "tuned", text=text_file)
+    assert report.tuned is not None
+    assert report.tuned.before == pytest.approx(divergence(tiny_model, tmp_path / "plain", text_file), rel=1e-3)
+    assert report.tuned.after == pytest.approx(divergence(tiny_model, tmp_path / "tuned", text_file), rel=1e-3)
+    assert report.tuned.after < 0.97 * report.tuned.before
+    assert len(report.tuned.kl) == LOOKS + 1
+    recorded = json.loads((tmp_path / "tuned" / RECIPE_FILE).read_text())
+    assert recorded["tuned"]["kept_step"] == report.tuned.kept
+    assert recorded["tuning"]["num_samples"] == 16
+
+
+def test_scales_and_norms_move_and_nothing_else_does(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(tiny_model, recipe(COARSE), tmp_path / "plain", text=text_file)
+    compress(tiny_model, recipe(COARSE, TUNE), tmp_path / "tuned", text=text_file)
+    compress(tiny_model, recipe(COARSE, dataclasses.replace(TUNE, norms=False)), tmp_path / "scales", text=text_file)
+    plain, tuned, scales = (
+        read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("plain", "tuned", "scales")
+    )
+
+    def moved(tensors: dict[str, torch.Tensor]) -> set[str]:
+        assert tensors.keys() == plain.keys()
+        assert all(tensors[name].dtype == plain[name].dtype for name in plain)
+        return {name for name in plain if not torch.equal(tensors[name], plain[name])}
+
+    ends = {name for name in plain if name.endswith(".weight_scale")}
+    norms = {name for name in plain if "norm" in name}
+    assert "model.norm.weight" in norms
+    assert moved(scales) == ends
+    assert moved(tuned) == ends | norms
+
+
+def test_codes_move_only_when_asked(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(tiny_model, recipe(COARSE), tmp_path / "plain", text=text_file)
+    report = compress(
+        tiny_model, recipe(COARSE, dataclasses.replace(TUNE, code_learning_rate=0.1)), tmp_path / "out", text=text_file
+    )
+    plain, tuned = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("plain", "out"))
+    codes = [name for name in plain if name.endswith(".weight_packed")]
+    assert any(not torch.equal(plain[name], tuned[name]) for name in codes)
+    assert report.tuned is not None
+    assert report.tuned.after == pytest.approx(divergence(tiny_model, tmp_path / "out", text_file), rel=1e-3)
+
+
+def test_a_run_never_ends_worse_than_it_began(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    wild = dataclasses.replace(TUNE, learning_rate=3.0)
+    report = compress(tiny_model, recipe(COARSE, wild), tmp_path / "out", text=text_file)
+    compress(tiny_model, recipe(COARSE), tmp_path / "plain", text=text_file)
+    assert report.tuned is not None
+    assert min(kl for step, kl in report.tuned.kl if step) > report.tuned.before, "the rate is wild enough to test it"
+    assert report.tuned.kept == 0
+    plain, tuned = (contents(tmp_path / name)["model.safetensors"] for name in ("plain", "out"))
+    assert plain == tuned
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C at a chosen moment."""
+
+
+@pytest.mark.parametrize("moment", [(3, "tuning"), (11, "tuning"), (16, "tuning"), (1, "block 2/3"), (3, "writing")])
+def test_an_interrupted_tuning_resumes_to_the_same_bytes(
+    tiny_model: Path, text_file: Path, tmp_path: Path, moment: tuple[int, str]
+) -> None:
+    given = recipe(GPTQ(bits=4, group_size=64, symmetric=False), TUNE, kv_scales=True)
+    compress(tiny_model, given, tmp_path / "whole", text=text_file)
+    seen: list[tuple[int, str]] = []
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        seen.append((done, what))
+        # The blocks run twice, before and after the tuning; the second time is what is interrupted.
+        again = moment[1] != "block 2/3" or any(said.startswith("tuning") for _, said in seen)
+        if done == moment[0] and what.startswith(moment[1]) and again:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress(tiny_model, given, tmp_path / "out", text=text_file, progress=interrupt)
+    seen.clear()
+    compress(
+        tiny_model, given, tmp_path / "out", text=text_file, progress=lambda done, _, what: seen.append((done, what))
+    )
+    steps = [done for done, what in seen if what.startswith("tuning")]
+    first = {(3, "tuning"): 3, (11, "tuning"): 11, (16, "tuning"): 15}.get(moment)
+    assert steps == ([] if first is None else list(range(first, TUNE.steps + 1)))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_kv_scales_are_those_of_the_tuned_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    compress(tiny_model, recipe(COARSE, TUNE, kv_scales=True), tmp_path / "out", text=text_file)
+    compress(tiny_model, recipe(COARSE, kv_scales=True), tmp_path / "plain", text=text_file)
+    found, plain = (KVScales.load(tmp_path / name).layers["int8_per_head"] for name in ("out", "plain"))
+    tokens = load_sequences(tiny_model, text_file, 6, 32)
+    model = load_reference(tmp_path / "out")
+    largest: list[float] = []
+    hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(
+        lambda module, args, output: largest.append(output.abs().max().item())
+    )
+    with torch.no_grad():
+        model(tokens)
+    hook.remove()
+    assert not torch.equal(found[1].value_scale, plain[1].value_scale)
+    assert 0 < found[1].value_scale.abs().max().item() * 127 < 1.3 * largest[0]
+
+
+def test_every_epoch_sees_every_sequence_once_in_its_own_order() -> None:
+    epochs = [[i for step in range(4) for i in TUNE.order(epoch * 4 + step)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    odd = dataclasses.replace(TUNE, batch=5)
+    taken = [i for step in range(odd.steps) for i in odd.order(step)]
+    assert sorted(taken[:12]) == list(range(12)), "batches may span epochs"
+    rates = [TUNE.rate(step) for step in range(TUNE.steps)]
+    assert max(rates) <= 1
+    assert 0 < rates[-1] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((TUNE, COARSE), "tune comes once, and last"),
+        ((COARSE, TUNE, TUNE), "tune comes once, and last"),
+        ((TUNE,), "tune trains what a step that rounds weights made, and there is none"),
+    ],
+)
+def test_a_tune_step_out_of_place_is_refused(
+    tiny_model: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...], message: str
+) -> None:
+    with pytest.raises(ParetoError, match=message):
+        compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"held_out": 0}, "1 held out"),
+        ({"batch": 300}, "batch 300 is not between 1 and num_samples"),
+        ({"learning_rate": 0.0}, "learning_rate and epochs are positive"),
+        ({"rate": 1.0}, "unknown"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParetoError, match=message):
+        parse_recipe({"name": "r", "steps": [{"method": "rtn"}, {"method": "tune", **settings}]})
