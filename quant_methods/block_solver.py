@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics
 from quant_methods.gptq import relative_error
 from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem
 from quant_methods.scaling import scale_block
+from quant_methods.storage import storage_of
 
 
 class BlockSolver:
@@ -29,6 +29,7 @@ class BlockSolver:
 
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
+        self.storage = storage_of(plan)
 
     def transform(self, index: int, block: nn.Module, hidden: Tensor | None) -> dict[str, Tensor]:
         """Carry out the transform steps on a block in place; return the changed tensors that are stored as they are."""
@@ -43,7 +44,7 @@ class BlockSolver:
         for local in self.decoder.linears(index):
             name = self.decoder.name(index, local)
             if name in self.plan.steps:
-                linear = checkpoint.unpack_linear(name, tensors, self.plan.steps[name].grid)
+                linear = self.storage.unpack(name, tensors, self.plan.steps[name])
                 block.get_submodule(local).weight.copy_(linear.read())
         for local, parameter in block.state_dict().items():
             name = self.decoder.name(index, local)
@@ -89,7 +90,7 @@ class BlockSolver:
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
             linear.weight.copy_(result.read())
-            tensors |= checkpoint.pack_linear(full, result.cpu(), step)
+            tensors |= self.storage.pack(full, result.cpu(), step)
         return tensors, errors
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:

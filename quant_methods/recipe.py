@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -51,10 +51,10 @@ class WeightStep(Step):
     """A step that rounds weights to a grid of integer codes.
 
     Attributes:
-        bits: 4 or 8.
+        bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
         symmetric: without zero-points.
-        activations: ``none`` keeps activations in 16 bits; ``int8`` rounds them at serving time, per token.
+        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
 
     """
@@ -62,8 +62,13 @@ class WeightStep(Step):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "int6"] = "none"
     targets: tuple[str, ...] = ("*",)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
+        return True
 
     @property
     def grid(self) -> Grid:
@@ -71,31 +76,59 @@ class WeightStep(Step):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
-        """Refuse what vLLM 0.32 has no kernel for (its model_executor/kernels/linear says which it has)."""
-        if self.bits not in (4, 8):
-            raise ParetoError(f"bits: {self.bits} is not served by vLLM; use 4 or 8")
+        """Refuse what neither vLLM 0.32 nor this plugin serves."""
+        if not 2 <= self.bits <= 8:
+            raise ParetoError(f"bits: {self.bits} is not served; use 2 to 8")
         if self.group_size not in (-1, 32, 64, 128):
             raise ParetoError(
                 f"group_size: {self.group_size} has no kernel in vLLM; use 32, 64, 128, or -1 for one scale per channel"
             )
-        if self.activations == "int8":
-            if self.bits != 8 or self.group_size != -1 or not self.symmetric:
-                raise ParetoError(
-                    "activations: int8 needs 8-bit symmetric weights with one scale per channel "
-                    "(bits 8, group_size -1, symmetric); vLLM multiplies int8 by int8 only in that layout. For other "
-                    "weights use activations none"
-                )
-        elif self.bits == 8 and not self.symmetric:
-            raise ParetoError(
-                "8-bit weights with zero-points have no kernel in vLLM on CPU or Marlin; use symmetric, or 4 bits"
-            )
 
-    def devices(self) -> tuple[str, ...]:
-        """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``."""
-        # vLLM's CPU kernel for 16-bit activations (CPUWNA16LinearKernel) takes 4-bit weights alone.
-        if self.activations == "none" and self.bits == 8:
-            return ("cuda",)
+    def stock_devices(self) -> tuple[str, ...]:
+        """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``, or none.
+
+        Its kernels are listed in its model_executor/kernels/linear: int8 activations by 8-bit symmetric weights with
+        one scale per channel; 16-bit activations by 4-bit weights, and on CUDA (Marlin) by symmetric 8-bit weights.
+        Everything else is served by this plugin, from the format of ``native_format.py``.
+        """
+        if not self.plain:
+            return ()
+        if self.activations == "int8":
+            return ("cpu", "cuda") if self.bits == 8 and self.group_size == -1 and self.symmetric else ()
+        if self.activations != "none" or self.bits not in (4, 8):
+            return ()
+        if self.bits == 8:
+            return ("cuda",) if self.symmetric else ()
         return ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves a checkpoint.
+
+    Attributes:
+        devices: where: ``cpu``, ``cuda``.
+        plugin: vLLM with this plugin does; else stock vLLM does.
+
+    """
+
+    devices: tuple[str, ...]
+    plugin: bool
+
+    @classmethod
+    def of(cls, steps: Iterable[WeightStep]) -> Serving:
+        """Return what serves a checkpoint whose layers went through these steps."""
+        stock = {"cpu", "cuda"}
+        for step in steps:
+            if not step.stock_devices():
+                return cls(("cpu", "cuda"), plugin=True)
+            stock &= set(step.stock_devices())
+        return cls(tuple(sorted(stock)), plugin=False)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        what = "vLLM with this plugin" if self.plugin else "stock vLLM"
+        return f"{what} on {' and '.join(device.upper() for device in self.devices)}"
 
 
 @dataclass(frozen=True)

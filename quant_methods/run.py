@@ -35,7 +35,7 @@ from quant_methods.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe
+from quant_methods.recipe import Recipe, Serving
 from quant_methods.text_source import load_sequences
 from quant_methods.tuning import Tuned, Tuner
 
@@ -78,7 +78,7 @@ class Report:
         seconds: wall time of this run (not of runs that it resumed).
         peak_memory: the process's peak resident memory in bytes.
         resumed_blocks: blocks that an earlier run had finished.
-        devices: where stock vLLM serves it.
+        serving: what serves it.
         tuned: what tuning did, or None.
 
     """
@@ -91,7 +91,7 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0
     resumed_blocks: int = 0
-    devices: list[str] = field(default_factory=list)
+    serving: Serving = field(default_factory=lambda: Serving.of(()))
     tuned: Tuned | None = None
 
 
@@ -133,6 +133,7 @@ class Run:
                 source=decoder.source,
                 device=decoder.device,
                 steps=plan.steps,
+                storage=self.solver.storage,
                 block_file=self._block_file,
                 tokens=self._sequences("text to tune on", count, plan.tune.length),
                 work=work,
@@ -185,7 +186,7 @@ class Run:
                 "python": platform.python_version(),
                 **{package: importlib.metadata.version(package) for package in packages},
             },
-            "serves_on": self.plan.devices,
+            "served_by": str(self.plan.serving),
         }
 
     def _key(self) -> str:
@@ -196,12 +197,15 @@ class Run:
     def finish(self, started: float) -> Report:
         """Run to the end and return the report."""
         with self._state_directory():
-            report = Report(self.out, bytes_before=self.decoder.source.size(), devices=self.plan.devices)
+            report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
-            if self.tuner is None:
-                self._blocks(report, self._block_file, self.calibrator)
-            else:
-                self._blocks(report, self._block_file, None)
+            self._blocks(report, self._block_file, None if self.tuner else self.calibrator)
+            if report.layers and not any(layer.relative_error for layer in report.layers):
+                raise ParetoError(
+                    f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
+                    "rounded like this before: compress the original, or to fewer bits"
+                )
+            if self.tuner is not None:
                 report.tuned = self.tuner.run()
                 # KV scales are those of the model that is served, which the blocks are only now.
                 if self.calibrator is not None:
@@ -270,7 +274,7 @@ class Run:
                     tensors, errors = self.solver.quantize(index, block, local, hidden, original=comparison)
                     if tensors:
                         write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
-                report.layers += [self._layer_report(index, name, errors) for name in local]
+                report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
                 if hidden is not None and not (last and calibrator is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
@@ -280,11 +284,13 @@ class Run:
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)
 
-    def _layer_report(self, index: int, local: str, errors: dict[str, float]) -> LayerReport:
+    def _layer_report(
+        self, index: int, local: str, tensors: dict[str, Tensor], errors: dict[str, float]
+    ) -> LayerReport:
         name = self.decoder.name(index, local)
         linear = self.decoder.linears(index)[local]
         rows, columns = linear.out_features, linear.in_features
-        bits = self.plan.steps[name].grid.bits_per_weight(rows, columns)
+        bits = self.solver.storage.bits_per_weight(name, tensors, self.plan.steps[name], (rows, columns))
         return LayerReport(name, (rows, columns), bits, errors[name])
 
     def _changed(self, names: set[str]) -> Path:
@@ -314,7 +320,7 @@ class Run:
                 replaced |= set(changed)
                 config["tie_word_embeddings"] = False  # Head and embedding changed in different ways.
             size = checkpoint.assemble(self.decoder.source, replaced, parts, target)
-            config["quantization_config"] = checkpoint.quantization_config(self.plan.schemes, self.plan.ignored)
+            config["quantization_config"] = self.solver.storage.config(self.plan, parts)
         else:
             for path in weight_files(self.model_dir):
                 checkpoint.link_or_copy(path, target / path.name)

@@ -122,10 +122,14 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for inputs [..., in]."""
-        bits = self.activation_bits
-        if bits is not None:
-            x = straight(x, lambda x: round_tokens(x, bits))
-        return functional.linear(x, self._with(lambda learned: learned()).read(), self.bias)
+        linear, bits = self._with(lambda learned: learned()), self.activation_bits
+        if bits is None:
+            return functional.linear(x, linear.read(), self.bias)
+        # As serving does: inputs are rounded for the bulk alone, without the columns kept apart.
+        bulk = linear.bulk()
+        entering = x if linear.columns is None else x.index_fill(-1, linear.columns.index.long(), 0)
+        out = functional.linear(straight(entering, lambda x: round_tokens(x, bits)), bulk, self.bias)
+        return out + functional.linear(x, linear.read() - bulk) if linear.beside else out
 
     def stored(self) -> QuantizedLinear:
         """Return the layer as it is to be stored."""

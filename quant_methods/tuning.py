@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,13 @@ from torch.nn import functional
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder, batch_size
-from quant_methods.checkpoint import Source, pack_linear, read_tensors, unpack_linear, write_json, write_tensors
+from quant_methods.checkpoint import Source, read_tensors, write_json, write_tensors
+from quant_methods.native_format import ACTIVATION_BITS
 from quant_methods.recipe import Step, WeightStep, register
 from quant_methods.tuned_model import Learned, TunedLinear, learn_parameter, recompute_blocks
+
+if TYPE_CHECKING:
+    from quant_methods.storage import Storage
 
 # Times that the held-out sequences are looked at, and the state saved; changes what can be kept, so part of the result.
 LOOKS = 8
@@ -138,6 +142,7 @@ class Tuner:
         source: its weights, as the recipe's other steps saw them.
         device: where everything runs.
         steps: full module name to the step that quantized it.
+        storage: the format of the blocks' files.
         block_file: the file of a block's quantized tensors (absent for a block without).
         tokens: int64 [num_samples + held_out, length].
         work: directory of the state and the results.
@@ -153,13 +158,14 @@ class Tuner:
         source: Source,
         device: torch.device,
         steps: dict[str, WeightStep],
+        storage: Storage,
         block_file: Callable[[int], Path],
         tokens: Tensor,
         work: Path,
         say: Say = lambda done, total, what: None,
     ) -> None:
-        self.step, self.steps, self.block_file, self.work, self.say = step, steps, block_file, work, say
-        self.tokens, self.device = tokens, device
+        self.step, self.steps, self.storage, self.block_file = step, steps, storage, block_file
+        self.tokens, self.device, self.work, self.say = tokens, device, work, say
         self.teacher = Decoder(model_dir, source, str(device))
         self.student = Decoder(model_dir, source, str(device))
         self.state_file, self.result_file = work / "tuning.safetensors", work / "tuned.json"
@@ -235,8 +241,8 @@ class Tuner:
 
     def _tuned_linear(self, name: str, module: nn.Module, tensors: dict[str, Tensor]) -> TunedLinear:
         step = self.steps[name]
-        linear = unpack_linear(name, tensors, step.grid).to(self.device)
-        bits = 8 if step.activations == "int8" else None
+        linear = self.storage.unpack(name, tensors, step).to(self.device)
+        bits = ACTIVATION_BITS[step.activations]
         grid = step.grid if self.step.code_learning_rate else None
         return TunedLinear(linear, module._parameters["bias"], bits, grid)
 
@@ -310,7 +316,7 @@ class Tuner:
             prefix = decoder.name(index, "")
             for name, module in self._tuned(TunedLinear):
                 if name.startswith(prefix):
-                    tensors |= pack_linear(name, module.stored().cpu(), self.steps[name])
+                    tensors |= self.storage.pack(name, module.stored().cpu(), self.steps[name])
             tensors |= {name: value for name, value in self._norms() if name.startswith(prefix)}
             if tensors:
                 write_tensors(self.block_result(index), tensors, metadata)

@@ -39,7 +39,7 @@ def test_vllm_computes_what_the_dequantized_model_computes(tmp_path: Path) -> No
     model_dir = resolve_model("ref-7m")
     recipe = Recipe("layouts", steps=LAYOUTS, calibration=Calibration(8, 64), kv_scales=False)
     report = compress(model_dir, recipe, tmp_path / "out")
-    assert "cpu" in report.devices
+    assert str(report.serving) == "stock vLLM on CPU and CUDA"
 
     tokens = load_sequences(model_dir, None, 4, 96, split="evaluation")
 

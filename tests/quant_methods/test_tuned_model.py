@@ -112,6 +112,12 @@ def test_rounded_activations_pass_gradients() -> None:
     out.sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, linear.read().sum(0).expand(3, 16))
+    # What lies beside the bulk multiplies the inputs as they are, and columns kept apart are not rounded.
+    linear, x = layer(), x.detach()
+    assert linear.columns is not None
+    bulk = round_tokens(x.index_fill(1, linear.columns.index.long(), 0), 8) @ linear.bulk().T
+    expected = bulk + x @ (linear.read() - linear.bulk()).T
+    assert torch.allclose(TunedLinear(linear, None, 8, None)(x), expected, atol=1e-5)
 
 
 def test_norms_learn_in_their_stored_dtype() -> None:
