@@ -71,7 +71,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
 
     """
     tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
-    if tune is not None and tune is not recipe.steps[-1]:
+    if any(isinstance(step, Tune) for step in recipe.steps[:-1]):
         raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}

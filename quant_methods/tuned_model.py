@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from quant_methods.grid import Grid, round_tokens
+from quant_methods.grid import Grid, expand, round_tokens
 from quant_methods.quantized import QuantizedLinear
 
 # The floating-point tensors that a quantized layer may store, as paths into QuantizedLinear.
 PARTS = ("scale", "table", "columns.weight", "columns.scale", "sparse.values", "low_rank.up", "low_rank.down")
+
+# How far from a code, in steps of the grid, a place starts that rounds to it.
+WITHIN = 0.49
 
 
 class _Straight(torch.autograd.Function):
@@ -73,19 +76,25 @@ class Learned(nn.Module):
 
 
 class LearnedCodes(nn.Module):
-    """Codes that learn: an offset in steps of the grid that starts at 0, in the middle of each code's cell.
+    """Codes that learn: each is the rounding of a place on the grid, which moves.
+
+    It starts where the original weight lies, as far as that rounds to the code: weights near the middle between two
+    codes flip first. (Started from the codes themselves, all would flip at once, Adam's steps being alike.)
 
     Args:
-        codes: int8 [out, in], on a grid.
+        linear: a layer on a grid.
         grid: the grid.
+        weight: float32 [out, in], the original.
 
     """
 
-    def __init__(self, codes: Tensor, grid: Grid) -> None:
+    def __init__(self, linear: QuantizedLinear, grid: Grid, weight: Tensor) -> None:
         super().__init__()
         self.grid = grid
-        self.register_buffer("start", codes)
-        self.offset = nn.Parameter(torch.zeros(codes.shape, device=codes.device))
+        columns = weight.shape[1]
+        place = weight / expand(linear.scale.float(), columns) + expand(linear.zero_point.float(), columns)
+        self.register_buffer("start", linear.codes)
+        self.offset = nn.Parameter((place - linear.codes).clamp(-WITHIN, WITHIN))
 
     def forward(self) -> Tensor:
         """Return the codes, float32; where a code is held at the end of the grid, it has no gradient."""
@@ -103,12 +112,16 @@ class TunedLinear(nn.Module):
         linear: the layer, on the device.
         bias: [out] or None.
         activation_bits: bits that inputs are rounded to, per token, or None.
-        grid: the grid of its codes if they shall learn too, else None.
+        codes: what the codes become if they shall learn too, else None.
 
     """
 
     def __init__(
-        self, linear: QuantizedLinear, bias: Tensor | None, activation_bits: int | None, grid: Grid | None
+        self,
+        linear: QuantizedLinear,
+        bias: Tensor | None,
+        activation_bits: int | None,
+        codes: LearnedCodes | None = None,
     ) -> None:
         super().__init__()
         self.linear, self.activation_bits = linear, activation_bits
@@ -117,7 +130,7 @@ class TunedLinear(nn.Module):
             tensor = part(linear, path)
             if tensor is not None and tensor.is_floating_point() and tensor.numel():
                 self.parts[path.replace(".", "/")] = Learned(tensor)
-        self.codes = LearnedCodes(linear.codes, grid) if grid is not None and linear.table is None else None
+        self.codes = codes
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:

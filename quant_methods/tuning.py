@@ -6,9 +6,10 @@ stay in 16 bits anyway, move by gradient: Chen et al., "EfficientQAT" (2024), ht
 as in Liu et al., "LLM-QAT" (2023), https://arxiv.org/abs/2305.17888, section 3.2: what a quantized model should put out
 is what the original does, and its whole distribution says more than one token of text.
 
-``code_learning_rate`` lets the codes move too, by the straight-through estimator, from where the step before left
-them; AdaRound (Nagel et al., 2020, https://arxiv.org/abs/2004.10568) and BRECQ (Li et al., 2021,
-https://arxiv.org/abs/2102.05426) learn rounding layer by layer and block by block, here it is the whole model's loss.
+``code_learning_rate`` lets the codes move too, by the straight-through estimator, as EfficientQAT's Block-AP (section
+3.2) does block by block, but end to end and from what the step before made of them. AdaRound (Nagel et al., 2020,
+https://arxiv.org/abs/2004.10568) and BRECQ (Li et al., 2021, https://arxiv.org/abs/2102.05426) learn the rounding of a
+layer and of a block; here it is for the whole model's loss.
 
 Sequences that training never sees decide which state is kept, the first one included, so that a run never ends worse
 than it began, on these.
@@ -32,7 +33,7 @@ from quant_methods.calibrator import Decoder, batch_size
 from quant_methods.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.native_format import ACTIVATION_BITS
 from quant_methods.recipe import Step, WeightStep, register
-from quant_methods.tuned_model import Learned, TunedLinear, learn_parameter, recompute_blocks
+from quant_methods.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter, recompute_blocks
 
 if TYPE_CHECKING:
     from quant_methods.storage import Storage
@@ -243,8 +244,12 @@ class Tuner:
         step = self.steps[name]
         linear = self.storage.unpack(name, tensors, step).to(self.device)
         bits = ACTIVATION_BITS[step.activations]
-        grid = step.grid if self.step.code_learning_rate else None
-        return TunedLinear(linear, module._parameters["bias"], bits, grid)
+        codes = None
+        # Indices into a table have no order that a gradient could follow.
+        if self.step.code_learning_rate and linear.table is None:
+            weight = self.student.source.read(f"{name}.weight").to(self.device, torch.float32)
+            codes = LearnedCodes(linear, step.grid, weight)
+        return TunedLinear(linear, module._parameters["bias"], bits, codes)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.student.model.named_parameters() if value.requires_grad}

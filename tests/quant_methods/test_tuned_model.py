@@ -11,8 +11,6 @@ from quant_methods.grid import Grid, round_tokens
 from quant_methods.quantized import Columns, LowRank, QuantizedLinear, Sparse
 from quant_methods.tuned_model import PARTS, Learned, LearnedCodes, TunedLinear, learn_parameter, part, with_parts
 
-GRID = Grid(4, 8, False)
-
 
 def layer() -> QuantizedLinear:
     """A grid of [6, 16] with a part of every kind beside it."""
@@ -33,7 +31,7 @@ def layer() -> QuantizedLinear:
 
 def test_a_layer_starts_as_it_is_stored_and_computes_what_would_be_stored() -> None:
     linear, x = layer(), torch.randn(5, 16)
-    tuned = TunedLinear(linear, None, None, None)
+    tuned = TunedLinear(linear, None, None)
     assert torch.equal(tuned(x), functional.linear(x, linear.read()))
     assert set(tuned.parts) == {"scale", "columns/weight", "sparse/values", "low_rank/up", "low_rank/down"}
     for learned in tuned.parts.values():
@@ -53,7 +51,7 @@ def test_a_layer_starts_as_it_is_stored_and_computes_what_would_be_stored() -> N
 def test_gradients_reach_the_parts_alone_and_are_those_of_the_formula() -> None:
     linear, x = layer(), torch.randn(5, 16)
     linear = dataclasses.replace(linear, columns=None, sparse=None, low_rank=None)
-    tuned = TunedLinear(linear, torch.zeros(6), None, None)
+    tuned = TunedLinear(linear, torch.zeros(6), None)
     assert [name for name, p in tuned.named_parameters() if p.requires_grad] == ["parts.scale.offset"]
     target = torch.randn(5, 6)
     (0.5 * (tuned(x) - target).square().sum()).backward()
@@ -72,8 +70,7 @@ def test_a_table_learns_where_its_indices_point() -> None:
     codes = torch.tensor([[0, 1, 1, 3], [2, 2, 2, 2]], dtype=torch.int8)
     table = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
     linear = QuantizedLinear(codes, torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.int8), table)
-    tuned = TunedLinear(linear, None, None, GRID)
-    assert tuned.codes is None, "indices have no order, so no gradient can move them"
+    tuned = TunedLinear(linear, None, None)
     x = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
     tuned(x).sum().backward()
     learned = tuned.parts["table"]
@@ -93,20 +90,27 @@ def test_small_steps_add_up_behind_the_rounding() -> None:
     assert learned.stored().item() == learned().item() != 1.02
 
 
-def test_codes_flip_past_the_middle_and_stay_on_the_grid() -> None:
-    codes = LearnedCodes(torch.tensor([[-8, 0, 3, 7]], dtype=torch.int8), GRID)
+def test_codes_start_as_they_are_and_flip_past_the_middle() -> None:
+    scale, zero = torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.int8)
+    linear = QuantizedLinear(torch.tensor([[-8, 0, 3, 7]], dtype=torch.int8), scale, zero)
+    # On the grid, weight / 0.5 + 1: far below its end, at 0.2, at 2.6, which rounds to 3, and above its end.
+    codes = LearnedCodes(linear, Grid(4, 4, False), torch.tensor([[-9.0, -0.4, 0.8, 5.0]]))
+    assert torch.allclose(codes.offset, torch.tensor([[-0.49, 0.2, -0.4, 0.49]]), atol=1e-6)
+    assert torch.equal(codes.stored(), linear.codes)
     with torch.no_grad():
-        codes.offset.copy_(torch.tensor([[-0.9, 0.4, 0.6, 0.9]]))
-    assert codes.stored().tolist() == [[-8, 0, 4, 7]]
+        codes.offset += torch.tensor([[-0.2, 0.29, -0.2, 0.2]])
+    assert codes.stored().tolist() == [[-8, 0, 2, 7]]
     assert codes.stored().dtype == torch.int8
     codes().sum().backward()
     assert codes.offset.grad is not None
     assert codes.offset.grad.tolist() == [[0.0, 1.0, 1.0, 0.0]], "held at the ends"
+    far = LearnedCodes(linear, Grid(4, 4, False), torch.full((1, 4), 100.0))
+    assert torch.equal(far.stored(), linear.codes), "GPTQ rounds away from the nearest code; that is where this starts"
 
 
 def test_rounded_activations_pass_gradients() -> None:
     linear = dataclasses.replace(layer(), columns=None, sparse=None, low_rank=None)
-    tuned, x = TunedLinear(linear, None, 8, None), torch.randn(3, 16, requires_grad=True)
+    tuned, x = TunedLinear(linear, None, 8), torch.randn(3, 16, requires_grad=True)
     out = tuned(x)
     assert torch.equal(out, functional.linear(round_tokens(x.detach(), 8), linear.read()))
     out.sum().backward()
@@ -117,7 +121,7 @@ def test_rounded_activations_pass_gradients() -> None:
     assert linear.columns is not None
     bulk = round_tokens(x.index_fill(1, linear.columns.index.long(), 0), 8) @ linear.bulk().T
     expected = bulk + x @ (linear.read() - linear.bulk()).T
-    assert torch.allclose(TunedLinear(linear, None, 8, None)(x), expected, atol=1e-5)
+    assert torch.allclose(TunedLinear(linear, None, 8)(x), expected, atol=1e-5)
 
 
 def test_norms_learn_in_their_stored_dtype() -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,19 @@ from quant_methods.rtn import RTN
 from quant_methods.run import RECIPE_FILE
 from quant_methods.text_source import load_sequences
 from quant_methods.tuning import LOOKS, Tune
+from tests.quant_methods.random_layers import Parts
 
 COARSE = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")
-TUNE = Tune(num_samples=12, length=32, held_out=4, epochs=4, batch=3, learning_rate=1e-2, seed=1)
+TUNE = Tune(num_samples=8, length=24, held_out=4, epochs=4, batch=2, learning_rate=1e-2, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are over before a second thread has woken up; waiting for it is most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def recipe(*steps: Step, **changes: Any) -> Recipe:
@@ -47,14 +59,26 @@ def divergence(model: Path, checkpoint: Path, text: Path) -> float:
 
 @pytest.mark.parametrize(
     "steps",
-    [(COARSE,), (Rotate(), COARSE), (RTN(bits=8, group_size=-1, symmetric=True, activations="int8"),)],
-    ids=["w4", "rotated", "w8a8"],
+    [
+        (COARSE,),
+        (Rotate(), dataclasses.replace(COARSE, bits=3)),
+        (RTN(bits=8, group_size=-1, symmetric=True, activations="int8"),),
+        (
+            Parts(bits=3, table=True, sparse=True, targets=("q_proj", "k_proj", "v_proj")),
+            Parts(bits=3, group_size=64, columns=2, rank=2, activations="int6"),
+        ),
+    ],
+    ids=["w4", "rotated-w3", "w8a8", "parts"],
 )
+@pytest.mark.usefixtures("parts_handled")
 def test_what_is_written_has_the_divergence_that_is_reported(
     tiny_model: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...]
 ) -> None:
+    # Eight bits leave little to learn, and a rate that is right for fewer undoes it.
+    eight = isinstance(steps[0], RTN) and steps[0].bits == 8
+    tune = dataclasses.replace(TUNE, learning_rate=5e-4 if eight else TUNE.learning_rate)
     compress(tiny_model, recipe(*steps), tmp_path / "plain", text=text_file)
-    report = compress(tiny_model, recipe(*steps, TUNE), tmp_path / "tuned", text=text_file)
+    report = compress(tiny_model, recipe(*steps, tune), tmp_path / "tuned", text=text_file)
     assert report.tuned is not None
     assert report.tuned.before == pytest.approx(divergence(tiny_model, tmp_path / "plain", text_file), rel=1e-3)
     assert report.tuned.after == pytest.approx(divergence(tiny_model, tmp_path / "tuned", text_file), rel=1e-3)
@@ -62,7 +86,7 @@ def test_what_is_written_has_the_divergence_that_is_reported(
     assert len(report.tuned.kl) == LOOKS + 1
     recorded = json.loads((tmp_path / "tuned" / RECIPE_FILE).read_text())
     assert recorded["tuned"]["kept_step"] == report.tuned.kept
-    assert recorded["tuning"]["num_samples"] == 16
+    assert recorded["tuning"]["num_samples"] == 12
 
 
 def test_scales_and_norms_move_and_nothing_else_does(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -88,7 +112,7 @@ def test_scales_and_norms_move_and_nothing_else_does(tiny_model: Path, text_file
 def test_codes_move_only_when_asked(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     compress(tiny_model, recipe(COARSE), tmp_path / "plain", text=text_file)
     report = compress(
-        tiny_model, recipe(COARSE, dataclasses.replace(TUNE, code_learning_rate=0.1)), tmp_path / "out", text=text_file
+        tiny_model, recipe(COARSE, dataclasses.replace(TUNE, code_learning_rate=0.02)), tmp_path / "out", text=text_file
     )
     plain, tuned = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("plain", "out"))
     codes = [name for name in plain if name.endswith(".weight_packed")]
@@ -112,57 +136,66 @@ class Interrupted(Exception):
     """Stands for Ctrl-C at a chosen moment."""
 
 
-@pytest.mark.parametrize("moment", [(3, "tuning"), (11, "tuning"), (16, "tuning"), (1, "block 2/3"), (3, "writing")])
+GIVEN = recipe(GPTQ(bits=4, group_size=64, symmetric=False), TUNE, kv_scales=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of GIVEN whose run nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "whole"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    compress(tiny_model, GIVEN, out, text=text_file)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("moment", "first"),
+    [((1, "tuning"), 1), ((11, "tuning"), 11), ((16, "tuning"), 15), ((1, "block 2/3"), None), ((3, "writing"), None)],
+)
 def test_an_interrupted_tuning_resumes_to_the_same_bytes(
-    tiny_model: Path, text_file: Path, tmp_path: Path, moment: tuple[int, str]
+    tiny_model: Path, text_file: Path, tmp_path: Path, whole: Path, moment: tuple[int, str], first: int | None
 ) -> None:
-    given = recipe(GPTQ(bits=4, group_size=64, symmetric=False), TUNE, kv_scales=True)
-    compress(tiny_model, given, tmp_path / "whole", text=text_file)
     seen: list[tuple[int, str]] = []
 
     def interrupt(done: int, total: int, what: str) -> None:
         seen.append((done, what))
-        # The blocks run twice, before and after the tuning; the second time is what is interrupted.
+        # The blocks run twice, before the tuning and after; the second time is what is interrupted.
         again = moment[1] != "block 2/3" or any(said.startswith("tuning") for _, said in seen)
         if done == moment[0] and what.startswith(moment[1]) and again:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        compress(tiny_model, given, tmp_path / "out", text=text_file, progress=interrupt)
+        compress(tiny_model, GIVEN, tmp_path / "out", text=text_file, progress=interrupt)
     seen.clear()
     compress(
-        tiny_model, given, tmp_path / "out", text=text_file, progress=lambda done, _, what: seen.append((done, what))
+        tiny_model, GIVEN, tmp_path / "out", text=text_file, progress=lambda done, _, what: seen.append((done, what))
     )
     steps = [done for done, what in seen if what.startswith("tuning")]
-    first = {(3, "tuning"): 3, (11, "tuning"): 11, (16, "tuning"): 15}.get(moment)
-    assert steps == ([] if first is None else list(range(first, TUNE.steps + 1)))
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert steps == ([] if first is None else list(range(first, TUNE.steps + 1))), "saved every second step"
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_kv_scales_are_those_of_the_tuned_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     compress(tiny_model, recipe(COARSE, TUNE, kv_scales=True), tmp_path / "out", text=text_file)
-    compress(tiny_model, recipe(COARSE, kv_scales=True), tmp_path / "plain", text=text_file)
-    found, plain = (KVScales.load(tmp_path / name).layers["int8_per_head"] for name in ("out", "plain"))
-    tokens = load_sequences(tiny_model, text_file, 6, 32)
-    model = load_reference(tmp_path / "out")
-    largest: list[float] = []
-    hook = model.model.layers[1].self_attn.v_proj.register_forward_hook(
-        lambda module, args, output: largest.append(output.abs().max().item())
-    )
-    with torch.no_grad():
-        model(tokens)
-    hook.remove()
-    assert not torch.equal(found[1].value_scale, plain[1].value_scale)
-    assert 0 < found[1].value_scale.abs().max().item() * 127 < 1.3 * largest[0]
+    # The written model as an ordinary one, whose scales are calibrated without any compression.
+    shutil.copytree(tiny_model, tmp_path / "read")
+    load_reference(tmp_path / "out").save_pretrained(tmp_path / "read")
+    compress(tmp_path / "read", recipe(kv_scales=True), tmp_path / "expected", text=text_file)
+    found, expected = (KVScales.load(tmp_path / name).layers["int8_per_head"] for name in ("out", "expected"))
+    for layer, same in zip(found, expected, strict=True):
+        assert torch.allclose(layer.key_scale, same.key_scale, rtol=1e-3)
+        assert torch.allclose(layer.value_scale, same.value_scale, rtol=1e-3)
 
 
 def test_every_epoch_sees_every_sequence_once_in_its_own_order() -> None:
     epochs = [[i for step in range(4) for i in TUNE.order(epoch * 4 + step)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    odd = dataclasses.replace(TUNE, batch=5)
+    odd = dataclasses.replace(TUNE, batch=3)
     taken = [i for step in range(odd.steps) for i in odd.order(step)]
-    assert sorted(taken[:12]) == list(range(12)), "batches may span epochs"
+    assert sorted(taken[:8]) == list(range(8)), "batches may span epochs"
     rates = [TUNE.rate(step) for step in range(TUNE.steps)]
     assert max(rates) <= 1
     assert 0 < rates[-1] < 0.02
