@@ -112,7 +112,10 @@ def test_scales_and_norms_move_and_nothing_else_does(tiny_model: Path, text_file
 def test_codes_move_only_when_asked(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     compress(tiny_model, recipe(COARSE), tmp_path / "plain", text=text_file)
     report = compress(
-        tiny_model, recipe(COARSE, dataclasses.replace(TUNE, code_learning_rate=0.02)), tmp_path / "out", text=text_file
+        tiny_model,
+        recipe(COARSE, dataclasses.replace(TUNE, code_learning_rate=0.006)),
+        tmp_path / "out",
+        text=text_file,
     )
     plain, tuned = (read_tensors(tmp_path / name / "model.safetensors")[0] for name in ("plain", "out"))
     codes = [name for name in plain if name.endswith(".weight_packed")]
@@ -152,7 +155,7 @@ def whole(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize(
     ("moment", "first"),
-    [((1, "tuning"), 1), ((11, "tuning"), 11), ((16, "tuning"), 15), ((1, "block 2/3"), None), ((3, "writing"), None)],
+    [((11, "tuning"), 11), ((16, "tuning"), 15), ((1, "block 2/3"), None)],
 )
 def test_an_interrupted_tuning_resumes_to_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path, whole: Path, moment: tuple[int, str], first: int | None
