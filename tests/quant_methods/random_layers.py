@@ -40,7 +40,7 @@ def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch
             linear.columns = Columns(index, (uniform(rows, form.columns) * 4).to(dtype))
     if form.sparse:
         chosen = torch.rand((rows, inputs), generator=generator) < 0.03
-        starts = torch.cat([torch.zeros(1), chosen.sum(1).cumsum(0)]).int()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
         linear.sparse = Sparse(starts, chosen.nonzero()[:, 1].int(), (uniform(int(chosen.sum())) * 3).to(dtype))
     if form.rank:
         linear.low_rank = LowRank(uniform(rows, form.rank).to(dtype), uniform(form.rank, inputs).to(dtype))
@@ -79,7 +79,7 @@ def quantize(step: Parts, problem: LinearProblem) -> QuantizedLinear:
             columns = Columns(index.int(), kept.to(dtype))
     if step.sparse:
         chosen = weight.abs() > weight.abs().flatten().kthvalue(int(0.99 * weight.numel())).values
-        starts = torch.cat([torch.zeros(1), chosen.sum(1).cumsum(0)]).int()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
         sparse = Sparse(starts, chosen.nonzero()[:, 1].int(), weight[chosen].to(dtype))
         weight[chosen] = 0
     if step.table:

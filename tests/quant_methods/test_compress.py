@@ -269,7 +269,7 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """One layer that needs our format takes all others along; the reader gets what the block solver had."""
-    steps = (GPTQ(bits=3, group_size=32, symmetric=False, targets=("down_proj",)), W4)
+    steps = (RTN(bits=3, group_size=32, symmetric=False, targets=("down_proj",)), RTN(bits=4, group_size=64))
     report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
     assert str(report.serving) == "vLLM with this plugin on CPU and CUDA"
     tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
@@ -295,7 +295,7 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
 def test_an_interrupted_run_of_our_format_writes_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    step = Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True, rank=2)
+    step = Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if done == 2:
