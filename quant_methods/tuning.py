@@ -191,7 +191,6 @@ class Tuner:
 
         """
         if not self.result_file.is_file():
-            self.say(0, self.step.steps, "the original model")
             outside = self.teacher.outside()
             targets = self._targets(outside)
             self._load_student(outside)
@@ -205,7 +204,9 @@ class Tuner:
     def _targets(self, outside: dict[str, Tensor]) -> Tensor:
         """Return what leaves the original's last block, float32 [sequences, length, width] on the CPU."""
         hidden = self.teacher.embed(self.tokens)
-        for index in range(len(self.teacher.blocks)):
+        total = len(self.teacher.blocks)
+        for index in range(total):
+            self.say(index, total, f"text to tune on through the original, block {index + 1}/{total}")
             with self.teacher.loaded(index) as block:
                 self.teacher.advance(index, block, hidden)
         self.teacher.load_outside(outside)
