@@ -51,6 +51,7 @@ A recipe file:
   steps:
     - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
+    - {method: tune}                    # optional, last: trains scales and norms by gradient; best on a GPU
 """
 
 
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     if args.statistics:
         return run_statistics(args, recipe, console)
     budget = budget_of(args)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{recipe.name}", total=None)
 
@@ -167,6 +168,12 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: 
             f"weights      {len(report.layers)} layers at {report.bits_per_weight:.3f} bits a weight, scales included",
             f"error        {mean:.4f} mean relative, {worst.relative_error:.4f} worst ({worst.name})",
         ]
+    if report.tuned is not None:
+        tuned = report.tuned
+        lines.append(
+            f"tuned        KL to the original on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after "
+            f"{tuned.kept} steps"
+        )
     lines.append(
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"

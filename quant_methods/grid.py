@@ -94,8 +94,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         [rows, columns] float32 weights, ``(code - zero_point) * scale``.
 
     """
-    columns = codes.shape[1]
-    return (codes.float() - expand(zero_point.float(), columns)) * expand(scale.float(), columns)
+    grouped = codes.float().unflatten(1, (scale.shape[1], -1))
+    return ((grouped - zero_point.float()[:, :, None]) * scale.float()[:, :, None]).flatten(1)
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:

@@ -11,6 +11,7 @@ from quant_methods.calibrator import Decoder
 from quant_methods.exempt import globs
 from quant_methods.native_format import INPUT_MULTIPLE
 from quant_methods.recipe import HANDLERS, Recipe, Serving, TransformStep, WeightStep
+from quant_methods.tuning import Tune
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,6 +26,7 @@ class Plan:
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
         outside: how many of the ignored, the last ones, are not inside blocks.
+        tune: what is trained at the end, or None.
 
     """
 
@@ -32,6 +34,7 @@ class Plan:
     ignored: list[str]
     transforms: tuple[TransformStep, ...] = ()
     outside: int = 0
+    tune: Tune | None = None
 
     @property
     def ignored_inside(self) -> list[str]:
@@ -71,10 +74,13 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     """Assign a step to every linear layer.
 
     Raises:
-        ParetoError: nothing is matched, a group size does not divide a layer's width, or layers that vLLM merges
-            would be stored differently.
+        ParetoError: nothing is matched, a group size does not divide a layer's width, layers that vLLM merges would
+            be stored differently, or a step is out of place.
 
     """
+    tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
+    if any(isinstance(step, Tune) for step in recipe.steps[:-1]):
+        raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
@@ -102,6 +108,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
             f"ignore ({', '.join(recipe.ignore)}) and exempt ({', '.join(recipe.exempt)})"
         )
+    if tune is not None and not weight_steps:
+        raise ParetoError(
+            f"recipe {recipe.name}: tune trains what a step that rounds weights made, and there is none; add one, e.g. "
+            "{method: rtn}"
+        )
     transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:
         raise ParetoError(
@@ -115,7 +126,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside, transforms, len(outside))
+    return Plan(steps, ignored + outside, transforms, len(outside), tune)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -128,10 +128,14 @@ class QuantizedLinear:
 
     def cpu(self) -> QuantizedLinear:
         """Return a copy on the CPU."""
+        return self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> QuantizedLinear:
+        """Return a copy on a device."""
 
         def moved(part: object) -> object:
             if isinstance(part, Tensor):
-                return part.cpu()
+                return part.to(device)
             return None if part is None else type(part)(*map(moved, vars(part).values()))
 
         return QuantizedLinear(*map(moved, vars(self).values()))  # type: ignore[arg-type]

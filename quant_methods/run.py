@@ -1,9 +1,10 @@
 """One compression, from its state directory to the finished checkpoint.
 
 A run works in ``OUT.partial/``: ``state.json`` says what is being made, ``block-*.safetensors`` hold finished blocks,
-``checkpoint/`` is filled at the end and renamed to OUT. A run that was interrupted goes on from its first unfinished
-block. It replays the calibration set through the finished blocks instead of storing hidden states, with the same
-arithmetic as the first time, so the checkpoint's bytes do not depend on where it was interrupted.
+``tuned-*.safetensors`` the same blocks after tuning, ``checkpoint/`` is filled at the end and renamed to OUT. A run
+that was interrupted goes on from its first unfinished block. It replays the calibration set through the finished blocks
+instead of storing hidden states, with the same arithmetic as the first time, so the checkpoint's bytes do not depend on
+where it was interrupted.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from quant_methods.model_source import fingerprint, read_config, read_header, we
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
 from quant_methods.text_source import load_sequences
+from quant_methods.tuning import Tuned, Tuner
 
 RECIPE_FILE = "pareto_recipe.json"
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
 
 Progress = Callable[[int, int, str], None]
-"""Called with (blocks finished, blocks in all, what happens now)."""
+"""Called with (blocks finished, blocks in all, what happens now); while tuning, with steps in the place of blocks."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class LayerReport:
         shape: [out, in].
         bits_per_weight: storage, scales and zero-points included.
         relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
-            that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too.
+            that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
+            tuning, which has the whole model's error in view.
 
     """
 
@@ -78,6 +81,7 @@ class Report:
         peak_memory: the process's peak resident memory in bytes.
         resumed_blocks: blocks that an earlier run had finished.
         serving: what serves it.
+        tuned: what tuning did, or None.
 
     """
 
@@ -90,6 +94,7 @@ class Report:
     peak_memory: int = 0
     resumed_blocks: int = 0
     serving: Serving = field(default_factory=lambda: Serving.of(()))
+    tuned: Tuned | None = None
 
 
 class Run:
@@ -121,16 +126,22 @@ class Run:
         self.text = None if text is None else Path(text)
         self.tokens: Tensor | None = None
         if plan.needs_data or recipe.kv_scales:
-            progress(0, self.total, "calibration data")
             settings = recipe.calibration
-            self.tokens = load_sequences(
-                model_dir,
-                self.text,
-                settings.num_samples,
-                settings.length,
-                settings.seed,
-                device=str(decoder.device),
-                progress=lambda done, steps: progress(0, self.total, f"sampling text, {100 * done // steps}%"),
+            self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
+        self.tuner: Tuner | None = None
+        if plan.tune is not None:
+            count = plan.tune.num_samples + plan.tune.held_out
+            self.tuner = Tuner(
+                plan.tune,
+                model_dir=model_dir,
+                source=decoder.source,
+                device=decoder.device,
+                steps=plan.steps,
+                storage=self.solver.storage,
+                block_file=self._block_file,
+                tokens=self._sequences("text to tune on", count, plan.tune.length),
+                work=work,
+                say=progress,
             )
         self.calibrator = None
         if recipe.kv_scales:
@@ -141,23 +152,39 @@ class Run:
             )
         self.provenance = self._provenance(os.fspath(model))
 
+    def _sequences(self, what: str, num: int, length: int) -> Tensor:
+        self.progress(0, self.total, what)
+        return load_sequences(
+            self.model_dir,
+            self.text,
+            num,
+            length,
+            self.recipe.calibration.seed,
+            device=str(self.decoder.device),
+            progress=lambda done, steps: self.progress(0, self.total, f"sampling text, {100 * done // steps}%"),
+        )
+
     def _provenance(self, model: str) -> dict[str, Any]:
         """Return what determines the checkpoint's bytes; it travels with the checkpoint and names an unfinished run."""
-        data: dict[str, Any] | None = None
-        if self.tokens is not None:
-            data = {
+
+        def described(tokens: Tensor | None) -> dict[str, Any] | None:
+            if tokens is None:
+                return None
+            return {
                 "source": self.text.name if self.text else "sampled from the model",
-                "tokens_sha256": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
-                "num_samples": self.tokens.shape[0],
-                "length": self.tokens.shape[1],
+                "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+                "num_samples": tokens.shape[0],
+                "length": tokens.shape[1],
                 "seed": self.recipe.calibration.seed,
             }
+
         packages = ("vllm-pareto", "torch", "transformers", "compressed-tensors", "safetensors")
         return {
             "model": Path(model).name if Path(model).is_dir() else model,
             "model_sha256": fingerprint(self.model_dir),
             "recipe": self.recipe.to_dict(),
-            "calibration": data,
+            "calibration": described(self.tokens),
+            **({"tuning": described(self.tuner.tokens)} if self.tuner else {}),
             "device": self.decoder.device.type,
             "versions": {
                 "python": platform.python_version(),
@@ -176,14 +203,19 @@ class Run:
         with self._state_directory():
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
-            self._blocks(report)
+            self._blocks(report, self._block_file, None if self.tuner else self.calibrator)
             if report.layers and not any(layer.relative_error for layer in report.layers):
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
                     "rounded like this before: compress the original, or to fewer bits"
                 )
+            if self.tuner is not None:
+                report.tuned = self.tuner.run()
+                # KV scales are those of the model that is served, which the blocks are only now.
+                if self.calibrator is not None:
+                    self._blocks(Report(self.out), self.tuner.block_result, self.calibrator)
             self.progress(self.total, self.total, "writing the checkpoint")
-            report.bytes_after = self._write()
+            report.bytes_after = self._write(report.tuned)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
             bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in report.layers)
             report.bits_per_weight = bits / weights if weights else 16.0
@@ -211,9 +243,13 @@ class Run:
     def _block_file(self, index: int) -> Path:
         return self.work / f"block-{index:05d}.safetensors"
 
-    def _blocks(self, report: Report) -> None:
-        hidden = self.decoder.embed(self.tokens) if self.tokens is not None else None
-        original = hidden.clone() if hidden is not None and self.plan.needs_original else None
+    def _blocks(self, report: Report, file_of: Callable[[int], Path], calibrator: KVCalibrator | None) -> None:
+        """Quantize the blocks that have no file yet, and show the calibrator, if given, all of them."""
+        # What only runs through the blocks runs for the calibrator, or for a block that is still to be solved.
+        solving = not all(file_of(index).is_file() for index in range(self.total))
+        needed = self.tokens if solving or calibrator is not None else None
+        hidden = self.decoder.embed(needed) if needed is not None else None
+        original = hidden.clone() if hidden is not None and self.plan.needs_original and solving else None
         for index in range(self.total):
             self.progress(index, self.total, f"block {index + 1}/{self.total}")
             linears = self.decoder.linears(index)
@@ -222,8 +258,8 @@ class Run:
                 continue
             with self.decoder.loaded(index) as block:
                 pristine = clone(block) if original is not None else None
-                path = self._block_file(index)
-                if local and path.is_file():
+                path = file_of(index)
+                if path.is_file():
                     tensors, metadata = read_tensors(path)
                     errors = json.loads(metadata["relative_error"])
                     self.solver.install(index, block, tensors)
@@ -239,11 +275,11 @@ class Run:
                         write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
                 report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
-                if hidden is not None and not (last and self.calibrator is None):
+                if hidden is not None and not (last and calibrator is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
-                    if self.calibrator is not None and (metric := value_metric(block, self.decoder.config)) is not None:
-                        self.calibrator.weigh_values(index, metric)
-                    self.decoder.advance(index, block, hidden, self.calibrator)
+                    if calibrator is not None and (metric := value_metric(block, self.decoder.config)) is not None:
+                        calibrator.weigh_values(index, metric)
+                    self.decoder.advance(index, block, hidden, calibrator)
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)
 
@@ -262,7 +298,7 @@ class Run:
         write_tensors(path, {name: source.read(name).to(source.dtype(name)) for name in sorted(names)}, {})
         return path
 
-    def _write(self) -> int:
+    def _write(self, tuned: Tuned | None) -> int:
         """Fill ``checkpoint/``, rename it to the output, and return the bytes of its tensors."""
         target = self.work / "checkpoint"
         if target.exists():
@@ -272,7 +308,11 @@ class Run:
         config = read_config(self.model_dir)
         if self.plan.steps:
             replaced = {f"{name}.weight" for name in self.plan.steps}
-            parts = [p for p in map(self._block_file, range(self.total)) if p.is_file()]
+            file_of = self._block_file if self.tuner is None else self.tuner.block_result
+            files = [file_of(index) for index in range(self.total)]
+            if self.tuner is not None:
+                files.append(self.tuner.outside_result)
+            parts = [path for path in files if path.is_file()]
             replaced |= {name for part in parts for name in read_header(part)}
             if changed := self.decoder.source.changed():
                 parts.append(self._changed(set(changed) - replaced))
@@ -288,9 +328,10 @@ class Run:
                 shutil.copyfile(index, target / index.name)
             size = self.decoder.source.size()
         write_json(target / "config.json", config)
-        write_json(target / RECIPE_FILE, self.provenance)
         for name, data in self.attachments.items():
             write_bytes(target / name, data)
+        result = {} if tuned is None else {"tuned": {"held_out_kl": tuned.kl, "kept_step": tuned.kept}}
+        write_json(target / RECIPE_FILE, {**self.provenance, **result})
         if self.calibrator is not None:
             self.calibrator.finish({"recipe": self.recipe.name}).save(target)
         if self.out.exists():
@@ -321,8 +362,8 @@ def locked(work: Path) -> Iterator[None]:
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Say in one line what differs between an unfinished run and the one asked for."""
-    fields = ("model", "model_sha256", "recipe", "calibration", "device", "versions")
-    differs = [name for name in fields if found.get(name) != wanted[name]]
+    fields = ("model", "model_sha256", "recipe", "calibration", "tuning", "device", "versions")
+    differs = [name for name in fields if found.get(name) != wanted.get(name)]
     what = ", ".join("model" if name == "model_sha256" else name for name in differs) or "settings"
     return (
         f"{work} holds an unfinished run of recipe {found['recipe']['name']} on {found['model']} with a different "

@@ -13,6 +13,7 @@ from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recip
 from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
 from quant_methods.smoothquant import SmoothQuant
+from quant_methods.tuning import Tune
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
@@ -20,7 +21,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, Rotate}
+    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, Rotate, Tune}
 
 
 def test_gptq_w4_is_there() -> None:
@@ -30,8 +31,9 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate}
-    assert {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "rotate": Rotate} == STEPS
+    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate, Tune}
+    steps = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "rotate": Rotate, "tune": Tune}
+    assert steps == STEPS
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
