@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,10 +12,12 @@ from kv_cache.errors import ParetoError
 from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics
 from quant_methods.gptq import relative_error
+from quant_methods.outlier_split import split
 from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
-from quant_methods.recipe import HANDLERS, LinearProblem
+from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
 from quant_methods.scaling import scale_block
+from quant_methods.zeroquant import compensate
 
 
 class BlockSolver:
@@ -80,8 +83,9 @@ class BlockSolver:
             self.say(name)
             step = self.plan.steps[full]
             if position != seen and hidden is not None:
+                ranges = any(self.plan.steps[self.decoder.name(index, n)].outliers for p, n in order if p == position)
                 statistics = self.decoder.statistics(
-                    index, block, hidden, stages=stages, position=position, original=original
+                    index, block, hidden, stages=stages, position=position, original=original, ranges=ranges
                 )
                 seen = position
             linear = block.get_submodule(name)
@@ -94,14 +98,26 @@ class BlockSolver:
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
         step = self.plan.steps[name]
+        upstream = HANDLERS[type(step)].needs_upstream(step)
         stored = self.decoder.source.entries[f"{name}.weight"][1]["dtype"]
         problem = LinearProblem(
             name=name,
             weight=weight.clone(),
             hessian=statistics.hessian if statistics else None,
-            cross=statistics.cross if statistics else None,
-            residual=statistics.residual if statistics else None,
+            cross=statistics.cross if statistics and upstream else None,
+            residual=statistics.residual if statistics and upstream else None,
             # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
             scale_dtype=torch.float16 if stored == "F16" else torch.bfloat16,
+            largest=statistics.ranges.largest if statistics and statistics.ranges else None,
         )
-        return HANDLERS[type(step)].quantize(step, problem)
+        return solve(step, problem)
+
+
+def solve(step: WeightStep, problem: LinearProblem) -> QuantizedLinear:
+    """Quantize one layer, with what the step keeps beside the codes."""
+    quantize = HANDLERS[type(step)].quantize
+    if step.rank:
+        quantize = functools.partial(compensate, solve=quantize)
+    if step.outliers:
+        quantize = functools.partial(split, solve=quantize)
+    return quantize(step, problem)

@@ -70,16 +70,26 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         ParetoError: the Hessian is not finite.
 
     """
-    assert problem.hessian is not None, "the calibrator supplies a Hessian to every GPTQ step"
-    if not torch.isfinite(problem.hessian).all():
-        raise ParetoError(f"{problem.name}: the calibration activations are not finite (inf or NaN)")
-    hessian, factor = factorize(problem.hessian, step.damping)
+    hessian, factor = factorize(finite(problem), step.damping)
     weight = aim(problem, factor)
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(
             weight, hessian, step.grid, act_order=step.act_order, search=step.search, scale_dtype=problem.scale_dtype
         )
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+
+
+def finite(problem: LinearProblem) -> Tensor:
+    """Return a problem's Hessian.
+
+    Raises:
+        ParetoError: it is not finite.
+
+    """
+    assert problem.hessian is not None, "the calibrator supplies a Hessian to every step that needs it"
+    if not torch.isfinite(problem.hessian).all():
+        raise ParetoError(f"{problem.name}: the calibration activations are not finite (inf or NaN)")
+    return problem.hessian
 
 
 def aim(problem: LinearProblem, factor: Tensor) -> Tensor:

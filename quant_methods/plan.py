@@ -40,7 +40,7 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether a step looks at activations."""
-        return bool(self.transforms) or any(HANDLERS[type(step)].needs_hessian(step) for step in self.steps.values())
+        return bool(self.transforms) or any(step.needs_data for step in self.steps.values())
 
     @property
     def needs_original(self) -> bool:

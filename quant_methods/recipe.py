@@ -56,6 +56,11 @@ class WeightStep(Step):
         symmetric: without zero-points.
         activations: ``none`` keeps activations in 16 bits; ``int8`` rounds them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
+        outliers: fraction of the input channels that is kept apart in more bits (``outlier_split.py``).
+        outlier_bits: of a weight there: 16 or 8.
+        outlier_choice: which channels those are, by ``range``, ``energy`` or ``threshold`` of their activations.
+        rank: of a product that makes up for the error (``zeroquant.py``); 0: none.
+        rank_metric: which error, that of the layer's output (``activations``) or of its ``weights``.
 
     """
 
@@ -64,6 +69,31 @@ class WeightStep(Step):
     symmetric: bool = True
     activations: Literal["none", "int8"] = "none"
     targets: tuple[str, ...] = ("*",)
+    outliers: float = 0.0
+    outlier_bits: int = 16
+    outlier_choice: Literal["range", "energy", "threshold"] = "range"
+    rank: int = 0
+    rank_metric: Literal["activations", "weights"] = "activations"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
+        return not self.outliers and not self.rank
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the step looks at activations."""
+        by_output = self.rank > 0 and self.rank_metric == "activations"
+        return self.outliers > 0 or by_output or HANDLERS[type(self)].needs_hessian(self)
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        """Return the storage of a [rows, columns] weight in bits a weight, everything beside the codes included."""
+        bits = self.grid.bits_per_weight(rows, columns) + 16 * self.rank * (rows + columns) / (rows * columns)
+        if self.outliers:
+            bits += (
+                max(1, round(self.outliers * columns)) * self.outlier_bits + 16 * (self.outlier_bits == 8)
+            ) / columns
+        return bits
 
     @property
     def grid(self) -> Grid:
@@ -72,12 +102,22 @@ class WeightStep(Step):
 
     def check(self) -> None:
         """Refuse what vLLM 0.32 has no kernel for (its model_executor/kernels/linear says which it has)."""
-        if self.bits not in (4, 8):
-            raise ParetoError(f"bits: {self.bits} is not served by vLLM; use 4 or 8")
         if self.group_size not in (-1, 32, 64, 128):
             raise ParetoError(
                 f"group_size: {self.group_size} has no kernel in vLLM; use 32, 64, 128, or -1 for one scale per channel"
             )
+        if not 0 <= self.outliers < 0.5:
+            raise ParetoError(f"outliers: {self.outliers} is not in [0, 0.5); it is a fraction, and 0.01 is usual")
+        if self.outlier_bits not in (8, 16):
+            raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
+        if self.rank < 0:
+            raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
+        if self.plain:
+            self._check_plain()
+
+    def _check_plain(self) -> None:
+        if self.bits not in (4, 8):
+            raise ParetoError(f"bits: {self.bits} is not served by vLLM; use 4 or 8")
         if self.activations == "int8":
             if self.bits != 8 or self.group_size != -1 or not self.symmetric:
                 raise ParetoError(
@@ -92,6 +132,8 @@ class WeightStep(Step):
 
     def devices(self) -> tuple[str, ...]:
         """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``."""
+        if not self.plain:
+            return ()
         # vLLM's CPU kernel for 16-bit activations (CPUWNA16LinearKernel) takes 4-bit weights alone.
         if self.activations == "none" and self.bits == 8:
             return ("cuda",)
@@ -184,6 +226,7 @@ class LinearProblem:
         residual: float32 [out, in], the mean of (r_original - r) x^T for the residual stream r that this layer's
             output is added to, or None.
         scale_dtype: dtype that scales are stored in.
+        largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
 
     """
 
@@ -193,6 +236,7 @@ class LinearProblem:
     cross: Tensor | None
     residual: Tensor | None
     scale_dtype: torch.dtype
+    largest: Tensor | None = None
 
 
 @dataclass

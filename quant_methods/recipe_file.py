@@ -20,7 +20,8 @@ import quant_methods.awq
 import quant_methods.gptq
 import quant_methods.rotation
 import quant_methods.rtn
-import quant_methods.smoothquant  # noqa: F401
+import quant_methods.smoothquant
+import quant_methods.squeezellm  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.recipe import STEPS, Calibration, Recipe
 

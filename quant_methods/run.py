@@ -247,7 +247,7 @@ class Run:
         name = self.decoder.name(index, local)
         linear = self.decoder.linears(index)[local]
         rows, columns = linear.out_features, linear.in_features
-        bits = self.plan.steps[name].grid.bits_per_weight(rows, columns)
+        bits = self.plan.steps[name].bits_per_weight(rows, columns)
         return LayerReport(name, (rows, columns), bits, errors[name])
 
     def _changed(self, names: set[str]) -> Path:

@@ -13,6 +13,7 @@ from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recip
 from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
 from quant_methods.smoothquant import SmoothQuant
+from quant_methods.squeezellm import SqueezeLLM
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
@@ -31,7 +32,14 @@ def test_gptq_w4_is_there() -> None:
 
 def test_every_method_has_a_handler() -> None:
     assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate}
-    assert {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "rotate": Rotate} == STEPS
+    assert {
+        "rtn": RTN,
+        "gptq": GPTQ,
+        "awq": AWQ,
+        "smoothquant": SmoothQuant,
+        "rotate": Rotate,
+        "squeezellm": SqueezeLLM,
+    } == STEPS
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
@@ -51,7 +59,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
     [
         ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
-        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rotate, rtn, smoothquant"),
+        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rotate, rtn, smoothquant, squeezellm"),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
         ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
@@ -60,6 +68,9 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: rtn, bits: 8, symmetric: false}]", "8-bit weights with zero-points have no kernel"),
         ("steps: [{method: rtn, activations: int8}]", "activations: int8 needs 8-bit symmetric weights"),
         ("steps: [{method: rtn, search: best}]", "search: 'best' is not one of minmax, mse"),
+        ("steps: [{method: rtn, outliers: 2}]", r"outliers: 2.0 is not in \[0, 0.5\)"),
+        ("steps: [{method: rtn, outlier_bits: 4}]", "outlier_bits: 4 is neither 8 nor 16"),
+        ("steps: [{method: gptq, rank: -1}]", "rank: -1 is negative"),
         ("steps: [{method: gptq, damping: 0}]", "damping: 0.0 is not in"),
         ("ignore: lm_head", "ignore: expected a list of strings"),
         ("calibration: {samples: 3}", "calibration: unknown key 'samples'; valid keys: length, num_samples, seed"),
