@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
@@ -16,7 +15,7 @@ from quant_methods.outlier_split import split
 from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
-from quant_methods.scaling import scale_block
+from quant_methods.scaling import ScaledBlock, scale_block
 from quant_methods.zeroquant import compensate
 
 
@@ -32,14 +31,20 @@ class BlockSolver:
 
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
+        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def transform(self, index: int, block: nn.Module, hidden: Tensor | None) -> dict[str, Tensor]:
+    def transform(
+        self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Carry out the transform steps on a block in place; return the changed tensors that are stored as they are."""
+        self.ranges = {}
         if not self.plan.transforms:
             return {}
         assert hidden is not None
-        self.say("scales")
-        return scale_block(self.decoder, index, block, hidden, self.plan)
+        scaled = ScaledBlock(self.decoder, index, block, hidden, self.plan, original, self.say)
+        tensors = scale_block(scaled)
+        self.ranges = {self.decoder.name(index, local): found for local, found in scaled.ranges.items()}
+        return tensors
 
     def install(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Give a block the weights of its finished file."""
@@ -99,16 +104,15 @@ class BlockSolver:
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
         step = self.plan.steps[name]
         upstream = HANDLERS[type(step)].needs_upstream(step)
-        stored = self.decoder.source.entries[f"{name}.weight"][1]["dtype"]
         problem = LinearProblem(
             name=name,
             weight=weight.clone(),
             hessian=statistics.hessian if statistics else None,
             cross=statistics.cross if statistics and upstream else None,
             residual=statistics.residual if statistics and upstream else None,
-            # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
-            scale_dtype=torch.float16 if stored == "F16" else torch.bfloat16,
+            scale_dtype=self.decoder.scale_dtype(name),
             largest=statistics.ranges.largest if statistics and statistics.ranges else None,
+            ranges=self.ranges.get(name),
         )
         return solve(step, problem)
 

@@ -74,7 +74,13 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
     weight = aim(problem, factor)
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(
-            weight, hessian, step.grid, act_order=step.act_order, search=step.search, scale_dtype=problem.scale_dtype
+            weight,
+            hessian,
+            step.grid,
+            act_order=step.act_order,
+            search=step.search,
+            scale_dtype=problem.scale_dtype,
+            ranges=problem.ranges,
         )
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
 
@@ -150,6 +156,7 @@ def solve(
     act_order: bool = True,
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run GPTQ's Algorithm 1.
 
@@ -163,19 +170,23 @@ def solve(
         act_order: round channels in order of falling ``hessian`` diagonal (ties: lower index first).
         search: how ranges are chosen.
         scale_dtype: dtype that scales are stored in.
+        ranges: (scale, zero-point) [rows, groups], given beforehand.
 
     Returns:
         (codes [rows, columns], scale [rows, groups], zero_point [rows, groups]) in ``weight``'s dtype.
 
     """
-    width = weight.shape[1] // grid.groups(weight.shape[1])
+    columns, groups = weight.shape[1], grid.groups(weight.shape[1])
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        rounding = _Groups(grid, width, order, *fit(weight, grid, hessian, search, scale_dtype))
+        ranges = ranges or fit(weight, grid, hessian, search, scale_dtype)
     else:
-        order = torch.arange(weight.shape[1], device=weight.device)
-        empty = weight.new_empty((len(weight), grid.groups(weight.shape[1])))
-        rounding = _Groups(grid, width, order, empty, empty.clone(), (hessian, search, scale_dtype))
+        order = torch.arange(columns, device=weight.device)
+    if ranges is not None:
+        rounding = _Groups(grid, columns // groups, order, ranges)
+    else:
+        unknown = weight.new_zeros((len(weight), groups)), weight.new_zeros((len(weight), groups))
+        rounding = _Groups(grid, columns // groups, order, unknown, (hessian, search, scale_dtype))
     feed_back(weight, hessian, order, rounding)
     codes = torch.empty_like(rounding.codes)
     codes[order] = rounding.codes
@@ -207,15 +218,14 @@ class _Groups:
         grid: Grid,
         width: int,
         order: Tensor,
-        scale: Tensor,
-        zero: Tensor,
+        ranges: tuple[Tensor, Tensor],
         late: tuple[Tensor, Search, torch.dtype] | None = None,
     ) -> None:
         self.grid, self.late = grid, late
         self.width = width if late else 0
         self.group_of = (order // width).tolist()
-        self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()
-        self.codes = scale.new_empty((len(order), len(scale)))
+        self.scale, self.zero = (part.T.contiguous() for part in ranges)
+        self.codes = self.scale.new_empty((len(order), self.scale.shape[1]))
 
     def fit(self, position: int, current: Tensor) -> None:
         assert self.late is not None

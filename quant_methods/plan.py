@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
-from quant_methods.recipe import HANDLERS, Recipe, TransformStep, WeightStep
+from quant_methods.recipe import HANDLERS, BlockStep, Recipe, TransformStep, WeightStep
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -45,7 +45,9 @@ class Plan:
     @property
     def needs_original(self) -> bool:
         """Whether a step compares with the original model's activations."""
-        return any(HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values())
+        return any(isinstance(step, BlockStep) for step in self.transforms) or any(
+            HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values()
+        )
 
     @property
     def devices(self) -> list[str]:
@@ -92,6 +94,10 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
             "is none; add one, e.g. {method: rtn}"
         )
+    for transform in transforms:
+        if isinstance(transform, BlockStep):
+            for follower in weight_steps:
+                transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside = [

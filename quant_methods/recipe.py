@@ -153,6 +153,19 @@ class TransformStep(Step):
 
 
 @dataclass(frozen=True)
+class BlockStep(TransformStep):
+    """A transform step that has a whole block in view, and what the block should put out."""
+
+    def check_next(self, step: WeightStep) -> None:
+        """Refuse a weight step that cannot use what this one learns.
+
+        Raises:
+            ParetoError: with the alternative.
+
+        """
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What calibration runs on.
 
@@ -227,6 +240,7 @@ class LinearProblem:
             output is added to, or None.
         scale_dtype: dtype that scales are stored in.
         largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
+        ranges: (scale, zero-point), float32 [out, groups], that an earlier step learned for the weight, or None.
 
     """
 
@@ -237,6 +251,7 @@ class LinearProblem:
     residual: Tensor | None
     scale_dtype: torch.dtype
     largest: Tensor | None = None
+    ranges: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -280,6 +295,7 @@ class Handler:
 STEPS: dict[str, type[Step]] = {}
 HANDLERS: dict[type[Step], Handler] = {}
 TRANSFORMS: dict[type[Step], Callable[[Any, ScalingProblem], Tensor]] = {}
+BLOCK_STEPS: dict[type[Step], Callable[[Any, Any], None]] = {}
 StepType = TypeVar("StepType", bound=type[Step])
 
 
@@ -319,6 +335,19 @@ def transforms(step_type: type[Step]) -> Callable[[Scale], Scale]:
 
     def decorate(function: Scale) -> Scale:
         TRANSFORMS[step_type] = function
+        return function
+
+    return decorate
+
+
+Train = TypeVar("Train", bound=Callable[[Any, Any], None])
+
+
+def trains(step_type: type[Step]) -> Callable[[Train], Train]:
+    """Register the function that performs a block step: it changes a ``scaling.ScaledBlock`` in place."""
+
+    def decorate(function: Train) -> Train:
+        BLOCK_STEPS[step_type] = function
         return function
 
     return decorate

@@ -18,6 +18,7 @@ import yaml
 # Importing a method's module registers it.
 import quant_methods.awq
 import quant_methods.gptq
+import quant_methods.omniquant
 import quant_methods.rotation
 import quant_methods.rtn
 import quant_methods.smoothquant

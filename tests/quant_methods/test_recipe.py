@@ -8,7 +8,8 @@ import pytest
 from kv_cache.errors import ParetoError
 from quant_methods.awq import AWQ
 from quant_methods.gptq import GPTQ
-from quant_methods.recipe import HANDLERS, STEPS, TRANSFORMS, Calibration
+from quant_methods.omniquant import OmniQuant
+from quant_methods.recipe import BLOCK_STEPS, HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
@@ -21,7 +22,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, Rotate}
+    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate}
 
 
 def test_gptq_w4_is_there() -> None:
@@ -31,15 +32,11 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate}
-    assert {
-        "rtn": RTN,
-        "gptq": GPTQ,
-        "awq": AWQ,
-        "smoothquant": SmoothQuant,
-        "rotate": Rotate,
-        "squeezellm": SqueezeLLM,
-    } == STEPS
+    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate}
+    assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
+    assert set(TRANSFORMS) == {AWQ, SmoothQuant}
+    assert set(BLOCK_STEPS) == {OmniQuant}
+    assert all(STEPS[kind.method] is kind for kind in STEPS.values())
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
@@ -59,7 +56,10 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
     [
         ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
-        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rotate, rtn, smoothquant, squeezellm"),
+        (
+            "steps: [{method: awqq}]",
+            "unknown method 'awqq'; methods: awq, gptq, omniquant, rotate, rtn, smoothquant, squeezellm",
+        ),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
         ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
