@@ -48,7 +48,10 @@ A recipe file:
 """
 
 # Flags that override a step's settings, where the step has such a setting.
-STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream", "alpha")
+STEP_FLAGS = (
+    "bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream", "alpha",
+    "outliers", "rank", "sparse", "epochs",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
+    recipe.add_argument("--outliers", type=float, metavar="FRACTION", help="input channels to keep in 16 bits")
+    recipe.add_argument("--rank", type=int, help="of a product that makes up for the error")
+    recipe.add_argument("--sparse", type=float, metavar="FRACTION", help="SqueezeLLM: weights to keep in 16 bits")
+    recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--num-calibration-samples", type=int, metavar="N", help="sequences")
     recipe.add_argument("--calibration-length", type=int, metavar="TOKENS", help="tokens in each sequence")

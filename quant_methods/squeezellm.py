@@ -32,8 +32,8 @@ from quant_methods.quantized import QuantizedLinear, Sparse
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 from quant_methods.threads import few_threads
 
-# Elements of one-hot codes of rows that are fitted together.
-ELEMENTS = 1 << 24
+# Elements of one-hot codes of rows that are fitted together: little new memory on a CPU, much work at once on a GPU.
+ELEMENTS, ELEMENTS_GPU = 1 << 21, 1 << 26
 
 
 @register("squeezellm")
@@ -107,8 +107,7 @@ def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
         apart = _worst_served(weight, sensitivity, clusters, count)
     table = stored(kmeans(weight, sensitivity * ~apart, clusters), dtype)
     if step.feedback:
-        with few_threads(weight.shape[0]):
-            codes, wanted, table = solve(weight, hessian, table, apart, refits=step.refits, dtype=dtype)
+        codes, wanted, table = solve(weight, hessian, table, apart, refits=step.refits, dtype=dtype)
     else:
         codes, wanted = nearest(weight, table), weight
     return QuantizedLinear(
@@ -163,7 +162,8 @@ def solve(
     best: tuple[Tensor, ...] = ()
     for _ in range(refits + 1):
         rounding = _Tables(table, apart[:, order].T.contiguous(), dtype)
-        feed_back(weight, hessian, order, rounding)
+        with few_threads(len(weight)):
+            feed_back(weight, hessian, order, rounding)
         codes, wanted = torch.empty_like(weight, dtype=torch.int64), torch.empty_like(weight)
         codes[:, order], wanted[:, order] = rounding.codes.T.long(), rounding.wanted.T
         rounded = table
@@ -215,7 +215,7 @@ def refit(weight: Tensor, hessian: Tensor, codes: Tensor, table: Tensor, wanted:
     """
     rows, clusters = table.shape
     fitted = torch.empty_like(table)
-    step = max(1, ELEMENTS // (clusters * weight.shape[1]))
+    step = max(1, (ELEMENTS_GPU if weight.is_cuda else ELEMENTS) // (clusters * weight.shape[1]))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         error = weight[part] - torch.where(apart[part], wanted[part], table[part].gather(1, codes[part]))
