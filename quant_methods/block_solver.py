@@ -15,7 +15,7 @@ from quant_methods.outlier_split import split
 from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
-from quant_methods.scaling import ScaledBlock, scale_block
+from quant_methods.scaling import Learned, ScaledBlock, scale_block
 from quant_methods.zeroquant import compensate
 
 
@@ -31,19 +31,19 @@ class BlockSolver:
 
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
+        self.learned: dict[str, Learned] = {}
 
     def transform(
         self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Carry out the transform steps on a block in place; return the changed tensors that are stored as they are."""
-        self.ranges = {}
+        self.learned = {}
         if not self.plan.transforms:
             return {}
         assert hidden is not None
         scaled = ScaledBlock(self.decoder, index, block, hidden, self.plan, original, self.say)
         tensors = scale_block(scaled)
-        self.ranges = {self.decoder.name(index, local): found for local, found in scaled.ranges.items()}
+        self.learned = {self.decoder.name(index, local): found for local, found in scaled.learned.items()}
         return tensors
 
     def install(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -104,15 +104,16 @@ class BlockSolver:
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
         step = self.plan.steps[name]
         upstream = HANDLERS[type(step)].needs_upstream(step)
+        learned = self.learned.get(name)
         problem = LinearProblem(
             name=name,
-            weight=weight.clone(),
+            weight=weight.clone() if learned is None or learned.offset is None else weight + learned.offset,
             hessian=statistics.hessian if statistics else None,
             cross=statistics.cross if statistics and upstream else None,
             residual=statistics.residual if statistics and upstream else None,
             scale_dtype=self.decoder.scale_dtype(name),
             largest=statistics.ranges.largest if statistics and statistics.ranges else None,
-            ranges=self.ranges.get(name),
+            ranges=learned.ranges if learned else None,
         )
         return solve(step, problem)
 

@@ -38,7 +38,7 @@ from quant_methods.grid import expand, fit, round_tokens
 from quant_methods.plan import matches
 from quant_methods.recipe import BlockStep, WeightStep, register, trains
 from quant_methods.rtn import RTN
-from quant_methods.scaling import Fold, ScaledBlock
+from quant_methods.scaling import Fold, Learned, ScaledBlock
 
 ACTIVATION_BITS = {"int8": 8, "int6": 6}
 # Strengths that descent starts from are within these, where a sigmoid still has a slope.
@@ -215,7 +215,7 @@ def _local(key: str) -> str:
 
 @trains(OmniQuant)
 def learn(step: OmniQuant, scaled: ScaledBlock) -> None:
-    """Train one block, fold its scales, and leave the learned ranges and offsets in ``scaled``."""
+    """Train one block, fold its scales, and leave what rounding is to know in ``scaled.learned``."""
     trainee = _prepare(step, scaled)
     layers = {_local(key): clipping for key, clipping in trainee.clipping.items()}
     strengths = [strength for clipping in layers.values() for strength in clipping.logits]
@@ -261,9 +261,9 @@ def learn(step: OmniQuant, scaled: ScaledBlock) -> None:
             scaled.divide(fold, logarithm.exp())
         for local, clipping in layers.items():
             weight = scaled.block.get_submodule(local).weight
-            scaled.ranges[local] = clipping.ranges(weight)
-            if clipping.offset is not None:
-                scaled.offsets[local] = clipping.offset * expand(scaled.ranges[local][0], weight.shape[1])
+            ranges = clipping.ranges(weight)
+            offset = None if clipping.offset is None else clipping.offset * expand(ranges[0], weight.shape[1])
+            scaled.learned[local] = Learned(ranges, offset)
 
 
 def _prepare(step: OmniQuant, scaled: ScaledBlock) -> _Trainee:

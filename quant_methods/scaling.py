@@ -41,14 +41,27 @@ class Fold:
     producer: str
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a block step learned about rounding a layer.
+
+    Attributes:
+        ranges: (scale, zero-point), float32 [out, groups].
+        offset: float32 [out, in], to be added to the weight before it is rounded, or None.
+
+    """
+
+    ranges: tuple[Tensor, Tensor]
+    offset: Tensor | None = None
+
+
 class ScaledBlock:
     """A block whose scales are being moved.
 
     Attributes:
         stages: its linear layers by shared input.
         folds: those of the stages whose inputs can be divided.
-        ranges: (scale, zero-point) [out, groups] that a step learned for a layer, by local name.
-        offsets: [out, in] that a step learned to add to a layer's weight before it is rounded, by local name.
+        learned: what a step learned about rounding layers, by local name.
 
     """
 
@@ -79,8 +92,7 @@ class ScaledBlock:
         self.original, self.say = original, say
         self.stages = decoder.stages(index, block, hidden)
         self.folds = find_folds(decoder, index, block, hidden, self.stages)
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}
-        self.offsets: dict[str, Tensor] = {}
+        self.learned: dict[str, Learned] = {}
         self._batch = next(decoder.batches(hidden))[1]
         self._before = decoder.run(index, block, self._batch)
         self._changed: set[str] = set()
@@ -144,8 +156,6 @@ class ScaledBlock:
             if full.removesuffix(".weight") not in self.plan.steps and local in state:
                 tensors[full] = state[local].to("cpu", decoder.source.dtype(full), copy=True)
                 state[local].copy_(tensors[full])
-        for local, offset in self.offsets.items():
-            state[f"{local}.weight"] += offset
         return tensors
 
 

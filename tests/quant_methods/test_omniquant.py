@@ -140,14 +140,14 @@ def test_what_is_learned_is_what_is_rounded_to(tiny_model: Path) -> None:
         assert len(scaled.folds) == 3
         assert not torch.equal(block.input_layernorm.weight, original.input_layernorm.weight)
         before = decoder.run(1, original, hidden)
-        # So far the block computes what it did; the offsets come on top.
         assert torch.allclose(decoder.run(1, block, hidden), before, atol=1e-3 * before.abs().max().item())
-        scaled.finish()
-        for local, (scale, _) in scaled.ranges.items():
-            offset = scaled.offsets[local] / expand(scale, scaled.offsets[local].shape[1])
-            assert 0.01 < offset.abs().max() <= 0.5 + 1e-6
+        for learned in scaled.learned.values():
+            scale, _ = learned.ranges
             assert torch.equal(scale, scale.bfloat16().float())
-        assert set(scaled.ranges) == set(decoder.linears(1))
+            assert learned.offset is not None
+            offset = learned.offset / expand(scale, learned.offset.shape[1])
+            assert 0.01 < offset.abs().max() <= 0.5 + 1e-6
+        assert set(scaled.learned) == set(decoder.linears(1))
 
 
 def test_training_that_ends_worse_is_dropped(tiny_model: Path) -> None:
@@ -161,7 +161,7 @@ def test_training_that_ends_worse_is_dropped(tiny_model: Path) -> None:
         start = _prepare(wild, scaled).clipping["mlp/up_proj"]
         learn(wild, scaled)
         assert torch.equal(block.input_layernorm.weight, original.input_layernorm.weight)
-        assert torch.equal(scaled.ranges["mlp.up_proj"][0], start.ranges(original.mlp.up_proj.weight)[0])
+        assert torch.equal(scaled.learned["mlp.up_proj"].ranges[0], start.ranges(original.mlp.up_proj.weight)[0])
 
 
 def test_interrupted_runs_write_the_same_bytes(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
