@@ -27,7 +27,7 @@ from bench.kv_bench_schema import DtypeResult, KVBenchReport, Point, Spread
 from bench.schema import KVCache
 from bench.step_timer import ahead, prompts, time_batch
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import fingerprint, read_config, resolve_model
+from quant_methods.model_source import fingerprint, read_config, resolve_model, resolve_shape
 
 RESULT = "kv-bench.json"
 FLOOR = 16
@@ -123,7 +123,8 @@ class KVBench:
         self.settings, self.out = settings, out
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         models = [model for model in (settings.model, settings.compressed) if model is not None]
-        resolve = Path if settings.load_format == "dummy" else functools.partial(resolve_model, quantized=True)
+        dummy = settings.load_format == "dummy"
+        resolve = resolve_shape if dummy else functools.partial(resolve_model, quantized=True)
         self.folders = {model: resolve(model) for model in models}
         config = read_config(self.folders[settings.model])
         text = config.get("text_config") or config

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.kv_bench import RESULT, KVBench, Settings
     from bench.plan import default_memory
     from bench.step_timer import ahead
-    from quant_methods.model_source import resolve_model
+    from quant_methods.model_source import resolve_model, resolve_shape
 
     for flag in ("batch", "context"):
         if min(getattr(args, flag)) < 1:
@@ -143,9 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compilation_config is not None:
         _check_json(args.compilation_config)
     dummy = args.load_format == "dummy"
-    folder = Path(args.model) if dummy else resolve_model(args.model, quantized=True)
-    if not (folder / "config.json").is_file():
-        raise ParetoError(f"{folder} has no config.json: --load-format dummy takes a folder with one")
+    folder = resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True)
     # The cache is to hold the largest batch in bf16 with what its sequences produce meanwhile.
     chunk = args.max_num_batched_tokens or (8192 if gpu else 2048)
     needed = max(batch * (context + args.steps + ahead(batch, context, chunk) + 128) for batch, context in shapes)

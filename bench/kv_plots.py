@@ -1,6 +1,6 @@
 """Draws what kv-bench and eval measured of KV-cache dtypes: decode time against bf16, and quality against it.
 
-python -m bench.kv_plots results/gpu-kv-bench/kv-bench.json results/quality-cpu-ref-27m/eval.json --out docs
+python -m bench.kv_plots results/gpu-kv-bench/kv-bench.json results/quality-gpu-decode/eval.json --out docs
 """
 
 from __future__ import annotations
@@ -90,9 +90,18 @@ def trade_off_plot(speed: dict[str, Any], quality: dict[str, Any], path: Path) -
         raise ParetoError("the two results have no KV-cache dtype in common")
     figure = mpl.figure.Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
+    middle = (min(mark[1] for mark in marks) + max(mark[1] for mark in marks)) / 2
     for name, step, loss, bits in marks:
         axes.scatter(step, loss, s=30 * bits, color=_colour(name), alpha=0.85)
-        axes.annotate(f"{name}, {bits:g} bits", (step, loss), xytext=(9, 6), textcoords="offset points", fontsize=8)
+        right = step > middle
+        axes.annotate(
+            f"{name}, {bits:.1f} bits",
+            (step, loss),
+            xytext=(-9 if right else 9, 6),
+            textcoords="offset points",
+            horizontalalignment="right" if right else "left",
+            fontsize=8,
+        )
     axes.set_yscale("log")
     axes.margins(0.22, 0.15)
     axes.set_xlabel(f"time of a decode step at {shape[0]} x {shape[1]:,} tokens, bf16 = 1 (less is better)", fontsize=9)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods import checkpoint
 from quant_methods.calibrator import Decoder, Statistics
 from quant_methods.gptq import relative_error
 from quant_methods.outlier_split import split
@@ -16,6 +15,7 @@ from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
 from quant_methods.scaling import Learned, ScaledBlock, scale_block
+from quant_methods.storage import storage_of
 from quant_methods.zeroquant import compensate
 
 
@@ -32,6 +32,7 @@ class BlockSolver:
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
         self.learned: dict[str, Learned] = {}
+        self.storage = storage_of(plan)
 
     def transform(
         self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
@@ -51,7 +52,7 @@ class BlockSolver:
         for local in self.decoder.linears(index):
             name = self.decoder.name(index, local)
             if name in self.plan.steps:
-                linear = checkpoint.unpack_linear(name, tensors, self.plan.steps[name].grid)
+                linear = self.storage.unpack(name, tensors, self.plan.steps[name])
                 block.get_submodule(local).weight.copy_(linear.read())
         for local, parameter in block.state_dict().items():
             name = self.decoder.name(index, local)
@@ -98,7 +99,7 @@ class BlockSolver:
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
             linear.weight.copy_(result.read())
-            tensors |= checkpoint.pack_linear(full, result.cpu(), step)
+            tensors |= self.storage.pack(full, result.cpu(), step)
         return tensors, errors
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:

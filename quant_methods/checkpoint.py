@@ -87,14 +87,7 @@ class Source:
 
 
 def pack_linear(name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
-    """Return the tensors that store a quantized layer named ``name``.
-
-    Raises:
-        ParetoError: the layer is more than codes on a grid.
-
-    """
-    if any(part is not None for part in (linear.table, linear.columns, linear.sparse, linear.low_rank)):
-        raise ParetoError(f"{name}: compressed-tensors holds codes on a grid, and {step.method} made more than that")
+    """Return the tensors that store a quantized layer named ``name``."""
     if step.activations == "int8":
         return {f"{name}.weight": linear.codes.contiguous(), f"{name}.weight_scale": linear.scale.contiguous()}
     tensors = {

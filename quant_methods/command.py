@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
     from quant_methods.run import Report
 
-HELP = "write a compressed checkpoint that stock vLLM serves"
+HELP = "write a compressed checkpoint that vLLM serves"
 USER_ERRORS = (ParetoError,)
 DESCRIPTION = """\
-Compress a Hugging Face model: its linear layers' weights to 4 or 8 bits, and scales for a quantized KV cache.
+Compress a Hugging Face model: its linear layers' weights to 2 to 8 bits, and scales for a quantized KV cache.
 
 A recipe says how: a built-in one (pareto compress --list-recipes) or a YAML file. Flags override its settings. The
-result is a compressed-tensors checkpoint that stock vLLM serves, with its recipe in pareto_recipe.json.
+result is a checkpoint with its recipe in pareto_recipe.json: compressed-tensors, which stock vLLM serves, where that
+can express it (4 and 8 bits); else a format that vLLM serves where this package is installed.
 
 examples:
   pareto compress ref-7m --recipe gptq-w4 --out ref-7m-w4
@@ -66,11 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="print the error of every layer")
     parser.add_argument("--device", default="cpu", help="torch device for the arithmetic (default: %(default)s)")
     recipe = parser.add_argument_group("overrides of the recipe")
-    recipe.add_argument("--bits", type=int, help="4 or 8")
+    recipe.add_argument("--bits", type=int, help="2 to 8; stock vLLM serves 4 and 8")
     recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
-    recipe.add_argument("--activations", choices=("none", "int8"), help="precision of activations at serving time")
+    recipe.add_argument(
+        "--activations", choices=("none", "int8", "int6"), help="precision of activations at serving time"
+    )
     recipe.add_argument("--search", choices=("minmax", "mse", "output"), help="how each group's range is chosen")
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
@@ -159,21 +162,17 @@ def override(recipe: Recipe, args: argparse.Namespace) -> Recipe:
 
 
 def _recipes_table() -> Table:
-    from quant_methods.recipe import WeightStep
+    from quant_methods.recipe import Serving, WeightStep
     from quant_methods.recipe_file import built_in_recipes, load_recipe
 
     table = Table(title="built-in recipes", title_justify="left")
-    for heading in ("recipe", "what it does", "vLLM serves it on"):
+    for heading in ("recipe", "what it does", "served by"):
         table.add_column(heading)
     for name in built_in_recipes():
         recipe = load_recipe(name)
-        devices = {"cpu", "cuda"}.intersection(*(s.devices() for s in recipe.steps if isinstance(s, WeightStep)))
-        table.add_row(name, recipe.description, _devices(sorted(devices)))
+        serving = Serving.of(step for step in recipe.steps if isinstance(step, WeightStep))
+        table.add_row(name, recipe.description, str(serving))
     return table
-
-
-def _devices(devices: list[str]) -> str:
-    return " and ".join({"cpu": "CPU", "cuda": "CUDA"}[device] for device in devices)
 
 
 def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: bool) -> None:
@@ -201,10 +200,14 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: 
         lines.append("KV scales    calibrated; serve with --kv-cache-dtype int4_per_head (or another per-head dtype)")
     resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
-    lines.append(f"serves on    {_devices(report.devices)}")
+    lines.append(f"served by    {report.serving}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    if "cpu" not in report.devices:
+    if "cpu" not in report.serving.devices:
         console.print(
             "note: vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8",
             soft_wrap=True,
+        )
+    if report.serving.plugin:
+        console.print(
+            "note: serve it where vllm-pareto is installed; stock vLLM does not know its format", soft_wrap=True
         )

@@ -30,7 +30,7 @@ def compress(
     overwrite: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Report:
-    """Write a compressed checkpoint that stock vLLM serves.
+    """Write a compressed checkpoint that vLLM serves.
 
     Args:
         model: an embedded model's name, a directory, or a hub name.

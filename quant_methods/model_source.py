@@ -62,6 +62,20 @@ def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False) -> P
     return path
 
 
+def resolve_shape(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model of which only the shape matters, because vLLM draws its weights at random.
+
+    Raises:
+        ParetoError: it is no folder with a config.json.
+
+    """
+    path = Path(name).expanduser()
+    if not (path / "config.json").is_file():
+        raise ParetoError(f"{os.fspath(name)} has no config.json: --load-format dummy takes a folder with one")
+    read_config(path)
+    return path
+
+
 def embedded_models() -> list[str]:
     """Return the names of the models that ship with the package."""
     return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.grid import expand, fit, round_tokens
+from quant_methods.native_format import ACTIVATION_BITS
 from quant_methods.plan import matches
 from quant_methods.recipe import BlockStep, WeightStep, register, trains
 from quant_methods.rtn import RTN
 from quant_methods.scaling import Fold, Learned, ScaledBlock
 
-ACTIVATION_BITS = {"int8": 8, "int6": 6}
 # Strengths that descent starts from are within these, where a sigmoid still has a slope.
 WEAKEST, STRONGEST = 0.05, 0.995
 
@@ -94,7 +94,7 @@ class _Clipping(nn.Module):
     def __init__(self, weight: Tensor, step: WeightStep, dtype: torch.dtype, *, rounding: bool) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros_like(weight)) if rounding else None
-        self.grid, self.dtype, self.bits = step.grid, dtype, ACTIVATION_BITS.get(step.activations)
+        self.grid, self.dtype, self.bits = step.grid, dtype, ACTIVATION_BITS[step.activations]
         scale, zero = fit(weight, self.grid, search="mse", scale_dtype=dtype)
         self.sign = scale.sign()
         low, high = self._extent(weight)

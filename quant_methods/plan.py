@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
-from quant_methods.recipe import HANDLERS, BlockStep, Recipe, TransformStep, WeightStep
+from quant_methods.native_format import INPUT_MULTIPLE
+from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -50,12 +51,14 @@ class Plan:
         )
 
     @property
-    def devices(self) -> list[str]:
-        """Devices on which stock vLLM serves the result."""
-        found = {"cpu", "cuda"}
-        for step in self.steps.values():
-            found &= set(step.devices())
-        return sorted(found)
+    def serving(self) -> Serving:
+        """What serves the result."""
+        return Serving.of(self.steps.values())
+
+    @property
+    def native(self) -> bool:
+        """Whether the result is stored in the format of ours."""
+        return self.serving.plugin
 
 
 def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
@@ -69,6 +72,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
+    shapes: dict[str, tuple[int, int]] = {}
     for index in range(len(decoder.blocks)):
         chosen: dict[str, WeightStep | None] = {}
         for local, linear in decoder.linears(index).items():
@@ -81,8 +85,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 ignored.append(name)
             else:
                 steps[name] = step
-                _check_width(name, linear.in_features, linear.out_features, step)
+                shapes[name] = linear.out_features, linear.in_features
         _check_fused(decoder.name(index, ""), chosen)
+    native = Serving.of(steps.values()).plugin
+    for name, (rows, width) in shapes.items():
+        _check_width(name, width, rows, steps[name], native=native)
     if weight_steps and not steps:
         raise ParetoError(
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets and "
@@ -116,14 +123,19 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
 
 
-def _check_width(name: str, width: int, rows: int, step: WeightStep) -> None:
+def _check_width(name: str, width: int, rows: int, step: WeightStep, *, native: bool) -> None:
     if step.group_size != -1 and width % step.group_size:
         fits = [str(size) for size in (32, 64, 128) if width % size == 0]
         raise ParetoError(
             f"group size {step.group_size} does not divide the {width} input channels of {name}; sizes that do: "
             f"{', '.join([*fits, '-1 (one scale per channel)'])}"
         )
-    if step.activations == "none" and (width % 32 or rows % 32):
+    if native and width % INPUT_MULTIPLE:
+        raise ParetoError(
+            f"{name} has {width} input channels, and the format of ours holds multiples of {INPUT_MULTIPLE}; leave it "
+            f"out with ignore: ['{name.rsplit('.', 1)[-1]}']"
+        )
+    if not native and step.activations == "none" and (width % 32 or rows % 32):
         # Both of vLLM's W4A16 families want multiples of 32: its CPU kernel refuses others, Marlin's tiles need them.
         raise ParetoError(
             f"{name} is [{rows}, {width}], and vLLM's 4-bit kernels want multiples of 32; leave it out with "

@@ -99,6 +99,11 @@ class QuantizedLinear:
     sparse: Sparse | None = None
     low_rank: LowRank | None = None
 
+    @property
+    def beside(self) -> bool:
+        """Whether there is anything beside the bulk."""
+        return any(part is not None for part in (self.columns, self.sparse, self.low_rank))
+
     def bulk(self) -> Tensor:
         """Return the float32 weight [out, in] of the codes alone."""
         if self.table is not None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -51,10 +51,10 @@ class WeightStep(Step):
     """A step that rounds weights to a grid of integer codes.
 
     Attributes:
-        bits: 4 or 8.
+        bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
         symmetric: without zero-points.
-        activations: ``none`` keeps activations in 16 bits; ``int8`` rounds them at serving time, per token.
+        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
         outliers: fraction of the input channels that is kept apart in more bits (``outlier_split.py``).
         outlier_bits: of a weight there: 16 or 8.
@@ -67,7 +67,7 @@ class WeightStep(Step):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "int6"] = "none"
     targets: tuple[str, ...] = ("*",)
     outliers: float = 0.0
     outlier_bits: int = 16
@@ -86,22 +86,15 @@ class WeightStep(Step):
         by_output = self.rank > 0 and self.rank_metric == "activations"
         return self.outliers > 0 or by_output or HANDLERS[type(self)].needs_hessian(self)
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Return the storage of a [rows, columns] weight in bits a weight, everything beside the codes included."""
-        bits = self.grid.bits_per_weight(rows, columns) + 16 * self.rank * (rows + columns) / (rows * columns)
-        if self.outliers:
-            bits += (
-                max(1, round(self.outliers * columns)) * self.outlier_bits + 16 * (self.outlier_bits == 8)
-            ) / columns
-        return bits
-
     @property
     def grid(self) -> Grid:
         """The grid of codes."""
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
-        """Refuse what vLLM 0.32 has no kernel for (its model_executor/kernels/linear says which it has)."""
+        """Refuse what neither vLLM 0.32 nor this plugin serves."""
+        if not 2 <= self.bits <= 8:
+            raise ParetoError(f"bits: {self.bits} is not served; use 2 to 8")
         if self.group_size not in (-1, 32, 64, 128):
             raise ParetoError(
                 f"group_size: {self.group_size} has no kernel in vLLM; use 32, 64, 128, or -1 for one scale per channel"
@@ -112,32 +105,52 @@ class WeightStep(Step):
             raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
         if self.rank < 0:
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
-        if self.plain:
-            self._check_plain()
 
-    def _check_plain(self) -> None:
-        if self.bits not in (4, 8):
-            raise ParetoError(f"bits: {self.bits} is not served by vLLM; use 4 or 8")
-        if self.activations == "int8":
-            if self.bits != 8 or self.group_size != -1 or not self.symmetric:
-                raise ParetoError(
-                    "activations: int8 needs 8-bit symmetric weights with one scale per channel "
-                    "(bits 8, group_size -1, symmetric); vLLM multiplies int8 by int8 only in that layout. For other "
-                    "weights use activations none"
-                )
-        elif self.bits == 8 and not self.symmetric:
-            raise ParetoError(
-                "8-bit weights with zero-points have no kernel in vLLM on CPU or Marlin; use symmetric, or 4 bits"
-            )
+    def stock_devices(self) -> tuple[str, ...]:
+        """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``, or none.
 
-    def devices(self) -> tuple[str, ...]:
-        """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``."""
+        Its kernels are listed in its model_executor/kernels/linear: int8 activations by 8-bit symmetric weights with
+        one scale per channel; 16-bit activations by 4-bit weights, and on CUDA (Marlin) by symmetric 8-bit weights.
+        Everything else is served by this plugin, from the format of ``native_format.py``.
+        """
         if not self.plain:
             return ()
-        # vLLM's CPU kernel for 16-bit activations (CPUWNA16LinearKernel) takes 4-bit weights alone.
-        if self.activations == "none" and self.bits == 8:
-            return ("cuda",)
+        if self.activations == "int8":
+            return ("cpu", "cuda") if self.bits == 8 and self.group_size == -1 and self.symmetric else ()
+        if self.activations != "none" or self.bits not in (4, 8):
+            return ()
+        if self.bits == 8:
+            return ("cuda",) if self.symmetric else ()
         return ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves a checkpoint.
+
+    Attributes:
+        devices: where: ``cpu``, ``cuda``.
+        plugin: vLLM with this plugin does; else stock vLLM does.
+
+    """
+
+    devices: tuple[str, ...]
+    plugin: bool
+
+    @classmethod
+    def of(cls, steps: Iterable[WeightStep]) -> Serving:
+        """Return what serves a checkpoint whose layers went through these steps."""
+        stock = {"cpu", "cuda"}
+        for step in steps:
+            if not step.stock_devices():
+                return cls(("cpu", "cuda"), plugin=True)
+            stock &= set(step.stock_devices())
+        return cls(tuple(sorted(stock)), plugin=False)
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        what = "vLLM with this plugin" if self.plugin else "stock vLLM"
+        return f"{what} on {' and '.join(device.upper() for device in self.devices)}"
 
 
 @dataclass(frozen=True)

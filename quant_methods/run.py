@@ -34,7 +34,7 @@ from quant_methods.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe
+from quant_methods.recipe import Recipe, Serving
 from quant_methods.text_source import load_sequences
 
 RECIPE_FILE = "pareto_recipe.json"
@@ -75,7 +75,7 @@ class Report:
         seconds: wall time of this run (not of runs that it resumed).
         peak_memory: the process's peak resident memory in bytes.
         resumed_blocks: blocks that an earlier run had finished.
-        devices: where stock vLLM serves it.
+        serving: what serves it.
 
     """
 
@@ -87,7 +87,7 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0
     resumed_blocks: int = 0
-    devices: list[str] = field(default_factory=list)
+    serving: Serving = field(default_factory=lambda: Serving.of(()))
 
 
 class Run:
@@ -159,7 +159,7 @@ class Run:
                 "python": platform.python_version(),
                 **{package: importlib.metadata.version(package) for package in packages},
             },
-            "serves_on": self.plan.devices,
+            "served_by": str(self.plan.serving),
         }
 
     def _key(self) -> str:
@@ -170,9 +170,14 @@ class Run:
     def finish(self, started: float) -> Report:
         """Run to the end and return the report."""
         with self._state_directory():
-            report = Report(self.out, bytes_before=self.decoder.source.size(), devices=self.plan.devices)
+            report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
             self._blocks(report)
+            if report.layers and not any(layer.relative_error for layer in report.layers):
+                raise ParetoError(
+                    f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
+                    "rounded like this before: compress the original, or to fewer bits"
+                )
             self.progress(self.total, self.total, "writing the checkpoint")
             report.bytes_after = self._write()
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
@@ -233,7 +238,7 @@ class Run:
                     tensors, errors = self.solver.quantize(index, block, local, hidden, original=comparison)
                     if tensors:
                         write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
-                report.layers += [self._layer_report(index, name, errors) for name in local]
+                report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
                 if hidden is not None and not (last and self.calibrator is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
@@ -243,11 +248,13 @@ class Run:
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)
 
-    def _layer_report(self, index: int, local: str, errors: dict[str, float]) -> LayerReport:
+    def _layer_report(
+        self, index: int, local: str, tensors: dict[str, Tensor], errors: dict[str, float]
+    ) -> LayerReport:
         name = self.decoder.name(index, local)
         linear = self.decoder.linears(index)[local]
         rows, columns = linear.out_features, linear.in_features
-        bits = self.plan.steps[name].bits_per_weight(rows, columns)
+        bits = self.solver.storage.bits_per_weight(name, tensors, self.plan.steps[name], (rows, columns))
         return LayerReport(name, (rows, columns), bits, errors[name])
 
     def _changed(self, names: set[str]) -> Path:
@@ -273,7 +280,7 @@ class Run:
                 replaced |= set(changed)
                 config["tie_word_embeddings"] = False  # Head and embedding changed in different ways.
             size = checkpoint.assemble(self.decoder.source, replaced, parts, target)
-            config["quantization_config"] = checkpoint.quantization_config(self.plan.schemes, self.plan.ignored)
+            config["quantization_config"] = self.solver.storage.config(self.plan, parts)
         else:
             for path in weight_files(self.model_dir):
                 checkpoint.link_or_copy(path, target / path.name)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.grid import nearest, round_tokens
+from quant_methods.native_format import ACTIVATION_BITS
 from quant_methods.recipe import ScalingProblem, TransformStep, register, transforms
 
 ALPHAS = tuple(i / 20 for i in range(21))
-ACTIVATION_BITS = 8
 
 
 @register("smoothquant")
@@ -64,6 +64,7 @@ def _error(problem: ScalingProblem, s: Tensor, targets: list[Tensor]) -> float:
     for weight, step, target in zip(problem.weights, problem.steps, targets, strict=True):
         if step is None:
             continue
-        rounded = round_tokens(inputs, ACTIVATION_BITS) if step.activations == "int8" else inputs
+        bits = ACTIVATION_BITS[step.activations]
+        rounded = inputs if bits is None else round_tokens(inputs, bits)
         total += (rounded @ nearest(weight * s, step.grid).T - target).square().sum().item()
     return total

@@ -63,11 +63,6 @@ class SqueezeLLM(WeightStep):
         """Whether the result is codes on a grid and nothing else: it is not."""
         return False
 
-    def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Return the storage in bits a weight; a weight kept apart has a 16-bit value and a 32-bit index."""
-        tables = 16 * (1 << self.bits) / columns - 16 / columns
-        return super().bits_per_weight(rows, columns) + tables + 48 * self.sparse
-
     def check(self) -> None:
         """Refuse settings that tables do not have, and fractions out of range."""
         super().check()

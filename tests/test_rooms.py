@@ -15,8 +15,11 @@ ROOMS = {
 }
 ENGINE = {"vllm"}
 MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
-# What the plugin may know of offline compression: where a model lies, not how it is compressed.
-QUANT_METHODS_FOR_PLUGIN = {"quant_methods.model_source"}
+# What the plugin may know of offline compression: where a model lies, how it is stored and multiplied; not how it is
+# compressed. These modules import no others of their room.
+QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
+    "model_source", "native_format", "quantized", "grid", "shards", "kernels.low_bit", "kernels.sparse",
+)}  # fmt: skip
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},
     "quant_methods": {"locust", "vllm", "lm_eval"},
@@ -55,6 +58,13 @@ def test_imports_point_downwards(room, path):
         assert not tops & ENGINE
     if room == "vllm_ext":
         assert {name for name in found if name.startswith("quant_methods")} <= QUANT_METHODS_FOR_PLUGIN
+
+
+def test_the_formats_do_not_drag_the_calibrator_in():
+    for module in QUANT_METHODS_FOR_PLUGIN:
+        found = imports(ROOT / f"{module.replace('.', '/')}.py")
+        assert {name for name in found if name.startswith("quant_methods")} <= QUANT_METHODS_FOR_PLUGIN
+        assert not {name.partition(".")[0] for name in found} & {"transformers", "compressed_tensors"}
 
 
 def test_the_rule_sees_a_forbidden_import(tmp_path):

@@ -6,13 +6,14 @@ from vllm_ext.versions import check_vllm_version
 
 
 def register() -> None:
-    """Make the KV-cache dtypes known to vLLM; calling it again changes nothing.
+    """Make the KV-cache dtypes and the checkpoint format known to vLLM; calling it again changes nothing.
 
     Raises:
         ParetoError: an unsupported vLLM.
 
     """
     check_vllm_version()
-    from vllm_ext import patches
+    # Importing the second registers the checkpoint format.
+    from vllm_ext import patches, weights_config  # noqa: F401
 
     patches.apply()

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     parser.add_argument("--kv-cache-dtype", default="auto", help="see above (default: %(default)s)")
+    parser.add_argument(
+        "--load-format", default="auto", help="vLLM's; dummy serves random weights of a config.json's shape"
+    )
     parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
 
 
@@ -82,14 +85,16 @@ def check_plugin(kv_cache_dtype: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Become ``vllm serve``; only returns by raising."""
-    from quant_methods.model_source import resolve_model
+    from quant_methods.model_source import resolve_model, resolve_shape
 
     check_port(args.host, args.port)
     check_plugin(args.kv_cache_dtype)
-    model = str(resolve_model(args.model, quantized=True))
+    dummy = args.load_format == "dummy"
+    model = str(resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True))
     names = args.served_model_name or [args.model]
     command = [sys.executable, "-m", "vllm_ext.launch", "serve", model, "--host", args.host]
-    command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--served-model-name", *names]
+    command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--load-format", args.load_format]
+    command += ["--served-model-name", *names]
     sys.stdout.flush()
     # The server replaces this process, so that signals reach it and nothing is left behind.
     os.execv(sys.executable, [*command, *args.rest])

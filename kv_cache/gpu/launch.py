@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.nvrtc import SOURCES, compile_cubin
 
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
@@ -131,8 +132,9 @@ def load_kernel(
     device: torch.device,
     shared_bytes: int = 0,
     one_block: bool = False,
+    folder: Path = SOURCES,
 ) -> Kernel:
-    """Return a kernel of ``csrc/``, compiled for a device and loaded on it, the same for the same arguments.
+    """Return a kernel, compiled for a device and loaded on it, the same for the same arguments.
 
     Args:
         source: the file's name.
@@ -141,7 +143,8 @@ def load_kernel(
         device: a CUDA device.
         shared_bytes: dynamic shared memory of a thread block.
         one_block: see :class:`Kernel`.
+        folder: where the source is; by default ``csrc/``.
 
     """
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros), name, device, shared_bytes, one_block)
+    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros, folder), name, device, shared_bytes, one_block)

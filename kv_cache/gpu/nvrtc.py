@@ -63,20 +63,21 @@ def version() -> tuple[int, int]:
 
 
 @functools.cache
-def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...]) -> bytes:
+def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...], folder: Path = SOURCES) -> bytes:
     """Compile one file of ``csrc/`` to machine code.
 
     Args:
         source: the file's name.
         arch: ``sm_80``, ``sm_90``, ...
         macros: names and values to define.
+        folder: where it is; it finds the headers of ``csrc/`` from everywhere.
 
     Raises:
         ParetoError: NVRTC is missing or rejects the source; the message has its log.
 
     """
     library, program = _library(), ctypes.c_void_p()
-    text = (SOURCES / source).read_bytes()
+    text = (folder / source).read_bytes()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None))
     try:
         flags = [f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", f"-I{SOURCES}"]

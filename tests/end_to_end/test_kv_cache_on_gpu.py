@@ -106,3 +106,14 @@ def test_speculative_tokens_are_verified_over_codes(ref_7m):
     with engine(ref_7m, "int8_per_head", speculative_config=drafts, **SMALL) as llm:
         drafted = run(llm, text, 24)
     assert worst_difference(plain, drafted, steps=12) < 0.3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_head"])
+def test_each_rank_reads_its_own_heads_scales(ref_7m, name):
+    texts = [p[:n] for p, n in zip(prompts(3, 400, seed=13), (400, 33, 129), strict=True)]
+    results = []
+    for ranks in (1, 2):
+        with engine(ref_7m, name, tensor_parallel_size=ranks, max_num_batched_tokens=128, **SMALL) as llm:
+            results.append(run(llm, texts, 16))
+    assert worst_difference(*results, steps=8) < 0.3

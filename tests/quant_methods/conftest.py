@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from quant_methods.model_source import EMBEDDED
+from quant_methods.recipe import HANDLERS, Handler
+from tests.quant_methods.random_layers import Parts, quantize
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -48,6 +50,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         " ".join(f"The {i}th parcel weighs {i * 37 % 101} grams and left on day {i % 7}." for i in range(200))
     )
     return path
+
+
+@pytest.fixture
+def parts_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make compress carry out the tests' own step."""
+    monkeypatch.setitem(HANDLERS, Parts, Handler(quantize))
 
 
 @pytest.fixture(autouse=True)

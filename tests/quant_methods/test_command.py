@@ -23,14 +23,37 @@ def test_compresses_and_reports(
     assert (out / "model.safetensors").is_file()
     assert "21 layers at 4.3" in text
     assert "model.layers.2.mlp.down_proj" in text
-    assert "serves on    CPU and CUDA" in text
+    assert "served by    stock vLLM on CPU and CUDA" in text
+
+
+def test_says_where_the_format_of_ours_is_served(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--recipe",
+        "rtn-w3",
+        "--search",
+        "minmax",
+        "--group-size",
+        "64",
+        "--no-kv-scales",
+        "--out",
+        tmp_path / "out",
+    ]
+    status, text, _ = run(capsys, tiny_model, *words)
+    assert status == 0
+    # 3 bits, and for each 64 weights a scale of 16 bits and a zero-point of 8.
+    assert "21 layers at 3.375 bits a weight" in text
+    assert "served by    vLLM with this plugin on CPU and CUDA" in text
+    assert "stock vLLM does not know its format" in text
 
 
 def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     status, text, _ = run(capsys, "--list-recipes")
     assert status == 0
-    for name in ("gptq-w4", "rtn-w8", "kv-scales"):
+    for name in ("gptq-w4", "rtn-w8", "kv-scales", "gptq-w3"):
         assert name in text
+    assert "vLLM with this plugin" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -43,8 +66,7 @@ def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
             ["--recipe", "rtn-w4", "--act-order", "--out", "x"],
             "--act-order: no step of recipe rtn-w4 has it (steps: rtn)",
         ),
-        (["--bits", "3", "--out", "x"], "bits: 3 is not served by vLLM; use 4 or 8"),
-        (["--bits", "8", "--out", "x"], "8-bit weights with zero-points have no kernel"),
+        (["--bits", "9", "--out", "x"], "bits: 9 is not served; use 2 to 8"),
         (["--text", "missing.txt", "--out", "x"], "missing.txt: No such file or directory"),
         (["--device", "cuda:77", "--out", "x"], "--device cuda:77 is not available here"),
         (["--num-calibration-samples", "0", "--out", "x"], "at least 1 sequence"),

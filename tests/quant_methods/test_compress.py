@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,15 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods import run as run_module
-from quant_methods.checkpoint import read_tensors, unpack_linear
+from quant_methods.checkpoint import read_tensors, unpack_linear, write_tensors
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
+from quant_methods.native_format import NativeConfig
 from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.reference import load_reference
 from quant_methods.rtn import RTN
 from quant_methods.run import RECIPE_FILE
+from tests.quant_methods.random_layers import Parts
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
 
@@ -96,7 +100,7 @@ def test_int8_activations_use_the_int_quantized_layout(tiny_model: Path, text_fi
     original, _ = read_tensors(tiny_model / "model.safetensors")
     read = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].float()
     assert torch.allclose(read, original[f"{name}.weight"].float(), atol=0.02 * original[f"{name}.weight"].abs().max())
-    assert report.devices == ["cpu", "cuda"]
+    assert str(report.serving) == "stock vLLM on CPU and CUDA"
 
 
 def test_other_files_and_provenance_travel_along(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -259,3 +263,92 @@ def test_ignored_layers_keep_their_bytes(tiny_model: Path, text_file: Path, tmp_
     assert "model.layers.0.mlp.down_proj.weight" not in tensors
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignored == ["model.layers.1.mlp.down_proj", "lm_head"]
+
+
+def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """One layer that needs our format takes all others along; the reader gets what the block solver had."""
+    steps = (
+        RTN(bits=3, group_size=32, symmetric=False, search="minmax", targets=("down_proj",)),
+        RTN(bits=4, group_size=64, search="minmax"),
+    )
+    report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
+    assert str(report.serving) == "vLLM with this plugin on CPU and CUDA"
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    forms = NativeConfig.parse(config).forms
+    assert {name: form.bits for name, form in forms.items()} == {
+        layer.name: 3 if "down_proj" in layer.name else 4 for layer in report.layers
+    }
+    assert config["ignore"] == ["lm_head"]
+    stored = sum(
+        t.numel() * t.element_size() for n, t in tensors.items() if n.startswith("model.layers.") and "norm" not in n
+    )
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    assert report.bits_per_weight == pytest.approx(8 * stored / weights)
+    state = load_reference(tmp_path / "out").state_dict()
+    original = load_reference(tiny_model).state_dict()
+    for layer in report.layers:
+        error = (state[f"{layer.name}.weight"] - original[f"{layer.name}.weight"]).norm()
+        assert 0 < error / original[f"{layer.name}.weight"].norm() < (0.4 if "down_proj" in layer.name else 0.2)
+
+
+@pytest.mark.usefixtures("parts_handled")
+def test_an_interrupted_run_of_our_format_writes_the_same_bytes(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    step = Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True)
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 2:
+            raise Interrupted
+
+    compress(tiny_model, recipe(step), tmp_path / "whole", text=text_file)
+    with pytest.raises(Interrupted):
+        compress(tiny_model, recipe(step), tmp_path / "out", text=text_file, progress=interrupt)
+    assert compress(tiny_model, recipe(step), tmp_path / "out", text=text_file).resumed_blocks == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_compression_that_changes_nothing_is_an_error(
+    tiny_model: Path, text_file: Path, tmp_path: Path, bits: int
+) -> None:
+    """Weights that lie on the grid already read back as they were: the original was compressed before."""
+    rounded = tmp_path / "rounded"
+    shutil.copytree(tiny_model, rounded)
+    tensors, metadata = read_tensors(rounded / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), tensor.shape)
+            codes[:, :2] = torch.tensor([-(1 << (bits - 1)), (1 << (bits - 1)) - 1])
+            tensors[name] = codes.to(torch.bfloat16) / 64
+    write_tensors(rounded / "model.safetensors", tensors, metadata)
+    step = RTN(bits=bits, group_size=-1, symmetric=False, search="minmax")
+    with pytest.raises(ParetoError, match="no-op: every weight of rounded reads back exactly as it was"):
+        compress(rounded, recipe(step), tmp_path / "out", text=text_file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [W4, RTN(bits=3, group_size=64)], ids=["standard", "ours"])
+def test_codes_that_would_not_be_used_are_an_error(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: Step
+) -> None:
+    def forget(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        kept = {name: t for name, t in tensors.items() if not name.startswith("model.layers.1.mlp.up_proj.weight_p")}
+        write_tensors(path, kept, metadata)
+
+    monkeypatch.setattr(run_module, "write_tensors", forget)
+    with pytest.raises(ParetoError, match=r"no-op: model\.layers\.1\.mlp\.up_proj was quantized, and the checkpoint"):
+        compress(tiny_model, recipe(step), tmp_path / "out", text=text_file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("parts_handled")
+def test_a_step_that_hides_its_parts_is_refused(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Parts, "plain", True)
+    with pytest.raises(ParetoError, match="made a low-rank product, which compressed-tensors has no place for"):
+        compress(tiny_model, recipe(Parts(bits=4, group_size=64, rank=1)), tmp_path / "out", text=text_file)

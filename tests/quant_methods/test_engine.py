@@ -1,4 +1,4 @@
-"""Stock vLLM serves what compress writes: every layout of the CPU in one checkpoint, in one engine."""
+"""vLLM serves what compress writes: every layout of the CPU in one checkpoint a format, in one engine each."""
 
 import importlib.util
 import json
@@ -14,11 +14,12 @@ from quant_methods.awq import AWQ
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.model_source import resolve_model
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe, Serving, Step
 from quant_methods.reference import load_reference
 from quant_methods.rtn import RTN
 from quant_methods.smoothquant import SmoothQuant
 from quant_methods.text_source import load_sequences
+from tests.quant_methods.random_layers import Parts
 
 # Scales moved into norms and layers, and one layout for each of ref-7m's six blocks.
 LAYOUTS: tuple[Step, ...] = (
@@ -33,13 +34,29 @@ LAYOUTS: tuple[Step, ...] = (
 )
 
 
+# The same for the format of ours: bits, tables, columns, sparse and low-rank parts, rounded activations, biases aside.
+OUR_LAYOUTS: tuple[Step, ...] = (
+    Parts(bits=3, group_size=32, symmetric=False, rank=4, targets=("model.layers.0.*",)),
+    Parts(bits=6, group_size=64, activations="int6", targets=("model.layers.1.*",)),
+    Parts(bits=2, group_size=32, symmetric=False, columns=16, targets=("model.layers.2.*",)),
+    Parts(bits=3, group_size=-1, table=True, sparse=True, columns=3, targets=("model.layers.3.*",)),
+    Parts(bits=8, group_size=-1, columns=4, column_bits=8, activations="int8", targets=("model.layers.4.*",)),
+    Parts(bits=4, group_size=64, symmetric=False, activations="int8", targets=("model.layers.5.mlp.*",)),
+    Parts(bits=5, group_size=32, sparse=True, columns=5, column_bits=8, rank=2, targets=("model.layers.5.*",)),
+)
+
+
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_computes_what_the_dequantized_model_computes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layouts", "plugin"), [(LAYOUTS, False), (OUR_LAYOUTS, True)], ids=["standard", "ours"])
+@pytest.mark.usefixtures("parts_handled")
+def test_vllm_computes_what_the_dequantized_model_computes(
+    tmp_path: Path, layouts: tuple[Step, ...], plugin: bool
+) -> None:
     model_dir = resolve_model("ref-7m")
-    recipe = Recipe("layouts", steps=LAYOUTS, calibration=Calibration(8, 64), kv_scales=False)
+    recipe = Recipe("layouts", steps=layouts, calibration=Calibration(8, 64), kv_scales=False)
     report = compress(model_dir, recipe, tmp_path / "out")
-    assert "cpu" in report.devices
+    assert report.serving == Serving(("cpu", "cuda"), plugin)
 
     tokens = load_sequences(model_dir, None, 4, 96, split="evaluation")
 
@@ -60,7 +77,7 @@ def test_vllm_computes_what_the_dequantized_model_computes(tmp_path: Path) -> No
         str(tmp_path / "s.json"),
     ]
     # By default vLLM's CPU kernel rounds the activations of 4-bit layers to 8 bits too, where the CPU has AMX.
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0", "VLLM_PLUGINS": ""}
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0", "VLLM_PLUGINS": "pareto" if plugin else ""}
     run = subprocess.run(
         command, env={**os.environ, **settings}, cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -1,5 +1,6 @@
 """Checks that need vLLM's configuration classes but no engine."""
 
+import argparse
 import socket
 from types import SimpleNamespace
 
@@ -226,3 +227,25 @@ def test_serve_says_that_the_plugin_is_switched_off(monkeypatch):
 def test_serve_lists_the_dtypes():
     with pytest.raises(ParetoError, match=r"unknown --kv-cache-dtype 'int5'; valid: auto, .*int4_per_head"):
         serve.check_plugin("int5")
+
+
+def test_serve_takes_a_shape_alone_for_random_weights(tmp_path, monkeypatch):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    started = []
+    monkeypatch.setattr(serve, "check_port", lambda host, port: None)
+    monkeypatch.setattr(serve.os, "execv", lambda program, command: started.append(command))
+
+    def run(*words):
+        args = parser.parse_args([str(tmp_path), *words])
+        args.rest = ["--max-num-seqs", "4"]
+        serve.run(args)
+
+    with pytest.raises(ParetoError, match=r"no model\.safetensors"):
+        run()
+    run("--load-format", "dummy")
+    assert " ".join(started[0]).endswith(f"--load-format dummy --served-model-name {tmp_path} --max-num-seqs 4")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ParetoError, match=r"has no config\.json"):
+        run("--load-format", "dummy")

@@ -62,6 +62,13 @@ DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     return y;
 }
 
+// The same of float16.
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+    u32 y;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+    return y;
+}
+
 DEVICE u16 to_half(float x) {
     u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
@@ -115,6 +122,18 @@ DEVICE float2 load_constant(const float2* p) {
 DEVICE float4 load_constant(const float4* p) {
     float4 v;
     asm("ld.global.nc.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p));
+    return v;
+}
+
+DEVICE uint2 load_constant(const uint2* p) {
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+DEVICE uint4 load_constant(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 

@@ -26,11 +26,11 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    target = _folder() / f"{name}-{abs(hash(macros))}.so"
+def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
+    target = _folder() / f"{name}-{abs(hash((source, macros)))}.so"
     command = [
         "g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DEMULATED",
-        f"-I{HERE}", f"-I{nvrtc.SOURCES}", f'-DKERNEL_SOURCE="{source}"', f"-DKERNEL={name}",
+        f"-I{HERE}", f"-I{nvrtc.SOURCES}", f"-I{folder}", f'-DKERNEL_SOURCE="{source}"', f"-DKERNEL={name}",
         *(f"-D{key}={value}" for key, value in macros), str(HERE / "emulator.cpp"), "-o", str(target),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -41,9 +41,9 @@ def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...]) -> ct
 class EmulatedKernel:
     """In place of :class:`kv_cache.gpu.launch.Kernel`."""
 
-    def __init__(self, source, name, macros, device, shared_bytes=0, one_block=False):
+    def __init__(self, source, name, macros, device, shared_bytes=0, one_block=False, folder=nvrtc.SOURCES):
         assert shared_bytes <= SHARED_BYTES
-        self.library = _compiled(source, name, tuple(macros))
+        self.library = _compiled(source, name, tuple(macros), folder)
 
     def blocks_per_multiprocessor(self, threads):
         return 1

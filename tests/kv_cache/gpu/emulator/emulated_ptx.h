@@ -174,6 +174,10 @@ DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     const auto part = [](u32 x, int i) { return __uint_as_float((x >> 16 * i) << 16); };
     return pack_bfloat2(fmaf(part(a, 0), part(b, 0), part(c, 0)), fmaf(part(a, 1), part(b, 1), part(c, 1)));
 }
+DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
+    const auto part = [](u32 x, int i) { return from_half(static_cast<u16>(x >> 16 * i)); };
+    return pack_half2(fmaf(part(a, 0), part(b, 0), part(c, 0)), fmaf(part(a, 1), part(b, 1), part(c, 1)));
+}
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }

@@ -1,0 +1,123 @@
+"""Loads linear layers in the format of ours (``quant_methods/native_format.py``) into vLLM, and runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
+from vllm.model_executor.utils import set_weight_attrs
+
+from kv_cache.errors import ParetoError
+from quant_methods.native_format import Form, unpack
+from quant_methods.quantized import QuantizedLinear
+from quant_methods.shards import cut, share
+from vllm_ext.served_linear import serve
+
+QKV = {"q": 0, "k": 1, "v": 2}
+"""vLLM's names of the parts of a merged attention projection, in their order."""
+
+INTEGERS = {"weight_zero_point": torch.int8, "column_index": torch.int32} | dict.fromkeys(
+    ("weight_plane8", "weight_plane4", "weight_plane2", "weight_plane1", "sparse_starts", "sparse_columns"), torch.int32
+)
+"""Dtypes of the tensors that do not have the model's; ``column_weight`` has either."""
+
+
+class ParetoLinearMethod(LinearMethodBase):
+    """Loads a linear layer, or several that vLLM merges, and runs them.
+
+    Args:
+        forms: checkpoint name to form of each, in vLLM's order.
+
+    """
+
+    def __init__(self, forms: dict[str, Form]) -> None:
+        self.forms = forms
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the names that a checkpoint's tensors come under. Whole tensors are kept until all are there."""
+        if len(self.forms) not in (1, len(output_partition_sizes)):
+            raise ParetoError(f"{layer.prefix}: vLLM merges {len(output_partition_sizes)} layers into it")
+        layer.pareto_pieces = {}
+        layer.pareto_inputs = share(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
+        layer.pareto_outputs = list(output_partition_sizes)
+        layer.pareto_dtype = params_dtype
+        names = {name for form in self.forms.values() for name in form.shapes(0, 0)}
+        eight = any(form.columns and form.column_bits == 8 for form in self.forms.values())
+        for name in sorted(names):
+            dtype = INTEGERS.get(name, torch.int8 if name == "column_weight" and eight else params_dtype)
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+            def load(
+                parameter: nn.Parameter,
+                loaded: Tensor,
+                shard: int | str | tuple[int, ...] | None = None,
+                *,
+                name: str = name,
+            ) -> None:
+                layer.pareto_pieces.setdefault(_position(shard), {})[name] = loaded
+
+            set_weight_attrs(parameter, {"weight_loader": load})
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Cut this rank's part out of what was loaded, and make what multiplies by it.
+
+        Raises:
+            ParetoError: a tensor is missing or damaged, or ranks would cut a group.
+
+        """
+        device = next(layer.parameters()).device
+        for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
+            delattr(layer, name)
+        linears: list[QuantizedLinear] = []
+        forms: list[Form] = []
+        whole = _whole_sizes(layer)
+        for position, (name, form) in enumerate(self.forms.items()):
+            tensors = {local: tensor.to(device) for local, tensor in layer.pareto_pieces.pop(position, {}).items()}
+            linear = unpack(name, tensors, form)
+            # A layer of the model's own that is merged already is cut like the layers that vLLM merges.
+            positions = [position] if len(self.forms) > 1 else range(len(layer.pareto_outputs))
+            start = 0
+            for part in positions:
+                size = layer.pareto_outputs[part]
+                full = linear.codes.shape[0] if len(positions) == 1 else whole[part]
+                low, high = share(full, size, layer.tp_rank, layer.tp_size)
+                linears.append(cut(linear, (start + low, start + high), layer.pareto_inputs))
+                forms.append(form)
+                start += full
+        del layer.pareto_pieces
+        layer.served = nn.ModuleList(serve(linears, forms, layer.pareto_dtype))
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the product of inputs [..., in] with the layer, its bias added."""
+        parts = [part(x) for part in layer.served]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return y if bias is None else y + bias
+
+
+def _position(shard: int | str | tuple[int, ...] | None) -> int:
+    """Return which of the merged layers a tensor belongs to."""
+    if isinstance(shard, tuple):
+        raise ParetoError(f"tensors that hold the merged layers {shard} in one are not read from this format")
+    if isinstance(shard, str):
+        return QKV[shard]
+    return shard or 0
+
+
+def _whole_sizes(layer: nn.Module) -> list[int]:
+    """Return the output channels, of all ranks together, of the layers that vLLM merges into this one."""
+    if isinstance(layer, QKVParallelLinear):
+        query, key = layer.total_num_heads * layer.head_size, layer.total_num_kv_heads * layer.head_size
+        return [query, key, layer.total_num_kv_heads * layer.v_head_size]
+    return list(getattr(layer, "output_sizes", []))
