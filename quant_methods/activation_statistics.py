@@ -17,7 +17,7 @@ from torch import Tensor
 from quant_methods.calibrator import Decoder, Ranges
 from quant_methods.grid import round_tokens
 from quant_methods.plan import Plan
-from quant_methods.scaling import scale_block
+from quant_methods.scaling import ScaledBlock, scale_block
 from quant_methods.units import common_name
 
 # Dettmers et al., "LLM.int8()" (2022), https://arxiv.org/abs/2208.07339, section 3.3: outliers are features of
@@ -159,7 +159,7 @@ def measure(
     for index in range(total):
         with decoder.loaded(index) as block:
             if plan is not None and plan.transforms:
-                scale_block(decoder, index, block, hidden, plan)
+                scale_block(ScaledBlock(decoder, index, block, hidden, plan))
             stages = decoder.stages(index, block, hidden)
             for position, stage in enumerate(stages):
                 seen = decoder.statistics(index, block, hidden, stages=stages, position=position, ranges=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder, Statistics
 from quant_methods.gptq import relative_error
+from quant_methods.outlier_split import split
 from quant_methods.plan import Plan
 from quant_methods.quantized import QuantizedLinear
-from quant_methods.recipe import HANDLERS, LinearProblem
-from quant_methods.scaling import scale_block
+from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.scaling import Learned, ScaledBlock, scale_block
 from quant_methods.storage import storage_of
+from quant_methods.zeroquant import compensate
 
 
 class BlockSolver:
@@ -29,15 +31,21 @@ class BlockSolver:
 
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
+        self.learned: dict[str, Learned] = {}
         self.storage = storage_of(plan)
 
-    def transform(self, index: int, block: nn.Module, hidden: Tensor | None) -> dict[str, Tensor]:
+    def transform(
+        self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Carry out the transform steps on a block in place; return the changed tensors that are stored as they are."""
+        self.learned = {}
         if not self.plan.transforms:
             return {}
         assert hidden is not None
-        self.say("scales")
-        return scale_block(self.decoder, index, block, hidden, self.plan)
+        scaled = ScaledBlock(self.decoder, index, block, hidden, self.plan, original, self.say)
+        tensors = scale_block(scaled)
+        self.learned = {self.decoder.name(index, local): found for local, found in scaled.learned.items()}
+        return tensors
 
     def install(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
         """Give a block the weights of its finished file."""
@@ -81,8 +89,9 @@ class BlockSolver:
             self.say(name)
             step = self.plan.steps[full]
             if position != seen and hidden is not None:
+                ranges = any(self.plan.steps[self.decoder.name(index, n)].outliers for p, n in order if p == position)
                 statistics = self.decoder.statistics(
-                    index, block, hidden, stages=stages, position=position, original=original
+                    index, block, hidden, stages=stages, position=position, original=original, ranges=ranges
                 )
                 seen = position
             linear = block.get_submodule(name)
@@ -95,14 +104,26 @@ class BlockSolver:
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
         step = self.plan.steps[name]
-        stored = self.decoder.source.entries[f"{name}.weight"][1]["dtype"]
+        upstream = HANDLERS[type(step)].needs_upstream(step)
+        learned = self.learned.get(name)
         problem = LinearProblem(
             name=name,
-            weight=weight.clone(),
+            weight=weight.clone() if learned is None or learned.offset is None else weight + learned.offset,
             hessian=statistics.hessian if statistics else None,
-            cross=statistics.cross if statistics else None,
-            residual=statistics.residual if statistics else None,
-            # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
-            scale_dtype=torch.float16 if stored == "F16" else torch.bfloat16,
+            cross=statistics.cross if statistics and upstream else None,
+            residual=statistics.residual if statistics and upstream else None,
+            scale_dtype=self.decoder.scale_dtype(name),
+            largest=statistics.ranges.largest if statistics and statistics.ranges else None,
+            ranges=learned.ranges if learned else None,
         )
-        return HANDLERS[type(step)].quantize(step, problem)
+        return solve(step, problem)
+
+
+def solve(step: WeightStep, problem: LinearProblem) -> QuantizedLinear:
+    """Quantize one layer, with what the step keeps beside the codes."""
+    quantize = HANDLERS[type(step)].quantize
+    if step.rank:
+        quantize = functools.partial(compensate, solve=quantize)
+    if step.outliers:
+        quantize = functools.partial(split, solve=quantize)
+    return quantize(step, problem)

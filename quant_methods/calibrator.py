@@ -305,8 +305,18 @@ class Decoder:
             for block in self.blocks:
                 del block.forward
 
-    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def scale_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a linear layer's scales are stored in."""
+        # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
+        stored = self.source.entries[f"{name}.weight"][1]["dtype"]
+        return torch.float16 if stored == "F16" else torch.bfloat16
+
+    def run(self, index: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run a block on one batch of hidden states [batch, length, width] on the device."""
+        if len(hidden) not in self._arguments:
+            with torch.no_grad(), self._stubs() as seen, contextlib.suppress(_Stop):
+                self.base(inputs_embeds=hidden, use_cache=False)
+            self._arguments[len(hidden)] = [arguments for _, arguments in seen]
         out = block(hidden, **self._arguments[len(hidden)][index])
         return out[0] if isinstance(out, tuple) else out
 

@@ -79,10 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
-    recipe.add_argument("--outliers", type=float, metavar="F", help="fraction of input channels kept apart; 0: none")
+    recipe.add_argument("--outliers", type=float, metavar="FRACTION", help="input channels kept in 16 bits; 0: none")
     recipe.add_argument(
         "--outlier-handling", action=switch, default=None, help="--no-...: drop rotate, smoothquant, awq; --outliers 0"
     )
+    recipe.add_argument("--rank", type=int, help="of a product that makes up for the error")
+    recipe.add_argument("--sparse", type=float, metavar="FRACTION", help="SqueezeLLM: weights to keep in 16 bits")
+    recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--exempt", nargs="+", metavar="PART", help=f"parts to leave alone: {', '.join(NAMES)}")
     recipe.add_argument("--num-calibration-samples", type=int, metavar="N", help="sequences")

@@ -22,6 +22,7 @@ Three choices go beyond the paper's algorithm:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,23 +70,50 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         ParetoError: the Hessian is not finite.
 
     """
-    assert problem.hessian is not None, "the calibrator supplies a Hessian to every GPTQ step"
-    if not torch.isfinite(problem.hessian).all():
-        raise ParetoError(f"{problem.name}: the calibration activations are not finite (inf or NaN)")
-    hessian, factor = factorize(problem.hessian, step.damping)
-    weight = problem.weight
-    shift: Tensor | None = None
-    if problem.cross is not None:
-        shift = weight.double() @ problem.cross.double()
-    if problem.residual is not None:
-        shift = problem.residual.double() if shift is None else shift + problem.residual.double()
-    if shift is not None:
-        weight = weight + torch.cholesky_solve(shift.T, factor).T.to(weight.dtype)
+    hessian, factor = factorize(finite(problem), step.damping)
+    weight = aim(problem, factor)
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(
-            weight, hessian, step.grid, act_order=step.act_order, search=step.search, scale_dtype=problem.scale_dtype
+            weight,
+            hessian,
+            step.grid,
+            act_order=step.act_order,
+            search=step.search,
+            scale_dtype=problem.scale_dtype,
+            ranges=problem.ranges,
         )
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+
+
+def finite(problem: LinearProblem) -> Tensor:
+    """Return a problem's Hessian.
+
+    Raises:
+        ParetoError: it is not finite.
+
+    """
+    assert problem.hessian is not None, "the calibrator supplies a Hessian to every step that needs it"
+    if not torch.isfinite(problem.hessian).all():
+        raise ParetoError(f"{problem.name}: the calibration activations are not finite (inf or NaN)")
+    return problem.hessian
+
+
+def aim(problem: LinearProblem, factor: Tensor) -> Tensor:
+    """Return the weight float32 [out, in] to solve for: shifted as ``upstream`` says if the problem has its statistics.
+
+    Args:
+        problem: the layer.
+        factor: of the damped Hessian, as ``factorize`` returns it.
+
+    """
+    shift: Tensor | None = None
+    if problem.cross is not None:
+        shift = problem.weight.double() @ problem.cross.double()
+    if problem.residual is not None:
+        shift = problem.residual.double() if shift is None else shift + problem.residual.double()
+    if shift is None:
+        return problem.weight
+    return problem.weight + torch.cholesky_solve(shift.T, factor).T.to(problem.weight.dtype)
 
 
 def factorize(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -128,6 +156,7 @@ def solve(
     act_order: bool = True,
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run GPTQ's Algorithm 1.
 
@@ -141,49 +170,109 @@ def solve(
         act_order: round channels in order of falling ``hessian`` diagonal (ties: lower index first).
         search: how ranges are chosen.
         scale_dtype: dtype that scales are stored in.
+        ranges: (scale, zero-point) [rows, groups], given beforehand.
 
     Returns:
         (codes [rows, columns], scale [rows, groups], zero_point [rows, groups]) in ``weight``'s dtype.
 
     """
-    rows, columns = weight.shape
-    width = columns // grid.groups(columns)
+    columns, groups = weight.shape[1], grid.groups(weight.shape[1])
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        scale, zero = fit(weight, grid, hessian, search, scale_dtype)
+        ranges = ranges or fit(weight, grid, hessian, search, scale_dtype)
     else:
         order = torch.arange(columns, device=weight.device)
-        scale = weight.new_empty((rows, columns // width))
-        zero = torch.empty_like(scale)
+    if ranges is not None:
+        rounding = _Groups(grid, columns // groups, order, ranges)
+    else:
+        unknown = weight.new_zeros((len(weight), groups)), weight.new_zeros((len(weight), groups))
+        rounding = _Groups(grid, columns // groups, order, unknown, (hessian, search, scale_dtype))
+    feed_back(weight, hessian, order, rounding)
+    codes = torch.empty_like(rounding.codes)
+    codes[order] = rounding.codes
+    return codes.T.contiguous(), rounding.scale.T.contiguous(), rounding.zero.T.contiguous()
+
+
+class Rounding(Protocol):
+    """Rounds one input channel after the other.
+
+    Attributes:
+        width: ``fit`` is called before each multiple of this many channels; 0: never.
+
+    """
+
+    width: int
+
+    def fit(self, position: int, current: Tensor) -> None:
+        """See the next ``width`` channels [width, rows], which have absorbed the error so far."""
+
+    def round(self, position: int, channel: Tensor) -> Tensor:
+        """Return what the weights [rows] of the channel at this position of the order will read back as."""
+
+
+class _Groups:
+    """Rounds to a grid with a scale for each group, and keeps the codes [columns, rows] in the order of rounding."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        width: int,
+        order: Tensor,
+        ranges: tuple[Tensor, Tensor],
+        late: tuple[Tensor, Search, torch.dtype] | None = None,
+    ) -> None:
+        self.grid, self.late = grid, late
+        self.width = width if late else 0
+        self.group_of = (order // width).tolist()
+        self.scale, self.zero = (part.T.contiguous() for part in ranges)
+        self.codes = self.scale.new_empty((len(order), self.scale.shape[1]))
+
+    def fit(self, position: int, current: Tensor) -> None:
+        assert self.late is not None
+        hessian, search, scale_dtype = self.late
+        grid, own = self.grid, slice(position, position + self.width)
+        whole = Grid(grid.bits, -1, grid.symmetric, grid.per_tensor)
+        scale, zero = fit(current.T, whole, hessian[own, own], search, scale_dtype)
+        group = self.group_of[position]
+        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]
+
+    def round(self, position: int, channel: Tensor) -> Tensor:
+        group = self.group_of[position]
+        scale, zero = self.scale[group], self.zero[group]
+        self.codes[position] = round_to_grid(channel, scale, zero, self.grid)
+        return (self.codes[position] - zero) * scale
+
+
+def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding) -> None:
+    """Round every channel in turn, and let the channels after it absorb its error: the loop of Algorithm 1.
+
+    Args:
+        weight: [rows, columns] float32 or float64; the arithmetic runs in this dtype.
+        hessian: float64 [columns, columns], positive definite.
+        order: int64 [columns], the channels in the order in which they are rounded.
+        rounding: rounds them, and keeps the result.
+
+    """
+    rows, columns = weight.shape
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
-    group_of = (order // width).tolist()
     # Transposed, so that a channel is contiguous: the loop below touches one channel at a time.
     work = weight[:, order].T.contiguous()
-    codes = torch.empty_like(work)
-    scale, zero = scale.T.contiguous(), zero.T.contiguous()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         # `pending` holds the errors of this block's channels, not yet passed on to the channels from `stop` on.
         pending = work.new_zeros((stop - start, rows))
         for j in range(start, stop):
-            group = group_of[j]
-            if not act_order and j % width == 0:
-                current = work[j : j + width]
-                if j + width > stop:
-                    late = current[stop - j :] - upper[start:j, stop : j + width].T @ pending[: j - start]
+            if rounding.width and j % rounding.width == 0:
+                current = work[j : j + rounding.width]
+                if j + rounding.width > stop:
+                    late = current[stop - j :] - upper[start:j, stop : j + rounding.width].T @ pending[: j - start]
                     current = torch.cat([current[: stop - j], late])
-                whole = Grid(grid.bits, -1, grid.symmetric, grid.per_tensor)
-                fitted = fit(current.T, whole, hessian[j : j + width, j : j + width], search, scale_dtype)
-                scale[group], zero[group] = fitted[0][:, 0], fitted[1][:, 0]
-            codes[j] = round_to_grid(work[j], scale[group], zero[group], grid)
-            error = (work[j] - (codes[j] - zero[group]) * scale[group]) / upper[j, j]
+                rounding.fit(j, current)
+            error = (work[j] - rounding.round(j, work[j])) / upper[j, j]
             work[j:stop].addr_(upper[j, j:stop], error, alpha=-1)
             pending[j - start] = error
         work[stop:].addmm_(upper[start:stop, stop:].T, pending, alpha=-1)
-    unordered = torch.empty_like(codes)
-    unordered[order] = codes
-    return unordered.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
 
 
 def relative_error(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor | None) -> float:

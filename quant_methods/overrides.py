@@ -15,7 +15,7 @@ from quant_methods.recipe_file import checked
 # Settings of steps: changed in every step of the recipe that has them.
 OF_STEPS = (
     "bits", "group_size", "per_tensor", "symmetric", "activations", "search", "act_order", "damping", "upstream",
-    "alpha", "outliers",
+    "alpha", "outliers", "rank", "sparse", "epochs",
 )  # fmt: skip
 # Settings of the calibration, and their names there.
 OF_CALIBRATION = {"num_calibration_samples": "num_samples", "calibration_length": "length", "seed": "seed"}
@@ -24,7 +24,7 @@ SETTINGS = (*OF_STEPS, *OF_CALIBRATION, *OF_RECIPES, "outlier_handling")
 
 # Steps that are there to tame outliers, and settings of other steps that are, with the value that turns them off.
 TAMING_STEPS = ("rotate", "smoothquant", "awq")
-TAMING_SETTINGS = {"outliers": 0.0}
+TAMING_SETTINGS = {"outliers": 0.0, "sparse": 0.0}
 
 
 def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder
 from quant_methods.exempt import globs
 from quant_methods.native_format import INPUT_MULTIPLE
-from quant_methods.recipe import HANDLERS, Recipe, Serving, TransformStep, WeightStep
+from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep
 from quant_methods.tuning import Tune
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
@@ -52,12 +52,14 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether a step looks at activations."""
-        return bool(self.transforms) or any(HANDLERS[type(step)].needs_hessian(step) for step in self.steps.values())
+        return bool(self.transforms) or any(step.needs_data for step in self.steps.values())
 
     @property
     def needs_original(self) -> bool:
         """Whether a step compares with the original model's activations."""
-        return any(HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values())
+        return any(isinstance(step, BlockStep) for step in self.transforms) or any(
+            HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values()
+        )
 
     @property
     def serving(self) -> Serving:
@@ -119,6 +121,10 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
             "is none; add one, e.g. {method: rtn}"
         )
+    for transform in transforms:
+        if isinstance(transform, BlockStep):
+            for follower in weight_steps:
+                transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside = [

@@ -58,6 +58,11 @@ class WeightStep(Step):
         symmetric: without zero-points.
         activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
+        outliers: fraction of the input channels that is kept apart in more bits (``outlier_split.py``).
+        outlier_bits: of a weight there: 16 or 8.
+        outlier_choice: which channels those are, by ``range``, ``energy`` or ``threshold`` of their activations.
+        rank: of a product that makes up for the error (``zeroquant.py``); 0: none.
+        rank_metric: which error, that of the layer's output (``activations``) or of its ``weights``.
 
     """
 
@@ -67,11 +72,22 @@ class WeightStep(Step):
     symmetric: bool = True
     activations: Literal["none", "int8", "int6"] = "none"
     targets: tuple[str, ...] = ("*",)
+    outliers: float = 0.0
+    outlier_bits: int = 16
+    outlier_choice: Literal["range", "energy", "threshold"] = "range"
+    rank: int = 0
+    rank_metric: Literal["activations", "weights"] = "activations"
 
     @property
     def plain(self) -> bool:
         """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
-        return True
+        return not self.outliers and not self.rank
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the step looks at activations."""
+        by_output = self.rank > 0 and self.rank_metric == "activations"
+        return self.outliers > 0 or by_output or HANDLERS[type(self)].needs_hessian(self)
 
     @property
     def grid(self) -> Grid:
@@ -88,6 +104,12 @@ class WeightStep(Step):
             )
         if self.per_tensor and self.group_size != -1:
             raise ParetoError(f"per_tensor means one group: give group_size -1 with it, not {self.group_size}")
+        if not 0 <= self.outliers < 0.5:
+            raise ParetoError(f"outliers: {self.outliers} is not in [0, 0.5); it is a fraction, and 0.01 is usual")
+        if self.outlier_bits not in (8, 16):
+            raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
+        if self.rank < 0:
+            raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
 
     def stock_devices(self) -> tuple[str, ...]:
         """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``, or none.
@@ -146,6 +168,19 @@ class TransformStep(Step):
     """
 
     targets: tuple[str, ...] = ("*",)
+
+
+@dataclass(frozen=True)
+class BlockStep(TransformStep):
+    """A transform step that has a whole block in view, and what the block should put out."""
+
+    def check_next(self, step: WeightStep) -> None:
+        """Refuse a weight step that cannot use what this one learns.
+
+        Raises:
+            ParetoError: with the alternative.
+
+        """
 
 
 @dataclass(frozen=True)
@@ -224,6 +259,8 @@ class LinearProblem:
         residual: float32 [out, in], the mean of (r_original - r) x^T for the residual stream r that this layer's
             output is added to, or None.
         scale_dtype: dtype that scales are stored in.
+        largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
+        ranges: (scale, zero-point), float32 [out, groups], that an earlier step learned for the weight, or None.
 
     """
 
@@ -233,6 +270,8 @@ class LinearProblem:
     cross: Tensor | None
     residual: Tensor | None
     scale_dtype: torch.dtype
+    largest: Tensor | None = None
+    ranges: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -276,6 +315,7 @@ class Handler:
 STEPS: dict[str, type[Step]] = {}
 HANDLERS: dict[type[Step], Handler] = {}
 TRANSFORMS: dict[type[Step], Callable[[Any, ScalingProblem], Tensor]] = {}
+BLOCK_STEPS: dict[type[Step], Callable[[Any, Any], None]] = {}
 StepType = TypeVar("StepType", bound=type[Step])
 
 
@@ -315,6 +355,19 @@ def transforms(step_type: type[Step]) -> Callable[[Scale], Scale]:
 
     def decorate(function: Scale) -> Scale:
         TRANSFORMS[step_type] = function
+        return function
+
+    return decorate
+
+
+Train = TypeVar("Train", bound=Callable[[Any, Any], None])
+
+
+def trains(step_type: type[Step]) -> Callable[[Train], Train]:
+    """Register the function that performs a block step: it changes a ``scaling.ScaledBlock`` in place."""
+
+    def decorate(function: Train) -> Train:
+        BLOCK_STEPS[step_type] = function
         return function
 
     return decorate

@@ -18,9 +18,11 @@ import yaml
 # Importing a method's module registers it.
 import quant_methods.awq
 import quant_methods.gptq
+import quant_methods.omniquant
 import quant_methods.rotation
 import quant_methods.rtn
 import quant_methods.smoothquant
+import quant_methods.squeezellm
 import quant_methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.recipe import STEPS, Calibration, Recipe

@@ -35,7 +35,7 @@ def quantize(step: RTN, problem: LinearProblem) -> QuantizedLinear:
     """Round one layer; see ``recipe.LinearProblem``."""
     weight, grid = problem.weight, step.grid
     hessian = problem.hessian if step.search == "output" else None
-    scale, zero = fit(weight, grid, hessian, step.search, problem.scale_dtype)
+    scale, zero = problem.ranges or fit(weight, grid, hessian, step.search, problem.scale_dtype)
     columns = weight.shape[1]
     codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
     return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))

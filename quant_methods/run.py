@@ -265,8 +265,8 @@ class Run:
                     self.solver.install(index, block, tensors)
                 else:
                     self.now = index
-                    scaled = self.solver.transform(index, block, hidden) if local else {}
-                    comparison = None
+                    comparison = (pristine, original) if pristine is not None and original is not None else None
+                    scaled = self.solver.transform(index, block, hidden, original=comparison) if local else {}
                     if pristine is not None and original is not None:
                         # Inputs are compared as they are after the scaling, which `original` is none the wiser of.
                         comparison = (clone(block) if self.plan.transforms else pristine), original

@@ -10,6 +10,7 @@ really divided by.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibrator import Decoder, Stage
 from quant_methods.plan import Plan, matches
-from quant_methods.recipe import TRANSFORMS, ScalingProblem
+from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem
 
 # Layers whose output channels become the input channels of another, one by one and linearly.
 LINEAR_FEEDS = {"down_proj": "up_proj", "o_proj": "v_proj"}
@@ -40,61 +41,143 @@ class Fold:
     producer: str
 
 
-@torch.no_grad()
-def scale_block(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
-    """Carry out a plan's transform steps on a block, in place.
+@dataclass(frozen=True)
+class Learned:
+    """What a block step learned about rounding a layer.
 
-    Args:
-        decoder: whose block it is.
-        index: the block's index.
-        block: its weights are loaded.
-        hidden: the hidden states that enter it, float32 [sequences, length, width].
-        plan: has the steps, and says which layers will be quantized, and how.
+    Attributes:
+        ranges: (scale, zero-point), float32 [out, groups].
+        offset: float32 [out, in], to be added to the weight before it is rounded, or None.
 
-    Returns:
-        Those of the block's tensors that changed and will not be quantized, by full name, as they are to be stored.
+    """
+
+    ranges: tuple[Tensor, Tensor]
+    offset: Tensor | None = None
+
+
+class ScaledBlock:
+    """A block whose scales are being moved.
+
+    Attributes:
+        stages: its linear layers by shared input.
+        folds: those of the stages whose inputs can be divided.
+        learned: what a step learned about rounding layers, by local name.
+
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        index: int,
+        block: nn.Module,
+        hidden: Tensor,
+        plan: Plan,
+        original: tuple[nn.Module, Tensor] | None = None,
+        say: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        """Watch what a block computes.
+
+        Args:
+            decoder: whose block it is.
+            index: the block's index.
+            block: its weights are loaded.
+            hidden: the hidden states that enter it, float32 [sequences, length, width].
+            plan: says which layers will be quantized, and how.
+            original: the original block and the original model's hidden states.
+            say: told what happens now.
+
+        """
+        self.decoder, self.index, self.block, self.hidden, self.plan = decoder, index, block, hidden, plan
+        self.original, self.say = original, say
+        self.stages = decoder.stages(index, block, hidden)
+        self.folds = find_folds(decoder, index, block, hidden, self.stages)
+        self.learned: dict[str, Learned] = {}
+        self._batch = next(decoder.batches(hidden))[1]
+        self._before = decoder.run(index, block, self._batch)
+        self._changed: set[str] = set()
+
+    def names(self, fold: Fold) -> list[str]:
+        """Return the full names of the layers that a fold's scales multiply."""
+        return [self.decoder.name(self.index, name) for name in fold.stage.names]
+
+    def wanted(self, fold: Fold, targets: tuple[str, ...]) -> bool:
+        """Return whether all layers of a fold are targets, and some will be quantized."""
+        names = self.names(fold)
+        return all(matches(name, targets) for name in names) and any(name in self.plan.steps for name in names)
+
+    def problem(self, fold: Fold) -> ScalingProblem:
+        """Return what a transform step gets to see of a fold."""
+        seen = self.decoder.statistics(
+            self.index, self.block, self.hidden, stages=self.stages, position=fold.position, ranges=True
+        )
+        assert seen.ranges is not None
+        steps = [self.plan.steps.get(name) for name in self.names(fold)]
+        ranges = seen.ranges
+        return ScalingProblem(self._weights(fold), steps, seen.hessian, ranges.largest, ranges.mean, ranges.sample)
+
+    def target(self) -> Tensor:
+        """Return what the block should put out: what the original does, float32 [sequences, length, width]."""
+        block, hidden = self.original or (self.block, self.hidden)
+        target = hidden.clone()
+        self.decoder.advance(self.index, block, target)
+        return target
+
+    def divide(self, fold: Fold, s: Tensor) -> None:
+        """Divide a fold's inputs by scales float32 [in], in place."""
+        stored = self.decoder.source.dtype(self.decoder.name(self.index, f"{fold.producer}.weight"))
+        producer = self.block.get_submodule(fold.producer)
+        divide(producer, self._weights(fold), s, stored)
+        self._changed |= {f"{fold.producer}.{local}" for local in producer._parameters}
+        self._changed |= {f"{name}.weight" for name in fold.stage.names}
+
+    def _weights(self, fold: Fold) -> list[Tensor]:
+        return [self.block.get_submodule(name).weight.data for name in fold.stage.names]
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """Return those of the block's tensors that changed and will not be quantized, as they are to be stored.
+
+        Raises:
+            ParetoError: the block does not compute what it did: its layers are not fed as their names say.
+
+        """
+        decoder, index = self.decoder, self.index
+        after = decoder.run(index, self.block, self._batch)
+        if not torch.allclose(self._before, after, rtol=1e-3, atol=1e-4 * self._before.abs().max().item()):
+            raise ParetoError(
+                f"{decoder.name(index, '')[:-1]}: scales moved between its layers changed what it computes; this "
+                "model's blocks are not built as Llama's are: use a recipe without transform steps"
+            )
+        tensors = {}
+        state = self.block.state_dict()
+        for local in sorted(self._changed):
+            full = decoder.name(index, local)
+            if full.removesuffix(".weight") not in self.plan.steps and local in state:
+                tensors[full] = state[local].to("cpu", decoder.source.dtype(full), copy=True)
+                state[local].copy_(tensors[full])
+        return tensors
+
+
+def scale_block(scaled: ScaledBlock) -> dict[str, Tensor]:
+    """Carry out a plan's transform steps on a block, in place; return the changed tensors that are stored as they are.
 
     Raises:
         ParetoError: the block's layers are not fed as their names say.
 
     """
-    stages = decoder.stages(index, block, hidden)
-    folds = find_folds(decoder, index, block, hidden, stages)
-    batch = next(decoder.batches(hidden))[1]
-    before = decoder.run(index, block, batch)
-    changed: set[str] = set()
-    for step in plan.transforms:
-        for fold in folds:
-            names = [decoder.name(index, name) for name in fold.stage.names]
-            weight_steps = [plan.steps.get(name) for name in names]
-            if not all(matches(name, step.targets) for name in names) or not any(weight_steps):
-                continue
-            seen = decoder.statistics(index, block, hidden, stages=stages, position=fold.position, ranges=True)
-            assert seen.ranges is not None
-            weights = [block.get_submodule(name).weight.data for name in fold.stage.names]
-            problem = ScalingProblem(
-                weights, weight_steps, seen.hessian, seen.ranges.largest, seen.ranges.mean, seen.ranges.sample
-            )
-            stored = decoder.source.dtype(decoder.name(index, f"{fold.producer}.weight"))
-            divide(block.get_submodule(fold.producer), weights, TRANSFORMS[type(step)](step, problem), stored)
-            changed |= {f"{fold.producer}.{local}" for local in block.get_submodule(fold.producer)._parameters}
-            changed |= {f"{name}.weight" for name in fold.stage.names}
-    after = decoder.run(index, block, batch)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * before.abs().max().item()):
-        raise ParetoError(
-            f"{decoder.name(index, '')[:-1]}: scales moved between its layers changed what it computes; this model's "
-            "blocks are not built as Llama's are: use a recipe without transform steps"
-        )
-    tensors = {}
-    state = block.state_dict()
-    for local in sorted(changed):
-        full = decoder.name(index, local)
-        if full.removesuffix(".weight") not in plan.steps and local in state:
-            tensors[full] = state[local].to("cpu", decoder.source.dtype(full), copy=True)
-            state[local].copy_(tensors[full])
-    return tensors
+    for step in scaled.plan.transforms:
+        if isinstance(step, BlockStep):
+            BLOCK_STEPS[type(step)](step, scaled)
+            continue
+        scaled.say("scales")
+        for fold in scaled.folds:
+            if scaled.wanted(fold, step.targets):
+                scaled.divide(fold, TRANSFORMS[type(step)](step, scaled.problem(fold)))
+    return scaled.finish()
 
 
+@torch.no_grad()
 def divide(producer: nn.Module, weights: list[Tensor], s: Tensor, stored: torch.dtype) -> None:
     """Divide a module's outputs by scales, and multiply the input channels of what it feeds by them, in place.
 

@@ -34,7 +34,7 @@ from quant_methods.plan import Plan
 from quant_methods.quality import divergence
 from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
-from quant_methods.scaling import scale_block
+from quant_methods.scaling import ScaledBlock, scale_block
 from quant_methods.units import WIDTHS, Unit, Width, unmeasured
 
 Rounding = Literal["nearest", "recipe"]
@@ -173,7 +173,7 @@ class Sensitivity:
 
         """
         if self.plan.transforms:
-            scale_block(self.decoder, index, block, seen, self.plan)
+            scale_block(ScaledBlock(self.decoder, index, block, seen, self.plan))
         stages = self.decoder.stages(index, block, seen)
         position = {name: place for place, stage in enumerate(stages) for name in stage.names}
         hessians: dict[int, Tensor] = {}

@@ -8,11 +8,13 @@ import pytest
 from kv_cache.errors import ParetoError
 from quant_methods.awq import AWQ
 from quant_methods.gptq import GPTQ
-from quant_methods.recipe import HANDLERS, STEPS, TRANSFORMS, Calibration
+from quant_methods.omniquant import OmniQuant
+from quant_methods.recipe import BLOCK_STEPS, HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.rotation import Rotate
 from quant_methods.rtn import RTN
 from quant_methods.smoothquant import SmoothQuant
+from quant_methods.squeezellm import SqueezeLLM
 from quant_methods.tuning import Tune
 
 
@@ -21,7 +23,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, Rotate, Tune}
+    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate, Tune}
 
 
 def test_gptq_w4_is_there() -> None:
@@ -31,9 +33,11 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, Rotate, Tune}
-    steps = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "rotate": Rotate, "tune": Tune}
-    assert steps == STEPS
+    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate, Tune}
+    assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
+    assert set(TRANSFORMS) == {AWQ, SmoothQuant}
+    assert set(BLOCK_STEPS) == {OmniQuant}
+    assert all(STEPS[kind.method] is kind for kind in STEPS.values())
 
 
 def test_a_recipe_survives_the_round_trip() -> None:
@@ -53,7 +57,10 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
     [
         ("stepps: []", "unknown key 'stepps'; valid keys: .*steps"),
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
-        ("steps: [{method: awqq}]", "unknown method 'awqq'; methods: awq, gptq, rotate, rtn, smoothquant"),
+        (
+            "steps: [{method: awqq}]",
+            "unknown method 'awqq'; methods: awq, gptq, omniquant, rotate, rtn, smoothquant, squeezellm",
+        ),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
         ("steps: [{method: gptq, bits: true}]", "step gptq: bits: expected int, got True"),
@@ -62,6 +69,9 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: rtn, group_size: 16}]", "group_size: 16 has no kernel in vLLM; use 32, 64, 128, or -1"),
         ("steps: [{method: rtn, activations: int4}]", "activations: 'int4' is not one of none, int8, int6"),
         ("steps: [{method: rtn, search: best}]", "search: 'best' is not one of minmax, mse"),
+        ("steps: [{method: rtn, outliers: 2}]", r"outliers: 2.0 is not in \[0, 0.5\)"),
+        ("steps: [{method: rtn, outlier_bits: 4}]", "outlier_bits: 4 is neither 8 nor 16"),
+        ("steps: [{method: gptq, rank: -1}]", "rank: -1 is negative"),
         ("steps: [{method: gptq, damping: 0}]", "damping: 0.0 is not in"),
         ("ignore: lm_head", "ignore: expected a list of strings"),
         ("calibration: {samples: 3}", "calibration: unknown key 'samples'; valid keys: length, num_samples, seed"),

@@ -20,7 +20,7 @@ from quant_methods.recipe import Calibration, Recipe, ScalingProblem, Step
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.reference import load_reference
 from quant_methods.rtn import RTN
-from quant_methods.scaling import divide, find_folds, scale_block
+from quant_methods.scaling import ScaledBlock, divide, find_folds, scale_block
 from quant_methods.smoothquant import SmoothQuant, smooth
 from quant_methods.smoothquant import scale as smoothquant_scale
 
@@ -60,7 +60,7 @@ def test_a_scaled_block_computes_what_it_did(tiny_model: Path, transform: Step) 
     with decoder.loaded(1) as block:
         before = decoder.run(1, block, hidden)
         weights = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-        tensors = scale_block(decoder, 1, block, hidden, plan)
+        tensors = scale_block(ScaledBlock(decoder, 1, block, hidden, plan))
         after = decoder.run(1, block, hidden)
         changed = {name for name, tensor in block.state_dict().items() if not torch.equal(tensor, weights[name])}
         now = {name: tensor.clone() for name, tensor in block.state_dict().items()}
