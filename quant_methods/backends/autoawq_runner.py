@@ -52,8 +52,6 @@ def main() -> None:
     job.tell("loading the model")
     model = AutoAWQForCausalLM.from_pretrained(job["model"], torch_dtype=job.dtype(), device_map=job["device"])
     settings = {"zero_point": True, "q_group_size": job["group_size"], "w_bit": job["bits"], "version": "GEMM"}
-    if job["ignore"]:
-        settings["modules_to_not_convert"] = job["ignore"]
     model.quantize(
         None,
         quant_config=settings,
