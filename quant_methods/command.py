@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kv_cache.errors import ParetoError
+from quant_methods.backend_command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
+from quant_methods.backend_environment import BACKENDS
 
 if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
@@ -45,7 +47,9 @@ A recipe file:
   steps:
     - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
+
 """
+DESCRIPTION += EPILOG
 
 # Flags that override a step's settings, where the step has such a setting.
 STEP_FLAGS = ("bits", "group_size", "symmetric", "act_order", "activations", "damping", "search", "upstream", "alpha")
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     switch = argparse.BooleanOptionalAction
     parser.add_argument("model", nargs="?", default="ref-7m", help="directory, hub name, or ref-7m (the default)")
-    parser.add_argument("--recipe", default="gptq-w4", help="built-in name or YAML file (default: %(default)s)")
+    parser.add_argument("--recipe", help="built-in name or YAML file (default: gptq-w4; awq-w4 with --backend autoawq)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the checkpoint")
     parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text: .txt, or .jsonl with a text field")
     parser.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and exit")
@@ -77,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--calibration-length", type=int, metavar="TOKENS", help="tokens in each sequence")
     recipe.add_argument("--seed", type=int, help="seed of sampling and of the KV calibration")
     recipe.add_argument("--kv-scales", action=switch, default=None, help="calibrate KV-cache scales in the same pass")
+    add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,12 +92,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise ParetoError("--out DIR is missing: where to write the checkpoint")
+    check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from quant_methods.compress import compress
     from quant_methods.recipe_file import load_recipe
 
-    recipe = override(load_recipe(args.recipe), args)
+    default = "gptq-w4" if args.backend is None else BACKENDS[args.backend].recipe
+    recipe = override(load_recipe(args.recipe or default), args)
+    if args.backend is not None:
+        return run_backend(args, recipe, console)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} blocks"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{recipe.name}", total=None)
