@@ -3,7 +3,8 @@
 Measures what each checkpoint costs in quality (KL divergence to the original, top-1 agreement and perplexity over
 held-out text, in float32 PyTorch), and what making it cost (seconds, peak memory). Each line is TOOL:RECIPE, the tool
 being ours (`pareto`) or a backend of `pareto compress --backend`; its result is a file of its own in --out, so that an
-interrupted comparison goes on where it stopped and lines can be added one at a time.
+interrupted comparison goes on where it stopped and lines can be added one at a time. The table (table.md) and the plot
+(kl.svg) show all results in --out that were measured with the same settings.
 
     python -m bench.compare_compressors ref-27m --text calibration.jsonl --heldout heldout.jsonl \\
         --backend-python llm-compressor=~/llmc/bin/python --out results/compare-compressors-ref-27m
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import multiprocessing
 import re
 import resource
@@ -130,14 +132,15 @@ class Comparison:
     def _show(self, done: int, total: int, what: str = "sampling text") -> None:
         self.bar.update(self.task, completed=done, total=total or None, description=what)
 
-    def run(self, line: Line) -> dict[str, Any]:
-        """Return a line's result: the one in --out where it fits, else a new one."""
+    def run(self, line: Line) -> None:
+        """Write a line's result, unless it is there."""
         recipe = self._recipe(line)
-        settings = self.settings | {"tool": line.tool, "recipe": recipe.to_dict()}
+        # As JSON has it: lists for tuples.
+        settings = json.loads(json.dumps(self.settings | {"tool": line.tool, "recipe": recipe.to_dict()}))
         file = self.args.out / f"{line.slug}.json"
         found = read_json(file)
         if found and found.get("settings") == settings and not self.args.again:
-            return dict(found)
+            return
         checkpoint = self.args.checkpoints / line.slug
         cost = self._make(line, recipe, checkpoint)
         result = {
@@ -147,7 +150,20 @@ class Comparison:
         write_json(file, result)
         if not self.args.keep:
             shutil.rmtree(checkpoint)
-        return result
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return all results in --out that were measured with these settings, recipes together, the best first."""
+        found = [read_json(file) for file in sorted(self.args.out.glob("*--*.json"))]
+        fitting = [
+            dict(result) for result in found if result and self.settings.items() <= result.get("settings", {}).items()
+        ]
+        order = [text.partition(":")[2] for text in LINES]
+
+        def place(result: dict[str, Any]) -> tuple[int, str, float]:
+            name = result["settings"]["recipe"]["name"]
+            return order.index(name) if name in order else len(order), name, result["kl"]["value"]
+
+        return sorted(fitting, key=place)
 
     def _recipe(self, line: Line) -> Recipe:
         recipe = load_recipe(line.recipe)
@@ -262,7 +278,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="repeat lines that have a result")
     args = parser.parse_args(argv)
     failed: list[str] = []
-    results = []
     try:
         lines = [Line.parse(text) for text in args.lines]
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -270,11 +285,11 @@ def main(argv: list[str] | None = None) -> int:
             comparison = Comparison(args, bar)
             for line in lines:
                 try:
-                    results.append(comparison.run(line))
+                    comparison.run(line)
                 except ParetoError as error:
                     # A tool that is missing or fails keeps no other from being measured.
                     failed.append(f"{line.tool}:{line.recipe}: {error}")
-        if results:
+        if results := comparison.results():
             write_text(args.out / "table.md", table(results))
             plot(results, args.out / "kl.svg")
             print(table(results), end="")
