@@ -23,6 +23,7 @@ import re
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def make_ours(model: str, recipe: Recipe, out: str, text: str | None, device: st
     }
 
 
+def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return what a function returns in a new process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 class Comparison:
     """A comparison with its settings; makes and measures one line at a time."""
 
@@ -177,11 +184,8 @@ class Comparison:
         args.checkpoints.mkdir(parents=True, exist_ok=True)
         if line.tool == OURS:
             self._show(0, 0, f"{line.tool} {recipe.name}")
-            # A process of its own, so that its peak memory is its own.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                text = str(args.text) if args.text else None
-                ours = pool.submit(make_ours, str(self.folder), recipe, str(checkpoint), text, args.device)
-                return ours.result()
+            text = str(args.text) if args.text else None
+            return in_own_process(make_ours, str(self.folder), recipe, str(checkpoint), text, args.device)
         report = compress_with(
             BACKENDS[line.tool], self.folder, recipe, checkpoint, text=args.text, device=args.device,
             python=self.pythons.get(line.tool), create_environment=args.create_environment, overwrite=True,
