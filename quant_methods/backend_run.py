@@ -186,12 +186,14 @@ def compress_with(
     kind = torch.device(device).type
     tool_python = environment_python(backend, kind, python, create=create_environment, progress=progress)
     calibration = recipe.calibration
+    needs_data = settings["rounding"] != "rtn" or settings["transform"] is not None
+    # Without a method that needs data, there must be enough to check with.
+    shape = (calibration.num_samples, calibration.length) if needs_data else (CHECK_SEQUENCES, CHECK_TOKENS)
     progress(0, 0, "calibration data")
     tokens = load_sequences(
-        model_dir, Path(text) if text else None, calibration.num_samples, calibration.length, calibration.seed,
+        model_dir, Path(text) if text else None, *shape, calibration.seed,
         device=device, progress=lambda done, total: progress(done, total, "sampling text"),
     )  # fmt: skip
-    needs_data = settings["rounding"] != "rtn" or settings["transform"] is not None
     provenance = {
         "model": Path(model).name if Path(model).is_dir() else os.fspath(model),
         "model_sha256": fingerprint(model_dir),
@@ -218,9 +220,14 @@ def compress_with(
             _run_tool(backend, tool_python, work, progress)
         result = json.loads((work / "result.json").read_text())
         progress(0, 0, "checking what it wrote")
-        target = _collect(work, model_dir, backend)
-        layers, bits = _check_layers(target, decoder, plan, backend)
-        found, bar = _check_model(target, model_dir, plan, tokens, device, backend)
+        try:
+            target = _collect(work, model_dir, backend)
+            layers, bits = _check_layers(target, decoder, plan, backend)
+            found, bar = _check_model(target, model_dir, plan, tokens, device, backend)
+        except ParetoError:
+            # The same command runs the tool again, not into the same error.
+            (work / "result.json").unlink()
+            raise
         provenance["backend"] = {"name": backend.name, "settings": settings, **result}
         provenance["backend"]["check"] = {"kl": found, "kl_round_to_nearest": bar}
         write_json(target / RECIPE_FILE, provenance)
@@ -327,8 +334,10 @@ def _run_tool(backend: Backend, python: Path, work: Path, progress: Progress) ->
         try:
             # The pipe ends when the last process that holds it does.
             for line in pipe:
-                said = json.loads(line)
-                progress(said["done"], said["total"], f"{backend.name}: {said['what']}")
+                # A tool that dies may leave half a line.
+                with contextlib.suppress(ValueError):
+                    said = json.loads(line)
+                    progress(said["done"], said["total"], f"{backend.name}: {said['what']}")
             status = process.wait()
         finally:
             if process.poll() is None:

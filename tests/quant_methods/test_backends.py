@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods import backend_environment
+from quant_methods import backend_environment, backend_run
 from quant_methods.backend_environment import BACKENDS, FOLDER, READY, Backend, environment_python
 from quant_methods.backend_run import compress_with, older_config, tool_settings
 from quant_methods.compress import compress
@@ -129,6 +130,28 @@ def test_a_bad_tool_is_reported(
     assert not out.exists()
     with pytest.raises(ParetoError, match="holds an unfinished run of something else"):
         compress_with(tool, tiny_model, seeded(9), out, text=text_file, python=Path(sys.executable))
+
+
+def test_an_interrupted_check_goes_on_without_the_tool(
+    tool: Backend, tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, runs = tmp_path / "out", []
+    run_tool = backend_run._run_tool
+
+    def counted(*words: Any) -> None:
+        runs.append(words)
+        run_tool(*words)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend_run, "_run_tool", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend_run, "_check_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compress_with(tool, tiny_model, seeded(0), out, text=text_file, python=Path(sys.executable))
+    assert compress_with(tool, tiny_model, seeded(0), out, text=text_file, python=Path(sys.executable)).layers == 21
+    assert len(runs) == 1
 
 
 def test_recipes_in_the_words_of_the_tools() -> None:
