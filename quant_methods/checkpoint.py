@@ -109,8 +109,8 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
     """Return the quantized layer that ``pack_linear`` stored."""
     scale = tensors[f"{name}.weight_scale"]
     if f"{name}.weight" in tensors:
-        codes = tensors[f"{name}.weight"]
-        return QuantizedLinear(codes, scale, torch.zeros(scale.shape, dtype=torch.int8))
+        zero = tensors.get(f"{name}.weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        return QuantizedLinear(tensors[f"{name}.weight"], scale, zero)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, torch.Size((rows, columns)))
     zero = torch.zeros(scale.shape, dtype=torch.int8)

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kv_cache.errors import ParetoError
+from quant_methods.backend_command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
+from quant_methods.backend_environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
 
@@ -52,14 +54,16 @@ A recipe file:
     - {method: awq}                     # optional: rotate, smoothquant or awq before the rounding
     - {method: gptq, bits: 4, group_size: 128, symmetric: false, act_order: true}
     - {method: tune}                    # optional, last: trains scales and norms by gradient; best on a GPU
+
 """
+DESCRIPTION += EPILOG
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     switch = argparse.BooleanOptionalAction
     parser.add_argument("model", nargs="?", default="ref-7m", help="directory, hub name, or ref-7m (the default)")
-    parser.add_argument("--recipe", default="gptq-w4", help="built-in name or YAML file (default: %(default)s)")
+    parser.add_argument("--recipe", help="built-in name or YAML file (default: gptq-w4; awq-w4 with --backend autoawq)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the checkpoint")
     parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text: .txt, or .jsonl with a text field")
     parser.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and exit")
@@ -93,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--seed", type=int, help="seed of sampling and of the KV calibration")
     recipe.add_argument("--kv-scales", action=switch, default=None, help="calibrate KV-cache scales in the same pass")
     add_modes(parser)
+    add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise ParetoError("--out DIR is missing: where to write the checkpoint")
+    check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from quant_methods.compress import compress
@@ -111,7 +117,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.sweep is not None:
         return run_sweep(args, console)
-    recipe = override(load_recipe(args.recipe), vars(args))
+    default = "gptq-w4" if args.backend is None else BACKENDS[args.backend].recipe
+    recipe = override(load_recipe(args.recipe or default), vars(args))
+    if args.backend is not None:
+        return run_backend(args, recipe, console)
     if args.statistics:
         return run_statistics(args, recipe, console)
     budget = budget_of(args)

@@ -161,7 +161,7 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
     if given or args.statistics:
         flag = given[0] if given else "statistics"
         raise ParetoError(f"--{flag.replace('_', '-')} does not go with --sweep; put it under grid or variants instead")
-    sweep = load_sweep(args.sweep, args.recipe)
+    sweep = load_sweep(args.sweep, args.recipe or "gptq-w4")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         points = bar.add_task("points", total=len(sweep.points))

@@ -85,7 +85,7 @@ def prepare(
 
     """
     model_dir = resolve_model(model)
-    device = _check_device(device)
+    device = check_device(device)
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
     if out.resolve() == model_dir.resolve():
@@ -107,7 +107,13 @@ def _source(model_dir: Path, recipe: Recipe) -> Source:
     return RotatedSource(source, rotations[0]) if rotations else source
 
 
-def _check_device(device: str) -> str:
+def check_device(device: str) -> str:
+    """Return the device.
+
+    Raises:
+        ParetoError: it is not available here.
+
+    """
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)

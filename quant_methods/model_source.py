@@ -20,6 +20,8 @@ DEFAULT_MODEL = "ref-7m"
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What AutoGPTQ calls the one file that it writes.
+AUTOGPTQ = "gptq_model-*.safetensors"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # Bytes per element of safetensors' dtype names, to check that a header's ranges are what its shapes say.
 _DTYPE_BITS = {
@@ -121,6 +123,24 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
+def quantization_settings(checkpoint: Path) -> dict[str, Any] | None:
+    """Return how a checkpoint says that it is quantized; None for one that is not.
+
+    It says so in config.json or, written by older tools, in ``quantize_config.json`` (AutoGPTQ) or
+    ``quant_config.json`` (AutoAWQ).
+    """
+    config = read_config(checkpoint)
+    if found := config.get("quantization_config") or config.get("compression_config"):
+        return dict(found)
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (checkpoint / name).is_file():
+            try:
+                return {"quant_method": method, **json.loads((checkpoint / name).read_text())}
+            except (ValueError, TypeError) as error:
+                raise ParetoError(f"{checkpoint / name} is not a JSON object: {error}") from error
+    return None
+
+
 def weight_files(model_dir: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint, in order.
 
@@ -139,6 +159,9 @@ def weight_files(model_dir: Path) -> list[Path]:
         return [model_dir / n for n in names]
     if (model_dir / SINGLE).is_file():
         return [model_dir / SINGLE]
+    named = sorted(model_dir.glob(AUTOGPTQ))
+    if len(named) == 1:
+        return named
     foreign = sorted(p.name for p in model_dir.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".ckpt"))
     hint = f" (found {foreign[0]}: convert it to safetensors first)" if foreign else ""
     raise ParetoError(f"{model_dir}: no {SINGLE} and no {INDEX}{hint}")
@@ -189,8 +212,9 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
 
     """
     config = read_config(model_dir)
-    if not quantized and (config.get("quantization_config") or config.get("compression_config")):
-        scheme = (config.get("quantization_config") or config["compression_config"]).get("quant_method", "unknown")
+    settings = quantization_settings(model_dir)
+    if settings and not quantized:
+        scheme = settings.get("quant_method", "unknown")
         raise ParetoError(f"{model_dir} is already quantized ({scheme}); compress the original checkpoint")
     headers = [read_header(path) for path in weight_files(model_dir)]
     present = {name for header in headers for name in header}
