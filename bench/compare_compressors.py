@@ -243,8 +243,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     labels = [f"{r['settings']['recipe']['name']}  {r['settings']['tool']}" for r in results]
     values = [r["kl"]["value"] for r in results]
     axes.barh(range(len(results)), values, color=[COLOURS[r["settings"]["tool"]] for r in results])
-    for row, value in enumerate(values):
-        axes.annotate(f" {value:.4f}", (value, row), va="center", fontsize=8)
+    for place, value in enumerate(values):
+        axes.annotate(f" {value:.4f}", (value, place), va="center", fontsize=8)
     axes.set_yticks(range(len(results)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
