@@ -53,8 +53,6 @@ class WeightStep(Step):
     Attributes:
         bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
-        per_tensor: one scale for the whole weight, with group_size -1. It is stored once for each output channel, so
-            that every kernel serves it: for comparing, it saves nothing.
         symmetric: without zero-points.
         activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
         targets: globs over module names; the first step that matches a layer quantizes it.
@@ -63,12 +61,13 @@ class WeightStep(Step):
         outlier_choice: which channels those are, by ``range``, ``energy`` or ``threshold`` of their activations.
         rank: of a product that makes up for the error (``zeroquant.py``); 0: none.
         rank_metric: which error, that of the layer's output (``activations``) or of its ``weights``.
+        per_tensor: one scale for the whole weight, with group_size -1. It is stored once for each output channel, so
+            that every kernel serves it: for comparing, it saves nothing.
 
     """
 
     bits: int = 4
     group_size: int = 128
-    per_tensor: bool = False
     symmetric: bool = True
     activations: Literal["none", "int8", "int6"] = "none"
     targets: tuple[str, ...] = ("*",)
@@ -77,6 +76,7 @@ class WeightStep(Step):
     outlier_choice: Literal["range", "energy", "threshold"] = "range"
     rank: int = 0
     rank_metric: Literal["activations", "weights"] = "activations"
+    per_tensor: bool = False
 
     @property
     def plain(self) -> bool:

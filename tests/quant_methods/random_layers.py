@@ -55,11 +55,11 @@ class Parts(WeightStep):
     columns: int = 0
     column_bits: int = 16
     sparse: bool = False
-    rank: int = 0
+    product: int = 0
 
     @property
     def plain(self) -> bool:
-        return not (self.table or self.columns or self.sparse or self.rank)
+        return not (self.table or self.columns or self.sparse or self.product)
 
 
 def quantize(step: Parts, problem: LinearProblem) -> QuantizedLinear:
@@ -92,8 +92,8 @@ def quantize(step: Parts, problem: LinearProblem) -> QuantizedLinear:
         scale, zero = fit(weight, step.grid, search="mse" if step.bits == 2 else "minmax", scale_dtype=dtype)
         codes = round_to_grid(weight, expand(scale, inputs), expand(zero, inputs), step.grid).to(torch.int8)
         linear = QuantizedLinear(codes, scale.to(dtype), zero.to(torch.int8), None, columns, sparse)
-    if step.rank:
+    if step.product:
         u, s, v = torch.linalg.svd(problem.weight - linear.read(), full_matrices=False)
-        low_rank = ((u * s.sqrt())[:, : step.rank].to(dtype), (s.sqrt()[:, None] * v)[: step.rank].to(dtype))
+        low_rank = ((u * s.sqrt())[:, : step.product].to(dtype), (s.sqrt()[:, None] * v)[: step.product].to(dtype))
         linear.low_rank = LowRank(*(part.contiguous() for part in low_rank))
     return linear

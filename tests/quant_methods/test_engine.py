@@ -36,13 +36,13 @@ LAYOUTS: tuple[Step, ...] = (
 
 # The same for the format of ours: bits, tables, columns, sparse and low-rank parts, rounded activations, biases aside.
 OUR_LAYOUTS: tuple[Step, ...] = (
-    Parts(bits=3, group_size=32, symmetric=False, rank=4, targets=("model.layers.0.*",)),
+    Parts(bits=3, group_size=32, symmetric=False, product=4, targets=("model.layers.0.*",)),
     Parts(bits=6, group_size=64, activations="int6", targets=("model.layers.1.*",)),
     Parts(bits=2, group_size=32, symmetric=False, columns=16, targets=("model.layers.2.*",)),
     Parts(bits=3, group_size=-1, table=True, sparse=True, columns=3, targets=("model.layers.3.*",)),
     Parts(bits=8, group_size=-1, columns=4, column_bits=8, activations="int8", targets=("model.layers.4.*",)),
     Parts(bits=4, group_size=64, symmetric=False, activations="int8", targets=("model.layers.5.mlp.*",)),
-    Parts(bits=5, group_size=32, sparse=True, columns=5, column_bits=8, rank=2, targets=("model.layers.5.*",)),
+    Parts(bits=5, group_size=32, sparse=True, columns=5, column_bits=8, product=2, targets=("model.layers.5.*",)),
 )
 
 

@@ -18,7 +18,7 @@ from tests.quant_methods.random_layers import Parts
 
 STEPS = (
     Parts(bits=8, group_size=-1, columns=3, activations="int8", targets=("model.layers.0.*",)),
-    Parts(bits=4, group_size=32, columns=2, sparse=True, rank=2, activations="int6", targets=("model.layers.1.*",)),
+    Parts(bits=4, group_size=32, columns=2, sparse=True, product=2, activations="int6", targets=("model.layers.1.*",)),
     Parts(bits=3, group_size=-1, table=True, sparse=True, targets=("model.layers.2.*",)),
 )
 
@@ -59,7 +59,11 @@ def test_what_it_cannot_read_is_one_line(ours: Path, tmp_path: Path) -> None:
         load_reference(path)
     for name, change, message in [
         ("newer", {"version": 2}, "version 2 of the format; this vllm-pareto reads version 1"),
-        ("foreign", {"quant_method": "mxfp4"}, "quantized by 'mxfp4'; expected compressed-tensors, pareto, or no"),
+        (
+            "foreign",
+            {"quant_method": "mxfp4"},
+            "quantized by 'mxfp4'; expected compressed-tensors, pareto, gptq, awq, or no",
+        ),
     ]:
         path = changed(name)
         config = json.loads((path / "config.json").read_text())

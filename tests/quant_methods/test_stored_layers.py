@@ -156,7 +156,7 @@ def test_eight_bits_with_static_activations(tiny_model: Path, tmp_path: Path) ->
         (
             lambda t: t,
             {"quant_method": "bitsandbytes"},
-            "quantized by 'bitsandbytes'; expected compressed-tensors, gptq",
+            "quantized by 'bitsandbytes'; expected compressed-tensors, pareto, gptq",
         ),
         (lambda t: t, {"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; expected"),
         (lambda t: t, {"quant_method": "gptq", "is_marlin_format": True}, "checkpoint_format 'marlin'; expected"),
