@@ -165,7 +165,7 @@ class Decoder:
             tokens: int64 [sequences, length].
 
         """
-        self._compute_buffers()
+        self.compute_buffers()
         embedding = self.base.get_input_embeddings()
         name = next(n for n, m in self.model.named_modules() if m is embedding)
         weight = self.source.read(f"{name}.weight")
@@ -188,7 +188,7 @@ class Decoder:
         assert hidden is not None
         return hidden
 
-    def _compute_buffers(self) -> None:
+    def compute_buffers(self) -> None:
         """Give what lies outside of the blocks the buffers that follow from the configuration (rotary frequencies)."""
         for name, module in self.base.named_modules():
             buffers = module._non_persistent_buffers_set
@@ -197,91 +197,6 @@ class Decoder:
             for buffer in buffers:
                 module._buffers[buffer] = torch.empty_like(module._buffers[buffer], device=self.device)
             self.model._init_weights(module)
-
-    def outside(self) -> dict[str, Tensor]:
-        """Return the weights outside of the blocks (embedding, final norm, head), float32 on the device."""
-        names = [name for name in self.model.state_dict() if not name.startswith(self.prefix + ".")]
-        found = {name: self.source.read(name) for name in names if name in self.source}
-        return {name: tensor.to(self.device, torch.float32) for name, tensor in found.items()}
-
-    def load_outside(self, weights: dict[str, Tensor]) -> None:
-        """Give what lies outside of the blocks its weights (and buffers) for good; a missing head is the embedding.
-
-        Args:
-            weights: of ``outside``, not copied.
-
-        Raises:
-            ParetoError: one is missing.
-
-        """
-        self._compute_buffers()
-        embedding, head = self.base.get_input_embeddings(), self.model.get_output_embeddings()
-        names = {module: name for name, module in self.model.named_modules()}
-        for module, name in names.items():
-            if f"{name}.".startswith(self.prefix + "."):
-                continue
-            for local, parameter in module._parameters.items():
-                full = f"{name}.{local}"
-                if full not in weights and module is head and local == "weight":
-                    full = f"{names[embedding]}.weight"
-                if parameter is not None and full not in weights:
-                    raise ParetoError(f"{self.source.dir}: the checkpoint lacks {full}")
-                if parameter is not None:
-                    module._parameters[local] = nn.Parameter(weights[full], requires_grad=False)
-
-    @torch.no_grad()
-    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Return the model's logits from what leaves its last block; ``load_outside`` comes first.
-
-        Args:
-            tokens: int64 [batch, length] on the device.
-            hidden: float32 [batch, length, width] on the device.
-
-        """
-        for block in self.blocks:
-            block.forward = lambda *args, **kwargs: hidden
-        try:
-            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
-        finally:
-            for block in self.blocks:
-                del block.forward
-        return logits
-
-    @contextlib.contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Load what comes after the blocks, and yield what turns the last block's output into logits.
-
-        It takes float32 [batch, length, width] on the device. ``embed`` must have run.
-        """
-        embedding, output = self.base.get_input_embeddings(), self.model.get_output_embeddings()
-        loaded = []
-        for name, module in self.model.named_modules():
-            inside = name.startswith(self.prefix + ".") or next(module.children(), None) is not None
-            if inside or not module._parameters or (module is embedding and embedding is not output):
-                continue
-            for local in [local for local, parameter in module._parameters.items() if parameter is not None]:
-                full = f"{name}.{local}"
-                if module is output and full not in self.source:  # Tied.
-                    full = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
-                weight = self.source.read(full).to(self.device, torch.float32)
-                module._parameters[local] = nn.Parameter(weight, requires_grad=False)
-            loaded.append(module)
-
-        def logits(hidden: Tensor) -> Tensor:
-            for block in self.blocks:
-                block.forward = lambda hidden_states, **arguments: hidden
-            try:
-                found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
-            finally:
-                for block in self.blocks:
-                    del block.forward
-            return found
-
-        try:
-            yield logits
-        finally:
-            for module in loaded:
-                module.to("meta")
 
     @contextlib.contextmanager
     def _stubs(self) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
+from quant_methods import outside
 from quant_methods.calibrator import Decoder
 from quant_methods.checkpoint import write_json
 from quant_methods.grid import Search, expand, fit, round_to_grid
@@ -232,7 +233,7 @@ class Sensitivity:
                     self.decoder.advance(later, block, variant)
         self.progress(index, self.total, f"block {index + 1}/{self.total}: output of {len(variants)} variants")
         losses = [0.0] * len(variants)
-        with self.decoder.head() as head:
+        with outside.head(self.decoder) as head:
             for sequence in range(len(final)):  # One at a time: logits are large.
                 place = slice(sequence, sequence + 1)
                 expected = head(final[place].to(self.decoder.device)).log_softmax(-1)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kv_cache.errors import ParetoError
+from quant_methods import outside
 from quant_methods.calibrator import Decoder, batch_size
 from quant_methods.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.native_format import ACTIVATION_BITS
@@ -191,9 +192,9 @@ class Tuner:
 
         """
         if not self.result_file.is_file():
-            outside = self.teacher.outside()
-            targets = self._targets(outside)
-            self._load_student(outside)
+            common = outside.weights(self.teacher)
+            targets = self._targets(common)
+            self._load_student(common)
             tuned = self._train(targets)
             self._write()
             del self.teacher, self.student  # Their memory is wanted for what comes after.
@@ -201,7 +202,7 @@ class Tuner:
         found = json.loads(self.result_file.read_text())
         return Tuned(tuple((step, kl) for step, kl in found["kl"]), found["kept"])
 
-    def _targets(self, outside: dict[str, Tensor]) -> Tensor:
+    def _targets(self, common: dict[str, Tensor]) -> Tensor:
         """Return what leaves the original's last block, float32 [sequences, length, width] on the CPU."""
         hidden = self.teacher.embed(self.tokens)
         total = len(self.teacher.blocks)
@@ -209,13 +210,13 @@ class Tuner:
             self.say(index, total, f"text to tune on through the original, block {index + 1}/{total}")
             with self.teacher.loaded(index) as block:
                 self.teacher.advance(index, block, hidden)
-        self.teacher.load_outside(outside)
+        outside.load(self.teacher, common)
         return hidden
 
-    def _load_student(self, outside: dict[str, Tensor]) -> None:
+    def _load_student(self, common: dict[str, Tensor]) -> None:
         """Give the student its weights, and make what learns a parameter with a gradient."""
         decoder = self.student
-        decoder.load_outside(outside)
+        outside.load(decoder, common)
         changed: dict[str, Tensor] = {}
         for index, block in enumerate(decoder.blocks):
             path = self.block_file(index)
@@ -299,7 +300,7 @@ class Tuner:
     def _divergence(self, sequences: list[int], targets: Tensor, *, bfloat16: bool = False) -> Tensor:
         """Return the sum over sequences of their mean KL(original || quantized) in nats a token."""
         tokens = self.tokens[sequences].to(self.device)
-        expected = self.teacher.logits(tokens, targets[sequences].to(self.device)).log_softmax(-1)
+        expected = outside.logits(self.teacher, targets[sequences].to(self.device)).log_softmax(-1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             logits = self.student.model(input_ids=tokens, use_cache=False).logits
         found = logits.float().log_softmax(-1)
