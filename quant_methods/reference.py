@@ -187,7 +187,7 @@ def _round_inputs(module: nn.Module, linear: QuantizedLinear, bits: int) -> None
         rounded = round_tokens(bulk, bits)
         if beside is not None:
             # What the layer adds beside its bulk is for the inputs as they are; the module multiplies all by `rounded`.
-            module.beside = nn.functional.linear(x - rounded, beside.to(x.device))
+            module.beside = nn.functional.linear(x - rounded, beside.to(x))
         return (rounded, *args[1:])
 
     def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
