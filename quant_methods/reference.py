@@ -79,7 +79,7 @@ def round_inputs(module: nn.Module, linear: QuantizedLinear, rounding: Rounding)
         rounded = rounding(x if index is None else x.index_fill(-1, index.to(x.device), 0))
         if beside is not None:
             # What the layer adds beside its bulk is for the inputs as they are; the module multiplies all by `rounded`.
-            module.beside = nn.functional.linear(x - rounded, beside.to(x.device))
+            module.beside = nn.functional.linear(x - rounded, beside.to(x))
         return (rounded, *args[1:])
 
     def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
