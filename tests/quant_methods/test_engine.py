@@ -91,6 +91,7 @@ def test_vllm_computes_what_the_dequantized_model_computes(
     noise = (served - expected).abs().mean().item()
     damage = (original - expected).abs().mean().item()
     print(f"mean |difference| of log-probabilities: served {noise:.4f}, quantization itself {damage:.4f}")
-    # bfloat16 arithmetic alone moves log-probabilities by about 0.01; a misread layout moves them by several.
-    assert noise < 0.05
+    # bfloat16 arithmetic alone moves log-probabilities by about 0.01, and by more where activations are rounded; a
+    # misread layout moves them by several.
+    assert noise < (0.08 if plugin else 0.05)
     assert noise < 0.3 * damage
