@@ -27,6 +27,8 @@ from quant_methods.recipe import LinearProblem, WeightStep
 
 # Added to the Hessian's diagonal, as a fraction of its mean.
 DAMPING = 0.01
+# Of the randomized decomposition (Halko, Martinsson, Tropp, 2011). Rounding's errors have flat spectra: they want many.
+OVERSAMPLING, ITERATIONS = 16, 8
 
 
 def compensate(
@@ -56,9 +58,12 @@ def low_rank(error: Tensor, factor: Tensor | None, rank: int, dtype: torch.dtype
 
     """
     matrix = error.double() if factor is None else error.double() @ factor
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    # A whole decomposition takes minutes for a layer of a large model; the first few directions take a few products.
+    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(0)
+        left, sizes, right = torch.svd_lowrank(matrix, min(rank + OVERSAMPLING, *matrix.shape), niter=ITERATIONS)
     root = sizes[:rank].sqrt()
-    down = root[:, None] * right[:rank]
+    down = root[:, None] * right[:, :rank].T
     if factor is not None:
         down = torch.linalg.solve_triangular(factor, down, upper=False, left=False)
     return LowRank((left[:, :rank] * root).to(dtype), down.to(dtype))
