@@ -81,6 +81,8 @@ class OmniQuant(BlockStep):
         """Refuse a step that does not round to ranges, or does not round to nearest what was learned to be."""
         if not hasattr(step, "search"):
             raise ParetoError(f"omniquant learns ranges, and {step.method} has none; use rtn or gptq after it")
+        if step.per_tensor:
+            raise ParetoError("omniquant learns a range for every group of every row; leave per_tensor out after it")
         if self.rounding and not (isinstance(step, RTN) and step.plain):
             raise ParetoError(
                 "omniquant learns how to round, and only rtn without outliers and rank rounds to nearest as it does; "

@@ -184,6 +184,7 @@ def test_interrupted_runs_write_the_same_bytes(tiny_model: Path, text_file: Path
     ("steps", "message"),
     [
         ((LEARN, SqueezeLLM()), "omniquant learns ranges, and squeezellm has none; use rtn or gptq"),
+        ((LEARN, RTN(bits=4, group_size=-1, per_tensor=True)), "omniquant learns a range for every group of every row"),
         ((LEARN, GPTQ(group_size=64)), "only rtn without outliers and rank .* instead of gptq, or rounding: false"),
     ],
 )
