@@ -4,7 +4,7 @@ Measures what each checkpoint costs in quality (KL divergence to the original, t
 held-out text, in float32 PyTorch), and what making it cost (seconds, peak memory). Each line is TOOL:RECIPE, the tool
 being ours (`pareto`) or a backend of `pareto compress --backend`; its result is a file of its own in --out, so that an
 interrupted comparison goes on where it stopped and lines can be added one at a time. The table (table.md) and the plot
-(kl.svg) show all results in --out that were measured with the same settings.
+(kl.png) show all results in --out that were measured with the same settings.
 
     python -m bench.compare_compressors ref-27m --text calibration.jsonl --heldout heldout.jsonl \\
         --backend-python llm-compressor=~/llmc/bin/python --out results/compare-compressors-ref-27m
@@ -251,7 +251,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("KL divergence to the original, nats a token (less is better)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
                     failed.append(f"{line.tool}:{line.recipe}: {error}")
         if results := comparison.results():
             write_text(args.out / "table.md", table(results))
-            plot(results, args.out / "kl.svg")
+            plot(results, args.out / "kl.png")
             print(table(results), end="")
     except ParetoError as error:
         failed.append(str(error))
