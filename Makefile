@@ -1,5 +1,5 @@
 # make demo: the whole chain on the embedded model.   make test: lint, types and every test.   Both set up .venv first.
-.PHONY: demo test setup lint format clean
+.PHONY: demo test test-engines test-rest setup lint format clean
 
 setup:
 	@requirements/install.sh
@@ -12,11 +12,17 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two processes: vLLM looks into every imported module when an engine starts in one, and Flask's, which Locust brings,
-# do not stand it.
+# Load tests in a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's,
+# which Locust brings, do not stand it. Engines keep one core busy, so that the rest runs beside them on another.
 test: lint
 	.venv/bin/python -m pytest tests/loadtest
-	.venv/bin/python -m pytest --ignore=tests/loadtest
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-engines test-rest
+
+test-engines:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m engine --ignore=tests/loadtest
+
+test-rest:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest
 
 format: setup
 	.venv/bin/ruff check --fix .
