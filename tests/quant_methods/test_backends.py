@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods import backend_environment, backend_run
+from quant_methods import backend_check, backend_environment, backend_run
 from quant_methods.backend_environment import BACKENDS, FOLDER, READY, Backend, environment_python
 from quant_methods.backend_run import compress_with, older_config, tool_settings
 from quant_methods.compress import compress
@@ -147,7 +147,7 @@ def test_an_interrupted_check_goes_on_without_the_tool(
 
     monkeypatch.setattr(backend_run, "_run_tool", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(backend_run, "_check_layers", interrupted)
+        patch.setattr(backend_check, "check_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress_with(tool, tiny_model, seeded(0), out, text=text_file, python=Path(sys.executable))
     assert compress_with(tool, tiny_model, seeded(0), out, text=text_file, python=Path(sys.executable)).layers == 21
