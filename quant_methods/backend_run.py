@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -32,11 +30,12 @@ from quant_methods.awq import AWQ
 from quant_methods.backend_environment import FOLDER, Backend, Progress, clean_environment, environment_python
 from quant_methods.calibrator import Decoder
 from quant_methods.checkpoint import Source, write_bytes, write_json
-from quant_methods.compress import check_device
+from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.gptq import GPTQ
 from quant_methods.model_source import (
     INDEX,
     SINGLE,
+    digest,
     fingerprint,
     quantization_settings,
     read_config,
@@ -47,9 +46,9 @@ from quant_methods.model_source import (
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe, TransformStep, WeightStep
 from quant_methods.rtn import RTN
-from quant_methods.run import RECIPE_FILE
+from quant_methods.run import RECIPE_FILE, locked
 from quant_methods.smoothquant import SmoothQuant
-from quant_methods.text_source import load_sequences
+from quant_methods.text_source import describe, load_sequences
 
 
 @dataclass
@@ -163,10 +162,7 @@ def compress_with(
     out = Path(out)
     model_dir = resolve_model(model)
     check_device(device)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
-    if out.resolve() == model_dir.resolve():
-        raise ParetoError(f"{out} is the model itself; give another --out")
+    check_out(out, model_dir, overwrite=overwrite)
     decoder = Decoder(model_dir, Source(model_dir), "cpu")
     plan = make_plan(decoder, dataclasses.replace(recipe, kv_scales=False), model_dir)
     inside = [name for name in plan.ignored if name.startswith(decoder.prefix + ".")]
@@ -191,20 +187,12 @@ def compress_with(
         "model": Path(model).name if Path(model).is_dir() else os.fspath(model),
         "model_sha256": fingerprint(model_dir),
         "recipe": dataclasses.replace(recipe, kv_scales=False).to_dict(),
-        "calibration": {
-            "source": Path(text).name if text else "sampled from the model",
-            "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "num_samples": tokens.shape[0],
-            "length": tokens.shape[1],
-            "seed": calibration.seed,
-        }
-        if needs_data
-        else None,
+        "calibration": describe(tokens, Path(text) if text else None, calibration.seed) if needs_data else None,
         "device": kind,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "backend": {"name": backend.name, "python": str(tool_python), "settings": settings},
     }
-    work = out.with_name(out.name + ".partial")
+    work = work_of(out)
     with checkpoint.full_disk_explained(work), _work_directory(work, provenance, overwrite=overwrite):
         dtype = str(decoder.source.dtype(f"{next(iter(plan.steps))}.weight")).removeprefix("torch.")
         job = settings | {"device": device, "ignore": plan.ignored, "dtype": dtype}
@@ -239,13 +227,8 @@ def compress_with(
 @contextlib.contextmanager
 def _work_directory(work: Path, provenance: dict[str, Any], *, overwrite: bool) -> Iterator[None]:
     """Create the work directory, or take up one whose tool had finished, and keep other runs out of it."""
-    work.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ParetoError(f"{work} is in use by another run; wait for it or give another --out") from None
+    key = digest(provenance)
+    with locked(work):
         state = work / "state.json"
         found = json.loads(state.read_text()) if state.is_file() else None
         if found is not None and found["key"] != key and not overwrite:

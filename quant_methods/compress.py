@@ -86,10 +86,7 @@ def prepare(
     """
     model_dir = resolve_model(model)
     device = check_device(device)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
-    if out.resolve() == model_dir.resolve():
-        raise ParetoError(f"{out} is the model itself; give another --out")
+    check_out(out, model_dir, overwrite=overwrite)
     decoder = Decoder(model_dir, _source(model_dir, recipe), device)
     if isinstance(decoder.source, RotatedSource):
         check_norms(decoder.blocks[0], decoder.config)
@@ -105,6 +102,19 @@ def _source(model_dir: Path, recipe: Recipe) -> Source:
     if len(rotations) > 1 or (rotations and recipe.steps[0] is not rotations[0]):
         raise ParetoError(f"recipe {recipe.name}: rotate comes once, and first")
     return RotatedSource(source, rotations[0]) if rotations else source
+
+
+def check_out(out: Path, model_dir: Path, *, overwrite: bool) -> None:
+    """Refuse a place for results that has something else.
+
+    Raises:
+        ParetoError: ``out`` exists, or is the model.
+
+    """
+    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+        raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
+    if out.resolve() == model_dir.resolve():
+        raise ParetoError(f"{out} is the model itself; give another --out")
 
 
 def check_device(device: str) -> str:

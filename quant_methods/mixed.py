@@ -16,11 +16,11 @@ from quant_methods.budget import Assignment, Budget, Loss, assign, mixed_recipe
 from quant_methods.calibrator import Decoder
 from quant_methods.checkpoint import full_disk_explained
 from quant_methods.compress import compress, prepare, work_of
-from quant_methods.model_source import fingerprint
+from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.run import MEASURES, Progress, Report, locked
-from quant_methods.sensitivity import Sensitivity, Settings, digest, read_units
+from quant_methods.sensitivity import Sensitivity, Settings, read_units
 from quant_methods.sensitivity_plot import plot
 from quant_methods.text_source import load_sequences
 from quant_methods.units import WIDTHS, Unit, Width, unmeasured

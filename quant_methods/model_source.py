@@ -250,6 +250,11 @@ def fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def digest(data: Any) -> str:
+    """Return a SHA-256 (hex) over plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def cache_dir() -> Path:
     """Return the folder of what is kept between runs: ``$PARETO_CACHE``, else ``pareto`` in the user's cache folder."""
     named = os.environ.get("PARETO_CACHE")

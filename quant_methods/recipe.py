@@ -17,8 +17,6 @@ it computes, so that it rounds better. ``recipe_file.py`` reads recipes from YAM
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.grid import Grid
+from quant_methods.model_source import digest
 from quant_methods.quantized import QuantizedLinear
 
 
@@ -244,7 +243,7 @@ class Recipe:
         """Return a SHA-256 (hex) over everything that determines the result; name and description do not."""
         data = self.to_dict()
         del data["name"], data["description"]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return digest(data)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -33,10 +32,10 @@ from quant_methods.block_solver import BlockSolver
 from quant_methods.calibrator import Decoder, clone
 from quant_methods.checkpoint import read_tensors, write_bytes, write_json, write_tensors
 from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
-from quant_methods.model_source import fingerprint, read_config, read_header, weight_files
+from quant_methods.model_source import digest, fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
-from quant_methods.text_source import load_sequences
+from quant_methods.text_source import describe, load_sequences
 from quant_methods.tuning import Tuned, Tuner
 
 RECIPE_FILE = "pareto_recipe.json"
@@ -166,25 +165,14 @@ class Run:
 
     def _provenance(self, model: str) -> dict[str, Any]:
         """Return what determines the checkpoint's bytes; it travels with the checkpoint and names an unfinished run."""
-
-        def described(tokens: Tensor | None) -> dict[str, Any] | None:
-            if tokens is None:
-                return None
-            return {
-                "source": self.text.name if self.text else "sampled from the model",
-                "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-                "num_samples": tokens.shape[0],
-                "length": tokens.shape[1],
-                "seed": self.recipe.calibration.seed,
-            }
-
+        seed = self.recipe.calibration.seed
         packages = ("vllm-pareto", "torch", "transformers", "compressed-tensors", "safetensors")
         return {
             "model": Path(model).name if Path(model).is_dir() else model,
             "model_sha256": fingerprint(self.model_dir),
             "recipe": self.recipe.to_dict(),
-            "calibration": described(self.tokens),
-            **({"tuning": described(self.tuner.tokens)} if self.tuner else {}),
+            "calibration": None if self.tokens is None else describe(self.tokens, self.text, seed),
+            **({"tuning": describe(self.tuner.tokens, self.text, seed)} if self.tuner else {}),
             "device": self.decoder.device.type,
             "versions": {
                 "python": platform.python_version(),
@@ -196,7 +184,7 @@ class Run:
     def _key(self) -> str:
         determining = {k: v for k, v in self.provenance.items() if k not in ("model", "recipe")}
         determining["recipe"] = self.recipe.fingerprint()
-        return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
+        return digest(determining)
 
     def finish(self, started: float) -> Report:
         """Run to the end and return the report."""

@@ -16,12 +16,11 @@ the state directory, which an interrupted run takes up.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -280,8 +279,3 @@ def read_units(path: Path, key: str, settings: Settings) -> list[Unit] | None:
 def mean_square(matrix: Tensor, hessian: Tensor) -> float:
     """Return ``tr(M H M^T)``: the mean squared size of M x, H being the mean of x x^T."""
     return ((matrix @ hessian) * matrix).sum(dtype=torch.float64).clamp(min=0).item()
-
-
-def digest(data: Any) -> str:
-    """Return a SHA-256 (hex) over plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

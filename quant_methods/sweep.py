@@ -23,10 +23,10 @@ from quant_methods.budget import Loss
 from quant_methods.checkpoint import Source, write_bytes, write_json
 from quant_methods.compress import compress, prepare, work_of
 from quant_methods.mixed import check_budget, compress_to_budget
-from quant_methods.model_source import fingerprint, resolve_model
+from quant_methods.model_source import digest, fingerprint, resolve_model
 from quant_methods.quality import Yardstick
 from quant_methods.run import locked
-from quant_methods.sensitivity import Settings, digest
+from quant_methods.sensitivity import Settings
 from quant_methods.sweep_file import Point, Sweep
 from quant_methods.sweep_plot import plot
 from quant_methods.text_source import load_sequences

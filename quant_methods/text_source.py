@@ -294,3 +294,14 @@ def _special_tokens(config: Any) -> tuple[int, list[int]]:
 def _derive(seed: int, split: Split, batch: int) -> int:
     digest = hashlib.sha256(f"{seed} {split} {batch}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
+
+
+def describe(tokens: torch.Tensor, text: Path | None, seed: int) -> dict[str, Any]:
+    """Return what a checkpoint says of its sequences [num, length]: their file, number, length, seed and SHA-256."""
+    return {
+        "source": text.name if text else "sampled from the model",
+        "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "num_samples": tokens.shape[0],
+        "length": tokens.shape[1],
+        "seed": seed,
+    }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import Kernel, load_kernel
+from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit import LowBitLinear
 
 FOLDER = Path(__file__).parent / "csrc"
@@ -220,7 +221,7 @@ class _Matrix:
     def _kernel(self, name: str, dtype: torch.dtype, column_tiles: int) -> tuple[Kernel, int, int]:
         """Return a kernel, the warps of a thread block, and how many blocks the device holds."""
         device = self.words.device
-        processors = _processors(device)
+        processors = device_limits(device)[0]
         # Enough warps to keep the memory busy where a matrix has few row tiles.
         warps = 8 if self.tiles > processors else 16
         kernel, resident = _kernel(
@@ -240,7 +241,7 @@ class _Matrix:
             y.stride(0), tokens, self.channels, self.rows, self.words.shape[1], self.tiles,
         )  # fmt: skip
         grid = (min(self.tiles, blocks), -(-tokens // (8 * column_tiles)), 1)
-        kernel.launch(grid, 32 * warps, params, device, overlap=_overlaps(device))
+        kernel.launch(grid, 32 * warps, params, device, overlap=device_limits(device)[2])
 
     def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         """Return the weight of the row tiles from first to before last, [rows, channels]."""
@@ -263,12 +264,6 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
-@functools.cache
 def _kernel(
     name: str,
     bits: int,
@@ -285,8 +280,3 @@ def _kernel(
     )  # fmt: skip
     kernel = load_kernel("low_bit.cu", name, macros, device, folder=FOLDER)
     return kernel, kernel.blocks_per_multiprocessor(32 * warps)
-
-
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 9

@@ -1,7 +1,5 @@
 """The low-bit kernel against the weight that a quantized layer means: on a GPU, and its source on a CPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -30,14 +28,10 @@ SHAPES = [
 @pytest.fixture
 def emulated(monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=3))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cached = low_bit_cuda._kernel, low_bit_cuda._overlaps, low_bit_cuda._processors
-    for function in cached:
-        function.cache_clear()
+    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
+    low_bit_cuda._kernel.cache_clear()
     yield CPU
-    for function in cached:
-        function.cache_clear()
+    low_bit_cuda._kernel.cache_clear()
 
 
 def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
