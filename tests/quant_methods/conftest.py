@@ -1,7 +1,8 @@
-"""A decoder small enough to compress in a second, with the reference model's tokenizer."""
+"""What tests share: a decoder small enough to compress in a second, with the reference model's tokenizer."""
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,12 @@ def parts_handled(monkeypatch: pytest.MonkeyPatch) -> None:
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep samples out of the user's cache, and share them between tests."""
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path_factory.getbasetemp() / "pareto-cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: a second thread only costs barriers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,7 @@ from quant_methods.sensitivity import Sensitivity, Settings, mean_square
 from quant_methods.text_source import load_sequences
 from quant_methods.units import Unit, Width, units_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: a second thread only costs barriers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPE = Recipe("test", steps=(RTN(bits=4, group_size=64),), calibration=Calibration(6, 32, 3), kv_scales=False)
 SETTINGS = Settings(widths=tuple(map(Width.parse, ("4", "4g32", "8", "16"))), kl_sequences=2, hessian_sequences=3)

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods import sweep as sweep_module
@@ -28,13 +26,7 @@ from quant_methods.units import Width
 SMALL = "num_calibration_samples: [4], calibration_length: [32], kv_scales: [false]"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operations: a second thread only costs barriers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def written(path: Path, text: str) -> Path:
