@@ -117,7 +117,7 @@ class Comparison:
         self.args, self.bar = args, bar
         self.task = bar.add_task("reading", total=None)
         self.folder = resolve_model(args.model)
-        self.pythons = _pythons(args.backend_python)
+        self.pythons = pythons(args.backend_python)
         shape = (args.num_sequences, args.length)
         tokens = load_sequences(self.folder, args.text, *shape, device=args.device, progress=self._show)
         self.settings = {
@@ -207,14 +207,20 @@ class Comparison:
         return {"bits": bits, **row(quality)}
 
 
-def _pythons(words: list[str]) -> dict[str, Path]:
-    pythons = {}
+def pythons(words: list[str]) -> dict[str, Path]:
+    """Return the Python of each tool that ``TOOL=PATH`` words name.
+
+    Raises:
+        ParetoError: a word is not of that form, or its tool is unknown.
+
+    """
+    found = {}
     for word in words:
         tool, equals, path = word.partition("=")
         if not equals or tool not in BACKENDS:
             raise ParetoError(f"--backend-python {word}: expected TOOL=PATH, the tool one of {', '.join(BACKENDS)}")
-        pythons[tool] = Path(path).expanduser()
-    return pythons
+        found[tool] = Path(path).expanduser()
+    return found
 
 
 def table(results: list[dict[str, Any]]) -> str:

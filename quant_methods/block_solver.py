@@ -99,7 +99,7 @@ class BlockSolver:
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
             linear.weight.copy_(result.read())
-            tensors |= self.storage.pack(full, result.cpu(), step)
+            tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:

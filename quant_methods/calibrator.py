@@ -1,8 +1,8 @@
 """Runs a decoder one block at a time over the calibration set and gathers what the methods need to know.
 
 Only one block's weights are on the device at a time (two copies when a step compares with the original model). Between
-blocks the calibration set lives as hidden states in one float32 buffer on the CPU, which each block overwrites with
-its output.
+blocks the calibration set lives as hidden states in one float32 buffer, which each block overwrites with its output: on
+the device where it takes little of its memory, else on the CPU.
 
 Inside a block, linear layers that share an input form a stage (q, k, v; o; gate, up; down in a Llama), found by
 watching one forward pass. Stages are solved in the order in which they run, and each sees inputs computed with the
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from quant_methods.kv_observer import ATTENTION, Observer, observing
 # Tokens that go through a block at once; bounds the activations' memory.
 TOKENS_PER_BATCH = 8192
 SAMPLE_TOKENS = 1024
+# Of a device's free memory, what hidden states (and as many of the original model's) may take.
+HIDDEN_SHARE = 0.25
 
 
 class _Stop(Exception):
@@ -148,7 +151,8 @@ class Decoder:
         """
         block = self.blocks[index]
         state = {local: self.source.read(self.name(index, local)) for local in block.state_dict()}
-        block.load_state_dict({k: v.to(self.device, torch.float32) for k, v in state.items()}, assign=True)
+        # Moved first: `to` with both would widen on the CPU and move twice the bytes.
+        block.load_state_dict({k: v.to(self.device).float() for k, v in state.items()}, assign=True)
         del state
         try:
             yield block.requires_grad_(False)
@@ -157,7 +161,7 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states that enter the first block, float32 [sequences, length, width] on the CPU.
+        """Return the hidden states that enter the first block, float32 [sequences, length, width].
 
         Also learns what else transformers passes to each block (positions, masks).
 
@@ -180,13 +184,20 @@ class Decoder:
                     self.base(input_ids=batch, use_cache=False)
                 first = seen[0][0]
                 if hidden is None:
-                    hidden = torch.empty((*tokens.shape, first.shape[-1]), dtype=torch.float32)
-                hidden[start : start + len(batch)] = first.to("cpu")
+                    hidden = self._buffer((*tokens.shape, first.shape[-1]))
+                hidden[start : start + len(batch)] = first
                 # Every sequence is full, so a batch's size determines the rest of its arguments.
                 self._arguments.setdefault(len(batch), [arguments for _, arguments in seen])
         embedding.to("meta")
         assert hidden is not None
         return hidden
+
+    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+        """Return room for hidden states, float32."""
+        if self.device.type == "cuda":
+            fits = 2 * 4 * math.prod(shape) <= HIDDEN_SHARE * torch.cuda.mem_get_info(self.device)[0]
+            return torch.empty(shape, device=self.device) if fits else torch.empty(shape, pin_memory=True)
+        return torch.empty(shape)
 
     def compute_buffers(self) -> None:
         """Give what lies outside of the blocks the buffers that follow from the configuration (rotary frequencies)."""
@@ -240,7 +251,7 @@ class Decoder:
         """Overwrite the calibration set's hidden states by the block's output, showing attention to ``observer``."""
         with observing(observer):
             for start, batch in self.batches(hidden):
-                hidden[start : start + len(batch)] = self.run(index, block, batch).to("cpu")
+                hidden[start : start + len(batch)] = self.run(index, block, batch)
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (first sequence, hidden states on the device) of each batch."""

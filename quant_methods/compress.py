@@ -131,8 +131,6 @@ def check_device(device: str) -> str:
         raise ParetoError(f"--device {device} is not available here; devices: cpu" + _cuda_hint()) from error
     if kind == "meta":
         raise ParetoError("--device meta cannot compute; use cpu or cuda")
-    # TF32 would round the Hessians to 10 bits of mantissa.
-    torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

@@ -144,7 +144,8 @@ class ScaledBlock:
         """
         decoder, index = self.decoder, self.index
         after = decoder.run(index, self.block, self._batch)
-        if not torch.allclose(self._before, after, rtol=1e-3, atol=1e-4 * self._before.abs().max().item()):
+        # As near as TF32 keeps it; scales that went astray change outputs by their own size.
+        if not torch.allclose(self._before, after, rtol=1e-3, atol=1e-3 * self._before.abs().max().item()):
             raise ParetoError(
                 f"{decoder.name(index, '')[:-1]}: scales moved between its layers changed what it computes; this "
                 "model's blocks are not built as Llama's are: use a recipe without transform steps"

@@ -195,6 +195,9 @@ class _Tables:
         self.wanted[position] = entry + stored(channel - entry, self.dtype)
         return torch.where(self.apart[position], self.wanted[position], entry)
 
+    def round_block(self, work: Tensor, upper: Tensor, start: int, stop: int) -> None:
+        return None
+
 
 def refit(weight: Tensor, hessian: Tensor, codes: Tensor, table: Tensor, wanted: Tensor, apart: Tensor) -> Tensor:
     """Return the tables [rows, k] with the least ``(w - q)^T H (w - q)`` in every row, its codes given.
