@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from quant_methods import checkpoint
 from quant_methods.block_solver import BlockSolver
-from quant_methods.calibrator import Decoder, clone
+from quant_methods.calibrator import Decoder, clone, tf32
 from quant_methods.checkpoint import read_tensors, write_bytes, write_json, write_tensors
 from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
 from quant_methods.model_source import digest, fingerprint, read_config, read_header, weight_files
@@ -189,7 +188,7 @@ class Run:
 
     def finish(self, started: float) -> Report:
         """Run to the end and return the report."""
-        with self._state_directory(), _fast_products():
+        with self._state_directory(), tf32(True):
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
             self._blocks(report, self._block_file, None if self.tuner else self.calibrator)
@@ -330,20 +329,6 @@ class Run:
             self.out.rename(old)
         target.rename(self.out)
         return size
-
-
-@contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
-    """Let CUDA multiply float32 matrices in TF32: 11 bits of each factor, of which the model's own bfloat16 has 8.
-
-    Sums are float32, and Hessians are factorized in float64.
-    """
-    settings = torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, True
-    try:
-        yield
-    finally:
-        settings.allow_tf32 = before
 
 
 @contextlib.contextmanager

@@ -68,6 +68,10 @@ class SweepRun:
         overwrite: bool = False,
         progress: Progress = lambda done, total, point, step, steps, what: None,
     ) -> None:
+        if not keep:
+            # Nothing that is measured here depends on KV scales.
+            points = [dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, kv_scales=False)) for p in sweep.points]
+            sweep = dataclasses.replace(sweep, points=points)
         self.model, self.sweep, self.out, self.text, self.device = model, sweep, out, text, device
         self.settings, self.keep, self.overwrite, self.progress = settings or Settings(), keep, overwrite, progress
         self.folder = resolve_model(model)
