@@ -16,14 +16,14 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 # Importing a method's module registers it.
-import quant_methods.awq
-import quant_methods.gptq
-import quant_methods.omniquant
-import quant_methods.rotation
-import quant_methods.rtn
-import quant_methods.smoothquant
-import quant_methods.squeezellm
-import quant_methods.tuning  # noqa: F401
+import quant_methods.methods.awq
+import quant_methods.methods.gptq
+import quant_methods.methods.omniquant
+import quant_methods.methods.rotation
+import quant_methods.methods.rtn
+import quant_methods.methods.smoothquant
+import quant_methods.methods.squeezellm
+import quant_methods.methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.recipe import STEPS, Calibration, Recipe
 

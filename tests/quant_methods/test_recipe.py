@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from kv_cache.errors import ParetoError
-from quant_methods.awq import AWQ
-from quant_methods.gptq import GPTQ
-from quant_methods.omniquant import OmniQuant
+from quant_methods.methods.awq import AWQ
+from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.omniquant import OmniQuant
+from quant_methods.methods.rotation import Rotate
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.smoothquant import SmoothQuant
+from quant_methods.methods.squeezellm import SqueezeLLM
+from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import BLOCK_STEPS, HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
-from quant_methods.rotation import Rotate
-from quant_methods.rtn import RTN
-from quant_methods.smoothquant import SmoothQuant
-from quant_methods.squeezellm import SqueezeLLM
-from quant_methods.tuning import Tune
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
