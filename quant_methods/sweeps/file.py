@@ -18,13 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kv_cache.errors import ParetoError
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.overrides import SETTINGS, override
 from quant_methods.recipe import Recipe
-from quant_methods.recipe_file import checked, load_recipe
+from quant_methods.recipe_file import checked, load_recipe, read_yaml
 
 KEYS = ("recipe", "grid", "variants", "evaluation")
 POINT_KEYS = ("recipe", "budget", *SETTINGS)
@@ -93,12 +91,7 @@ def load_sweep(path: Path, recipe: str) -> Sweep:
         ParetoError: no such file, no YAML, an unknown key, a value that makes no sense, or no or equal points.
 
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParetoError(f"sweep {path}: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise ParetoError(f"sweep {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "sweep")
     where = f"sweep {path}"
     if not isinstance(data, dict) or not (data.get("grid") or data.get("variants")):
         raise ParetoError(

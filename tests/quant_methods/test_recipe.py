@@ -88,6 +88,13 @@ def test_bad_recipes_are_one_clear_line(tmp_path: Path, text: str, message: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ParetoError, match=r"recipe .*mine\.yaml: 'utf-8' codec can't decode"):
+        load_recipe(str(path))
+
+
 def test_unknown_names_list_the_known() -> None:
     with pytest.raises(ParetoError, match=r"unknown recipe 'gptq-w5'; built-in recipes: .*gptq-w4,"):
         load_recipe("gptq-w5")
