@@ -35,14 +35,14 @@ from bench.environment import environment
 from bench.files import read_json, write_json, write_text
 from bench.weight_quality import row
 from kv_cache.errors import ParetoError
-from quant_methods.backend_environment import BACKENDS
-from quant_methods.backend_run import compress_with
+from quant_methods.backends.environment import BACKENDS
+from quant_methods.backends.run import compress_with
+from quant_methods.calibration.text_source import load_sequences
+from quant_methods.checkpoints.quality import Yardstick
 from quant_methods.compress import compress
 from quant_methods.model_source import fingerprint, resolve_model
-from quant_methods.quality import Yardstick
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
-from quant_methods.text_source import load_sequences
 
 SCHEMA = "vllm-pareto/compare-compressors/1"
 OURS = "pareto"

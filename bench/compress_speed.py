@@ -28,8 +28,8 @@ from bench.compare_compressors import OURS, Line, in_own_process, make_ours, pyt
 from bench.environment import environment
 from bench.files import read_json, write_json, write_text
 from kv_cache.errors import ParetoError
-from quant_methods.backend_environment import BACKENDS
-from quant_methods.backend_run import compress_with
+from quant_methods.backends.environment import BACKENDS
+from quant_methods.backends.run import compress_with
 from quant_methods.model_source import INDEX, read_config, resolve_model
 from quant_methods.recipe_file import load_recipe
 

@@ -17,8 +17,8 @@ from bench.environment import gpu_names, versions
 from bench.needle import Trial, make_trials, read_haystack
 from bench.schema import ModelInfo
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 from quant_methods.model_source import fingerprint, read_config, read_header, resolve_model, weight_files
-from quant_methods.text_source import load_sequences, load_tokenizer
 
 RECIPE_FILE = "pareto_recipe.json"
 

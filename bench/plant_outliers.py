@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.checkpoint import Source, copy_companions, link_or_copy, write_tensors
+from quant_methods.checkpoints.checkpoint import Source, copy_companions, link_or_copy, write_tensors
+from quant_methods.methods.rotation import READERS
 from quant_methods.model_source import SINGLE, resolve_model
-from quant_methods.rotation import READERS
 
 
 def plant(source: Source, factor: float, channels: int, seed: int) -> dict[str, Tensor]:

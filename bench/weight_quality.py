@@ -20,9 +20,9 @@ from bench.environment import environment
 from bench.estimates import exp_estimate, mean_estimate
 from bench.files import write_json
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.text_source import load_sequences
+from quant_methods.checkpoints.quality import Quality, Yardstick
 from quant_methods.model_source import resolve_model
-from quant_methods.quality import Quality, Yardstick
-from quant_methods.text_source import load_sequences
 
 SCHEMA = "vllm-pareto/weight-quality/1"
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibrator import Decoder, Statistics
-from quant_methods.gptq import relative_error
-from quant_methods.outlier_split import split
+from quant_methods.calibration.calibrator import Decoder, Statistics
+from quant_methods.checkpoints.storage import storage_of
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.methods.gptq import relative_error
+from quant_methods.methods.outlier_split import split
+from quant_methods.methods.scaling import Learned, ScaledBlock, scale_block
+from quant_methods.methods.zeroquant import compensate
 from quant_methods.plan import Plan
-from quant_methods.quantized import QuantizedLinear
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
-from quant_methods.scaling import Learned, ScaledBlock, scale_block
-from quant_methods.storage import storage_of
-from quant_methods.zeroquant import compensate
 
 
 class BlockSolver:

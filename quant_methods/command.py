@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kv_cache.errors import ParetoError
-from quant_methods.backend_command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
-from quant_methods.backend_environment import BACKENDS
+from quant_methods.backends.command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
+from quant_methods.backends.environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
 

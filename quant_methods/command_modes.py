@@ -14,10 +14,10 @@ from kv_cache.errors import ParetoError
 
 # Imported when they are used: they load torch, and --help should not.
 if TYPE_CHECKING:
-    from quant_methods.budget import Assignment, Budget
+    from quant_methods.mixed_precision.budget import Assignment, Budget
+    from quant_methods.mixed_precision.sensitivity import Settings
     from quant_methods.recipe import Recipe
     from quant_methods.run import Report
-    from quant_methods.sensitivity import Settings
 
 # Sequences that --statistics looks at unless told otherwise.
 STATISTICS_SEQUENCES = 16
@@ -85,7 +85,7 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         ParetoError: it cannot be read, or flags that only a budget uses were given without one.
 
     """
-    from quant_methods.budget import Budget
+    from quant_methods.mixed_precision.budget import Budget
 
     if args.budget is not None:
         return Budget.parse(args.budget)
@@ -97,8 +97,8 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Return how sensitivity is to be measured."""
-    from quant_methods.sensitivity import Settings
-    from quant_methods.units import WIDTHS, Width
+    from quant_methods.mixed_precision.sensitivity import Settings
+    from quant_methods.mixed_precision.units import WIDTHS, Width
 
     if args.sensitivity_sequences < 1:
         raise ParetoError(f"--sensitivity-sequences {args.sensitivity_sequences}: at least 1 is needed")
@@ -115,7 +115,7 @@ def run_budget(
     args: argparse.Namespace, recipe: Recipe, budget: Budget, console: Console, common: dict[str, Any]
 ) -> tuple[Report, Recipe]:
     """Compress to a budget; print what is chosen before the compression starts."""
-    from quant_methods.mixed import compress_to_budget
+    from quant_methods.mixed_precision.mixed import compress_to_budget
 
     return compress_to_budget(
         args.model,
@@ -154,8 +154,8 @@ def _print_assignment(console: Console, assignment: Assignment, budget: Budget) 
 def run_sweep(args: argparse.Namespace, console: Console) -> int:
     """Run a sweep; returns the exit status."""
     from quant_methods.overrides import SETTINGS
-    from quant_methods.sweep import SweepRun, markdown
-    from quant_methods.sweep_file import load_sweep
+    from quant_methods.sweeps.file import load_sweep
+    from quant_methods.sweeps.sweep import SweepRun, markdown
 
     given = [name for name in (*SETTINGS, "budget") if getattr(args, name, None) is not None]
     if given or args.statistics:
@@ -187,8 +187,8 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
 
 def run_statistics(args: argparse.Namespace, recipe: Recipe, console: Console) -> int:
     """Measure activations; returns the exit status."""
-    from quant_methods.activation_statistics import Criteria, markdown
-    from quant_methods.statistics_run import statistics
+    from quant_methods.activations.input_statistics import Criteria, markdown
+    from quant_methods.activations.run import statistics
 
     if args.outlier_factor <= 1 or not 50 <= args.percentile <= 100:
         raise ParetoError("--outlier-factor is greater than 1, and --percentile from 50 to 100")

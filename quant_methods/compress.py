@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibrator import Decoder
-from quant_methods.checkpoint import Source, full_disk_explained
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.checkpoints.checkpoint import Source, full_disk_explained
+from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
-from quant_methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.run import Progress, Report, Run
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from kv_cache.errors import ParetoError
 
 if TYPE_CHECKING:
-    from quant_methods.calibrator import Decoder
+    from quant_methods.calibration.calibrator import Decoder
 
 NAMES = ("embeddings", "first", "last", "attention", "mlp", "attention-only", "mlp-only")
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibrator import Decoder
+from quant_methods.calibration.calibrator import Decoder
 from quant_methods.exempt import globs
-from quant_methods.native_format import INPUT_MULTIPLE
-from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep
-from quant_methods.tuning import Tune
+from quant_methods.formats.native_format import INPUT_MULTIPLE
+from quant_methods.methods.tuning import Tune
+from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -133,14 +132,6 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
     return Plan(steps, ignored + outside, transforms, len(outside), tune)
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Return whether a module's full name, or its last parts, match one of the globs.
-
-    ``lm_head`` and ``down_proj`` match by last part, ``model.layers.0.*`` by full name.
-    """
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
 
 
 def _check_width(name: str, width: int, rows: int, step: WeightStep, *, native: bool) -> None:

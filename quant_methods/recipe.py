@@ -17,6 +17,7 @@ it computes, so that it rounds better. ``recipe_file.py`` reads recipes from YAM
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.grid import Grid
+from quant_methods.formats.grid import Grid
+from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import digest
-from quant_methods.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -363,10 +364,18 @@ Train = TypeVar("Train", bound=Callable[[Any, Any], None])
 
 
 def trains(step_type: type[Step]) -> Callable[[Train], Train]:
-    """Register the function that performs a block step: it changes a ``scaling.ScaledBlock`` in place."""
+    """Register the function that performs a block step: it changes a ``methods.scaling.ScaledBlock`` in place."""
 
     def decorate(function: Train) -> Train:
         BLOCK_STEPS[step_type] = function
         return function
 
     return decorate
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a module's full name, or its last parts, match one of the globs.
+
+    ``lm_head`` and ``down_proj`` match by last part, ``model.layers.0.*`` by full name.
+    """
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)

@@ -16,14 +16,14 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 # Importing a method's module registers it.
-import quant_methods.awq
-import quant_methods.gptq
-import quant_methods.omniquant
-import quant_methods.rotation
-import quant_methods.rtn
-import quant_methods.smoothquant
-import quant_methods.squeezellm
-import quant_methods.tuning  # noqa: F401
+import quant_methods.methods.awq
+import quant_methods.methods.gptq
+import quant_methods.methods.omniquant
+import quant_methods.methods.rotation
+import quant_methods.methods.rtn
+import quant_methods.methods.smoothquant
+import quant_methods.methods.squeezellm
+import quant_methods.methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.recipe import STEPS, Calibration, Recipe
 
@@ -48,15 +48,25 @@ def load_recipe(name: str) -> Recipe:
         if path.suffix in (".yaml", ".yml"):
             raise ParetoError(f"recipe {name}: no such file")
         raise ParetoError(f"unknown recipe {name!r}; built-in recipes: {', '.join(recipes)}; or give a YAML file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParetoError(f"recipe {path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ParetoError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "recipe")
     if not isinstance(data, dict):
         raise ParetoError(f"recipe {path}: expected a mapping with the key 'steps'")
     return parse_recipe({"name": path.stem, **data})
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ParetoError: it cannot be read, or is no YAML; ``what`` says what the file was for.
+
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParetoError(f"{what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise ParetoError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:

@@ -27,16 +27,16 @@ from torch import Tensor
 
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
-from quant_methods import checkpoint
 from quant_methods.block_solver import BlockSolver
-from quant_methods.calibrator import Decoder, clone, tf32
-from quant_methods.checkpoint import read_tensors, write_bytes, write_json, write_tensors
-from quant_methods.kv_observer import kv_geometry, kv_rotary, value_metric
+from quant_methods.calibration.calibrator import Decoder, clone, tf32
+from quant_methods.calibration.kv_observer import kv_geometry, kv_rotary, value_metric
+from quant_methods.calibration.text_source import describe, load_sequences
+from quant_methods.checkpoints import checkpoint
+from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
+from quant_methods.methods.tuning import Tuned, Tuner
 from quant_methods.model_source import digest, fingerprint, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
-from quant_methods.text_source import describe, load_sequences
-from quant_methods.tuning import Tuned, Tuner
 
 RECIPE_FILE = "pareto_recipe.json"
 # Measures of sensitivity in the state directory; they have keys of their own.

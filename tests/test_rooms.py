@@ -1,6 +1,8 @@
 """The folder rules: imports point downwards only, and only vllm_ext and bench know vLLM."""
 
 import ast
+import graphlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,15 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # What the plugin may know of offline compression: where a model lies, how it is stored and multiplied; not how it is
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
-    "model_source", "native_format", "quantized", "grid", "shards", "kernels.low_bit", "kernels.low_bit_cuda",
-    "kernels.sparse",
+    "model_source", "formats.native_format", "formats.quantized", "formats.grid", "formats.shards", "kernels.low_bit",
+    "kernels.low_bit_cuda", "kernels.sparse",
 )}  # fmt: skip
+# The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
+# (recipe.py, model_source.py) or what drives them (compress.py, command.py).
+WITHIN_QUANT_METHODS = (
+    "formats", "kernels", "checkpoints", "calibration", "methods", "mixed_precision", "activations", "sweeps",
+    "backends",
+)  # fmt: skip
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},
     "quant_methods": {"locust", "vllm", "lm_eval"},
@@ -31,13 +39,38 @@ FOREIGN = {
 
 
 def imports(path: Path) -> set[str]:
+    return imported(ast.walk(ast.parse(path.read_text())), path)
+
+
+def imported(nodes: Iterable[ast.AST], path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert not node.level, f"{path}: relative import"
             found.add(node.module)
+    return found
+
+
+def runs(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under ``if TYPE_CHECKING``, which name types and are never run."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from runs(child)
+
+
+def parts(folder: Path) -> dict[str, set[str]]:
+    """What each folder, and each file beside them, of quant_methods imports of the others when it runs."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        own = path.relative_to(folder).with_suffix("").parts[0]
+        names = imported(runs(ast.parse(path.read_text())), path)
+        others = {name.split(".")[1] for name in names if name.startswith("quant_methods.")}
+        # ``from quant_methods import x`` would hide which part is meant.
+        assert "quant_methods" not in names, f"{path}: import the part, or from it"
+        found.setdefault(own, set()).update(others - {own})
     return found
 
 
@@ -66,6 +99,29 @@ def test_the_formats_do_not_drag_the_calibrator_in():
         found = imports(ROOT / f"{module.replace('.', '/')}.py")
         assert {name for name in found if name.startswith("quant_methods")} <= QUANT_METHODS_FOR_PLUGIN
         assert not {name.partition(".")[0] for name in found} & {"transformers", "compressed_tensors"}
+
+
+def test_the_folders_of_quant_methods_are_in_order():
+    found = parts(ROOT / "quant_methods")
+    folders = {path.parent.name for path in (ROOT / "quant_methods").glob("*/__init__.py")}
+    assert folders == set(WITHIN_QUANT_METHODS)
+    for index, folder in enumerate(WITHIN_QUANT_METHODS):
+        assert found[folder] & folders <= set(WITHIN_QUANT_METHODS[:index]), folder
+    # Nor do the files beside the folders close a circle; this raises CycleError, which names it.
+    graphlib.TopologicalSorter(found).prepare()
+
+
+def test_the_order_sees_a_circle_but_not_types(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a/x.py").write_text("if TYPE_CHECKING:\n    from quant_methods.b.y import Y\n")
+    (tmp_path / "b/y.py").write_text("def f():\n    from quant_methods.shared import g\n")
+    (tmp_path / "shared.py").write_text("import quant_methods.a.x\n")
+    assert parts(tmp_path) == {"a": set(), "b": {"shared"}, "shared": {"a"}}
+    graphlib.TopologicalSorter(parts(tmp_path)).prepare()
+    (tmp_path / "a/z.py").write_text("from quant_methods.b.y import Y\n")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(parts(tmp_path)).prepare()
 
 
 def test_the_rule_sees_a_forbidden_import(tmp_path):

@@ -31,9 +31,9 @@ from vllm.model_executor.parameter import (
 )
 from vllm.scalar_type import scalar_types
 
+from quant_methods.formats.native_format import Form, pack_codes
+from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.low_bit_cuda import low_bit_module
-from quant_methods.native_format import Form, pack_codes
-from quant_methods.quantized import QuantizedLinear
 
 logger = init_logger(__name__)
 

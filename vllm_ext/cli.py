@@ -56,9 +56,9 @@ def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ParetoError(f"--config {path}: {error.strerror or error}") from error
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParetoError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ParetoError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_methods.native_format import Form
-from quant_methods.quantized import Columns, LowRank, QuantizedLinear, Sparse
+from quant_methods.formats.native_format import Form
+from quant_methods.formats.quantized import Columns, LowRank, QuantizedLinear, Sparse
 
 SIZE = 1e-3
 """Of a weight: vLLM's dummy weights are drawn evenly from -1e-3 to 1e-3."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quant_methods.grid import round_tokens
+from quant_methods.formats.grid import round_tokens
+from quant_methods.formats.native_format import ACTIVATION_BITS, Form
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.shards import stack
 from quant_methods.kernels.sparse import sparse_linear
-from quant_methods.native_format import ACTIVATION_BITS, Form
-from quant_methods.quantized import QuantizedLinear
-from quant_methods.shards import stack
 from vllm_ext.bulk import make_bulk
 
 

@@ -1,4 +1,4 @@
-"""Tells vLLM of checkpoints in the format of ours (``quant_methods/native_format.py``); importing it registers them."""
+"""Tells vLLM of checkpoints in the format of ours (``quant_methods/formats/native_format.py``); importing registers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from kv_cache.errors import ParetoError
-from quant_methods.native_format import QUANT_METHOD, NativeConfig
+from quant_methods.formats.native_format import QUANT_METHOD, NativeConfig
 
 
 @register_quantization_config(QUANT_METHOD)

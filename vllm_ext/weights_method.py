@@ -1,4 +1,4 @@
-"""Loads linear layers in the format of ours (``quant_methods/native_format.py``) into vLLM, and runs them."""
+"""Loads linear layers in the format of ours (``quant_methods/formats/native_format.py``) into vLLM, and runs them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinea
 from vllm.model_executor.utils import set_weight_attrs
 
 from kv_cache.errors import ParetoError
-from quant_methods.native_format import Form, unpack
-from quant_methods.quantized import QuantizedLinear
-from quant_methods.shards import cut, share
+from quant_methods.formats.native_format import Form, unpack
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.shards import cut, share
 from vllm_ext.dummy_weights import random_linear
 from vllm_ext.served_linear import serve
 

@@ -1,5 +1,4 @@
 """Other compression tools, each run by the Python of an environment of its own.
 
-``llm_compressor_runner.py``, ``autoawq_runner.py`` and ``autogptq_runner.py`` are scripts for those environments, with
-``runner_job.py`` beside them; nothing here imports them. A ``.lock`` file pins each environment's packages.
+``runners/`` has a script for each of those environments. A ``.lock`` file pins each environment's packages.
 """

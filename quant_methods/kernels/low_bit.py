@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant_methods.grid import expand
-from quant_methods.native_format import PLANES, pack_codes, unpack_codes
+from quant_methods.formats.grid import expand
+from quant_methods.formats.native_format import PLANES, pack_codes, unpack_codes
 
 ROWS_AT_ONCE = 1024
 """Output channels dequantized at a time."""

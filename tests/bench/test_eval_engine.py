@@ -10,8 +10,8 @@ from bench import engine
 from bench.eval_command import DESCRIPTION
 from bench.evaluate import measure_window
 from bench.needle import is_correct, make_trials
+from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import resolve_model
-from quant_methods.text_source import load_tokenizer
 
 pytestmark = pytest.mark.engine
 LENGTH = 400

@@ -14,8 +14,8 @@ from bench.plan import Settings, make_plan
 from bench.recording import Recording
 from bench.schema import KVCache
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import EMBEDDED
-from quant_methods.text_source import load_tokenizer
 
 VOCABULARY = 8192
 NOISE = {"auto": 0.0, "fp8": 0.2, "int4_per_head": 0.6}

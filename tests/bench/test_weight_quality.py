@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench import plant_outliers, weight_quality
+from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.model_source import EMBEDDED
 from quant_methods.recipe import Calibration, Recipe
-from quant_methods.reference import load_reference
-from quant_methods.rtn import RTN
-from quant_methods.smoothquant import SmoothQuant
 
 MODEL = EMBEDDED / "ref-7m"
 W8A8 = RTN(bits=8, group_size=-1, symmetric=True, activations="int8")

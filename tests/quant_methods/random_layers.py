@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quant_methods.grid import expand, fit, round_to_grid
-from quant_methods.native_format import Form
-from quant_methods.quantized import Columns, LowRank, QuantizedLinear, Sparse
+from quant_methods.formats.grid import expand, fit, round_to_grid
+from quant_methods.formats.native_format import Form
+from quant_methods.formats.quantized import Columns, LowRank, QuantizedLinear, Sparse
 from quant_methods.recipe import LinearProblem, WeightStep
 
 

@@ -17,13 +17,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods import run as run_module
-from quant_methods.checkpoint import read_tensors, unpack_linear, write_tensors
+from quant_methods.checkpoints.checkpoint import read_tensors, unpack_linear, write_tensors
+from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
-from quant_methods.gptq import GPTQ
-from quant_methods.native_format import NativeConfig
+from quant_methods.formats.native_format import NativeConfig
+from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.rtn import RTN
 from quant_methods.recipe import Calibration, Recipe, Step
-from quant_methods.reference import load_reference
-from quant_methods.rtn import RTN
 from quant_methods.run import RECIPE_FILE
 from tests.quant_methods.random_layers import Parts
 
@@ -151,7 +151,7 @@ compress({str(tiny_model)!r}, given, {str(tmp_path / "out")!r}, text={str(text_f
          progress=lambda done, total, what: os.kill(os.getpid(), signal.SIGKILL) if done == 2 else None)
 """
     (tmp_path / "tests_recipe.py").write_text(
-        "from quant_methods.recipe import Calibration, Recipe\nfrom quant_methods.rtn import RTN\n"
+        "from quant_methods.recipe import Calibration, Recipe\nfrom quant_methods.methods.rtn import RTN\n"
         "steps = (RTN(bits=4, group_size=32),)\n"
         "given = Recipe('test', steps=steps, calibration=Calibration(6, 32, 3), kv_scales=False)\n"
     )

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_methods.awq import AWQ
+from quant_methods.calibration.text_source import load_sequences
+from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
-from quant_methods.gptq import GPTQ
+from quant_methods.methods.awq import AWQ
+from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.model_source import resolve_model
 from quant_methods.recipe import Calibration, Recipe, Serving, Step
-from quant_methods.reference import load_reference
-from quant_methods.rtn import RTN
-from quant_methods.smoothquant import SmoothQuant
-from quant_methods.text_source import load_sequences
 from tests.quant_methods.random_layers import Parts
 
 # Scales moved into norms and layers, and one layout for each of ref-7m's six blocks.

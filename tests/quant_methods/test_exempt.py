@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibrator import Decoder
-from quant_methods.checkpoint import Source
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.exempt import globs
+from quant_methods.methods.rtn import RTN
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe
-from quant_methods.rtn import RTN
 
 RECIPE = Recipe("test", steps=(RTN(group_size=64),), kv_scales=False)
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from kv_cache.errors import ParetoError
-from quant_methods.awq import AWQ
-from quant_methods.gptq import GPTQ
-from quant_methods.omniquant import OmniQuant
+from quant_methods.methods.awq import AWQ
+from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.omniquant import OmniQuant
+from quant_methods.methods.rotation import Rotate
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.smoothquant import SmoothQuant
+from quant_methods.methods.squeezellm import SqueezeLLM
+from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import BLOCK_STEPS, HANDLERS, STEPS, TRANSFORMS, Calibration
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
-from quant_methods.rotation import Rotate
-from quant_methods.rtn import RTN
-from quant_methods.smoothquant import SmoothQuant
-from quant_methods.squeezellm import SqueezeLLM
-from quant_methods.tuning import Tune
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
@@ -86,6 +86,13 @@ def test_bad_recipes_are_one_clear_line(tmp_path: Path, text: str, message: str)
     with pytest.raises(ParetoError, match=message) as error:
         load_recipe(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ParetoError, match=r"recipe .*mine\.yaml: 'utf-8' codec can't decode"):
+        load_recipe(str(path))
 
 
 def test_unknown_names_list_the_known() -> None:

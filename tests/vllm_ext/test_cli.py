@@ -61,6 +61,14 @@ def test_a_missing_file_gets_one_line(front_door, capsys):
     assert capsys.readouterr().err.startswith("pareto try: error: --config nowhere.yaml: No such file")
 
 
+def test_a_file_that_is_no_text_gets_one_line(front_door, tmp_path, capsys):
+    front_door(command())
+    config = tmp_path / "c.yaml"
+    config.write_bytes(b"\xff\xfe\x00")
+    assert cli.main(["try", "--config", str(config)]) == 2
+    assert f"--config {config}: 'utf-8' codec can't decode" in capsys.readouterr().err
+
+
 def test_an_unknown_command_lists_the_known(front_door, capsys):
     front_door(command())
     assert cli.main(["tyr"]) == 2

@@ -13,9 +13,9 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from kv_cache.errors import ParetoError
-from quant_methods.grid import round_tokens
-from quant_methods.native_format import ACTIVATION_BITS, Form, NativeConfig, local_tensors, pack
-from quant_methods.quantized import QuantizedLinear
+from quant_methods.formats.grid import round_tokens
+from quant_methods.formats.native_format import ACTIVATION_BITS, Form, NativeConfig, local_tensors, pack
+from quant_methods.formats.quantized import QuantizedLinear
 from tests.quant_methods.random_layers import random_layer
 from vllm_ext import plugin
 from vllm_ext.weights_config import ParetoConfig
@@ -119,7 +119,7 @@ def test_row_parallel(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(7, 256, dtype=torch.bfloat16)
     total = torch.zeros(7, 64, dtype=torch.float64)
     wanted = torch.zeros(7, 64, dtype=torch.float64)
-    from quant_methods.shards import cut
+    from quant_methods.formats.shards import cut
 
     for rank in range(2):
         on_rank(monkeypatch, rank, 2)

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from quant_methods.gptq import BLOCK, _Groups, feed_back, solve
-from quant_methods.grid import Grid, dequantize, fit
+from quant_methods.formats.grid import Grid, dequantize, fit
+from quant_methods.methods.gptq import BLOCK, _Groups, feed_back, solve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from quant_methods.formats.native_format import Form
 from quant_methods.kernels import low_bit
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.native_format import Form
 from tests.quant_methods.random_layers import random_layer
 
 GRIDS = [

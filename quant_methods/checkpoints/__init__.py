@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading sources, writing compressed ones, and running either in float32."""

@@ -1,0 +1,135 @@
+"""How a run stores quantized layers: as compressed-tensors where stock vLLM serves all of them, else in our format.
+
+vLLM reads one ``quant_method`` a checkpoint, so one layer that needs our format takes all others along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from kv_cache.errors import ParetoError
+from quant_methods.checkpoints import checkpoint
+from quant_methods.formats import native_format
+from quant_methods.formats.native_format import NativeConfig, form_of, local_tensors
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.model_source import read_header
+from quant_methods.recipe import WeightStep
+
+if TYPE_CHECKING:
+    from quant_methods.plan import Plan
+
+
+class Storage(Protocol):
+    """A checkpoint format."""
+
+    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+        """Return the tensors that store a layer (on the CPU), by full name."""
+        ...
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+        """Return the layer again from a checkpoint's (or a block's) tensors by full name."""
+        ...
+
+    def bits_per_weight(
+        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+    ) -> float:
+        """Return the storage of a layer of this shape in bits a weight, everything included."""
+        ...
+
+    def config(self, plan: Plan, parts: Iterable[Path]) -> dict[str, Any]:
+        """Return ``quantization_config`` for the layers that lie in some safetensors files.
+
+        Raises:
+            ParetoError: a layer of the plan is not there as the format wants it, so it would not be used.
+
+        """
+        ...
+
+
+def storage_of(plan: Plan) -> Storage:
+    """Return the format that a plan's layers are stored in."""
+    return Native() if plan.native else Standard()
+
+
+class Standard:
+    """compressed-tensors."""
+
+    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+        """Return a layer's tensors; see :class:`Storage`."""
+        parts = {"a table": linear.table, "columns": linear.columns, "sparse weights": linear.sparse}
+        beside = [what for what, part in {**parts, "a low-rank product": linear.low_rank}.items() if part is not None]
+        if beside:
+            raise ParetoError(
+                f"{name}: {step.method} made {beside[0]}, which compressed-tensors has no place for; its step must say "
+                "that it is not plain"
+            )
+        return checkpoint.pack_linear(name, linear, step)
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+        """Return a layer again; see :class:`Storage`."""
+        return checkpoint.unpack_linear(name, dict(tensors), step.grid)
+
+    def bits_per_weight(
+        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+    ) -> float:
+        """Return a layer's bits a weight; see :class:`Storage`."""
+        return step.grid.bits_per_weight(*shape)
+
+    def config(self, plan: Plan, parts: Iterable[Path]) -> dict[str, Any]:
+        """Return ``quantization_config``; see :class:`Storage`."""
+        modules = _modules(parts)
+        for name, step in plan.steps.items():
+            codes = "weight" if step.activations == "int8" else "weight_packed"
+            _refuse_unused(name, {codes, "weight_scale"} <= modules.get(name, {}).keys())
+        return checkpoint.quantization_config(plan.schemes, plan.ignored)
+
+
+class Native:
+    """The format of ours, ``native_format.py``."""
+
+    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+        """Return a layer's tensors; see :class:`Storage`."""
+        return native_format.pack(name, linear, step.bits, step.symmetric)
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+        """Return a layer again; see :class:`Storage`."""
+        own = local_tensors(name, tensors)
+        return native_format.unpack(name, own, form_of({n: tuple(t.shape) for n, t in own.items()}, step.activations))
+
+    def bits_per_weight(
+        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+    ) -> float:
+        """Return a layer's bits a weight; see :class:`Storage`."""
+        own = local_tensors(name, tensors)
+        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in own.values()) / (shape[0] * shape[1])
+
+    def config(self, plan: Plan, parts: Iterable[Path]) -> dict[str, Any]:
+        """Return ``quantization_config``; see :class:`Storage`."""
+        modules = _modules(parts)
+        forms = {}
+        for name, step in plan.steps.items():
+            own = modules.get(name, {})
+            _refuse_unused(name, any(local.startswith("weight_plane") for local in own))
+            forms[name] = form_of(own, step.activations)
+            native_format.check_complete(name, own, forms[name])
+        return NativeConfig(forms, tuple(plan.ignored)).to_dict()
+
+
+def _modules(parts: Iterable[Path]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of the tensors in some files, by module and by local name, biases left out."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for part in parts:
+        for full, entry in read_header(part).items():
+            module, _, local = full.rpartition(".")
+            if local != "bias":
+                shapes.setdefault(module, {})[local] = tuple(entry["shape"])
+    return shapes
+
+
+def _refuse_unused(name: str, stored: bool) -> None:
+    if not stored:
+        raise ParetoError(f"no-op: {name} was quantized, and the checkpoint does not hold its codes; nothing was kept")

@@ -1,0 +1,249 @@
+"""Moves scales from a block's linear layers to what feeds them, without changing what the block computes.
+
+Layers that share an input x (a stage, see ``calibrator.py``) may take ``W diag(s)`` if x becomes ``diag(s)^-1 x``.
+Where x is a norm's output, the norm's weight is divided by s; where it is linear in the outputs of another layer (down
+in up, o in v unless heads share their values), that layer's rows are. The transform steps say what to scale by.
+
+A norm's weight is stored in the checkpoint's dtype, so it is rounded first, and its layers are scaled by what it was
+really divided by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.calibrator import Decoder, Stage, tf32
+from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem, matches
+
+if TYPE_CHECKING:
+    from quant_methods.plan import Plan
+
+# Layers whose output channels become the input channels of another, one by one and linearly.
+LINEAR_FEEDS = {"down_proj": "up_proj", "o_proj": "v_proj"}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A stage whose inputs can be divided by scales.
+
+    Attributes:
+        position: of the stage in the block.
+        stage: its layers.
+        producer: the module, by name within the block, whose outputs are divided.
+
+    """
+
+    position: int
+    stage: Stage
+    producer: str
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a block step learned about rounding a layer.
+
+    Attributes:
+        ranges: (scale, zero-point), float32 [out, groups].
+        offset: float32 [out, in], to be added to the weight before it is rounded, or None.
+
+    """
+
+    ranges: tuple[Tensor, Tensor]
+    offset: Tensor | None = None
+
+
+class ScaledBlock:
+    """A block whose scales are being moved.
+
+    Attributes:
+        stages: its linear layers by shared input.
+        folds: those of the stages whose inputs can be divided.
+        learned: what a step learned about rounding layers, by local name.
+
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        index: int,
+        block: nn.Module,
+        hidden: Tensor,
+        plan: Plan,
+        original: tuple[nn.Module, Tensor] | None = None,
+        say: Callable[[str], None] = lambda what: None,
+    ) -> None:
+        """Watch what a block computes.
+
+        Args:
+            decoder: whose block it is.
+            index: the block's index.
+            block: its weights are loaded.
+            hidden: the hidden states that enter it, float32 [sequences, length, width].
+            plan: says which layers will be quantized, and how.
+            original: the original block and the original model's hidden states.
+            say: told what happens now.
+
+        """
+        self.decoder, self.index, self.block, self.hidden, self.plan = decoder, index, block, hidden, plan
+        self.original, self.say = original, say
+        self.stages = decoder.stages(index, block, hidden)
+        self.folds = find_folds(decoder, index, block, hidden, self.stages)
+        self.learned: dict[str, Learned] = {}
+        self._batch = next(decoder.batches(hidden))[1]
+        self._before = self._output()
+        self._changed: set[str] = set()
+
+    def _output(self) -> Tensor:
+        """Return what the block puts out on one batch; not in TF32, whose rounding differs with the scales."""
+        with tf32(False):
+            return self.decoder.run(self.index, self.block, self._batch)
+
+    def names(self, fold: Fold) -> list[str]:
+        """Return the full names of the layers that a fold's scales multiply."""
+        return [self.decoder.name(self.index, name) for name in fold.stage.names]
+
+    def wanted(self, fold: Fold, targets: tuple[str, ...]) -> bool:
+        """Return whether all layers of a fold are targets, and some will be quantized."""
+        names = self.names(fold)
+        return all(matches(name, targets) for name in names) and any(name in self.plan.steps for name in names)
+
+    def problem(self, fold: Fold) -> ScalingProblem:
+        """Return what a transform step gets to see of a fold."""
+        seen = self.decoder.statistics(
+            self.index, self.block, self.hidden, stages=self.stages, position=fold.position, ranges=True
+        )
+        assert seen.ranges is not None
+        steps = [self.plan.steps.get(name) for name in self.names(fold)]
+        ranges = seen.ranges
+        return ScalingProblem(self._weights(fold), steps, seen.hessian, ranges.largest, ranges.mean, ranges.sample)
+
+    def target(self) -> Tensor:
+        """Return what the block should put out: what the original does, float32 [sequences, length, width]."""
+        block, hidden = self.original or (self.block, self.hidden)
+        target = hidden.clone()
+        self.decoder.advance(self.index, block, target)
+        return target
+
+    def divide(self, fold: Fold, s: Tensor) -> None:
+        """Divide a fold's inputs by scales float32 [in], in place."""
+        stored = self.decoder.source.dtype(self.decoder.name(self.index, f"{fold.producer}.weight"))
+        producer = self.block.get_submodule(fold.producer)
+        divide(producer, self._weights(fold), s, stored)
+        self._changed |= {f"{fold.producer}.{local}" for local in producer._parameters}
+        self._changed |= {f"{name}.weight" for name in fold.stage.names}
+
+    def _weights(self, fold: Fold) -> list[Tensor]:
+        return [self.block.get_submodule(name).weight.data for name in fold.stage.names]
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Tensor]:
+        """Return those of the block's tensors that changed and will not be quantized, as they are to be stored.
+
+        Raises:
+            ParetoError: the block does not compute what it did: its layers are not fed as their names say.
+
+        """
+        decoder, index = self.decoder, self.index
+        if not torch.allclose(self._before, self._output(), rtol=1e-3, atol=1e-4 * self._before.abs().max().item()):
+            raise ParetoError(
+                f"{decoder.name(index, '')[:-1]}: scales moved between its layers changed what it computes; this "
+                "model's blocks are not built as Llama's are: use a recipe without transform steps"
+            )
+        tensors = {}
+        state = self.block.state_dict()
+        for local in sorted(self._changed):
+            full = decoder.name(index, local)
+            if full.removesuffix(".weight") not in self.plan.steps and local in state:
+                tensors[full] = state[local].to("cpu", decoder.source.dtype(full), copy=True)
+                state[local].copy_(tensors[full])
+        return tensors
+
+
+def scale_block(scaled: ScaledBlock) -> dict[str, Tensor]:
+    """Carry out a plan's transform steps on a block, in place; return the changed tensors that are stored as they are.
+
+    Raises:
+        ParetoError: the block's layers are not fed as their names say.
+
+    """
+    for step in scaled.plan.transforms:
+        if isinstance(step, BlockStep):
+            BLOCK_STEPS[type(step)](step, scaled)
+            continue
+        scaled.say("scales")
+        for fold in scaled.folds:
+            if scaled.wanted(fold, step.targets):
+                scaled.divide(fold, TRANSFORMS[type(step)](step, scaled.problem(fold)))
+    return scaled.finish()
+
+
+@torch.no_grad()
+def divide(producer: nn.Module, weights: list[Tensor], s: Tensor, stored: torch.dtype) -> None:
+    """Divide a module's outputs by scales, and multiply the input channels of what it feeds by them, in place.
+
+    Args:
+        producer: a norm, or a linear layer.
+        weights: float32 [out, in] of the layers fed.
+        s: float32 [in], positive.
+        stored: dtype that the producer's weight is stored in.
+
+    """
+    if isinstance(producer, nn.Linear):
+        producer.weight.data /= s[:, None]
+    else:
+        old = producer.weight.data
+        new = (old / s).to(stored).to(old.dtype)
+        kept = (new == 0) | ~torch.isfinite(new)
+        s = torch.where(kept, torch.ones_like(s), old / new)
+        producer.weight.data = torch.where(kept, old, new)
+    if getattr(producer, "bias", None) is not None:
+        producer.bias.data /= s
+    for weight in weights:
+        weight.mul_(s)
+
+
+def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, stages: list[Stage]) -> list[Fold]:
+    """Return the stages of a block whose inputs can be divided, found by watching one forward pass."""
+    outputs: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in block.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear):
+
+            def enter(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                inputs[name] = args[0]
+
+            hooks.append(module.register_forward_pre_hook(enter))
+        elif weight is not None and weight.dim() == 1:
+
+            def leave(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                outputs[name] = output
+
+            hooks.append(module.register_forward_hook(leave))
+    try:
+        decoder.run(index, block, next(decoder.batches(hidden))[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    folds = []
+    for position, stage in enumerate(stages):
+        first = stage.names[0]
+        producer = next((name for name, output in outputs.items() if output is inputs[first]), None)
+        parent, _, local = first.rpartition(".")
+        if producer is None and len(stage.names) == 1 and local in LINEAR_FEEDS:
+            feeding = f"{parent}.{LINEAR_FEEDS[local]}".removeprefix(".")
+            modules = dict(block.named_modules())
+            # Heads that share their values (GQA) would need equal scales.
+            if feeding in modules and modules[feeding].out_features == modules[first].in_features:
+                producer = feeding
+        if producer is not None:
+            folds.append(Fold(position, stage, producer))
+    return folds

@@ -1,0 +1,215 @@
+"""``compress_to_budget``: measures sensitivities, assigns widths, compresses, keeps the measures with the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.text_source import load_sequences
+from quant_methods.checkpoints.checkpoint import full_disk_explained
+from quant_methods.compress import compress, prepare, work_of
+from quant_methods.mixed_precision.budget import Assignment, Budget, Loss, assign, mixed_recipe
+from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, read_units
+from quant_methods.mixed_precision.sensitivity_plot import plot
+from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
+from quant_methods.model_source import digest, fingerprint
+from quant_methods.plan import Plan
+from quant_methods.recipe import Recipe
+from quant_methods.run import MEASURES, Progress, Report, locked
+
+SCHEMA = "vllm-pareto/sensitivity/1"
+JSON_FILE, PLOT_FILE = "pareto_sensitivity.json", "pareto_sensitivity.png"
+
+
+def compress_to_budget(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    budget: Budget,
+    out: str | os.PathLike[str],
+    *,
+    settings: Settings | None = None,
+    loss: Loss = "kl",
+    measured: Path | None = None,
+    text: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, what: None,
+    chosen: Callable[[Assignment], None] = lambda assignment: None,
+) -> tuple[Report, Recipe]:
+    """Compress a model to a budget.
+
+    Args:
+        model: an embedded model's name, a directory, or a hub name.
+        recipe: how; its steps' bits are replaced by the widths that are chosen.
+        budget: the limit.
+        out: directory of the checkpoint.
+        settings: how sensitivity is measured; None for the defaults.
+        loss: which measure is added up.
+        measured: ``pareto_sensitivity.json`` of an earlier checkpoint, to be used instead of measuring again.
+        text: calibration text (.txt or .jsonl); None lets the model write its own.
+        device: torch device for the arithmetic.
+        overwrite: replace ``out``, and drop an unfinished run of something else.
+        progress: told how far the measuring and then the compression is.
+        chosen: told the assignment, before the compression starts.
+
+    Returns:
+        The compression's report, and the recipe that was carried out.
+
+    Raises:
+        ParetoError: bad input, or a budget that cannot be met.
+
+    """
+    out = Path(out)
+    model_dir, decoder, plan, settings = check_budget(
+        model, recipe, budget, out, settings=settings or Settings(), loss=loss, device=device, overwrite=overwrite
+    )
+    units, key = _measures(
+        model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
+    )
+    assignment = assign(units, plan, decoder.source, budget, loss)
+    chosen(assignment)
+    mixed = mixed_recipe(recipe, plan, assignment, budget)
+    document = {
+        "schema": SCHEMA,
+        "key": key,
+        "model": model_dir.name,
+        "recipe": recipe.name,
+        "budget": budget.text,
+        "settings": {**dataclasses.asdict(settings), "widths": list(map(str, settings.widths))},
+        **assignment.to_dict(),
+    }
+    attachments = {
+        JSON_FILE: (json.dumps(document, indent=2) + "\n").encode(),
+        PLOT_FILE: plot(assignment, f"{model_dir.name}, {recipe.name}, budget {budget.text}"),
+    }
+    report = compress(
+        model,
+        mixed,
+        out,
+        text=text,
+        device=device,
+        overwrite=overwrite,
+        progress=progress,
+        attachments=attachments,
+    )
+    return report, mixed
+
+
+def check_budget(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    budget: Budget,
+    out: Path,
+    *,
+    settings: Settings,
+    loss: Loss,
+    device: str,
+    overwrite: bool,
+) -> tuple[Path, Decoder, Plan, Settings]:
+    """Check everything that can be checked before any measuring, a budget too small or too large included.
+
+    Returns:
+        What ``prepare`` does, and the settings as they apply.
+
+    Raises:
+        ParetoError: bad input.
+
+    """
+    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
+    if not plan.steps:
+        raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
+    if (step := next((step for step in plan.steps.values() if not step.plain), None)) is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "
+            "alone; use a recipe that rounds to a grid and nothing else"
+        )
+    settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
+    blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]
+    assign(blank, plan, decoder.source, budget, loss)
+    return model_dir, decoder, plan, settings
+
+
+def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:
+    """Return the widths in rising order; of the default ones those that the plan's steps can have.
+
+    Raises:
+        ParetoError: a step cannot have a width that was asked for.
+
+    """
+    widths = set()
+    for width in settings.widths:
+        try:
+            for step in set(plan.steps.values()) if width.bits != 16 else ():
+                width.step(step)
+            widths.add(width)
+        except ParetoError as error:
+            if settings.widths != WIDTHS:
+                raise ParetoError(f"width {width}: {error}") from error
+    return tuple(sorted(widths, key=lambda width: (width.bits, -(width.group_size or 10**6))))
+
+
+def _measures(
+    model_dir: Path,
+    decoder: Decoder,
+    plan: Plan,
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    measured: Path | None,
+    text: str | os.PathLike[str] | None,
+    out: Path,
+    progress: Progress,
+) -> tuple[list[Unit], str]:
+    """Return every unit's measures, taken from a file, from the state directory or now; and their key."""
+    data = recipe.calibration
+    total = len(decoder.blocks)
+    needed = min(data.num_samples, settings.hessian_sequences + settings.kl_sequences)
+    tokens = load_sequences(
+        model_dir,
+        None if text is None else Path(text),
+        # Samples depend on how many there are: take the first of those that the compression will use.
+        data.num_samples if text is None else needed,
+        data.length,
+        data.seed,
+        device=str(decoder.device),
+        progress=lambda done, steps: progress(0, total, f"sampling text, {100 * done // steps}%"),
+    )[:needed]
+    steps = {name: {"method": step.method, **dataclasses.asdict(step)} for name, step in plan.steps.items()}
+    for values in steps.values():
+        del values["targets"], values["bits"]
+    key = digest(
+        {
+            "model": fingerprint(model_dir),
+            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "steps": steps,
+            "before": [s for s in recipe.to_dict()["steps"] if "bits" not in s],
+            "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "widths"},
+            "device": decoder.device.type,
+            "torch": torch.__version__,
+        }
+    )
+    if measured is not None:
+        if not measured.is_file():
+            raise ParetoError(f"{measured}: no such file; give the {JSON_FILE} of an earlier checkpoint")
+        try:
+            units = read_units(measured, key, settings)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ParetoError(f"{measured} is not a {JSON_FILE}") from error
+        if units is None:
+            raise ParetoError(
+                f"{measured} was measured with another model, recipe, text, device, library version or other widths; "
+                "leave it out to measure again"
+            )
+        return units, key
+    work = work_of(out)
+    with full_disk_explained(work), locked(work):
+        run = Sensitivity(decoder, plan, tokens, settings=settings, folder=work / MEASURES, key=key, progress=progress)
+        return run.measure(), key

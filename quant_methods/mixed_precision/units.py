@@ -1,0 +1,153 @@
+"""What a bit budget is spent on: units, the layers that vLLM stores alike, and the widths that they may have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.plan import FUSED, Plan
+from quant_methods.recipe import WeightStep
+
+
+@dataclass(frozen=True)
+class Width:
+    """How a layer may be stored.
+
+    Attributes:
+        bits: a code's; 16 for a layer left alone.
+        group_size: input channels that share a scale; None for the recipe's.
+
+    """
+
+    bits: int
+    group_size: int | None = None
+
+    def __str__(self) -> str:
+        """Return what ``parse`` takes."""
+        return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
+
+    @staticmethod
+    def parse(text: str) -> Width:
+        """Return the width that ``4`` or ``4g32`` (4 bits in groups of 32) means.
+
+        Raises:
+            ParetoError: it means none.
+
+        """
+        match = re.fullmatch(r"(\d+)(?:g(\d+))?", text)
+        if not match or (int(match[1]) == 16 and match[2]):
+            raise ParetoError(f"width {text!r}: expected bits, or bits and a group size, such as 4 or 4g32; or 16")
+        return Width(int(match[1]), int(match[2]) if match[2] else None)
+
+    def step(self, base: WeightStep) -> WeightStep:
+        """Return a recipe's step at this width.
+
+        Raises:
+            ParetoError: the step cannot have it.
+
+        """
+        # 8-bit weights with zero-points have no kernel.
+        changed = replace(base, bits=self.bits, symmetric=base.symmetric or self.bits == 8)
+        if self.group_size is not None:
+            changed = replace(changed, group_size=self.group_size)
+        changed.check()
+        return changed
+
+
+WIDTHS = tuple(map(Width, (3, 4, 5, 6, 8, 16)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A unit at one width.
+
+    Attributes:
+        width: the width, as ``Width.parse`` takes it.
+        stored: bits of storage, scales and zero-points included.
+        error: relative output error, squared: ``tr(E H E^T) / tr(W H W^T)`` summed over the unit's layers.
+        kl: KL divergence of the model's output, nats a token; None if not measured.
+
+    """
+
+    width: str
+    stored: int
+    error: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that are stored alike.
+
+    Attributes:
+        name: the layers' common name, ``model.layers.0.self_attn.{q_proj,k_proj,v_proj}``.
+        layers: their full names.
+        weights: how many weights they have.
+        choices: one for each width, in the order of the settings.
+
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    weights: int
+    choices: tuple[Choice, ...]
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Unit:
+        """Return the unit that ``dataclasses.asdict`` made data of; further keys do not matter."""
+        return Unit(
+            data["name"], tuple(data["layers"]), data["weights"], tuple(Choice(**choice) for choice in data["choices"])
+        )
+
+
+def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ...]) -> list[Unit]:
+    """Return a block's units with what they take at each width, and no measures (zeros)."""
+    linears = decoder.linears(index)
+    units = []
+    for group in units_of(decoder, plan, index):
+        names = tuple(decoder.name(index, local) for local in group)
+        shapes = [linears[local].weight.shape for local in group]
+        choices = []
+        for width in widths:
+            if width.bits == 16:
+                stored = 8 * sum(decoder.source.size_of(f"{name}.weight") for name in names)
+            else:
+                steps = [width.step(plan.steps[name]) for name in names]
+                stored = sum(stored_bits(step, shape) for step, shape in zip(steps, shapes, strict=True))
+            choices.append(Choice(str(width), stored, 0.0, 0.0))
+        units.append(Unit(common_name(names), names, sum(shape.numel() for shape in shapes), tuple(choices)))
+    return units
+
+
+def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
+    """Return the local names of a block's quantized layers, those that vLLM merges together."""
+    local = [name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps]
+    groups: list[list[str]] = []
+    families: dict[tuple[str, ...], list[str]] = {}
+    for name in local:
+        family = next((names for names in FUSED if name.rsplit(".", 1)[-1] in names), None)
+        if family in families:
+            families[family].append(name)
+            continue
+        groups.append([name])
+        if family is not None:
+            families[family] = groups[-1]
+    return groups
+
+
+def stored_bits(step: WeightStep, shape: torch.Size) -> int:
+    """Return the storage of a layer in bits; zero-points count 8, as in the format of ours that mixes are stored in."""
+    rows, columns = shape
+    return rows * (columns * step.bits + step.grid.groups(columns) * (16 if step.symmetric else 24))
+
+
+def common_name(names: tuple[str, ...]) -> str:
+    """Return ``a.b.{c,d}`` for ``a.b.c`` and ``a.b.d``; a single name as it is."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0].rpartition('.')[0]}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"

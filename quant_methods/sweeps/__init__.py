@@ -1,0 +1,1 @@
+"""Many compressions of one model, as a table and a plot."""

@@ -1,0 +1,118 @@
+"""The block-by-block run against the whole model in transformers: hidden states, statistics, attention tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quant_methods.calibration import calibrator
+from quant_methods.calibration.calibrator import Decoder, clone
+from quant_methods.calibration.kv_observer import kv_geometry
+from quant_methods.checkpoints.checkpoint import Source
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(2, 8192, (5, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences a batch, so that five make an uneven last batch."""
+    monkeypatch.setattr(calibrator, "TOKENS_PER_BATCH", 80)
+
+
+class Recorder:
+    """An observer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.seen.append((layer, query, key, value))
+
+
+@torch.no_grad()
+def test_blocks_reproduce_the_whole_model_and_show_its_attention(tiny_model: Path, tokens: Tensor) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = whole(tokens, output_hidden_states=True, use_cache=True)
+    decoder = Decoder(tiny_model, Source(tiny_model))
+    hidden = decoder.embed(tokens)
+    recorder = Recorder()
+    for index in range(3):
+        assert torch.allclose(hidden, expected.hidden_states[index], atol=1e-4)
+        with decoder.loaded(index) as block:
+            decoder.advance(index, block, hidden, recorder)
+        assert all(parameter.is_meta for parameter in decoder.blocks[index].parameters()), "weights must not stay"
+    normed = whole.model.norm(hidden)
+    assert torch.allclose(normed, expected.hidden_states[3], atol=1e-3)
+    assert [layer for layer, *_ in recorder.seen] == [0] * 5 + [1] * 5 + [2] * 5
+    for position, (layer, query, key, value) in enumerate(recorder.seen):
+        sequence = position % 5
+        cached = expected.past_key_values.layers[layer]
+        assert query.shape == (40, 2, 64)
+        assert torch.allclose(key, cached.keys[sequence].transpose(0, 1), atol=1e-3)
+        assert torch.allclose(value, cached.values[sequence].transpose(0, 1), atol=1e-3)
+    assert kv_geometry(decoder.config) == (3, 1, 64)
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_the_layers_inputs(tiny_model: Path, tokens: Tensor) -> None:
+    decoder = Decoder(tiny_model, Source(tiny_model))
+    hidden = decoder.embed(tokens)
+    with decoder.loaded(0) as block:
+        stages = decoder.stages(0, block, hidden)
+        assert [stage.names for stage in stages] == [
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ]
+        assert [stage.joins_residual for stage in stages] == [False, True, False, True]
+        original = clone(block)
+        block.get_submodule("self_attn.v_proj").weight.mul_(0.9)
+        other = hidden + 0.01
+
+        def inputs(module: torch.nn.Module, start: Tensor) -> tuple[Tensor, Tensor]:
+            found: dict[str, Tensor] = {}
+            hooks = [
+                module.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda m, a: found.update(x=a[0])),
+                module.get_submodule("self_attn.o_proj").register_forward_hook(lambda m, a, o: found.update(o=o)),
+            ]
+            batches = []
+            for begin in range(0, 5, 2):
+                decoder.run(0, module, start[begin : begin + 2])
+                batches.append((found["x"].flatten(0, 1), (start[begin : begin + 2] + found["o"]).flatten(0, 1)))
+            for hook in hooks:
+                hook.remove()
+            return torch.cat([x for x, _ in batches]), torch.cat([r for _, r in batches])
+
+        x, r = inputs(block, hidden)
+        x_original, r_original = inputs(original, other)
+        found = decoder.statistics(0, block, hidden, stages=stages, position=3, original=(original, other))
+        assert found.cross is not None
+        assert found.residual is not None
+        assert torch.allclose(found.hessian, x.T @ x / 200, atol=1e-5)
+        assert torch.allclose(found.cross, (x_original - x).T @ x / 200, atol=1e-5)
+        assert torch.allclose(found.residual, (r_original - r).T @ x / 200, atol=1e-5)
+        alone = decoder.statistics(0, block, hidden, stages=stages, position=0)
+        assert alone.cross is None
+        assert alone.hessian.shape == (128, 128)
+
+
+def test_rotary_frequencies_are_the_models(tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from quant_methods.calibration.kv_observer import kv_rotary
+
+    config = LlamaConfig(
+        hidden_size=128, num_attention_heads=2, head_dim=64, num_hidden_layers=1, vocab_size=32, intermediate_size=64,
+        rope_parameters={"rope_theta": 500000.0, "rope_type": "default"}, max_position_embeddings=4096,
+    )  # fmt: skip
+    rotary = kv_rotary(LlamaForCausalLM(config).get_decoder(), config)
+    expected = 500000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(rotary.inv_freq, expected)
+    assert (rotary.max_position, rotary.interleaved) == (4096, False)

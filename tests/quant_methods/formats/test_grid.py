@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from quant_methods.formats.grid import Grid, dequantize, expand, fit, round_to_grid
+
+GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (32, 128, -1) for symmetric in (True, False)]
+
+
+def quantized(weight: torch.Tensor, grid: Grid, search: str, hessian: torch.Tensor | None = None) -> torch.Tensor:
+    scale, zero = fit(weight, grid, hessian, search)
+    columns = weight.shape[1]
+    codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
+    assert codes.min() >= grid.low
+    assert codes.max() <= grid.high
+    assert torch.equal(scale, scale.bfloat16().float()), "a scale must survive being stored"
+    assert torch.equal(zero, zero.round())
+    return dequantize(codes, scale, zero)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_minmax_error_is_bounded_by_the_step(grid: Grid) -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(1)) + (0.0 if grid.symmetric else 0.5)
+    read = quantized(weight, grid, "minmax")
+    scale = expand(fit(weight, grid, None, "minmax")[0], 256)
+    # Storing the scale moves the far end of the range by up to 2^-9 of it. A symmetric range ends half a step early,
+    # and a zero-point is rounded by up to half a step.
+    assert ((read - weight).abs() / scale).max() <= 0.5 + 0.5 + 2.0**grid.bits * 2.0**-9
+    # Inside the range the error is that of rounding alone.
+    assert ((read - weight).abs() / scale).median() <= 0.3
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_mse_search_never_loses_to_minmax(grid: Grid) -> None:
+    weight = torch.distributions.StudentT(3.0).sample((32, 256))
+    importance = torch.rand(256) + 0.01
+
+    def error(search: str) -> float:
+        found = quantized(weight, grid, search, importance.diag())
+        return ((found - weight).square() * importance).sum().item()
+
+    assert error("mse") <= error("minmax") * (1 + 1e-5)  # the two sums round differently
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_output_search_has_the_least_output_error_of_each_group(grid: Grid) -> None:
+    weight = torch.distributions.StudentT(3.0).sample((16, 256))
+    inputs = torch.randn(400, 256) @ (torch.eye(256) + 0.2 * torch.randn(256, 256))
+    groups = grid.groups(256)
+
+    def errors(search: str) -> torch.Tensor:
+        found = (quantized(weight, grid, search, inputs.T @ inputs / 400) - weight).unflatten(1, (groups, -1))
+        return torch.einsum("rgw,tgw->rgt", found, inputs.unflatten(1, (groups, -1))).square().sum(-1)
+
+    least = errors("output")
+    for search in ("minmax", "mse"):
+        assert (least <= errors(search) * (1 + 1e-4)).all()
+    assert least.sum() < errors("mse").sum()
+
+
+def test_symmetric_search_uses_the_code_below_zero_for_the_larger_side() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, :9] = torch.arange(9.0)  # 0..8 needs nine nonnegative codes: -8..0 has them under a negative scale
+    assert torch.equal(quantized(weight, Grid(4, -1, True), "mse"), weight)
+
+
+def test_zero_groups_read_back_zero() -> None:
+    weight = torch.zeros(4, 64)
+    for grid in GRIDS:
+        if grid.group_size in (32, -1):
+            for search in ("minmax", "mse"):
+                assert torch.equal(quantized(weight, grid, search), weight)
+
+
+def test_bits_per_weight_counts_scales_and_zero_points() -> None:
+    assert Grid(4, 128, True).bits_per_weight(10, 512) == 4 + 16 / 128
+    assert Grid(4, 128, False).bits_per_weight(10, 512) == 4 + 20 / 128
+    assert Grid(8, -1, True).bits_per_weight(10, 512) == 8 + 16 / 512
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", ["minmax", "mse", "output"])
+def test_one_scale_for_the_tensor_is_that_of_its_weights_in_one_row(symmetric: bool, search: str) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 32), torch.randn(40, 32)
+    hessian = x.T @ x
+    scale, zero = fit(weight, Grid(4, -1, symmetric, per_tensor=True), hessian, search)  # type: ignore[arg-type]
+    assert scale.shape == zero.shape == (6, 1)
+    assert len(scale.unique()) == len(zero.unique()) == 1
+    # The same weights in one row, whose outputs' errors add up as those of six rows do.
+    apart = torch.block_diag(*[hessian] * 6)
+    one, centre = fit(weight.reshape(1, -1), Grid(4, -1, symmetric), apart, search)  # type: ignore[arg-type]
+    assert (scale[0], zero[0]) == (one[0], centre[0])
+    by_row, _ = fit(weight, Grid(4, -1, symmetric), hessian, search)  # type: ignore[arg-type]
+    assert len(by_row.unique()) > 1

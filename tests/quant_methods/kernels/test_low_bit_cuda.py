@@ -1,0 +1,144 @@
+"""The low-bit kernel against the weight that a quantized layer means: on a GPU, and its source on a CPU."""
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.kernels import low_bit_cuda
+from quant_methods.kernels.low_bit import LowBitLinear
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
+from tests.kv_cache.gpu.emulator import EmulatedKernel
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPES = [
+    # bits, rows, channels, group size, columns, dtype
+    (3, 40, 256, 128, 1, torch.bfloat16),
+    (2, 16, 160, 32, 5, torch.float16),
+    (5, 33, 128, 64, 9, torch.bfloat16),
+    (6, 64, 384, -1, 17, torch.bfloat16),
+    (7, 24, 200, -1, 3, torch.float16),
+    (4, 16, 1280, 128, 33, torch.bfloat16),
+    (3, 50, 1152, 128, 70, torch.float16),
+]
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
+    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
+    low_bit_cuda._kernel.cache_clear()
+    yield CPU
+    low_bit_cuda._kernel.cache_clear()
+
+
+def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else channels // group_size
+    low = 0 if table else -(1 << (bits - 1))
+    codes = torch.randint(low, low + (1 << bits), (rows, channels), generator=generator, dtype=torch.int8)
+    scale = (torch.rand(rows, groups, generator=generator) + 0.5).to(dtype)
+    zero = torch.randint(low, low + (1 << bits), (rows, groups), generator=generator, dtype=torch.int8)
+    values = torch.randn(rows, 1 << bits, generator=generator).to(dtype) if table else None
+    parts = (part if part is None else part.to(device) for part in (codes, scale, zero, values))
+    return QuantizedLinear(*parts)
+
+
+def check(bits, rows, channels, group_size, columns, dtype, device, table=False):
+    layer = random_layer(bits, rows, channels, group_size, dtype, device, table)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, dtype, bits)
+    # Rows of the activations lie apart, and what is between them is poison.
+    storage = torch.full((columns, channels + 8), torch.nan, dtype=dtype, device=device)
+    x = storage[:, :channels]
+    x.copy_(torch.randn(columns, channels, generator=torch.Generator().manual_seed(1)))
+    weight = layer.read().double()
+    expected = x.double() @ weight.T
+    found = matrix.apply(x[:, None])[:, 0].double()
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    # The result is rounded once; where the weights are expanded for a dense product, they are too.
+    size = x.double().abs() @ weight.abs().T
+    bound = rounding * expected.abs() + 1e-5 * size + (rounding * size / channels**0.5 * 4 if columns > 64 else 0)
+    assert found.shape == expected.shape
+    assert ((found - expected).abs() <= bound).all()
+    whole = matrix.weight().double()
+    assert ((whole - weight).abs() <= rounding * weight.abs()).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_emulated_products(shape, emulated):
+    check(*shape, emulated)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_emulated_tables(bits, emulated):
+    check(bits, 40, 256, -1, 6, torch.bfloat16, emulated, table=True)
+    check(bits, 16, 264, -1, 1, torch.float16, emulated, table=True)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (3, 4096, 4096, 128, 8, torch.bfloat16), (6, 500, 14336, 64, 32, torch.bfloat16)], ids=str
+)
+def test_products(shape):
+    check(*shape, torch.device("cuda", 0))
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("columns", [1, 12, 32, 100])
+def test_tables(bits, columns):
+    check(bits, 300, 4096, -1, columns, torch.bfloat16, torch.device("cuda", 0), table=True)
+
+
+@gpu
+@pytest.mark.gpu
+def test_a_graph_replays_with_other_activations():
+    device = torch.device("cuda", 0)
+    layer = random_layer(3, 512, 1024, 128, torch.bfloat16, device)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3)
+    x = torch.randn(4, 1024, device=device, dtype=torch.bfloat16)
+    matrix.apply(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = matrix.apply(x)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, matrix.apply(x))
+
+
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_every_code_has_its_place(bits):
+    """Two matrices that differ in one code differ in one word, in as many bits as the codes."""
+    codes = torch.randint(0, 1 << bits, (40, 200), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    packed = low_bit_cuda.pack(codes, bits)
+    assert packed.shape == (3, 2, 64 * bits)
+    for row, channel in ((0, 0), (39, 199), (17, 131), (8, 64)):
+        other = codes.clone()
+        other[row, channel] ^= (1 << bits) - 1
+        difference = packed ^ low_bit_cuda.pack(other, bits)
+        assert sum(bin(word & 0xFFFFFFFF).count("1") for word in difference[difference != 0].tolist()) == bits
+
+
+@pytest.mark.parametrize(
+    ("bits", "channels", "groups", "dtype", "table"),
+    [(8, 128, 1, torch.bfloat16, False), (3, 100, 1, torch.bfloat16, False), (3, 128, 1, torch.float32, False),
+     (3, 128, 8, torch.bfloat16, False), (2, 128, 1, torch.bfloat16, True)],
+)  # fmt: skip
+def test_what_the_kernel_does_not_serve_is_refused(bits, channels, groups, dtype, table, emulated):
+    codes = torch.zeros(16, channels, dtype=torch.int8)
+    scale = torch.ones(16, groups)
+    with pytest.raises(ParetoError, match="low-bit kernel serves"):
+        LowBitCUDA(codes, scale, scale, torch.zeros(16, 1 << bits) if table else None, dtype, bits)
+
+
+def test_what_the_kernel_does_not_serve_runs_in_pytorch(emulated):
+    layer = random_layer(2, 16, 96, -1, torch.bfloat16, emulated, table=True)
+    parts = layer.codes, layer.scale, layer.zero_point, layer.table
+    assert isinstance(low_bit_module(*parts, torch.bfloat16, 2), LowBitLinear)
+    layer = random_layer(3, 16, 96, 32, torch.bfloat16, emulated)
+    parts = layer.codes, layer.scale, layer.zero_point, layer.table
+    assert isinstance(low_bit_module(*parts, torch.bfloat16, 3), LowBitCUDA)

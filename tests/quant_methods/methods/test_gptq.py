@@ -1,0 +1,152 @@
+"""GPTQ against a plain float64 implementation of the paper's Algorithm 1 and against round-to-nearest."""
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.formats.grid import Grid, expand, fit
+from quant_methods.methods.gptq import GPTQ, factorize, quantize, relative_error, solve
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.rtn import quantize as round_to_nearest
+from quant_methods.recipe import LinearProblem
+
+
+def problem(rows: int, columns: int, seed: int, tokens: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight and the Hessian of correlated inputs with very different scales."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
+    inputs = inputs * torch.exp(torch.randn(columns, generator=generator, dtype=torch.float64))
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return weight, inputs.T @ inputs / tokens
+
+
+def reference(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, order: list[int]
+) -> torch.Tensor:
+    """4-bit optimal brain quantization in a fixed order, one inverse Hessian a channel (Eqs. 2 and 3)."""
+    weight = weight.clone()
+    codes = torch.zeros_like(weight)
+    left = list(order)
+    while left:
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        j = left[0]
+        code = (weight[:, j] / scale[:, j]).round() + zero[:, j]
+        codes[:, j] = code.clamp(-8, 7)
+        error = weight[:, j] - (codes[:, j] - zero[:, j]) * scale[:, j]
+        weight[:, left] -= error[:, None] / inverse[0, 0] * inverse[0]
+        left = left[1:]
+    return codes
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(7, 96, 32), (33, 257, -1), (5, 1, -1), (16, 384, 128)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_matches_the_papers_updates_in_activation_order(rows: int, columns: int, group: int, symmetric: bool) -> None:
+    weight, hessian = problem(rows, columns, seed=rows)
+    hessian, _ = factorize(hessian, 0.01)
+    grid = Grid(4, group, symmetric)
+    codes, scale, zero = solve(weight, hessian, grid, act_order=True)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
+    expected = reference(weight, hessian, expand(scale, columns), expand(zero, columns), order=order)
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(9, 192, 64), (12, 257, -1)])
+def test_matches_the_papers_updates_in_index_order(rows: int, columns: int, group: int) -> None:
+    weight, hessian = problem(rows, columns, seed=3)
+    hessian, _ = factorize(hessian, 0.01)
+    grid = Grid(4, group, False)
+    codes, scale, zero = solve(weight, hessian, grid, act_order=False)
+    expected = reference(weight, hessian, expand(scale, columns), expand(zero, columns), order=list(range(columns)))
+    assert torch.equal(codes, expected)
+
+
+def test_without_activation_order_a_groups_grid_sees_the_updated_weights() -> None:
+    weight, hessian = problem(8, 256, seed=4)
+    hessian, _ = factorize(hessian, 0.01)
+    _, scale, _ = solve(weight, hessian, Grid(4, 64, True), act_order=False)
+    static, _ = fit(weight, Grid(4, 64, True), hessian, "mse")
+    assert torch.equal(scale[:, 0], static[:, 0])
+    assert not torch.equal(scale[:, 1:], static[:, 1:])
+
+
+def as_problem(weight: torch.Tensor, hessian: torch.Tensor, **extra: torch.Tensor | None) -> LinearProblem:
+    given = {"cross": None, "residual": None, **extra}
+    return LinearProblem("layer", weight.float(), hessian.float(), scale_dtype=torch.bfloat16, **given)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_output_error_is_below_round_to_nearest(bits: int, act_order: bool) -> None:
+    weight, hessian = problem(64, 256, seed=5)
+    settings = {"bits": bits, "group_size": 128, "symmetric": True}
+    given = as_problem(weight, hessian)
+    solved = quantize(GPTQ(**settings, act_order=act_order), given)
+    rounded = round_to_nearest(RTN(**settings), given)
+    error = relative_error(weight.float(), solved, hessian.float())
+    assert error < 0.8 * relative_error(weight.float(), rounded, hessian.float())
+
+
+def test_channels_without_input_are_rounded_to_nearest() -> None:
+    weight, hessian = problem(16, 128, seed=6)
+    dead = [0, 5, 127]
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    result = quantize(GPTQ(group_size=32, symmetric=False), as_problem(weight, hessian))
+    read = (result.codes.float() - expand(result.zero_point.float(), 128)) * expand(result.scale.float(), 128)
+    scale = expand(result.scale.float(), 128).abs()
+    inside = ((read - weight.float()).abs() / scale)[:, dead]
+    # Only weights beyond a clipped range may lie further off than half a step.
+    at_the_end = (result.codes == -8) | (result.codes == 7)
+    assert (inside <= 0.5 + 1e-3).logical_or(at_the_end[:, dead]).all()
+    assert torch.isfinite(read).all()
+
+
+def test_singular_hessian_is_damped_until_it_factors() -> None:
+    weight, _ = problem(8, 64, seed=7)
+    one = torch.randn(64, 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    rank_one = one @ one.T
+    result = quantize(GPTQ(group_size=32), as_problem(weight, rank_one))
+    assert torch.isfinite(result.scale.float()).all()
+    # Indefinite by rounding, beyond what 1% of the mean diagonal repairs.
+    indefinite = rank_one - 0.05 * torch.eye(64, dtype=torch.float64)
+    damped, factor = factorize(indefinite, 0.01)
+    assert torch.allclose(factor @ factor.T, damped)
+    assert torch.linalg.eigvalsh(damped).min() > 0
+
+
+def test_no_inputs_at_all_is_round_to_nearest() -> None:
+    weight, _ = problem(8, 64, seed=8)
+    zero = torch.zeros(64, 64)
+    solved = quantize(GPTQ(group_size=32, symmetric=True), as_problem(weight, zero))
+    rounded = round_to_nearest(RTN(group_size=32, symmetric=True), as_problem(weight, zero))
+    assert torch.equal(solved.codes, rounded.codes)
+
+
+def test_infinite_activations_are_one_clear_line() -> None:
+    weight, hessian = problem(4, 32, seed=9)
+    hessian[3, 3] = torch.inf
+    with pytest.raises(ParetoError, match="layer: the calibration activations are not finite"):
+        quantize(GPTQ(group_size=32), as_problem(weight, hessian))
+
+
+def test_upstream_correction_moves_the_output_towards_the_originals() -> None:
+    generator = torch.Generator().manual_seed(10)
+    weight, _ = problem(48, 128, seed=10)
+    mix = torch.randn(128, 128, generator=generator, dtype=torch.float64) / 128**0.5
+    original = torch.randn(2000, 128, generator=generator, dtype=torch.float64) @ mix
+    # Quantizing the layers before scales and shifts the inputs; the residual stream has lost something too.
+    inputs = 0.9 * original + 0.05 * torch.randn(2000, 128, generator=generator, dtype=torch.float64)
+    lost = original @ torch.randn(128, 48, generator=generator, dtype=torch.float64) * 0.05
+    hessian = inputs.T @ inputs / 2000
+    cross = ((original - inputs).T @ inputs / 2000).float()
+    residual = (lost.T @ inputs / 2000).float()
+
+    def error(**extra: torch.Tensor) -> float:
+        result = quantize(GPTQ(group_size=128, bits=8), as_problem(weight, hessian, **extra))
+        read = (result.codes.double() - result.zero_point.double()) * result.scale.double()
+        return (original @ weight.T + lost - inputs @ read.T).square().mean().item()
+
+    plain, corrected, both = error(), error(cross=cross), error(cross=cross, residual=residual)
+    assert corrected < 0.7 * plain
+    assert both < 0.7 * corrected
