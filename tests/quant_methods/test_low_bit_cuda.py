@@ -29,9 +29,9 @@ SHAPES = [
 def emulated(monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
-    low_bit_cuda._kernel.cache_clear()
+    low_bit_cuda._arrivals.cache_clear()
     yield CPU
-    low_bit_cuda._kernel.cache_clear()
+    low_bit_cuda._arrivals.cache_clear()
 
 
 def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
@@ -115,7 +115,7 @@ def test_every_code_has_its_place(bits):
     """Two matrices that differ in one code differ in one word, in as many bits as the codes."""
     codes = torch.randint(0, 1 << bits, (40, 200), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     packed = low_bit_cuda.pack(codes, bits)
-    assert packed.shape == (3, 2, 64 * bits)
+    assert packed.shape == (2, 2, 128 * bits)
     for row, channel in ((0, 0), (39, 199), (17, 131), (8, 64)):
         other = codes.clone()
         other[row, channel] ^= (1 << bits) - 1

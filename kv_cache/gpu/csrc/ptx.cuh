@@ -203,6 +203,12 @@ DEVICE void fetch_16(void* to, const void* from) {
                  ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
+// The same to an address in shared memory, or 16 bytes of zeros; a copy of those before copy_commit.
+DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(read ? 16 : 0) : "memory");
+}
+
 DEVICE void fetches_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Programmatic dependent launch (sm_90): wait for the kernel before this one; let the next one start.
