@@ -173,8 +173,11 @@ class LowBitCUDA(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the weight [out, in] in ``dtype``."""
-        matrix = _Matrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
-        return matrix.expand(self.dtype, 0, self.tiles)
+        return self.matrix().expand(self.dtype, 0, self.tiles)
+
+    def matrix(self) -> PackedMatrix:
+        """Return what the kernels are launched on."""
+        return PackedMatrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
 
 
 def low_bit_module(
@@ -209,7 +212,7 @@ def low_bit_linear(
         [tokens, rows] in the dtype of x.
 
     """
-    matrix = _Matrix(words, groups, table, rows, x.shape[1], bits, group_steps)
+    matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps)
     y = x.new_empty(x.shape[0], rows)
     if x.shape[0] > MAX_TOKENS:
         at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
@@ -247,23 +250,22 @@ class Arrangement:
     blocks: int
     whole: bool
 
-    def shared_bytes(self, bits: int, side_bytes: int, columns: int, column_tiles: int) -> int:
+    def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
         """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
 
         Args:
             bits: of a code.
             side_bytes: that go with a unit's codes.
             columns: of activations.
-            column_tiles: that the kernel is compiled for.
 
         """
         depth = self.warps // self.row_warps
         stage = self.warps * (512 * bits + side_bytes) + columns * (2 * CHANNELS * depth + 64)
-        return self.stages * stage + (self.warps * column_tiles * 1024 if depth > 1 else 0)
+        return self.stages * stage + (self.warps * column_tiles(columns) * 1024 if depth > 1 else 0)
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class PackedMatrix:
     """Arguments of the kernels: see :func:`low_bit_linear`."""
 
     words: Tensor
@@ -276,16 +278,26 @@ class _Matrix:
 
     @property
     def tiles(self) -> int:
+        """Tiles of 32 rows."""
         return self.words.shape[0]
 
     @property
     def units(self) -> int:
+        """Units of 128 channels."""
         return self.words.shape[1]
 
     @property
     def side_bytes(self) -> int:
         """What goes with a unit's codes: groups or tables."""
         return ROWS * (4 << (self.bits - 1) if self.groups is None else 4 * CHANNELS // (16 * self.group_steps))
+
+    def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
+        """Return what ``multiply`` is compiled with."""
+        a = arrangement
+        return self._macros(
+            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=column_tiles(tokens), STAGES=a.stages,
+            RESIDENT=a.blocks,
+        )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
         macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
@@ -295,14 +307,14 @@ class _Matrix:
     def arrangement(self, tokens: int) -> Arrangement:
         """Return how to arrange a product with that many tokens."""
         processors, shared, _ = device_limits(self.words.device)
-        column_tiles = _column_tiles(tokens)
-        row_warps = 2 if column_tiles == 1 else 4 if column_tiles == 2 else 8
+        count = column_tiles(tokens)
+        row_warps = 2 if count == 1 else 4 if count == 2 else 8
         for blocks, stages in ((2, 6), (2, 5), (2, 4), (1, 6), (1, 5), (1, 4), (1, 3), (1, 2)):
             tiles = -(-self.tiles // row_warps)
             rounds = tiles / (processors * blocks)
             a = Arrangement(8, row_warps, stages, blocks, rounds > _EVEN_ENOUGH * math.ceil(rounds))
-            bytes_ = a.shared_bytes(self.bits, self.side_bytes, tokens, column_tiles)
-            if blocks * (bytes_ + RESERVED_SHARED) <= shared and (blocks == 1 or column_tiles < 4):
+            bytes_ = a.shared_bytes(self.bits, self.side_bytes, tokens)
+            if blocks * (bytes_ + RESERVED_SHARED) <= shared and (blocks == 1 or count < 4):
                 break
         return a
 
@@ -310,20 +322,16 @@ class _Matrix:
         """Write x W^T to y, both in rows."""
         tokens, device = x.shape[0], self.words.device
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)
         a = arrangement or self.arrangement(tokens)
-        column_tiles = _column_tiles(tokens)
-        macros = self._macros(
-            x.dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=column_tiles, STAGES=a.stages, RESIDENT=a.blocks
-        )
-        shared = a.shared_bytes(self.bits, self.side_bytes, tokens, column_tiles)
-        kernel = load_kernel("low_bit.cu", "multiply", macros, device, shared, folder=FOLDER)
+        shared = a.shared_bytes(self.bits, self.side_bytes, tokens)
+        kernel = load_kernel("low_bit.cu", "multiply", self.macros(x.dtype, tokens, a), device, shared, folder=FOLDER)
         steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
         processors, _, overlap = device_limits(device)
         blocks = min(processors * a.blocks, tiles if a.whole else tiles * steps)
         parts = arrivals = None
         if not a.whole:
-            parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles, dtype=torch.float32)
+            parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
             arrivals = _arrivals(self.words.data_ptr(), blocks, device)
         params = _Params(
             self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
@@ -349,7 +357,8 @@ class _Matrix:
         return y
 
 
-def _column_tiles(tokens: int) -> int:
+def column_tiles(tokens: int) -> int:
+    """Return the tiles of 8 columns of the kernel for that many tokens."""
     return next(count for count in COLUMN_TILES if 8 * count >= tokens)
 
 

@@ -6,7 +6,7 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.kernels import low_bit_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
+from quant_methods.kernels.low_bit_cuda import Arrangement, LowBitCUDA, low_bit_module
 from quant_methods.quantized import QuantizedLinear
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 
@@ -71,6 +71,38 @@ def test_emulated_products(shape, emulated):
     check(*shape, emulated)
 
 
+ARRANGEMENTS = [
+    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole
+    (100, 1160, 1, Arrangement(4, 1, 2, 3, False)),  # A tile of 3 steps between several blocks.
+    (100, 1160, 9, Arrangement(4, 2, 3, 2, False)),
+    (300, 520, 17, Arrangement(4, 4, 4, 1, True)),
+    (200, 1288, 26, Arrangement(2, 1, 3, 1, False)),  # Many tiles a block, some begun elsewhere and some ended.
+    (40, 2056, 2, Arrangement(2, 2, 6, 4, False)),  # One tile between all blocks.
+]
+
+
+def check_arrangement(bits, rows, channels, columns, arrangement, device, table=False):
+    layer = random_layer(bits, rows, channels, -1, torch.bfloat16, device, table)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, torch.bfloat16, bits).matrix()
+    # Neither rows of the activations nor of the results are aligned with what is around them, which is poison.
+    x = torch.full((columns, channels + 1), torch.nan, dtype=torch.bfloat16, device=device)[:, 1:]
+    x.copy_(torch.randn(columns, channels, generator=torch.Generator().manual_seed(1)))
+    around = torch.full((columns + 1, rows + 3), torch.nan, dtype=torch.bfloat16, device=device)
+    y = around[:columns, 1 : rows + 1]
+    weight = layer.read().double()
+    for _ in range(3):  # Counts of finished parts are zeros again.
+        around.fill_(torch.nan)
+        matrix.multiply(x, y, arrangement)
+        bound = 2**-8 * (x.double() @ weight.T).abs() + 1e-5 * (x.double().abs() @ weight.abs().T)
+        assert ((y.double() - x.double() @ weight.T).abs() <= bound).all()
+        assert around.isnan().sum() == around.numel() - y.numel()
+
+
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 4), ARRANGEMENTS, strict=True)), ids=str)
+def test_emulated_arrangements(bits, shape, emulated):
+    check_arrangement(bits, *shape, emulated, table=bits == 4)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_emulated_tables(bits, emulated):
     check(bits, 40, 256, -1, 6, torch.bfloat16, emulated, table=True)
@@ -84,6 +116,14 @@ def test_emulated_tables(bits, emulated):
 )
 def test_products(shape):
     check(*shape, torch.device("cuda", 0))
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("shape", ARRANGEMENTS, ids=str)
+def test_arrangements(bits, shape):
+    check_arrangement(bits, *shape, torch.device("cuda", 0), table=bits == 4)
 
 
 @gpu
