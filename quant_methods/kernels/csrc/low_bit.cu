@@ -48,43 +48,78 @@ struct Runs {
     DEVICE int owner(int step) const { return static_cast<int>(((step / grain + 1LL) * gridDim.x - 1) / dealt); }
 };
 
-// The ring: a slot for each warp's codes and what goes with them, in each stage; then the activations of each stage.
-DEVICE u32* slot(int stage) {
-    return reinterpret_cast<u32*>(shared) + (stage * WARPS + threadIdx.x / 32) * SLOT_WORDS;
-}
-DEVICE u8* activations(const Params& p, int stage) {
-    return shared + 4 * STAGES * WARPS * SLOT_WORDS + stage * p.columns * X_STRIDE;
-}
-DEVICE int row_tile(int tile) { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
-DEVICE int unit_of(int step) { return step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS; }
+// Of the ring's stages, each a slot for every warp's codes and what goes with them, and then rows of activations.
+DEVICE int stage_bytes(const Params& p) { return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE; }
 
-DEVICE void fetch_codes(const Params& p, int tile, int step, int stage, u64 policy) {
-    if (row_tile(tile) >= p.tiles || unit_of(step) >= p.units) return;
-    const int lane = threadIdx.x % 32;
-    const i64 unit = static_cast<i64>(row_tile(tile)) * p.units + unit_of(step);
-    const u32* words = p.words + unit * UNIT_WORDS + 4 * lane;
-    const u32* side = p.side + (TABLE ? row_tile(tile) : unit) * SIDE_WORDS + 4 * lane;
-    const u32 to = shared_address(slot(stage) + 4 * lane);
-#pragma unroll
-    for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
-#pragma unroll
-    for (int i = 0; i < SIDE_WORDS; i += 128) {
-        if (i + 4 * lane < SIDE_WORDS) copy_16(to + 4 * (UNIT_WORDS + i), side + i, policy);
-    }
-}
+// A thread's place in a run of steps.
+struct Place {
+    int tile, step, stage;
+    int unit, units;  // The warp's in the step, and how many there are of its rows.
 
-// Past the last channel there are zeros.
-DEVICE void fetch_activations(const Params& p, int step, int stage) {
-    const u32 to = shared_address(activations(p, stage));
-#pragma unroll
-    for (int i = 0; i < 8 * COLUMN_TILES * X_CHUNKS; i += THREADS) {
-        const int at = i + threadIdx.x, column = at / X_CHUNKS, chunk = at % X_CHUNKS;
-        const int channel = 8 * (step * X_CHUNKS + chunk);
-        if (column >= p.columns) break;
-        const bool inside = channel < p.channels;
-        fetch_16_or_zeros(to + column * X_STRIDE + 16 * chunk, p.x + column * p.x_stride + (inside ? channel : 0), inside);
+    DEVICE Place(const Params& p, const Runs& runs, int at) : tile(at / runs.steps), step(at % runs.steps), stage(0) { seek(p); }
+    DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
+    DEVICE bool has_unit() const { return unit < units; }
+
+    DEVICE void seek(const Params& p) {
+        unit = step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS;
+        units = row_tile() < p.tiles ? p.units : 0;
     }
-}
+
+    // Returns whether the tile is another one now.
+    DEVICE bool next(const Params& p, const Runs& runs) {
+        if (++stage == STAGES) stage = 0;
+        unit += DEPTH_WARPS;
+        if (++step < runs.steps) return false;
+        step = 0, ++tile;
+        seek(p);
+        return true;
+    }
+};
+
+// Asks for the codes and activations of one step after the other.
+struct Fetcher {
+    Place place;
+    u64 policy;
+    const u32 *words, *side;  // The lane's of the place.
+    const u16* x;             // The thread's first, in the place's step.
+
+    DEVICE Fetcher(const Params& p, const Runs& runs, int begin) : place(p, runs, begin), policy(evict_first()) { seek(p); }
+
+    DEVICE void seek(const Params& p) {
+        const i64 unit = static_cast<i64>(place.row_tile()) * p.units + place.unit;
+        words = p.words + unit * UNIT_WORDS + threadIdx.x % 32 * 4;
+        side = p.side + (TABLE ? place.row_tile() : unit) * SIDE_WORDS + threadIdx.x % 32 * 4;
+        x = p.x + threadIdx.x / X_CHUNKS * p.x_stride + 8 * (place.step * X_CHUNKS + threadIdx.x % X_CHUNKS);
+    }
+
+    DEVICE void next(const Params& p, const Runs& runs) {
+        if (place.next(p, runs)) return seek(p);
+        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS, x += 8 * X_CHUNKS;
+    }
+
+    DEVICE void fetch_codes(const Params& p) const {
+        if (!place.has_unit()) return;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 + threadIdx.x % 32 * 16;
+#pragma unroll
+        for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
+#pragma unroll
+        for (int i = 0; i < SIDE_WORDS; i += 128) {
+            if (i + threadIdx.x % 32 * 4 < SIDE_WORDS) copy_16(to + 4 * (UNIT_WORDS + i), side + i, policy);
+        }
+    }
+
+    // Past the last channel there are zeros.
+    DEVICE void fetch_activations(const Params& p) const {
+        constexpr int COLUMNS = THREADS / X_CHUNKS;  // At a time.
+        const int column = threadIdx.x / X_CHUNKS, chunk = threadIdx.x % X_CHUNKS;
+        const bool inside = 8 * (place.step * X_CHUNKS + chunk) < p.channels;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + 4 * WARPS * SLOT_WORDS + column * X_STRIDE + 16 * chunk;
+#pragma unroll
+        for (int i = 0; i < 8 * COLUMN_TILES; i += COLUMNS) {
+            if (i + column < p.columns) fetch_16_or_zeros(to + i * X_STRIDE, inside ? x + i * p.x_stride : p.x, inside);
+        }
+    }
+};
 
 DEVICE void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if constexpr (IN_BFLOAT) mma_bfloat(c, a, b0, b1);
@@ -164,7 +199,7 @@ struct Sums {
 DEVICE void add_up_warps(const Params& p, Sums& sums) {
     if constexpr (DEPTH_WARPS > 1) {
         const int warp = threadIdx.x / 32, depth = warp % DEPTH_WARPS;
-        float4* left = reinterpret_cast<float4*>(activations(p, STAGES)) + threadIdx.x % 32;
+        float4* left = reinterpret_cast<float4*>(shared + STAGES * stage_bytes(p)) + threadIdx.x % 32;
         if (depth) {
 #pragma unroll
             for (int i = 0; i < VECTORS; ++i) left[(warp * VECTORS + i) * 32] = sums.vector(i);
@@ -210,52 +245,41 @@ DEVICE bool add_up_blocks(const Params& p, const Runs& runs, int tile, Sums& sum
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const __grid_constant__ Params p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, depth = warp % DEPTH_WARPS;
     const Runs runs(p);
     const int begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
-    const u64 policy = evict_first();
-    int tile = begin / runs.steps, step = begin % runs.steps;
-    int next = begin, next_tile = tile, next_step = step;
+    Fetcher ahead(p, runs, begin);
+    Place now = ahead.place;
     // Codes are constants of the model: there is no need to wait for them.
-    for (int i = 0, at_tile = tile, at = step; i < STAGES - 1 && begin + i < end; ++i) {
-        fetch_codes(p, at_tile, at, i, policy);
-        if (++at == runs.steps) at = 0, ++at_tile;
-    }
+    Fetcher first = ahead;
+    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p, runs)) first.fetch_codes(p);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    for (int i = 0; i < STAGES - 1; ++i) {
-        if (next < end) fetch_activations(p, next_step, i);
+    for (int i = 0; i < STAGES - 1; ++i, ahead.next(p, runs)) {
+        if (begin + i < end) ahead.fetch_activations(p);
         copy_commit();
-        ++next;
-        if (++next_step == runs.steps) next_step = 0, ++next_tile;
     }
-    // A lane's columns; those past the last one are like it, and nobody reads their sums.
+    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums.
     int columns[COLUMN_TILES];
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c) {
-        columns[c] = min(8 * c + g, p.columns - 1) * X_STRIDE + 2 * CHANNELS * (warp % DEPTH_WARPS) + 16 * t;
-    }
+    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + lane / 4, p.columns - 1) * X_STRIDE;
+    const int codes = 4 * SLOT_WORDS * warp, x = 4 * WARPS * SLOT_WORDS + 2 * CHANNELS * depth + lane % 4 * 16;
     Sums sums = {};
-    int stage = 0, next_stage = STAGES - 1;
     for (int at = begin; at < end; ++at) {
         copy_wait<STAGES - 2>();
         __syncthreads();  // The copies of all are there, and all are done with the stage before.
-        if (next < end) {
-            fetch_codes(p, next_tile, next_step, next_stage, policy);
-            fetch_activations(p, next_step, next_stage);
-        }
+        if (at + STAGES - 1 < end) ahead.fetch_codes(p), ahead.fetch_activations(p);
         copy_commit();
-        ++next;
-        if (++next_step == runs.steps) next_step = 0, ++next_tile;
-        if (++next_stage == STAGES) next_stage = 0;
-        if (row_tile(tile) < p.tiles && unit_of(step) < p.units) sums.add_unit(slot(stage), activations(p, stage), columns);
-        if (++stage == STAGES) stage = 0;
-        if (++step < runs.steps && at + 1 < end) continue;
+        ahead.next(p, runs);
+        const u8* stage = shared + now.stage * stage_bytes(p);
+        if (now.has_unit()) sums.add_unit(reinterpret_cast<const u32*>(stage + codes), stage + x, columns);
+        const int tile = now.tile, row_tile = now.row_tile();
+        const bool ended = now.next(p, runs);
+        if (!ended && at + 1 < end) continue;
         add_up_warps(p, sums);
-        const bool whole = begin <= tile * runs.steps && step == runs.steps;
-        if ((whole || add_up_blocks(p, runs, tile, sums)) && warp % DEPTH_WARPS == 0) sums.store(p, row_tile(tile));
+        const bool whole = ended && begin <= tile * runs.steps;
+        if ((whole || add_up_blocks(p, runs, tile, sums)) && depth == 0) sums.store(p, row_tile);
         sums = {};
-        step = 0, ++tile;
     }
 }
 
