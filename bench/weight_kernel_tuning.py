@@ -53,7 +53,7 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[A
                 continue
             one = Arrangement(count, rows, depth, blocks, whole)
             bytes_ = one.shared_bytes(matrix.bits, matrix.side_bytes, tokens)
-            if blocks * (bytes_ + RESERVED_SHARED) <= shared:
+            if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 found.append(one)
     return found
 

@@ -306,17 +306,7 @@ class PackedMatrix:
 
     def arrangement(self, tokens: int) -> Arrangement:
         """Return how to arrange a product with that many tokens."""
-        processors, shared, _ = device_limits(self.words.device)
-        count = column_tiles(tokens)
-        row_warps = 2 if count == 1 else 4 if count == 2 else 8
-        for blocks, stages in ((2, 6), (2, 5), (2, 4), (1, 6), (1, 5), (1, 4), (1, 3), (1, 2)):
-            tiles = -(-self.tiles // row_warps)
-            rounds = tiles / (processors * blocks)
-            a = Arrangement(8, row_warps, stages, blocks, rounds > _EVEN_ENOUGH * math.ceil(rounds))
-            bytes_ = a.shared_bytes(self.bits, self.side_bytes, tokens)
-            if blocks * (bytes_ + RESERVED_SHARED) <= shared and (blocks == 1 or count < 4):
-                break
-        return a
+        return _arrangement(self.tiles, self.bits, self.side_bytes, tokens, self.words.device)
 
     def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
         """Write x W^T to y, both in rows."""
@@ -355,6 +345,26 @@ class PackedMatrix:
         )  # fmt: skip
         kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)
         return y
+
+
+@functools.cache
+def _arrangement(row_tiles: int, bits: int, side_bytes: int, tokens: int, device: torch.device) -> Arrangement:
+    processors, shared, _ = device_limits(device)
+    few = tokens <= 16
+    for blocks, warps, most in ((2, 8, 6), (1, 8, 6), (1, 4, 6)) if few else ((1, 8, 6), (1, 4, 6)):
+        depth = 1
+        # Activations are read again for every tile of rows: they are to be less than about a quarter of the codes.
+        while 2 * depth <= warps and 2 * depth * tokens <= 4 * bits:
+            depth *= 2
+        rounds = -(-row_tiles // (warps // depth)) / (processors * blocks)
+        whole = rounds > _EVEN_ENOUGH * math.ceil(rounds)
+        for stages in range(most, 2 if warps == 8 else 1, -1):
+            found = Arrangement(warps, warps // depth, stages, blocks, whole)
+            if blocks * (found.shared_bytes(bits, side_bytes, tokens) + RESERVED_SHARED) <= shared + RESERVED_SHARED:
+                return found
+    raise ParetoError(
+        f"{bits}-bit codes with {tokens} tokens need more than the device's {shared} bytes of shared memory"
+    )
 
 
 def column_tiles(tokens: int) -> int:

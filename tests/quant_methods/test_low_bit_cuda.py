@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
+from kv_cache.gpu import nvrtc
 from quant_methods.kernels import low_bit_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import Arrangement, LowBitCUDA, low_bit_module
 from quant_methods.quantized import QuantizedLinear
 from tests.kv_cache.gpu.emulator import EmulatedKernel
+from tests.kv_cache.gpu.test_host_side import SHARED
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,9 +31,12 @@ SHAPES = [
 def emulated(monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
-    low_bit_cuda._arrivals.cache_clear()
+    caches = low_bit_cuda._arrivals, low_bit_cuda._arrangement
+    for cache in caches:
+        cache.cache_clear()
     yield CPU
-    low_bit_cuda._arrivals.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
@@ -107,6 +112,21 @@ def test_emulated_arrangements(bits, shape, emulated):
 def test_emulated_tables(bits, emulated):
     check(bits, 40, 256, -1, 6, torch.bfloat16, emulated, table=True)
     check(bits, 16, 264, -1, 1, torch.float16, emulated, table=True)
+
+
+@pytest.mark.parametrize("capability", SHARED, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
+    """For devices that are not there: every width fits, and one of them compiles."""
+    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
+    for bits in range(2, 8):
+        for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
+            chosen = low_bit_cuda._arrangement(rows // 32, bits, side_bytes, tokens, CPU)
+            assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
+    layer = random_layer(3, 32, 128, 128, torch.bfloat16, CPU)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3).matrix()
+    macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
+    assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_cuda.FOLDER)
 
 
 @gpu
