@@ -241,6 +241,7 @@ class Arrangement:
         stages: of the ring in shared memory.
         blocks: thread blocks of a multiprocessor.
         whole: whether a thread block takes whole tiles of rows only.
+        alone: whether each warp has activations of its own in shared memory.
 
     """
 
@@ -249,6 +250,7 @@ class Arrangement:
     stages: int
     blocks: int
     whole: bool
+    alone: bool = False
 
     def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
         """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
@@ -260,7 +262,8 @@ class Arrangement:
 
         """
         depth = self.warps // self.row_warps
-        stage = self.warps * (512 * bits + side_bytes) + columns * (2 * CHANNELS * depth + 64)
+        activations = self.warps * (2 * CHANNELS + 64) if self.alone else 2 * CHANNELS * depth + 64
+        stage = self.warps * (512 * bits + side_bytes) + columns * activations
         return self.stages * stage + (self.warps * column_tiles(columns) * 1024 if depth > 1 else 0)
 
 
@@ -296,7 +299,7 @@ class PackedMatrix:
         a = arrangement
         return self._macros(
             dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=column_tiles(tokens), STAGES=a.stages,
-            RESIDENT=a.blocks,
+            RESIDENT=a.blocks, ALONE=int(a.alone),
         )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
@@ -334,7 +337,7 @@ class PackedMatrix:
         """Return the weight of the row tiles from first to before last, [rows, channels]."""
         warps, device = 8, self.words.device
         y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
-        macros = self._macros(dtype, WARPS=warps, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1)
+        macros = self._macros(dtype, WARPS=warps, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0)
         kernel = load_kernel("low_bit.cu", "expand", macros, device, folder=FOLDER)
         # The part looks like a matrix of its own.
         side = self.groups if self.table is None else self.table

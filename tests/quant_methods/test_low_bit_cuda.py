@@ -77,11 +77,13 @@ def test_emulated_products(shape, emulated):
 
 
 ARRANGEMENTS = [
-    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole
+    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone
     (100, 1160, 1, Arrangement(4, 1, 2, 3, False)),  # A tile of 3 steps between several blocks.
     (100, 1160, 9, Arrangement(4, 2, 3, 2, False)),
     (300, 520, 17, Arrangement(4, 4, 4, 1, True)),
     (200, 1288, 26, Arrangement(2, 1, 3, 1, False)),  # Many tiles a block, some begun elsewhere and some ended.
+    (100, 1160, 3, Arrangement(4, 1, 3, 2, False, alone=True)),
+    (70, 520, 9, Arrangement(4, 4, 2, 1, True, alone=True)),
     (40, 2056, 2, Arrangement(2, 2, 6, 4, False)),  # One tile between all blocks.
 ]
 
@@ -103,7 +105,7 @@ def check_arrangement(bits, rows, channels, columns, arrangement, device, table=
         assert around.isnan().sum() == around.numel() - y.numel()
 
 
-@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 4), ARRANGEMENTS, strict=True)), ids=str)
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
 def test_emulated_arrangements(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, table=bits == 4)
 

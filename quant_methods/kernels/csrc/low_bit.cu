@@ -2,17 +2,21 @@
 // weight[row, channel], for up to 64 columns, where reading the codes is most of the work (while decoding).
 //
 // A thread block's step is ROW_WARPS units of rows by WARPS / ROW_WARPS of channels, one for each warp. Codes, scales and
-// activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. Warps of the same rows add up
-// their sums when a tile of rows is complete. The steps of all tiles, one tile after the other, are dealt out in equal
-// runs to the blocks (or whole tiles are); of a tile that several blocks worked on, the last one to finish adds up what
-// all have left in p.parts, always in the same order. Sums are float32; those of a group are scaled once.
+// activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's activations are for
+// all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those that it needs, and
+// goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
+//
+// The steps of all tiles, one tile after the other, are dealt out in equal runs to the blocks (or whole tiles are); of a
+// tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
+// order. Sums are float32; those of a group are scaled once.
 //
 // Macros: those of low_bit_codes.cuh, WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES,
-// RESIDENT (thread blocks of a multiprocessor that registers are to suffice for).
+// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for).
 #include "low_bit_codes.cuh"
 
 constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
-constexpr int X_CHUNKS = CHANNELS * DEPTH_WARPS / 8;  // Of 16 bytes in a row of a step's activations.
+constexpr int X_THREADS = ALONE ? 32 : THREADS, X_UNITS = ALONE ? 1 : DEPTH_WARPS;  // That share activations; that these are of.
+constexpr int X_CHUNKS = CHANNELS * X_UNITS / 8;      // Of 16 bytes in a row of a step's activations.
 constexpr int X_STRIDE = 16 * X_CHUNKS + 64;          // Bytes: neighbouring rows begin in different halves of the banks.
 constexpr int VECTORS = 2 * COLUMN_TILES;             // Of a lane's sums.
 
@@ -49,7 +53,10 @@ struct Runs {
 };
 
 // Of the ring's stages, each a slot for every warp's codes and what goes with them, and then rows of activations.
-DEVICE int stage_bytes(const Params& p) { return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE; }
+DEVICE int stage_bytes(const Params& p) { return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (THREADS / X_THREADS); }
+DEVICE int x_begin(const Params& p) {
+    return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (static_cast<int>(threadIdx.x) / X_THREADS);
+}
 
 // A thread's place in a run of steps.
 struct Place {
@@ -59,6 +66,7 @@ struct Place {
     DEVICE Place(const Params& p, const Runs& runs, int at) : tile(at / runs.steps), step(at % runs.steps), stage(0) { seek(p); }
     DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
     DEVICE bool has_unit() const { return unit < units; }
+    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_WARPS) + threadIdx.x % X_CHUNKS * 8; }
 
     DEVICE void seek(const Params& p) {
         unit = step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS;
@@ -89,12 +97,13 @@ struct Fetcher {
         const i64 unit = static_cast<i64>(place.row_tile()) * p.units + place.unit;
         words = p.words + unit * UNIT_WORDS + threadIdx.x % 32 * 4;
         side = p.side + (TABLE ? place.row_tile() : unit) * SIDE_WORDS + threadIdx.x % 32 * 4;
-        x = p.x + threadIdx.x / X_CHUNKS * p.x_stride + 8 * (place.step * X_CHUNKS + threadIdx.x % X_CHUNKS);
+        x = p.x + threadIdx.x % X_THREADS / X_CHUNKS * p.x_stride + place.x_channel();
     }
 
     DEVICE void next(const Params& p, const Runs& runs) {
         if (place.next(p, runs)) return seek(p);
-        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS, x += 8 * X_CHUNKS;
+        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS;
+        x += CHANNELS * DEPTH_WARPS;
     }
 
     DEVICE void fetch_codes(const Params& p) const {
@@ -110,10 +119,11 @@ struct Fetcher {
 
     // Past the last channel there are zeros.
     DEVICE void fetch_activations(const Params& p) const {
-        constexpr int COLUMNS = THREADS / X_CHUNKS;  // At a time.
-        const int column = threadIdx.x / X_CHUNKS, chunk = threadIdx.x % X_CHUNKS;
-        const bool inside = 8 * (place.step * X_CHUNKS + chunk) < p.channels;
-        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + 4 * WARPS * SLOT_WORDS + column * X_STRIDE + 16 * chunk;
+        constexpr int COLUMNS = X_THREADS / X_CHUNKS;  // At a time.
+        const int column = threadIdx.x % X_THREADS / X_CHUNKS;
+        const bool inside = place.x_channel() < p.channels;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + x_begin(p) + column * X_STRIDE +
+                       threadIdx.x % X_CHUNKS * 16;
 #pragma unroll
         for (int i = 0; i < 8 * COLUMN_TILES; i += COLUMNS) {
             if (i + column < p.columns) fetch_16_or_zeros(to + i * X_STRIDE, inside ? x + i * p.x_stride : p.x, inside);
@@ -199,6 +209,7 @@ struct Sums {
 DEVICE void add_up_warps(const Params& p, Sums& sums) {
     if constexpr (DEPTH_WARPS > 1) {
         const int warp = threadIdx.x / 32, depth = warp % DEPTH_WARPS;
+        if (ALONE) __syncthreads();  // What is left of the tile before is read.
         float4* left = reinterpret_cast<float4*>(shared + STAGES * stage_bytes(p)) + threadIdx.x % 32;
         if (depth) {
 #pragma unroll
@@ -263,11 +274,13 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
     int columns[COLUMN_TILES];
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + lane / 4, p.columns - 1) * X_STRIDE;
-    const int codes = 4 * SLOT_WORDS * warp, x = 4 * WARPS * SLOT_WORDS + 2 * CHANNELS * depth + lane % 4 * 16;
+    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + lane % 4 * 16;
     Sums sums = {};
     for (int at = begin; at < end; ++at) {
         copy_wait<STAGES - 2>();
-        __syncthreads();  // The copies of all are there, and all are done with the stage before.
+        // The copies of all are there, and all are done with the stage before.
+        if (ALONE) __syncwarp();
+        else __syncthreads();
         if (at + STAGES - 1 < end) ahead.fetch_codes(p), ahead.fetch_activations(p);
         copy_commit();
         ahead.next(p, runs);
