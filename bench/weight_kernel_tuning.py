@@ -45,13 +45,15 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[A
     elif tiles == 2:
         warps = [(8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (4, 2), (4, 4)]
     else:
-        warps = [(8, 4), (8, 8), (4, 4)]
+        warps = [(8, 4), (8, 8), (4, 2), (4, 4)]
     found = []
-    for (count, rows), depth, whole in itertools.product(warps, stages, (False, True)):
+    for (count, rows), depth, whole, alone in itertools.product(warps, stages, (False, True), (False, True)):
+        if alone and rows * tokens > 8:  # Too many copies of the activations.
+            continue
         for blocks in {4: (2, 3), 8: (1, 2), 16: (1,)}[count]:
             if tiles > 4 and blocks * count > 8:  # Registers.
                 continue
-            one = Arrangement(count, rows, depth, blocks, whole)
+            one = Arrangement(count, rows, depth, blocks, whole, alone)
             bytes_ = one.shared_bytes(matrix.bits, matrix.side_bytes, tokens)
             if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 found.append(one)
@@ -105,7 +107,7 @@ def measure(
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Return lines: for each width and number of columns, the best for each matrix and the best one for all."""
-    lines = ["(warps, row_warps, stages, blocks, whole)"]
+    lines = ["(warps/row_warps/stages/blocks/whole/alone)"]
     wrong = [row for row in rows if not row["right"]]
     lines += [f"WRONG: {row}" for row in wrong[:20]]
     for what, tokens in sorted({(row["weights"], row["columns"]) for row in rows}):

@@ -19,7 +19,7 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
     "model_source", "native_format", "quantized", "grid", "shards", "kernels.low_bit", "kernels.low_bit_cuda",
-    "kernels.sparse",
+    "kernels.low_bit_layout", "kernels.sparse",
 )}  # fmt: skip
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +15,15 @@ from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import RESERVED_SHARED, load_kernel
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit import LowBitLinear
+from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
 
 FOLDER = Path(__file__).parent / "csrc"
-ROWS, CHANNELS = 32, 128
-"""Of a unit; see ``csrc/low_bit_codes.cuh``."""
 MAX_TOKENS = 64
 """Of a product by the kernel; with more, the weights are expanded for a dense product."""
 COLUMN_TILES = (1, 2, 3, 4, 6, 8)
 """Tiles of 8 columns that there are kernels for."""
 EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
-_PACKED_AT_ONCE = 1 << 24
-"""Codes."""
 _EVEN_ENOUGH = 0.95
 """Share of the thread blocks that are busy while whole tiles are dealt out, from which no tile is shared."""
 
@@ -51,62 +47,6 @@ class _Params(ctypes.Structure):
         ("tiles", _i32),
         ("whole", _i32),
     )
-
-
-def runs(bits: int, table: bool) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield where the bits of a lane's 32 codes of a row of a unit lie in its ``bits`` words.
-
-    Args:
-        bits: of a code.
-        table: whether the codes are a table's indices.
-
-    Yields:
-        A code's index, a bit of it, a number of bits from there, the word and the bit in the word where they begin.
-
-    """
-    fields = 16 // bits
-    for code in range(32):
-        pair, half = code // 2, 16 * (code % 2)
-        if table and (bits == 4 or code < 24):
-            yield code, 0, bits, code // 8, 4 * (code % 8)
-        elif table:
-            yield from ((code, bit, 1, bit, 4 * (code % 8) + 3) for bit in range(bits))
-        elif pair < fields * bits:
-            yield code, 0, bits, pair // fields, bits * (pair % fields) + half
-        else:
-            left = 16 - fields * bits
-            for bit in range(bits):
-                n = (pair - fields * bits) * bits + bit
-                yield code, bit, 1, n // left, fields * bits + n % left + half
-
-
-def pack(codes: Tensor, bits: int, table: bool = False) -> Tensor:
-    """Lay codes out as the kernel reads them.
-
-    Args:
-        codes: uint8 [rows, channels] from 0.
-        bits: 2 to 7.
-        table: whether they are a table's indices.
-
-    Returns:
-        int32 [row tiles, units, 128 * bits].
-
-    """
-    rows, channels = codes.shape
-    tiles, units = -(-rows // ROWS), -(-channels // CHANNELS)
-    words = torch.zeros(tiles, units, bits, 32, 4, dtype=torch.int32, device=codes.device)
-    at_once = max(_PACKED_AT_ONCE // (units * CHANNELS * ROWS), 1)
-    for start in range(0, tiles, at_once):
-        stop = min(start + at_once, tiles)
-        part = codes.new_zeros((stop - start) * ROWS, units * CHANNELS)
-        given = codes[start * ROWS : stop * ROWS]
-        part[: len(given), :channels] = given
-        # Axes: tile, row r, row g, unit, 32 channels j, t, code; then code (j first), tile, unit, lane (g, t), row r.
-        split = part.reshape(stop - start, 4, 8, units, 4, 4, 8).permute(4, 6, 0, 3, 2, 5, 1)
-        each = split.reshape(32, stop - start, units, 32, 4).int()
-        for code, bit, count, word, at in runs(bits, table):
-            words[start:stop, :, word] |= ((each[code] >> bit) & ((1 << count) - 1)) << at
-    return words.flatten(2)
 
 
 class LowBitCUDA(nn.Module):
@@ -264,7 +204,7 @@ class Arrangement:
         depth = self.warps // self.row_warps
         activations = self.warps * (2 * CHANNELS + 64) if self.alone else 2 * CHANNELS * depth + 64
         stage = self.warps * (512 * bits + side_bytes) + columns * activations
-        return self.stages * stage + (self.warps * column_tiles(columns) * 1024 if depth > 1 else 0)
+        return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024
 
 
 @dataclass(frozen=True)
@@ -353,21 +293,20 @@ class PackedMatrix:
 @functools.cache
 def _arrangement(row_tiles: int, bits: int, side_bytes: int, tokens: int, device: torch.device) -> Arrangement:
     processors, shared, _ = device_limits(device)
-    few = tokens <= 16
-    for blocks, warps, most in ((2, 8, 6), (1, 8, 6), (1, 4, 6)) if few else ((1, 8, 6), (1, 4, 6)):
-        depth = 1
-        # Activations are read again for every tile of rows: they are to be less than about a quarter of the codes.
-        while 2 * depth <= warps and 2 * depth * tokens <= 4 * bits:
-            depth *= 2
-        rounds = -(-row_tiles // (warps // depth)) / (processors * blocks)
-        whole = rounds > _EVEN_ENOUGH * math.ceil(rounds)
-        for stages in range(most, 2 if warps == 8 else 1, -1):
-            found = Arrangement(warps, warps // depth, stages, blocks, whole)
-            if blocks * (found.shared_bytes(bits, side_bytes, tokens) + RESERVED_SHARED) <= shared + RESERVED_SHARED:
-                return found
-    raise ParetoError(
-        f"{bits}-bit codes with {tokens} tokens need more than the device's {shared} bytes of shared memory"
-    )
+    # Activations are read again for every tile of rows: they are to be under a quarter of the codes or so. But large
+    # tiles of many columns are not to be shared by many blocks: the last of these would have much to add up.
+    most = max(4 * bits // tokens, 2 if tokens > 32 and row_tiles < 4 * processors else 1)
+    for blocks, warps in ((2, 8), (1, 8), (1, 4)) if tokens <= 16 else ((1, 8), (1, 4)):
+        for depth in (depth for depth in (8, 4, 2, 1) if depth <= min(most, warps)):
+            rounds = -(-row_tiles // (warps // depth)) / (processors * blocks)
+            whole = rounds > _EVEN_ENOUGH * math.ceil(rounds)
+            for stages in range(6, 2 if warps == 8 else 1, -1):
+                # Where all warps have the same rows, nobody else needs a warp's activations.
+                found = Arrangement(warps, warps // depth, stages, blocks, whole, alone=depth == warps)
+                bytes_ = found.shared_bytes(bits, side_bytes, tokens)
+                if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
+                    return found
+    raise ParetoError(f"{bits} bits and {tokens} tokens need more than the device's {shared} bytes of shared memory")
 
 
 def column_tiles(tokens: int) -> int:

@@ -8,6 +8,7 @@ from kv_cache.gpu import nvrtc
 from quant_methods.kernels import low_bit_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import Arrangement, LowBitCUDA, low_bit_module
+from quant_methods.kernels.low_bit_layout import pack
 from quant_methods.quantized import QuantizedLinear
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 from tests.kv_cache.gpu.test_host_side import SHARED
@@ -176,12 +177,12 @@ def test_a_graph_replays_with_other_activations():
 def test_every_code_has_its_place(bits):
     """Two matrices that differ in one code differ in one word, in as many bits as the codes."""
     codes = torch.randint(0, 1 << bits, (40, 200), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    packed = low_bit_cuda.pack(codes, bits)
+    packed = pack(codes, bits)
     assert packed.shape == (2, 2, 128 * bits)
     for row, channel in ((0, 0), (39, 199), (17, 131), (8, 64)):
         other = codes.clone()
         other[row, channel] ^= (1 << bits) - 1
-        difference = packed ^ low_bit_cuda.pack(other, bits)
+        difference = packed ^ pack(other, bits)
         assert sum(bin(word & 0xFFFFFFFF).count("1") for word in difference[difference != 0].tolist()) == bits
 
 

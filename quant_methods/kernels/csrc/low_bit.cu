@@ -15,10 +15,10 @@
 #include "low_bit_codes.cuh"
 
 constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
-constexpr int X_THREADS = ALONE ? 32 : THREADS, X_UNITS = ALONE ? 1 : DEPTH_WARPS;  // That share activations; that these are of.
-constexpr int X_CHUNKS = CHANNELS * X_UNITS / 8;      // Of 16 bytes in a row of a step's activations.
-constexpr int X_STRIDE = 16 * X_CHUNKS + 64;          // Bytes: neighbouring rows begin in different halves of the banks.
-constexpr int VECTORS = 2 * COLUMN_TILES;             // Of a lane's sums.
+constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
+constexpr int X_CHUNKS = CHANNELS * (ALONE ? 1 : DEPTH_WARPS) / 8;       // Of 16 bytes in a row of a step's activations.
+constexpr int X_STRIDE = 16 * X_CHUNKS + 64;  // Bytes: neighbouring rows begin in different halves of the banks.
+constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
 
 struct Params {
     const u32* words;  // [row tiles][units][UNIT_WORDS]
@@ -208,18 +208,19 @@ struct Sums {
 // Adds up the sums of the warps of the same rows; the first of these has them.
 DEVICE void add_up_warps(const Params& p, Sums& sums) {
     if constexpr (DEPTH_WARPS > 1) {
-        const int warp = threadIdx.x / 32, depth = warp % DEPTH_WARPS;
-        if (ALONE) __syncthreads();  // What is left of the tile before is read.
+        const int depth = threadIdx.x / 32 % DEPTH_WARPS, row_warp = threadIdx.x / 32 / DEPTH_WARPS;
         float4* left = reinterpret_cast<float4*>(shared + STAGES * stage_bytes(p)) + threadIdx.x % 32;
+        left += row_warp * (DEPTH_WARPS - 1) * VECTORS * 32;
+        if (ALONE) __syncthreads();  // What is left of the tile before is read.
         if (depth) {
 #pragma unroll
-            for (int i = 0; i < VECTORS; ++i) left[(warp * VECTORS + i) * 32] = sums.vector(i);
+            for (int i = 0; i < VECTORS; ++i) left[((depth - 1) * VECTORS + i) * 32] = sums.vector(i);
         }
         __syncthreads();
         if (!depth) {
-            for (int w = 1; w < DEPTH_WARPS; ++w) {
+            for (int w = 0; w < DEPTH_WARPS - 1; ++w) {
 #pragma unroll
-                for (int i = 0; i < VECTORS; ++i) sums.add(i, left[((warp + w) * VECTORS + i) * 32]);
+                for (int i = 0; i < VECTORS; ++i) sums.add(i, left[(w * VECTORS + i) * 32]);
             }
         }
     }
