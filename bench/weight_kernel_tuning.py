@@ -50,7 +50,7 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[A
     for (count, rows), depth, whole, alone in itertools.product(warps, stages, (False, True), (False, True)):
         if alone and rows * tokens > 8:  # Too many copies of the activations.
             continue
-        for blocks in {4: (2, 3), 8: (1, 2), 16: (1,)}[count]:
+        for blocks in {4: (2, 3), 8: (1, 2, 3) if tiles == 1 else (1, 2), 16: (1,)}[count]:
             if tiles > 4 and blocks * count > 8:  # Registers.
                 continue
             one = Arrangement(count, rows, depth, blocks, whole, alone)

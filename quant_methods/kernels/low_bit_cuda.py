@@ -45,7 +45,10 @@ class _Params(ctypes.Structure):
         ("rows", _i32),
         ("units", _i32),
         ("tiles", _i32),
-        ("whole", _i32),
+        ("steps", _i32),
+        ("grain", _i32),
+        ("share", _i32),
+        ("larger", _i32),
     )
 
 
@@ -236,10 +239,12 @@ class PackedMatrix:
 
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
-        a = arrangement
+        a, tiles = arrangement, column_tiles(tokens)
+        # With few columns there is room for the next kernel's blocks, which begin to fetch before this one's end.
+        resident = max(a.blocks, 16 // a.warps if tiles <= 2 else 8 // a.warps, 1)
         return self._macros(
-            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=column_tiles(tokens), STAGES=a.stages,
-            RESIDENT=a.blocks, ALONE=int(a.alone),
+            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=tiles, STAGES=a.stages, ALONE=int(a.alone),
+            RESIDENT=resident,
         )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
@@ -261,7 +266,9 @@ class PackedMatrix:
         kernel = load_kernel("low_bit.cu", "multiply", self.macros(x.dtype, tokens, a), device, shared, folder=FOLDER)
         steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
         processors, _, overlap = device_limits(device)
-        blocks = min(processors * a.blocks, tiles if a.whole else tiles * steps)
+        grain = steps if a.whole else 1
+        dealt = tiles * steps // grain
+        blocks = min(processors * a.blocks, dealt)
         parts = arrivals = None
         if not a.whole:
             parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
@@ -269,7 +276,7 @@ class PackedMatrix:
         params = _Params(
             self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
             y.data_ptr(), _pointer(parts), _pointer(arrivals), x.stride(0), y.stride(0), tokens, self.channels,
-            self.rows, self.units, self.tiles, int(a.whole),
+            self.rows, self.units, self.tiles, steps, grain, *divmod(dealt, blocks),
         )  # fmt: skip
         kernel.launch((blocks, 1, 1), 32 * a.warps, params, device, overlap=overlap)
 
@@ -284,7 +291,7 @@ class PackedMatrix:
         assert side is not None
         params = _Params(
             self.words[first].data_ptr(), side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
-            self.channels, len(y), self.units, last - first, 0,
+            self.channels, len(y), self.units, last - first,
         )  # fmt: skip
         kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)
         return y

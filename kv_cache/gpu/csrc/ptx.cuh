@@ -150,6 +150,13 @@ DEVICE float2 load_l2(const float2* p) {
     return v;
 }
 
+// Counts one more and returns the count before. What the block wrote before a barrier is there for those who see the count.
+DEVICE int arrive(int* count) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+    return before;
+}
+
 // Codes are read once: let them leave the L2 cache first.
 DEVICE u64 evict_first() {
     u64 policy;

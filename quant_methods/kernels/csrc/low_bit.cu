@@ -34,23 +34,20 @@ struct Params {
     int rows;
     int units;         // Of a row tile: ceil(channels / CHANNELS).
     int tiles;         // Of ROWS rows.
-    int whole;         // Whether blocks take whole tiles.
+    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_WARPS).
+    int grain;         // Steps that are dealt out together: 1, or those of a tile.
+    int share;         // What each block gets at least, in grains.
+    int larger;        // Blocks that get one more; the first ones.
 };
 
 DYNAMIC_SHARED __align__(128) u8 shared[];
 
-// Which steps are whose. A block's tiles are of ROW_WARPS row tiles, its steps of DEPTH_WARPS units.
-struct Runs {
-    int steps, grain;  // Steps of a tile, and of what is dealt out.
-    i64 dealt;
-
-    DEVICE explicit Runs(const Params& p)
-        : steps((p.units + DEPTH_WARPS - 1) / DEPTH_WARPS), grain(p.whole ? steps : 1),
-          dealt(static_cast<i64>((p.tiles + ROW_WARPS - 1) / ROW_WARPS) * (steps / grain)) {}
-
-    DEVICE int begin(int block) const { return static_cast<int>(block * dealt / gridDim.x) * grain; }
-    DEVICE int owner(int step) const { return static_cast<int>(((step / grain + 1LL) * gridDim.x - 1) / dealt); }
-};
+// Which steps are whose.
+DEVICE int run_begin(const Params& p, int block) { return (block * p.share + min(block, p.larger)) * p.grain; }
+DEVICE int run_of(const Params& p, int step) {
+    const int grain = step / p.grain, in_larger = p.larger * (p.share + 1);
+    return grain < in_larger ? grain / (p.share + 1) : p.larger + (grain - in_larger) / p.share;
+}
 
 // Of the ring's stages, each a slot for every warp's codes and what goes with them, and then rows of activations.
 DEVICE int stage_bytes(const Params& p) { return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (THREADS / X_THREADS); }
@@ -63,7 +60,7 @@ struct Place {
     int tile, step, stage;
     int unit, units;  // The warp's in the step, and how many there are of its rows.
 
-    DEVICE Place(const Params& p, const Runs& runs, int at) : tile(at / runs.steps), step(at % runs.steps), stage(0) { seek(p); }
+    DEVICE Place(const Params& p, int at) : tile(at / p.steps), step(at % p.steps), stage(0) { seek(p); }
     DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
     DEVICE bool has_unit() const { return unit < units; }
     DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_WARPS) + threadIdx.x % X_CHUNKS * 8; }
@@ -74,10 +71,10 @@ struct Place {
     }
 
     // Returns whether the tile is another one now.
-    DEVICE bool next(const Params& p, const Runs& runs) {
+    DEVICE bool next(const Params& p) {
         if (++stage == STAGES) stage = 0;
         unit += DEPTH_WARPS;
-        if (++step < runs.steps) return false;
+        if (++step < p.steps) return false;
         step = 0, ++tile;
         seek(p);
         return true;
@@ -91,7 +88,7 @@ struct Fetcher {
     const u32 *words, *side;  // The lane's of the place.
     const u16* x;             // The thread's first, in the place's step.
 
-    DEVICE Fetcher(const Params& p, const Runs& runs, int begin) : place(p, runs, begin), policy(evict_first()) { seek(p); }
+    DEVICE Fetcher(const Params& p, int begin) : place(p, begin), policy(evict_first()) { seek(p); }
 
     DEVICE void seek(const Params& p) {
         const i64 unit = static_cast<i64>(place.row_tile()) * p.units + place.unit;
@@ -100,8 +97,8 @@ struct Fetcher {
         x = p.x + threadIdx.x % X_THREADS / X_CHUNKS * p.x_stride + place.x_channel();
     }
 
-    DEVICE void next(const Params& p, const Runs& runs) {
-        if (place.next(p, runs)) return seek(p);
+    DEVICE void next(const Params& p) {
+        if (place.next(p)) return seek(p);
         words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS;
         x += CHANNELS * DEPTH_WARPS;
     }
@@ -227,10 +224,10 @@ DEVICE void add_up_warps(const Params& p, Sums& sums) {
 }
 
 // Leaves a part of a tile's sums for the other blocks that work on it. Returns whether all have, and then the whole sums.
-DEVICE bool add_up_blocks(const Params& p, const Runs& runs, int tile, Sums& sums) {
+DEVICE bool add_up_blocks(const Params& p, int tile, Sums& sums) {
     SHARED bool is_last;
     const int warp = threadIdx.x / 32;
-    const int first = runs.owner(tile * runs.steps), last = runs.owner((tile + 1) * runs.steps - 1);
+    const int first = run_of(p, tile * p.steps), last = run_of(p, (tile + 1) * p.steps - 1);
     // A block begins at most one tile without finishing it, its run's last, and finishes at most one, its run's first.
     const auto part = [&](int block) {
         return p.parts + ((2 * block + (block == first)) * ROW_WARPS + warp / DEPTH_WARPS) * VECTORS * 32 + threadIdx.x % 32;
@@ -239,12 +236,10 @@ DEVICE bool add_up_blocks(const Params& p, const Runs& runs, int tile, Sums& sum
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) part(blockIdx.x)[32 * i] = sums.vector(i);
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(p.arrivals + first, 1) == last - first;
+    if (threadIdx.x == 0) is_last = arrive(p.arrivals + first) == last - first;
     __syncthreads();
     if (!is_last) return false;
-    __threadfence();
     if (threadIdx.x == 0) p.arrivals[first] = 0;
     if (warp % DEPTH_WARPS == 0) {
         sums = {};
@@ -258,16 +253,15 @@ DEVICE bool add_up_blocks(const Params& p, const Runs& runs, int tile, Sums& sum
 
 extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const __grid_constant__ Params p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, depth = warp % DEPTH_WARPS;
-    const Runs runs(p);
-    const int begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
-    Fetcher ahead(p, runs, begin);
+    const int begin = run_begin(p, blockIdx.x), end = run_begin(p, blockIdx.x + 1);
+    Fetcher ahead(p, begin);
     Place now = ahead.place;
     // Codes are constants of the model: there is no need to wait for them.
     Fetcher first = ahead;
-    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p, runs)) first.fetch_codes(p);
+    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p)) first.fetch_codes(p);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    for (int i = 0; i < STAGES - 1; ++i, ahead.next(p, runs)) {
+    for (int i = 0; i < STAGES - 1; ++i, ahead.next(p)) {
         if (begin + i < end) ahead.fetch_activations(p);
         copy_commit();
     }
@@ -284,15 +278,15 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
         else __syncthreads();
         if (at + STAGES - 1 < end) ahead.fetch_codes(p), ahead.fetch_activations(p);
         copy_commit();
-        ahead.next(p, runs);
+        ahead.next(p);
         const u8* stage = shared + now.stage * stage_bytes(p);
         if (now.has_unit()) sums.add_unit(reinterpret_cast<const u32*>(stage + codes), stage + x, columns);
         const int tile = now.tile, row_tile = now.row_tile();
-        const bool ended = now.next(p, runs);
+        const bool ended = now.next(p);
         if (!ended && at + 1 < end) continue;
         add_up_warps(p, sums);
-        const bool whole = ended && begin <= tile * runs.steps;
-        if ((whole || add_up_blocks(p, runs, tile, sums)) && depth == 0) sums.store(p, row_tile);
+        const bool whole = ended && begin <= tile * p.steps;
+        if ((whole || add_up_blocks(p, tile, sums)) && depth == 0) sums.store(p, row_tile);
         sums = {};
     }
 }

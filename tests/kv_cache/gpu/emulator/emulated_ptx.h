@@ -227,6 +227,7 @@ DEVICE u32 transpose(u32 x) {
 
 template <class T> T load_constant(const T* p) { return *p; }
 template <class T> T load_l2(const T* p) { return *p; }
+DEVICE int arrive(int* count) { return (*count)++; }
 DEVICE u64 evict_first() { return 0; }
 
 // Addresses in shared memory count from its start. Copies are done at once.
