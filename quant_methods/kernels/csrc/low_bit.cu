@@ -105,7 +105,8 @@ struct Fetcher {
 
     DEVICE void fetch_codes(const Params& p) const {
         if (!place.has_unit()) return;
-        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 + threadIdx.x % 32 * 16;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 +
+                       threadIdx.x % 32 * 16;
 #pragma unroll
         for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
 #pragma unroll
@@ -123,6 +124,7 @@ struct Fetcher {
                        threadIdx.x % X_CHUNKS * 16;
 #pragma unroll
         for (int i = 0; i < 8 * COLUMN_TILES; i += COLUMNS) {
+            if (i >= p.columns) break;
             if (i + column < p.columns) fetch_16_or_zeros(to + i * X_STRIDE, inside ? x + i * p.x_stride : p.x, inside);
         }
     }
