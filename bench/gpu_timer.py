@@ -25,7 +25,8 @@ def median_seconds(work: Callable[[], Any], repeats: int) -> float:
 
 def graph_seconds(calls: list[Callable[[], Any]], repeats: int) -> float:
     """Return the median seconds of one of ``calls``, all captured in one CUDA graph."""
-    calls[0]()
+    for call in calls:  # What a first call allocates or compiles is not to be captured.
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -43,8 +43,8 @@ def dense(rows: int, channels: int) -> tuple[list[Product], int]:
     return [functools.partial(torch.nn.functional.linear, weight=w) for w in weights], 2 * rows * channels
 
 
-def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
-    """Return products with several of our matrices, and the bytes that the kernel reads of one."""
+def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCUDA], int]:
+    """Return several of our matrices, and the bytes that the kernel reads of one."""
     bits, is_table = int(what[0]), what.endswith("table")
     low = 0 if is_table else -(1 << (bits - 1))
     codes = torch.randint(low, low + (1 << bits), (rows, channels), device="cuda", dtype=torch.int8)
@@ -55,8 +55,13 @@ def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
     matrices = [first]
     for _ in range(_copies(stored) - 1):
         matrices.append(copy.deepcopy(first))
-    products: list[Product] = [matrix.apply for matrix in matrices]
-    return products, stored
+    return matrices, stored
+
+
+def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
+    """Return products with several of our matrices, and the bytes that the kernel reads of one."""
+    matrices, stored = low_bit_matrices(what, rows, channels)
+    return [matrix.apply for matrix in matrices], stored
 
 
 def marlin(rows: int, channels: int) -> tuple[list[Product], int]:

@@ -80,7 +80,7 @@ def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...], f
     text = (folder / source).read_bytes()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None))
     try:
-        flags = [f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", f"-I{SOURCES}"]
+        flags = [f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", f"-I{SOURCES}", f"-I{folder}"]
         options = [flag.encode() for flag in flags + [f"-D{name}={value}" for name, value in macros]]
         status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         size = ctypes.c_size_t()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import Kernel, load_kernel
+from kv_cache.gpu.launch import RESERVED_SHARED, load_kernel
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit import LowBitLinear
+from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
 
 FOLDER = Path(__file__).parent / "csrc"
-ROWS, CHANNELS, STEPS = 16, 128, 8
-"""Of a unit, and the steps in it; see ``csrc/low_bit.cu``."""
 MAX_TOKENS = 64
 """Of a product by the kernel; with more, the weights are expanded for a dense product."""
-MAX_COLUMN_TILES = 4
-"""Tiles of 8 columns that a thread block takes."""
+COLUMN_TILES = (1, 2, 3, 4, 6, 8)
+"""Tiles of 8 columns that there are kernels for."""
 EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
-_PACKED_AT_ONCE = 1 << 24
-"""Codes."""
+_EVEN_ENOUGH = 0.95
+"""Share of the thread blocks that are busy while whole tiles are dealt out, from which no tile is shared."""
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -33,10 +33,11 @@ _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 class _Params(ctypes.Structure):
     _fields_ = (
         ("words", _ptr),
-        ("groups", _ptr),
-        ("table", _ptr),
+        ("side", _ptr),
         ("x", _ptr),
         ("y", _ptr),
+        ("parts", _ptr),
+        ("arrivals", _ptr),
         ("x_stride", _i64),
         ("y_stride", _i64),
         ("columns", _i32),
@@ -44,44 +45,11 @@ class _Params(ctypes.Structure):
         ("rows", _i32),
         ("units", _i32),
         ("tiles", _i32),
+        ("steps", _i32),
+        ("grain", _i32),
+        ("share", _i32),
+        ("larger", _i32),
     )
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Lay codes out as the kernel reads them.
-
-    Args:
-        codes: uint8 [rows, channels] from 0.
-        bits: 2 to 7.
-
-    Returns:
-        int32 [row tiles, units, 64 * bits].
-
-    """
-    rows, channels = codes.shape
-    tiles, units = -(-rows // ROWS), -(-channels // CHANNELS)
-    words = torch.empty(tiles, units, 64 * bits, dtype=torch.int32, device=codes.device)
-    at_once = max(_PACKED_AT_ONCE // (units * CHANNELS * ROWS), 1)
-    for start in range(0, tiles, at_once):
-        stop = min(start + at_once, tiles)
-        part = codes.new_zeros((stop - start) * ROWS, units * CHANNELS)
-        given = codes[start * ROWS : stop * ROWS]
-        part[: len(given), :channels] = given
-        # Axes: tile, half of its rows, row g, unit, step, t, pair of the step, element of the pair.
-        split = part.reshape(stop - start, 2, 8, units, STEPS, 4, 2, 2)
-        # Axes: tile, unit, lane (g, t), half, pair, element.
-        pairs = split.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(stop - start, units, 32, 2, 16, 2).int()
-        begin, offset = 0, 0
-        for width in (4, 2, 1):
-            if not bits & width:
-                continue
-            plane = ((pairs >> offset) & ((1 << width) - 1)).unflatten(4, (width, 16 // width))
-            at = torch.arange(16 // width, device=codes.device, dtype=torch.int32) * width
-            shifts = at[:, None] + torch.tensor([0, 16], device=codes.device, dtype=torch.int32)
-            packed = (plane << shifts).sum((-1, -2), dtype=torch.int32)
-            words[start:stop, :, begin : begin + 64 * width] = packed.flatten(2)
-            begin, offset = begin + 64 * width, offset + width
-    return words
 
 
 class LowBitCUDA(nn.Module):
@@ -110,21 +78,22 @@ class LowBitCUDA(nn.Module):
             what = "tables of 3 or 4 bits" if table is not None else "codes of 2 to 7 bits"
             raise ParetoError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
         self.units, self.tiles = -(-self.channels // CHANNELS), -(-self.rows // ROWS)
-        groups, entries, self.group_steps = None, None, STEPS
+        groups, entries, self.group_steps = None, None, CHANNELS // 16
         if table is None:
             groups = self._groups(scale, zero_point)
         else:
             padded = torch.zeros(self.tiles * ROWS, 1 << bits, dtype=dtype, device=codes.device)
             padded[: self.rows] = table
-            # Low bytes, then high bytes.
-            entries = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+            # Axes: tile, row g, row r, low bytes and high bytes, entry.
+            both = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
+            entries = both.unflatten(0, (self.tiles, 4, 8)).transpose(1, 2).contiguous()
         unsigned = codes if table is not None else codes.to(torch.int16) + (1 << (bits - 1))
-        self.register_buffer("words", pack(unsigned.to(torch.uint8), bits), persistent=False)
+        self.register_buffer("words", pack(unsigned.to(torch.uint8), bits, table is not None), persistent=False)
         self.register_buffer("groups", groups, persistent=False)
         self.register_buffer("table", entries, persistent=False)
 
     def _groups(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return scales and what is to be added to codes, [row tiles, groups, 2, 16]."""
+        """Return scales and what is to be added to codes, [row tiles, groups, row g, row r, 2]."""
         groups = scale.shape[1]
         width = self.channels // groups
         if groups == 1:  # One scale for the whole row: every unit has it.
@@ -134,10 +103,10 @@ class LowBitCUDA(nn.Module):
             raise ParetoError(f"the low-bit kernel serves groups of 32, 64 or 128 channels, not of {width}")
         self.group_steps = width // 16
         magic = (128 if self.dtype == torch.bfloat16 else 1024) + (1 << (self.bits - 1))
-        both = torch.stack([scale.to(self.dtype), (-magic - zero_point.float()).to(self.dtype)], 1)
-        padded = both.new_zeros(self.tiles * ROWS, 2, self.units * CHANNELS // width)
-        padded[: self.rows, :, :groups] = both
-        return padded.unflatten(0, (self.tiles, ROWS)).permute(0, 3, 2, 1).contiguous()
+        both = torch.stack([scale.to(self.dtype), (-magic - zero_point.float()).to(self.dtype)], 2)
+        padded = both.new_zeros(self.tiles * ROWS, self.units * CHANNELS // width, 2)
+        padded[: self.rows, :groups] = both
+        return padded.unflatten(0, (self.tiles, 4, 8)).permute(0, 3, 2, 1, 4).contiguous()
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the product [..., out] with inputs [..., in], both in ``dtype``."""
@@ -147,8 +116,11 @@ class LowBitCUDA(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the weight [out, in] in ``dtype``."""
-        matrix = _Matrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
-        return matrix.expand(self.dtype, 0, self.tiles)
+        return self.matrix().expand(self.dtype, 0, self.tiles)
+
+    def matrix(self) -> PackedMatrix:
+        """Return what the kernels are launched on."""
+        return PackedMatrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
 
 
 def low_bit_module(
@@ -183,7 +155,7 @@ def low_bit_linear(
         [tokens, rows] in the dtype of x.
 
     """
-    matrix = _Matrix(words, groups, table, rows, x.shape[1], bits, group_steps)
+    matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps)
     y = x.new_empty(x.shape[0], rows)
     if x.shape[0] > MAX_TOKENS:
         at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
@@ -203,7 +175,43 @@ def _(
 
 
 @dataclass(frozen=True)
-class _Matrix:
+class Arrangement:
+    """How the multiprocessors share a product's work; see ``csrc/low_bit.cu``.
+
+    Attributes:
+        warps: of a thread block.
+        row_warps: of them, those with rows of their own.
+        stages: of the ring in shared memory.
+        blocks: thread blocks of a multiprocessor.
+        whole: whether a thread block takes whole tiles of rows only.
+        alone: whether each warp has activations of its own in shared memory.
+
+    """
+
+    warps: int
+    row_warps: int
+    stages: int
+    blocks: int
+    whole: bool
+    alone: bool = False
+
+    def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
+        """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
+
+        Args:
+            bits: of a code.
+            side_bytes: that go with a unit's codes.
+            columns: of activations.
+
+        """
+        depth = self.warps // self.row_warps
+        activations = self.warps * (2 * CHANNELS + 64) if self.alone else 2 * CHANNELS * depth + 64
+        stage = self.warps * (512 * bits + side_bytes) + columns * activations
+        return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
     """Arguments of the kernels: see :func:`low_bit_linear`."""
 
     words: Tensor
@@ -216,47 +224,101 @@ class _Matrix:
 
     @property
     def tiles(self) -> int:
+        """Tiles of 32 rows."""
         return self.words.shape[0]
 
-    def _kernel(self, name: str, dtype: torch.dtype, column_tiles: int) -> tuple[Kernel, int, int]:
-        """Return a kernel, the warps of a thread block, and how many blocks the device holds."""
-        device = self.words.device
-        processors = device_limits(device)[0]
-        # Enough warps to keep the memory busy where a matrix has few row tiles.
-        warps = 8 if self.tiles > processors else 16
-        kernel, resident = _kernel(
-            name, self.bits, dtype == torch.bfloat16, self.table is not None, warps, column_tiles, self.group_steps,
-            device,
-        )  # fmt: skip
-        return kernel, warps, resident * processors
+    @property
+    def units(self) -> int:
+        """Units of 128 channels."""
+        return self.words.shape[1]
 
-    def multiply(self, x: Tensor, y: Tensor) -> None:
-        tokens, device = x.shape[0], self.words.device
-        if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-            x = x.contiguous()
-        column_tiles = 1 << (min(-(-tokens // 8), MAX_COLUMN_TILES) - 1).bit_length()
-        kernel, warps, blocks = self._kernel("multiply", x.dtype, column_tiles)
-        params = _Params(
-            self.words.data_ptr(), _pointer(self.groups), _pointer(self.table), x.data_ptr(), y.data_ptr(), x.stride(0),
-            y.stride(0), tokens, self.channels, self.rows, self.words.shape[1], self.tiles,
+    @property
+    def side_bytes(self) -> int:
+        """What goes with a unit's codes: groups or tables."""
+        return ROWS * (4 << (self.bits - 1) if self.groups is None else 4 * CHANNELS // (16 * self.group_steps))
+
+    def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
+        """Return what ``multiply`` is compiled with."""
+        a, tiles = arrangement, column_tiles(tokens)
+        # With few columns there is room for the next kernel's blocks, which begin to fetch before this one's end.
+        resident = max(a.blocks, 16 // a.warps if tiles <= 2 else 8 // a.warps, 1)
+        return self._macros(
+            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=tiles, STAGES=a.stages, ALONE=int(a.alone),
+            RESIDENT=resident,
         )  # fmt: skip
-        grid = (min(self.tiles, blocks), -(-tokens // (8 * column_tiles)), 1)
-        kernel.launch(grid, 32 * warps, params, device, overlap=device_limits(device)[2])
+
+    def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
+        macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
+        macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0} | others
+        return tuple(macros.items())
+
+    def arrangement(self, tokens: int) -> Arrangement:
+        """Return how to arrange a product with that many tokens."""
+        return _arrangement(self.tiles, self.bits, self.side_bytes, tokens, self.words.device)
+
+    def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
+        """Write x W^T to y, both in rows."""
+        tokens, device = x.shape[0], self.words.device
+        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        a = arrangement or self.arrangement(tokens)
+        shared = a.shared_bytes(self.bits, self.side_bytes, tokens)
+        kernel = load_kernel("low_bit.cu", "multiply", self.macros(x.dtype, tokens, a), device, shared, folder=FOLDER)
+        steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
+        processors, _, overlap = device_limits(device)
+        grain = steps if a.whole else 1
+        dealt = tiles * steps // grain
+        blocks = min(processors * a.blocks, dealt)
+        parts = arrivals = None
+        if not a.whole:
+            parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
+            arrivals = _arrivals(self.words.data_ptr(), blocks, device)
+        params = _Params(
+            self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
+            y.data_ptr(), _pointer(parts), _pointer(arrivals), x.stride(0), y.stride(0), tokens, self.channels,
+            self.rows, self.units, self.tiles, steps, grain, *divmod(dealt, blocks),
+        )  # fmt: skip
+        kernel.launch((blocks, 1, 1), 32 * a.warps, params, device, overlap=overlap)
 
     def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         """Return the weight of the row tiles from first to before last, [rows, channels]."""
-        units, device = self.words.shape[1], self.words.device
+        warps, device = 8, self.words.device
         y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
-        kernel, warps, _ = self._kernel("expand", dtype, 1)
+        macros = self._macros(dtype, WARPS=warps, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0)
+        kernel = load_kernel("low_bit.cu", "expand", macros, device, folder=FOLDER)
         # The part looks like a matrix of its own.
-        groups, table = self.groups, self.table
+        side = self.groups if self.table is None else self.table
+        assert side is not None
         params = _Params(
-            self.words[first].data_ptr(), _pointer(None if groups is None else groups[first]),
-            _pointer(None if table is None else table[first * ROWS]), 0, y.data_ptr(), 0, y.stride(0), 0, self.channels,
-            len(y), units, last - first,
+            self.words[first].data_ptr(), side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
+            self.channels, len(y), self.units, last - first,
         )  # fmt: skip
-        kernel.launch((last - first, -(-units // warps), 1), 32 * warps, params, device)
+        kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)
         return y
+
+
+@functools.cache
+def _arrangement(row_tiles: int, bits: int, side_bytes: int, tokens: int, device: torch.device) -> Arrangement:
+    processors, shared, _ = device_limits(device)
+    # Activations are read again for every tile of rows: they are to be under a quarter of the codes or so. But large
+    # tiles of many columns are not to be shared by many blocks: the last of these would have much to add up.
+    most = max(4 * bits // tokens, 2 if tokens > 32 and row_tiles < 4 * processors else 1)
+    for blocks, warps in ((2, 8), (1, 8), (1, 4)) if tokens <= 16 else ((1, 8), (1, 4)):
+        for depth in (depth for depth in (8, 4, 2, 1) if depth <= min(most, warps)):
+            rounds = -(-row_tiles // (warps // depth)) / (processors * blocks)
+            whole = rounds > _EVEN_ENOUGH * math.ceil(rounds)
+            for stages in range(6, 2 if warps == 8 else 1, -1):
+                # Where all warps have the same rows, nobody else needs a warp's activations.
+                found = Arrangement(warps, warps // depth, stages, blocks, whole, alone=depth == warps)
+                bytes_ = found.shared_bytes(bits, side_bytes, tokens)
+                if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
+                    return found
+    raise ParetoError(f"{bits} bits and {tokens} tokens need more than the device's {shared} bytes of shared memory")
+
+
+def column_tiles(tokens: int) -> int:
+    """Return the tiles of 8 columns of the kernel for that many tokens."""
+    return next(count for count in COLUMN_TILES if 8 * count >= tokens)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -264,19 +326,6 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 @functools.cache
-def _kernel(
-    name: str,
-    bits: int,
-    bfloat: bool,
-    table: bool,
-    warps: int,
-    column_tiles: int,
-    group_steps: int,
-    device: torch.device,
-) -> tuple[Kernel, int]:
-    macros = (
-        ("BITS", bits), ("IN_BFLOAT", int(bfloat)), ("TABLE", int(table)), ("WARPS", warps),
-        ("COLUMN_TILES", column_tiles), ("GROUP_STEPS", group_steps), ("BULK_COPY", 0),
-    )  # fmt: skip
-    kernel = load_kernel("low_bit.cu", name, macros, device, folder=FOLDER)
-    return kernel, kernel.blocks_per_multiprocessor(32 * warps)
+def _arrivals(matrix: int, blocks: int, device: torch.device) -> Tensor:
+    """Return a matrix's own counts, which are zeros whenever no product with it runs."""
+    return torch.zeros(blocks, dtype=torch.int32, device=device)

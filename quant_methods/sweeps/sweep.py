@@ -11,12 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
@@ -215,11 +218,14 @@ class SweepRun:
                 )
         seconds = time.monotonic() - started
         quality, bits = yardstick.measure(place, lambda step, steps: show(step, steps, "evaluation"))
+        provenance = json.loads((place / "pareto_recipe.json").read_text())
         return {
             "name": point.name,
             "key": self.keys[number],
             "settings": point.settings,
-            "recipe": json.loads((place / "pareto_recipe.json").read_text())["recipe"],
+            "recipe": provenance["recipe"],
+            "versions": provenance["versions"],
+            "device": device_name(self.device),
             "bits_per_weight": bits,
             "checkpoint_bytes": Source(place).size(),
             "kl": quality.mean_kl,
@@ -245,6 +251,12 @@ class SweepRun:
         if rows:
             write_bytes(self.out / "sweep.md", (markdown(rows, self.folder.name) + "\n").encode())
             write_bytes(self.out / "sweep.png", plot(rows, f"{self.folder.name}, {measured_on['text']}"))
+
+
+def device_name(device: str) -> str:
+    """Return what a torch device is: the GPU's name, or the processor's architecture."""
+    kind = torch.device(device)
+    return torch.cuda.get_device_name(kind) if kind.type == "cuda" else f"{kind.type} ({platform.machine()})"
 
 
 def markdown(rows: list[dict[str, Any]], model: str) -> str:

@@ -150,6 +150,13 @@ DEVICE float2 load_l2(const float2* p) {
     return v;
 }
 
+// Counts one more and returns the count before. What the block wrote before a barrier is there for those who see the count.
+DEVICE int arrive(int* count) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+    return before;
+}
+
 // Codes are read once: let them leave the L2 cache first.
 DEVICE u64 evict_first() {
     u64 policy;
@@ -201,6 +208,12 @@ DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) 
 DEVICE void fetch_16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
                  ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+
+// The same to an address in shared memory, or 16 bytes of zeros; a copy of those before copy_commit.
+DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(read ? 16 : 0) : "memory");
 }
 
 DEVICE void fetches_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -1,248 +1,327 @@
 // Products of activations with weights of 2 to 7 bits: y[column, row] = sum over channels of x[column, channel] *
-// weight[row, channel], for few columns (while decoding), where reading the codes is most of the work.
+// weight[row, channel], for up to 64 columns, where reading the codes is most of the work (while decoding).
 //
-// Codes are the tensor cores' 16-row operand: a bit-plane's bits become the low bits of a 16-bit float's mantissa (128 +
-// code in bfloat16, 1,024 + code in float16), from which one instruction takes the zero-point. Or, with TABLE, bytes of
-// each row's look-up table are permuted into place. Sums are float32; a group's are scaled once.
+// A thread block's step is ROW_WARPS units of rows by WARPS / ROW_WARPS of channels, one for each warp. Codes, scales and
+// activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's activations are for
+// all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those that it needs, and
+// goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
 //
-// A unit is 16 rows by 128 channels, a warp's work at a time. In it, step s (of 8) covers the channels 16 s to 16 s + 15,
-// of which the lanes with t = lane % 4 hold 4 t to 4 t + 3. A lane's 32 codes of a row are 16 pairs; a plane of w bits
-// keeps 16 / w pairs in a word, the first of each in the low half. pack() in low_bit_cuda.py writes this layout.
+// The steps of all tiles, one tile after the other, are dealt out in equal runs to the blocks (or whole tiles are); of a
+// tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
+// order. Sums are float32; those of a group are scaled once.
 //
-// Macros: BITS (2 to 7), IN_BFLOAT, TABLE (0 or 1; BITS 3 or 4), WARPS of a thread block, COLUMN_TILES of 8 columns,
-// GROUP_STEPS (2, 4 or 8: groups of 32, 64 or 128 channels).
-#include "ptx.cuh"
+// Macros: those of low_bit_codes.cuh, WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES,
+// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for).
+#include "low_bit_codes.cuh"
 
-constexpr int ROWS = 16, CHANNELS = 128, STEPS = 8, AHEAD = 2;
-constexpr u32 MAGIC = IN_BFLOAT ? 0x43004300u : 0x64006400u, ONE = IN_BFLOAT ? 0x3f803f80u : 0x3c003c00u;
+constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
+constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
+constexpr int X_CHUNKS = CHANNELS * (ALONE ? 1 : DEPTH_WARPS) / 8;       // Of 16 bytes in a row of a step's activations.
+constexpr int X_STRIDE = 16 * X_CHUNKS + 64;  // Bytes: neighbouring rows begin in different halves of the banks.
+constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
 
 struct Params {
-    const u32* words;  // [row tiles][units][64 * BITS]: planes of 4, 2 and 1 bits, each [lane][row g, row g + 8][words].
-    const u16* groups; // [row tiles][groups][2][16]: scales, and -(128 or 1,024) - zero-point, in the type of x.
-    const u32* table;  // TABLE: [row tiles][16][low bytes, high bytes of 2^BITS entries].
-    const u16* x;      // [columns, channels], rows of 8 bytes' alignment.
-    u16* y;            // [columns, rows].
+    const u32* words;  // [row tiles][units][UNIT_WORDS]
+    const u32* side;   // [row tiles][units][SIDE_WORDS], or with TABLE [row tiles][SIDE_WORDS].
+    const u16* x;      // [columns, channels], rows of 16 bytes' alignment.
+    u16* y;            // [columns, rows]
+    float4* parts;     // [blocks][a run's first tile, its last][ROW_WARPS][VECTORS][lane]; unused where tiles are whole.
+    int* arrivals;     // [blocks] zeros, and zeros again afterwards.
     i64 x_stride;      // Elements.
     i64 y_stride;      // Elements.
     int columns;
     int channels;
     int rows;
-    int units;         // Of a row tile: ceil(channels / 128).
-    int tiles;         // Of rows.
+    int units;         // Of a row tile: ceil(channels / CHANNELS).
+    int tiles;         // Of ROWS rows.
+    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_WARPS).
+    int grain;         // Steps that are dealt out together: 1, or those of a tile.
+    int share;         // What each block gets at least, in grains.
+    int larger;        // Blocks that get one more; the first ones.
 };
 
-DEVICE float to_float(u16 x) { return IN_BFLOAT ? from_bfloat(x) : from_half(x); }
+DYNAMIC_SHARED __align__(128) u8 shared[];
 
-// A lane's codes of a unit: [row g or g + 8][word of each plane].
-struct Words {
-    u32 four[2][4], two[2][2], one[2][1];
+// Which steps are whose.
+DEVICE int run_begin(const Params& p, int block) { return (block * p.share + min(block, p.larger)) * p.grain; }
+DEVICE int run_of(const Params& p, int step) {
+    const int grain = step / p.grain, in_larger = p.larger * (p.share + 1);
+    return grain < in_larger ? grain / (p.share + 1) : p.larger + (grain - in_larger) / p.share;
+}
 
-    DEVICE void load(const Params& p, int tile, int unit) {
-        const int lane = threadIdx.x % 32;
-        const u32* from = p.words + (static_cast<i64>(tile) * p.units + unit) * 64 * BITS;
-        if constexpr (BITS & 4) {
-            const uint4* at = reinterpret_cast<const uint4*>(from) + 2 * lane;
+// Of the ring's stages, each a slot for every warp's codes and what goes with them, and then rows of activations.
+DEVICE int stage_bytes(const Params& p) { return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (THREADS / X_THREADS); }
+DEVICE int x_begin(const Params& p) {
+    return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (static_cast<int>(threadIdx.x) / X_THREADS);
+}
+
+// A thread's place in a run of steps.
+struct Place {
+    int tile, step, stage;
+    int unit, units;  // The warp's in the step, and how many there are of its rows.
+
+    DEVICE Place(const Params& p, int at) : tile(at / p.steps), step(at % p.steps), stage(0) { seek(p); }
+    DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
+    DEVICE bool has_unit() const { return unit < units; }
+    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_WARPS) + threadIdx.x % X_CHUNKS * 8; }
+
+    DEVICE void seek(const Params& p) {
+        unit = step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS;
+        units = row_tile() < p.tiles ? p.units : 0;
+    }
+
+    // Returns whether the tile is another one now.
+    DEVICE bool next(const Params& p) {
+        if (++stage == STAGES) stage = 0;
+        unit += DEPTH_WARPS;
+        if (++step < p.steps) return false;
+        step = 0, ++tile;
+        seek(p);
+        return true;
+    }
+};
+
+// Asks for the codes and activations of one step after the other.
+struct Fetcher {
+    Place place;
+    u64 policy;
+    const u32 *words, *side;  // The lane's of the place.
+    const u16* x;             // The thread's first, in the place's step.
+
+    DEVICE Fetcher(const Params& p, int begin) : place(p, begin), policy(evict_first()) { seek(p); }
+
+    DEVICE void seek(const Params& p) {
+        const i64 unit = static_cast<i64>(place.row_tile()) * p.units + place.unit;
+        words = p.words + unit * UNIT_WORDS + threadIdx.x % 32 * 4;
+        side = p.side + (TABLE ? place.row_tile() : unit) * SIDE_WORDS + threadIdx.x % 32 * 4;
+        x = p.x + threadIdx.x % X_THREADS / X_CHUNKS * p.x_stride + place.x_channel();
+    }
+
+    DEVICE void next(const Params& p) {
+        if (place.next(p)) return seek(p);
+        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS;
+        x += CHANNELS * DEPTH_WARPS;
+    }
+
+    DEVICE void fetch_codes(const Params& p) const {
+        if (!place.has_unit()) return;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 +
+                       threadIdx.x % 32 * 16;
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const uint4 v = load_constant(at + r);
-                four[r][0] = v.x, four[r][1] = v.y, four[r][2] = v.z, four[r][3] = v.w;
+        for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
+#pragma unroll
+        for (int i = 0; i < SIDE_WORDS; i += 128) {
+            if (i + threadIdx.x % 32 * 4 < SIDE_WORDS) copy_16(to + 4 * (UNIT_WORDS + i), side + i, policy);
+        }
+    }
+
+    // Past the last channel there are zeros.
+    DEVICE void fetch_activations(const Params& p) const {
+        constexpr int COLUMNS = X_THREADS / X_CHUNKS;  // At a time.
+        const int column = threadIdx.x % X_THREADS / X_CHUNKS;
+        const bool inside = place.x_channel() < p.channels;
+        const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + x_begin(p) + column * X_STRIDE +
+                       threadIdx.x % X_CHUNKS * 16;
+#pragma unroll
+        for (int i = 0; i < 8 * COLUMN_TILES; i += COLUMNS) {
+            if (i >= p.columns) break;
+            if (i + column < p.columns) fetch_16_or_zeros(to + i * X_STRIDE, inside ? x + i * p.x_stride : p.x, inside);
+        }
+    }
+};
+
+DEVICE void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if constexpr (IN_BFLOAT) mma_bfloat(c, a, b0, b1);
+    else mma(c, a, b0, b1);
+}
+
+// A lane's sums: [rows g and g + 8, the same 16 further on][columns 8 c + 2 t and the next].
+struct Sums {
+    float of[2][COLUMN_TILES][4];
+
+    DEVICE float4 vector(int i) const {
+        const float(&v)[4] = of[i / COLUMN_TILES][i % COLUMN_TILES];
+        return {v[0], v[1], v[2], v[3]};
+    }
+    DEVICE void add(int i, float4 by) {
+        float(&v)[4] = of[i / COLUMN_TILES][i % COLUMN_TILES];
+        v[0] += by.x, v[1] += by.y, v[2] += by.z, v[3] += by.w;
+    }
+
+    // The products of steps of 32 channels; x is where the lane's first column's are of the unit's first.
+    DEVICE void add_products(const Unit& unit, int from, int to, const u8* x, const int (&columns)[COLUMN_TILES]) {
+#pragma unroll
+        for (int j = from; j < to; ++j) {
+            u32 a[2][2][4];  // Of 16 channels each; of 16 rows each.
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                u32 pairs[4];
+                unit.rows[r].pairs(j, pairs);
+#pragma unroll
+                for (int h = 0; h < 4; ++h) a[h / 2][r / 2][r % 2 + 2 * (h % 2)] = pairs[h];
             }
-        }
-        if constexpr (BITS & 2) {
-            const uint4 v = load_constant(reinterpret_cast<const uint4*>(from + 64 * (BITS & 4)) + lane);
-            two[0][0] = v.x, two[0][1] = v.y, two[1][0] = v.z, two[1][1] = v.w;
-        }
-        if constexpr (BITS & 1) {
-            const uint2 v = load_constant(reinterpret_cast<const uint2*>(from + 64 * (BITS & 6)) + lane);
-            one[0][0] = v.x, one[1][0] = v.y;
-        }
-    }
-
-    // Pair q of a row: its bits over those of `onto`, at 0 and 16.
-    template <int WIDTH, int OFFSET>
-    static DEVICE u32 add_plane(const u32* words, int q, u32 onto) {
-        constexpr int PAIRS = 16 / WIDTH;
-        constexpr u32 MASK = ((1u << WIDTH) - 1) << OFFSET;
-        const int shift = WIDTH * (q % PAIRS) - OFFSET;
-        const u32 word = words[q / PAIRS];
-        return and_or(shift >= 0 ? word >> shift : word << -shift, MASK * 0x10001u, onto);
-    }
-
-    DEVICE u32 pair(int row, int q, u32 onto) const {
-        if constexpr (BITS & 4) onto = add_plane<4, 0>(four[row], q, onto);
-        if constexpr (BITS & 2) onto = add_plane<2, BITS & 4>(two[row], q, onto);
-        if constexpr (BITS & 1) onto = add_plane<1, BITS & 6>(one[row], q, onto);
-        return onto;
-    }
-};
-
-#if TABLE
-// A row's look-up table, low bytes and high bytes.
-struct Table {
-    u32 bytes[2][1 << (BITS - 2)];
-
-    DEVICE void load(const u32* from) {
-#pragma unroll
-        for (int i = 0; i < 2 << (BITS - 2); ++i) bytes[i / (1 << (BITS - 2))][i % (1 << (BITS - 2))] = from[i];
-    }
-
-    // The entries that two pairs of codes name, as two pairs.
-    DEVICE void look_up(u32 first, u32 second, u32& a, u32& b) const {
-        const u32 both = first | second << 4;                    // Nibbles: first, second; 16 bits further up again.
-        const u32 codes = __byte_perm(both, 0, 0x4420) & 0xffff; // first low, second low, first high, second high.
-        u32 found[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32* t = bytes[i];
-            if constexpr (BITS == 3) {
-                found[i] = __byte_perm(t[0], t[1], codes);
-            } else {
-                const u32 low = __byte_perm(t[0], t[1], codes & 0x7777), high = __byte_perm(t[2], t[3], codes & 0x7777);
-                found[i] = __byte_perm(low, high, 0x3210 | (codes & 0x8888) >> 1);
-            }
-        }
-        a = __byte_perm(found[0], found[1], 0x6240), b = __byte_perm(found[0], found[1], 0x7351);
-    }
-};
-#endif
-
-extern "C" __global__ __launch_bounds__(32 * WARPS) void multiply(const __grid_constant__ Params p) {
-    SHARED __align__(16) float sums[WARPS][8 * COLUMN_TILES][ROWS + 1];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first_column = blockIdx.y * 8 * COLUMN_TILES;
-    Words words[AHEAD + 1];
-    // The unit that this warp fetches next: units come in the order of use, one row tile after the other.
-    int next_tile = warp < p.units ? blockIdx.x : p.tiles, next_unit = warp;
-    auto fetch = [&](Words& to) {
-        if (next_tile >= p.tiles) return;
-        to.load(p, next_tile, next_unit);
-        next_unit += WARPS;
-        if (next_unit >= p.units) next_unit = warp, next_tile += gridDim.x;
-    };
-    // Codes are constants of the model: there is no need to wait for them.
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) fetch(words[i]);
-    wait_for_previous_kernel();
-    let_next_kernel_start();
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        float total[COLUMN_TILES][4] = {};
-#if TABLE
-        Table tables[2];
-        for (int r = 0; r < 2; ++r) tables[r].load(p.table + (static_cast<i64>(tile) * ROWS + g + 8 * r) * (2 << (BITS - 2)));
-#endif
-        for (int unit = warp; unit < p.units; unit += WARPS) {
-            fetch(words[AHEAD]);
-            const Words& now = words[0];
-            uint2 x[COLUMN_TILES][STEPS];
 #pragma unroll
             for (int c = 0; c < COLUMN_TILES; ++c) {
-                const int column = first_column + 8 * c + g;
+                const uint4 b = *reinterpret_cast<const uint4*>(x + columns[c] + 64 * j);
 #pragma unroll
-                for (int s = 0; s < STEPS; ++s) {
-                    const int channel = unit * CHANNELS + 16 * s + 4 * t;
-                    x[c][s] = {0, 0};
-                    if (column < p.columns && channel < p.channels)
-                        x[c][s] = *reinterpret_cast<const uint2*>(p.x + column * p.x_stride + channel);
-                }
+                for (int i = 0; i < 2; ++i) product(of[i][c], a[0][i], b.x, b.y);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) product(of[i][c], a[1][i], b.z, b.w);
             }
-#if TABLE
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                u32 a[4];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) tables[r].look_up(now.pair(r, 2 * s, 0), now.pair(r, 2 * s + 1, 0), a[r], a[r + 2]);
-#pragma unroll
-                for (int c = 0; c < COLUMN_TILES; ++c) {
-                    if constexpr (IN_BFLOAT) mma_bfloat(total[c], a, x[c][s].x, x[c][s].y);
-                    else mma(total[c], a, x[c][s].x, x[c][s].y);
-                }
-            }
-#else
-            constexpr int GROUPS = STEPS / GROUP_STEPS;
-            const u16* group = p.groups + (static_cast<i64>(tile) * p.units + unit) * GROUPS * 2 * ROWS;
-#pragma unroll
-            for (int i = 0; i < GROUPS; ++i) {
-                const float scale[2] = {to_float(group[i * 2 * ROWS + g]), to_float(group[i * 2 * ROWS + g + 8])};
-                const u32 low = group[i * 2 * ROWS + ROWS + g], high = group[i * 2 * ROWS + ROWS + g + 8];
-                const u32 offset[2] = {low * 0x10001u, high * 0x10001u};
-                float part[COLUMN_TILES][4] = {};
-#pragma unroll
-                for (int s = i * GROUP_STEPS; s < (i + 1) * GROUP_STEPS; ++s) {
-                    u32 a[4];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const u32 code = now.pair(j % 2, 2 * s + j / 2, MAGIC);
-                        a[j] = IN_BFLOAT ? fma_bfloat2(code, ONE, offset[j % 2]) : fma_half2(code, ONE, offset[j % 2]);
-                    }
-#pragma unroll
-                    for (int c = 0; c < COLUMN_TILES; ++c) {
-                        if constexpr (IN_BFLOAT) mma_bfloat(part[c], a, x[c][s].x, x[c][s].y);
-                        else mma(part[c], a, x[c][s].x, x[c][s].y);
-                    }
-                }
-#pragma unroll
-                for (int c = 0; c < COLUMN_TILES; ++c) {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) total[c][j] = fmaf(scale[j / 2], part[c][j], total[c][j]);
-                }
-            }
-#endif
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) words[i] = words[i + 1];
         }
-        __syncthreads();  // The sums of the tile before are read.
+    }
+
+    DEVICE void add_unit(const u32* words, const u8* x, const int (&columns)[COLUMN_TILES]) {
+        const u32* side = words + UNIT_WORDS;
+        Unit unit;
+        unit.load(words, side);
+#if TABLE
+        add_products(unit, 0, 4, x, columns);
+#else
 #pragma unroll
-        for (int c = 0; c < COLUMN_TILES; ++c) {
+        for (int group = 0; group < GROUPS; ++group) {
+            float scales[4];
+            unit.set_group(side, group, scales);
+            Sums part = {};
+            part.add_products(unit, group * GROUP_STEPS / 2, (group + 1) * GROUP_STEPS / 2, x, columns);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[warp][8 * c + 2 * t + j % 2][g + 8 * (j / 2)] = total[c][j];
+            for (int i = 0; i < 8 * COLUMN_TILES; ++i) {
+                const int rows = i / 4 / COLUMN_TILES, c = i / 4 % COLUMN_TILES, j = i % 4;
+                of[rows][c][j] = fmaf(scales[2 * rows + j / 2], part.of[rows][c][j], of[rows][c][j]);
+            }
+        }
+#endif
+    }
+
+    DEVICE void store(const Params& p, int row_tile) const {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 8 * COLUMN_TILES; ++i) {
+            const int rows = i / 4 / COLUMN_TILES, c = i / 4 % COLUMN_TILES, j = i % 4;
+            const int row = row_tile * ROWS + 16 * rows + 8 * (j / 2) + g, column = 8 * c + 2 * t + j % 2;
+            if (row < p.rows && column < p.columns) p.y[column * p.y_stride + row] = from_float(of[rows][c][j]);
+        }
+    }
+};
+
+// Adds up the sums of the warps of the same rows; the first of these has them.
+DEVICE void add_up_warps(const Params& p, Sums& sums) {
+    if constexpr (DEPTH_WARPS > 1) {
+        const int depth = threadIdx.x / 32 % DEPTH_WARPS, row_warp = threadIdx.x / 32 / DEPTH_WARPS;
+        float4* left = reinterpret_cast<float4*>(shared + STAGES * stage_bytes(p)) + threadIdx.x % 32;
+        left += row_warp * (DEPTH_WARPS - 1) * VECTORS * 32;
+        if (ALONE) __syncthreads();  // What is left of the tile before is read.
+        if (depth) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; ++i) left[((depth - 1) * VECTORS + i) * 32] = sums.vector(i);
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < 8 * COLUMN_TILES * ROWS; i += 32 * WARPS) {
-            const int column = i / ROWS, row = i % ROWS;
-            float sum = 0;
+        if (!depth) {
+            for (int w = 0; w < DEPTH_WARPS - 1; ++w) {
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) sum += sums[w][column][row];
-            if (first_column + column < p.columns && tile * ROWS + row < p.rows)
-                p.y[(first_column + column) * p.y_stride + tile * ROWS + row] = IN_BFLOAT ? to_bfloat(sum) : to_half(sum);
+                for (int i = 0; i < VECTORS; ++i) sums.add(i, left[(w * VECTORS + i) * 32]);
+            }
         }
     }
 }
 
-// The weights themselves in the type of x, for products with many columns: y is [rows, channels], a unit a warp.
-extern "C" __global__ __launch_bounds__(32 * WARPS) void expand(const __grid_constant__ Params p) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int tile = blockIdx.x, unit = blockIdx.y * WARPS + threadIdx.x / 32;
-    if (unit >= p.units) return;
-    Words words;
-    words.load(p, tile, unit);
+// Leaves a part of a tile's sums for the other blocks that work on it. Returns whether all have, and then the whole sums.
+DEVICE bool add_up_blocks(const Params& p, int tile, Sums& sums) {
+    SHARED bool is_last;
+    const int warp = threadIdx.x / 32;
+    const int first = run_of(p, tile * p.steps), last = run_of(p, (tile + 1) * p.steps - 1);
+    // A block begins at most one tile without finishing it, its run's last, and finishes at most one, its run's first.
+    const auto part = [&](int block) {
+        return p.parts + ((2 * block + (block == first)) * ROW_WARPS + warp / DEPTH_WARPS) * VECTORS * 32 + threadIdx.x % 32;
+    };
+    if (warp % DEPTH_WARPS == 0) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int row = tile * ROWS + g + 8 * r;
-#if TABLE
-        Table table;
-        table.load(p.table + (static_cast<i64>(tile) * ROWS + g + 8 * r) * (2 << (BITS - 2)));
+        for (int i = 0; i < VECTORS; ++i) part(blockIdx.x)[32 * i] = sums.vector(i);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = arrive(p.arrivals + first) == last - first;
+    __syncthreads();
+    if (!is_last) return false;
+    if (threadIdx.x == 0) p.arrivals[first] = 0;
+    if (warp % DEPTH_WARPS == 0) {
+        sums = {};
+        for (int block = first; block <= last; ++block) {
+#pragma unroll
+            for (int i = 0; i < VECTORS; ++i) sums.add(i, load_l2(part(block) + 32 * i));
+        }
+    }
+    return true;
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const __grid_constant__ Params p) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, depth = warp % DEPTH_WARPS;
+    const int begin = run_begin(p, blockIdx.x), end = run_begin(p, blockIdx.x + 1);
+    Fetcher ahead(p, begin);
+    Place now = ahead.place;
+    // Codes are constants of the model: there is no need to wait for them.
+    Fetcher first = ahead;
+    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p)) first.fetch_codes(p);
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    for (int i = 0; i < STAGES - 1; ++i, ahead.next(p)) {
+        if (begin + i < end) ahead.fetch_activations(p);
+        copy_commit();
+    }
+    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums.
+    int columns[COLUMN_TILES];
+#pragma unroll
+    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + lane / 4, p.columns - 1) * X_STRIDE;
+    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + lane % 4 * 16;
+    Sums sums = {};
+    for (int at = begin; at < end; ++at) {
+        copy_wait<STAGES - 2>();
+        // The copies of all are there, and all are done with the stage before.
+        if (ALONE) __syncwarp();
+        else __syncthreads();
+        if (at + STAGES - 1 < end) ahead.fetch_codes(p), ahead.fetch_activations(p);
+        copy_commit();
+        ahead.next(p);
+        const u8* stage = shared + now.stage * stage_bytes(p);
+        if (now.has_unit()) sums.add_unit(reinterpret_cast<const u32*>(stage + codes), stage + x, columns);
+        const int tile = now.tile, row_tile = now.row_tile();
+        const bool ended = now.next(p);
+        if (!ended && at + 1 < end) continue;
+        add_up_warps(p, sums);
+        const bool whole = ended && begin <= tile * p.steps;
+        if ((whole || add_up_blocks(p, tile, sums)) && depth == 0) sums.store(p, row_tile);
+        sums = {};
+    }
+}
+
+// The weights themselves in the type of x, for products with many columns: y is [rows, channels], a unit a warp.
+extern "C" __global__ __launch_bounds__(THREADS) void expand(const __grid_constant__ Params p) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int tile = blockIdx.x, at = blockIdx.y * WARPS + threadIdx.x / 32;
+    if (at >= p.units) return;
+    const i64 index = static_cast<i64>(tile) * p.units + at;
+    const u32* side = p.side + (TABLE ? tile : index) * SIDE_WORDS;
+    Unit unit;
+    unit.load(p.words + index * UNIT_WORDS, side);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#if !TABLE
+        float scales[4];
+        unit.set_group(side, 2 * j / GROUP_STEPS, scales);
 #endif
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) {
-            u32 pairs[2];
-#if TABLE
-            table.look_up(words.pair(r, 2 * s, 0), words.pair(r, 2 * s + 1, 0), pairs[0], pairs[1]);
-#else
-            constexpr int GROUPS = STEPS / GROUP_STEPS;
-            const u16* group = p.groups + ((static_cast<i64>(tile) * p.units + unit) * GROUPS + s / GROUP_STEPS) * 2 * ROWS;
-            const float scale = to_float(group[g + 8 * r]);
-            const u32 offset = group[ROWS + g + 8 * r] * 0x10001u;
+        for (int r = 0; r < 4; ++r) {
+            u32 pairs[4];
+            unit.rows[r].pairs(j, pairs);
+#if !TABLE
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const u32 code = words.pair(r, 2 * s + j, MAGIC);
-                const u32 whole = IN_BFLOAT ? fma_bfloat2(code, ONE, offset) : fma_half2(code, ONE, offset);
-                const float low = scale * to_float(whole & 0xffff), high = scale * to_float(whole >> 16);
-                pairs[j] = IN_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high);
+            for (int h = 0; h < 4; ++h) {
+                const float low = scales[r] * to_float(pairs[h] & 0xffff), high = scales[r] * to_float(pairs[h] >> 16);
+                pairs[h] = IN_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high);
             }
 #endif
-            const int channel = unit * CHANNELS + 16 * s + 4 * t;
+            const int row = tile * ROWS + g + 8 * r, channel = at * CHANNELS + 32 * j + 8 * t;
             if (row < p.rows && channel < p.channels)
-                *reinterpret_cast<uint2*>(p.y + row * p.y_stride + channel) = {pairs[0], pairs[1]};
+                *reinterpret_cast<uint4*>(p.y + row * p.y_stride + channel) = {pairs[0], pairs[1], pairs[2], pairs[3]};
         }
     }
 }

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
+from kv_cache.gpu import nvrtc
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels import low_bit_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
+from quant_methods.kernels.low_bit_cuda import Arrangement, LowBitCUDA, low_bit_module
+from quant_methods.kernels.low_bit_layout import pack
 from tests.kv_cache.gpu.emulator import EmulatedKernel
+from tests.kv_cache.gpu.test_host_side import SHARED
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,9 +32,12 @@ SHAPES = [
 def emulated(monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
-    low_bit_cuda._kernel.cache_clear()
+    caches = low_bit_cuda._arrivals, low_bit_cuda._arrangement
+    for cache in caches:
+        cache.cache_clear()
     yield CPU
-    low_bit_cuda._kernel.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def random_layer(bits, rows, channels, group_size, dtype, device, table=False, seed=0):
@@ -71,10 +77,59 @@ def test_emulated_products(shape, emulated):
     check(*shape, emulated)
 
 
+ARRANGEMENTS = [
+    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone
+    (100, 1160, 1, Arrangement(4, 1, 2, 3, False)),  # A tile of 3 steps between several blocks.
+    (100, 1160, 9, Arrangement(4, 2, 3, 2, False)),
+    (300, 520, 17, Arrangement(4, 4, 4, 1, True)),
+    (200, 1288, 26, Arrangement(2, 1, 3, 1, False)),  # Many tiles a block, some begun elsewhere and some ended.
+    (100, 1160, 3, Arrangement(4, 1, 3, 2, False, alone=True)),
+    (70, 520, 9, Arrangement(4, 4, 2, 1, True, alone=True)),
+    (40, 2056, 2, Arrangement(2, 2, 6, 4, False)),  # One tile between all blocks.
+]
+
+
+def check_arrangement(bits, rows, channels, columns, arrangement, device, table=False):
+    layer = random_layer(bits, rows, channels, -1, torch.bfloat16, device, table)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, torch.bfloat16, bits).matrix()
+    # Neither rows of the activations nor of the results are aligned with what is around them, which is poison.
+    x = torch.full((columns, channels + 1), torch.nan, dtype=torch.bfloat16, device=device)[:, 1:]
+    x.copy_(torch.randn(columns, channels, generator=torch.Generator().manual_seed(1)))
+    around = torch.full((columns + 1, rows + 3), torch.nan, dtype=torch.bfloat16, device=device)
+    y = around[:columns, 1 : rows + 1]
+    weight = layer.read().double()
+    for _ in range(3):  # Counts of finished parts are zeros again.
+        around.fill_(torch.nan)
+        matrix.multiply(x, y, arrangement)
+        bound = 2**-8 * (x.double() @ weight.T).abs() + 1e-5 * (x.double().abs() @ weight.abs().T)
+        assert ((y.double() - x.double() @ weight.T).abs() <= bound).all()
+        assert around.isnan().sum() == around.numel() - y.numel()
+
+
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
+def test_emulated_arrangements(bits, shape, emulated):
+    check_arrangement(bits, *shape, emulated, table=bits == 4)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_emulated_tables(bits, emulated):
     check(bits, 40, 256, -1, 6, torch.bfloat16, emulated, table=True)
     check(bits, 16, 264, -1, 1, torch.float16, emulated, table=True)
+
+
+@pytest.mark.parametrize("capability", SHARED, ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
+    """For devices that are not there: every width fits, and one of them compiles."""
+    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
+    for bits in range(2, 8):
+        for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
+            chosen = low_bit_cuda._arrangement(rows // 32, bits, side_bytes, tokens, CPU)
+            assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
+    layer = random_layer(3, 32, 128, 128, torch.bfloat16, CPU)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3).matrix()
+    macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
+    assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_cuda.FOLDER)
 
 
 @gpu
@@ -84,6 +139,14 @@ def test_emulated_tables(bits, emulated):
 )
 def test_products(shape):
     check(*shape, torch.device("cuda", 0))
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", range(2, 8))
+@pytest.mark.parametrize("shape", ARRANGEMENTS, ids=str)
+def test_arrangements(bits, shape):
+    check_arrangement(bits, *shape, torch.device("cuda", 0), table=bits == 4)
 
 
 @gpu
@@ -114,12 +177,12 @@ def test_a_graph_replays_with_other_activations():
 def test_every_code_has_its_place(bits):
     """Two matrices that differ in one code differ in one word, in as many bits as the codes."""
     codes = torch.randint(0, 1 << bits, (40, 200), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    packed = low_bit_cuda.pack(codes, bits)
-    assert packed.shape == (3, 2, 64 * bits)
+    packed = pack(codes, bits)
+    assert packed.shape == (2, 2, 128 * bits)
     for row, channel in ((0, 0), (39, 199), (17, 131), (8, 64)):
         other = codes.clone()
         other[row, channel] ^= (1 << bits) - 1
-        difference = packed ^ low_bit_cuda.pack(other, bits)
+        difference = packed ^ pack(other, bits)
         assert sum(bin(word & 0xFFFFFFFF).count("1") for word in difference[difference != 0].tolist()) == bits
 
 

@@ -227,6 +227,7 @@ DEVICE u32 transpose(u32 x) {
 
 template <class T> T load_constant(const T* p) { return *p; }
 template <class T> T load_l2(const T* p) { return *p; }
+DEVICE int arrive(int* count) { return (*count)++; }
 DEVICE u64 evict_first() { return 0; }
 
 // Addresses in shared memory count from its start. Copies are done at once.
@@ -240,6 +241,10 @@ DEVICE void copy_16(u32 to, const void* from, u64) { memcpy(shared + to, from, 1
 DEVICE void copy_commit() {}
 template <int PENDING> void copy_wait() {}
 DEVICE void fetch_16(void* to, const void* from) { memcpy(to, from, 16); }
+DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
+    memset(shared + to, 0, 16);
+    if (read) memcpy(shared + to, from, 16);
+}
 DEVICE void fetches_done() {}
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void let_next_kernel_start() {}

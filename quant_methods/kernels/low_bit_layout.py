@@ -1,0 +1,69 @@
+"""How codes of 2 to 7 bits lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ROWS, CHANNELS = 32, 128
+"""Of a unit; see ``csrc/low_bit_codes.cuh``."""
+_AT_ONCE = 1 << 24
+"""Codes that are packed at once."""
+
+
+def runs(bits: int, table: bool) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield where the bits of a lane's 32 codes of a row of a unit lie in its ``bits`` words.
+
+    Args:
+        bits: of a code.
+        table: whether the codes are a table's indices.
+
+    Yields:
+        A code's index, a bit of it, a number of bits from there, the word and the bit in the word where they begin.
+
+    """
+    fields = 16 // bits
+    for code in range(32):
+        pair, half = code // 2, 16 * (code % 2)
+        if table and (bits == 4 or code < 24):
+            yield code, 0, bits, code // 8, 4 * (code % 8)
+        elif table:
+            yield from ((code, bit, 1, bit, 4 * (code % 8) + 3) for bit in range(bits))
+        elif pair < fields * bits:
+            yield code, 0, bits, pair // fields, bits * (pair % fields) + half
+        else:
+            left = 16 - fields * bits
+            for bit in range(bits):
+                n = (pair - fields * bits) * bits + bit
+                yield code, bit, 1, n // left, fields * bits + n % left + half
+
+
+def pack(codes: Tensor, bits: int, table: bool = False) -> Tensor:
+    """Lay codes out as the kernel reads them.
+
+    Args:
+        codes: uint8 [rows, channels] from 0.
+        bits: 2 to 7.
+        table: whether they are a table's indices.
+
+    Returns:
+        int32 [row tiles, units, 128 * bits].
+
+    """
+    rows, channels = codes.shape
+    tiles, units = -(-rows // ROWS), -(-channels // CHANNELS)
+    words = torch.zeros(tiles, units, bits, 32, 4, dtype=torch.int32, device=codes.device)
+    at_once = max(_AT_ONCE // (units * CHANNELS * ROWS), 1)
+    for start in range(0, tiles, at_once):
+        stop = min(start + at_once, tiles)
+        part = codes.new_zeros((stop - start) * ROWS, units * CHANNELS)
+        given = codes[start * ROWS : stop * ROWS]
+        part[: len(given), :channels] = given
+        # Axes: tile, row r, row g, unit, 32 channels j, t, code; then code (j first), tile, unit, lane (g, t), row r.
+        split = part.reshape(stop - start, 4, 8, units, 4, 4, 8).permute(4, 6, 0, 3, 2, 5, 1)
+        each = split.reshape(32, stop - start, units, 32, 4).int()
+        for code, bit, count, word, at in runs(bits, table):
+            words[start:stop, :, word] |= ((each[code] >> bit) & ((1 << count) - 1)) << at
+    return words.flatten(2)
