@@ -159,8 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = []
         for what in args.ours:
             rows += measure(what, shapes, args.columns, args.stages, args.repeats)
+            write_json(args.out, {"schema": SCHEMA, "environment": environment(), "rows": rows})
             print(f"{what} bits: measured", file=sys.stderr, flush=True)
-        write_json(args.out, {"schema": SCHEMA, "environment": environment(), "rows": rows})
     except ParetoError as error:
         print(f"weight_kernel_tuning: error: {error}", file=sys.stderr)
         return 2
