@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.plant_outliers import plant
 from quant_methods import reference
 from quant_methods.awq import AWQ
-from quant_methods.checkpoint import read_tensors, write_json, write_tensors
+from quant_methods.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.compress import compress
 from quant_methods.gptq import GPTQ
 from quant_methods.model_source import resolve_model
@@ -82,10 +83,13 @@ def quick(recipe: Recipe) -> Recipe:
 
 
 RECIPES = {name: quick(load_recipe(name)) for name in built_in_recipes()}
-LAYOUTS = {"standard layouts": STANDARD, "our layouts": OURS}
-CASES = RECIPES | {
-    name: Recipe(name, steps=steps, calibration=Calibration(4, 64), kv_scales=False) for name, steps in LAYOUTS.items()
+LAYOUTS = {
+    name: Recipe(name, steps=steps, calibration=Calibration(4, 64), kv_scales=False)
+    for name, steps in {"standard layouts": STANDARD, "our layouts": OURS}.items()
 }
+# Whether the bulk really rounds without the channels kept apart only shows where these are large.
+ON_OUTLIERS = {"llm-int8 on outliers": RECIPES["llm-int8"]}
+CASES = RECIPES | LAYOUTS | ON_OUTLIERS
 
 
 def serving(recipe: Recipe) -> Serving:
@@ -123,16 +127,26 @@ def two_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def planted(two_blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model that computes the same with 3 channels of each norm 128 times as large."""
+    out = tmp_path_factory.mktemp("models") / "planted"
+    shutil.copytree(two_blocks, out)
+    write_tensors(out / "model.safetensors", plant(Source(two_blocks), 128, 3, seed=0), {"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
 def compressed(
-    two_blocks: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+    two_blocks: Path, planted: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
 ) -> dict[str, Compressed]:
     """Compress by every recipe two blocks of ref-7m, and by layouts all six."""
     folder = tmp_path_factory.mktemp("compressed")
     found: dict[str, Compressed] = {}
+    models = dict.fromkeys(LAYOUTS, resolve_model("ref-7m")) | dict.fromkeys(ON_OUTLIERS, planted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(HANDLERS, Parts, Handler(quantize))
         for name, recipe in CASES.items():
-            model = resolve_model("ref-7m") if name in LAYOUTS else two_blocks
+            model = models.get(name, two_blocks)
             report = compress(model, recipe, folder / name, text=text_file)
             found[name] = Compressed(model, recipe, folder / name, report)
     return found
@@ -202,11 +216,11 @@ def serve(tokens: Path, out: Path, checkpoints: Iterable[Path], *, plugin: bool)
 
 
 def damage(checkpoint: Path, out: Path) -> None:
-    """Copy a checkpoint and let 8 of the 256 output channels of one layer exchange their scales."""
+    """Copy a checkpoint and let 16 of the 256 output channels of one layer exchange their scales."""
     shutil.copytree(checkpoint, out)
     tensors, metadata = read_tensors(out / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight_scale"
-    tensors[name][:8] = tensors[name][:8].roll(1, 0)
+    tensors[name][:16] = tensors[name][:16].roll(1, 0)
     write_tensors(out / "model.safetensors", tensors, metadata)
 
 
@@ -260,10 +274,11 @@ def check_same(case: Compressed, logits: Tensor, expected: Expected) -> None:
     changes = [weights - original, quantized - weights] if rounds(case.recipe) else [quantized - original]
     found = shares(changes, scores - original, original.exp()) if case.recipe.steps else []
     print(
-        f"{case.recipe.name}: KL of quantization {divergence(original, quantized):.5f}, of bfloat16 in PyTorch "
+        f"{case.out.name}: KL of quantization {divergence(original, quantized):.5f}, of bfloat16 in PyTorch "
         f"{arithmetic:.5f}, of what is served {noise:.5f}; shares {', '.join(f'{share:.3f}' for share in found)}"
     )
-    assert noise < 2 * arithmetic
+    # Without VNNI vLLM's 8-bit products, by oneDNN, saturate in 16 bits: 0.006 instead of 0.002.
+    assert noise < (2 if torch.cpu._is_vnni_supported() or not rounds(case.recipe) else 8) * arithmetic
     if found:
         assert abs(found[0] - 1) < (0.25 if rounds(case.recipe) else 0.05)
     if rounds(case.recipe):
