@@ -311,21 +311,30 @@ def test_an_interrupted_run_of_our_format_writes_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    "step",
+    [
+        RTN(bits=3, group_size=-1, symmetric=False, search="minmax"),
+        RTN(bits=4, group_size=-1, symmetric=False, search="minmax"),
+        RTN(bits=8, group_size=-1, symmetric=True, search="mse", activations="int8"),
+    ],
+    ids=["ours", "pack-quantized", "int-quantized"],
+)
 def test_a_compression_that_changes_nothing_is_an_error(
-    tiny_model: Path, text_file: Path, tmp_path: Path, bits: int
+    tiny_model: Path, text_file: Path, tmp_path: Path, step: RTN
 ) -> None:
     """Weights that lie on the grid already read back as they were: the original was compressed before."""
     rounded = tmp_path / "rounded"
     shutil.copytree(tiny_model, rounded)
     tensors, metadata = read_tensors(rounded / "model.safetensors")
+    high = (1 << (step.bits - 1)) - 1
+    low = -high if step.symmetric else -high - 1
     for name, tensor in tensors.items():
         if "_proj" in name:
-            codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), tensor.shape)
-            codes[:, :2] = torch.tensor([-(1 << (bits - 1)), (1 << (bits - 1)) - 1])
+            codes = torch.randint(low, high + 1, tensor.shape)
+            codes[:, :2] = torch.tensor([low, high])
             tensors[name] = codes.to(torch.bfloat16) / 64
     write_tensors(rounded / "model.safetensors", tensors, metadata)
-    step = RTN(bits=bits, group_size=-1, symmetric=False, search="minmax")
     with pytest.raises(ParetoError, match="no-op: every weight of rounded reads back exactly as it was"):
         compress(rounded, recipe(step), tmp_path / "out", text=text_file)
     assert not (tmp_path / "out").exists()
