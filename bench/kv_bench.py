@@ -50,8 +50,8 @@ class Settings:
         enforce_eager: vLLM's.
         tensor_parallel_size: vLLM's.
         seed: of the random prompts.
-        compressed: the same model with compressed weights, measured beside it; None means none.
-        compressed_kv_cache_dtypes: those to measure with it.
+        compressed: the same model with compressed weights, once or more, measured beside it.
+        compressed_kv_cache_dtypes: those to measure with each.
         prefix_shapes: of shapes, those in which prefill with half of each prompt in the prefix cache is timed too.
         load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
         compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
@@ -70,7 +70,7 @@ class Settings:
     enforce_eager: bool
     tensor_parallel_size: int
     seed: int
-    compressed: str | None = None
+    compressed: tuple[str, ...] = ()
     compressed_kv_cache_dtypes: tuple[str, ...] = ()
     prefix_shapes: tuple[tuple[int, int], ...] = ()
     load_format: str = "auto"
@@ -89,10 +89,11 @@ class Settings:
     def rows(self) -> list[Row]:
         """Return what is measured, the baseline first."""
         own = [Row(self.model, dtype, dtype) for dtype in self.kv_cache_dtypes]
-        if self.compressed is None:
-            return own
-        name = Path(self.compressed).name
-        return own + [Row(self.compressed, dtype, f"{name} {dtype}") for dtype in self.compressed_kv_cache_dtypes]
+        return own + [
+            Row(model, dtype, f"{Path(model).name} {dtype}")
+            for model in self.compressed
+            for dtype in self.compressed_kv_cache_dtypes
+        ]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class KVBench:
     def __init__(self, settings: Settings, out: Path, say: Callable[[str], None] | None = None) -> None:
         self.settings, self.out = settings, out
         self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        models = [model for model in (settings.model, settings.compressed) if model is not None]
+        models = [settings.model, *settings.compressed]
         dummy = settings.load_format == "dummy"
         resolve = resolve_shape if dummy else functools.partial(resolve_model, quantized=True)
         self.folders = {model: resolve(model) for model in models}

@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shapes in which prefill with half of each prompt in the prefix cache is timed too",
     )  # fmt: skip
     parser.add_argument(
-        "--compressed", metavar="MODEL", help="the same model with compressed weights, measured beside it"
-    )
+        "--compressed", nargs="+", metavar="MODEL", default=[],
+        help="the same model with compressed weights, once or more, measured beside it",
+    )  # fmt: skip
     parser.add_argument(
         "--compressed-kv-cache-dtype", nargs="+", metavar="NAME", default=["auto", "int4_per_head"],
         help="dtypes measured with --compressed (default: auto int4_per_head)",
@@ -160,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         enforce_eager=not gpu if args.enforce_eager is None else args.enforce_eager,
         tensor_parallel_size=args.tensor_parallel_size,
         seed=args.seed,
-        compressed=args.compressed,
+        compressed=tuple(args.compressed),
         compressed_kv_cache_dtypes=tuple(args.compressed_kv_cache_dtype) if args.compressed else (),
         prefix_shapes=tuple(args.prefix_hits),
         shapes_of=tuple(args.only),

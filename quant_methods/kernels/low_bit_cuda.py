@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import RESERVED_SHARED, load_kernel
+from kv_cache.gpu.launch import RESERVED_SHARED, Kernel, load_kernel
+from kv_cache.gpu.nvrtc import compile_cubin
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
 
 FOLDER = Path(__file__).parent / "csrc"
 MAX_TOKENS = 64
-"""Of a product by the kernel; with more, the weights are expanded for a dense product."""
+"""Of a launch of the kernel."""
+MAX_LAUNCHES = 2
+"""Of a product; with more tokens than these take, the weights are expanded for a dense product."""
 COLUMN_TILES = (1, 2, 3, 4, 6, 8)
 """Tiles of 8 columns that there are kernels for."""
+BOUNDS = (1, 2, 4, *(8 * tiles for tiles in COLUMN_TILES))
+"""Numbers of tokens that work is arranged for; others are arranged as the next larger one."""
+MOST_BLOCKS = 3
+"""Thread blocks of a multiprocessor."""
 EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
-_EVEN_ENOUGH = 0.95
-"""Share of the thread blocks that are busy while whole tiles are dealt out, from which no tile is shared."""
+_EVEN_ENOUGH = 0.7
+"""Share of the multiprocessors that are busy while whole tiles are dealt out, from which no tile is shared."""
+
+_EXPANDING_WARPS = 8
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -118,6 +130,10 @@ class LowBitCUDA(nn.Module):
         """Return the weight [out, in] in ``dtype``."""
         return self.matrix().expand(self.dtype, 0, self.tiles)
 
+    def prepare(self) -> None:
+        """See :meth:`PackedMatrix.prepare`."""
+        self.matrix().prepare(self.dtype)
+
     def matrix(self) -> PackedMatrix:
         """Return what the kernels are launched on."""
         return PackedMatrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
@@ -157,13 +173,15 @@ def low_bit_linear(
     """
     matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps)
     y = x.new_empty(x.shape[0], rows)
-    if x.shape[0] > MAX_TOKENS:
+    if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
         at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
         for first in range(0, matrix.tiles, at_once):
             weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
             torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
-    elif x.shape[0]:
-        matrix.multiply(x, y)
+    else:
+        for part, result in zip(x.split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True):
+            if len(part):
+                matrix.multiply(part, result)
     return y
 
 
@@ -254,7 +272,29 @@ class PackedMatrix:
 
     def arrangement(self, tokens: int) -> Arrangement:
         """Return how to arrange a product with that many tokens."""
-        return _arrangement(self.tiles, self.bits, self.side_bytes, tokens, self.words.device)
+        return _arrangement(self.tiles, self.units, self.bits, self.side_bytes, bound(tokens), self.words.device)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile and load what products need, so that none waits for it, or does it while a graph is captured."""
+        major, minor = torch.cuda.get_device_capability(self.words.device)
+        macros = {self.macros(dtype, tokens, self.arrangement(tokens)) for tokens in BOUNDS}
+        macros.add(self._expanding(dtype))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda one: compile_cubin("low_bit.cu", f"sm_{major}{minor}", one, FOLDER), macros))
+        for tokens in BOUNDS:
+            self._multiplying(dtype, tokens, self.arrangement(tokens))
+        load_kernel("low_bit.cu", "expand", self._expanding(dtype), self.words.device, folder=FOLDER)
+        _arrivals(self.words.data_ptr(), self.words.device)
+
+    def _multiplying(self, dtype: torch.dtype, tokens: int, a: Arrangement) -> Kernel:
+        shared = a.shared_bytes(self.bits, self.side_bytes, bound(tokens))
+        macros = self.macros(dtype, tokens, a)
+        return load_kernel("low_bit.cu", "multiply", macros, self.words.device, shared, folder=FOLDER)
+
+    def _expanding(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        return self._macros(
+            dtype, WARPS=_EXPANDING_WARPS, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0
+        )  # fmt: skip
 
     def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
         """Write x W^T to y, both in rows."""
@@ -262,8 +302,7 @@ class PackedMatrix:
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
         a = arrangement or self.arrangement(tokens)
-        shared = a.shared_bytes(self.bits, self.side_bytes, tokens)
-        kernel = load_kernel("low_bit.cu", "multiply", self.macros(x.dtype, tokens, a), device, shared, folder=FOLDER)
+        kernel = self._multiplying(x.dtype, tokens, a)
         steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
         processors, _, overlap = device_limits(device)
         grain = steps if a.whole else 1
@@ -272,7 +311,7 @@ class PackedMatrix:
         parts = arrivals = None
         if not a.whole:
             parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
-            arrivals = _arrivals(self.words.data_ptr(), blocks, device)
+            arrivals = _arrivals(self.words.data_ptr(), device)
         params = _Params(
             self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
             y.data_ptr(), _pointer(parts), _pointer(arrivals), x.stride(0), y.stride(0), tokens, self.channels,
@@ -282,10 +321,9 @@ class PackedMatrix:
 
     def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         """Return the weight of the row tiles from first to before last, [rows, channels]."""
-        warps, device = 8, self.words.device
+        warps, device = _EXPANDING_WARPS, self.words.device
         y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
-        macros = self._macros(dtype, WARPS=warps, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0)
-        kernel = load_kernel("low_bit.cu", "expand", macros, device, folder=FOLDER)
+        kernel = load_kernel("low_bit.cu", "expand", self._expanding(dtype), device, folder=FOLDER)
         # The part looks like a matrix of its own.
         side = self.groups if self.table is None else self.table
         assert side is not None
@@ -298,22 +336,40 @@ class PackedMatrix:
 
 
 @functools.cache
-def _arrangement(row_tiles: int, bits: int, side_bytes: int, tokens: int, device: torch.device) -> Arrangement:
+def _arrangement(
+    row_tiles: int, units: int, bits: int, side_bytes: int, tokens: int, device: torch.device
+) -> Arrangement:
+    """Return what was fastest or nearly so on an H100 (``bench/weight_kernel_tuning.py``), or what next to it fits."""
     processors, shared, _ = device_limits(device)
-    # Activations are read again for every tile of rows: they are to be under a quarter of the codes or so. But large
-    # tiles of many columns are not to be shared by many blocks: the last of these would have much to add up.
-    most = max(4 * bits // tokens, 2 if tokens > 32 and row_tiles < 4 * processors else 1)
-    for blocks, warps in ((2, 8), (1, 8), (1, 4)) if tokens <= 16 else ((1, 8), (1, 4)):
-        for depth in (depth for depth in (8, 4, 2, 1) if depth <= min(most, warps)):
-            rounds = -(-row_tiles // (warps // depth)) / (processors * blocks)
-            whole = rounds > _EVEN_ENOUGH * math.ceil(rounds)
-            for stages in range(6, 2 if warps == 8 else 1, -1):
-                # Where all warps have the same rows, nobody else needs a warp's activations.
-                found = Arrangement(warps, warps // depth, stages, blocks, whole, alone=depth == warps)
-                bytes_ = found.shared_bytes(bits, side_bytes, tokens)
-                if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
-                    return found
+    few_rows = row_tiles <= 2 * processors
+    little_work = row_tiles * units < 64 * processors
+    if tokens <= 2:
+        wanted = Arrangement(8, 1, 4, 2, True, True)
+    elif tokens <= 8:
+        wanted = Arrangement(8, 1, 4, 1, True, True) if few_rows else Arrangement(8, 4, 4, 2, True)
+    elif tokens <= 16:
+        wanted = Arrangement(4, 2, 4, 3, False) if little_work else Arrangement(8, 4, 4, 2, False)
+    elif tokens <= 32:
+        wanted = Arrangement(8, 4, 4, 1, False) if little_work else Arrangement(4, 4, 4, 3, False)
+    else:
+        wanted = Arrangement(8, 4, 3, 1, False) if few_rows else Arrangement(8, 8, 4, 1, False)
+    # Whole tiles save adding up what blocks share, unless too many multiprocessors are left without one.
+    rounds = -(-row_tiles // wanted.row_warps) / processors
+    if rounds < _EVEN_ENOUGH * math.ceil(rounds):
+        wanted = dataclasses.replace(wanted, whole=False)
+    warps, rows = (wanted.warps, 4), (wanted.row_warps, 8, 4, 2, 1)
+    for alone, count, blocks, own in itertools.product((wanted.alone, False), warps, range(wanted.blocks, 0, -1), rows):
+        for stages in range(wanted.stages, 1, -1):
+            found = Arrangement(count, min(own, count), stages, blocks, wanted.whole, alone)
+            bytes_ = found.shared_bytes(bits, side_bytes, tokens)
+            if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
+                return found
     raise ParetoError(f"{bits} bits and {tokens} tokens need more than the device's {shared} bytes of shared memory")
+
+
+def bound(tokens: int) -> int:
+    """Return the number of tokens that a product with so many is arranged as."""
+    return next(most for most in BOUNDS if most >= tokens)
 
 
 def column_tiles(tokens: int) -> int:
@@ -326,6 +382,6 @@ def _pointer(tensor: Tensor | None) -> int:
 
 
 @functools.cache
-def _arrivals(matrix: int, blocks: int, device: torch.device) -> Tensor:
+def _arrivals(matrix: int, device: torch.device) -> Tensor:
     """Return a matrix's own counts, which are zeros whenever no product with it runs."""
-    return torch.zeros(blocks, dtype=torch.int32, device=device)
+    return torch.zeros(MOST_BLOCKS * device_limits(device)[0], dtype=torch.int32, device=device)

@@ -168,7 +168,8 @@ def test_contexts_beyond_the_model_are_refused(tmp_path):
 
 def test_rows_of_compressed_weights_and_their_own_shapes():
     settings = replace(
-        SETTINGS, shapes=((8, 1024), (1, 64)), rounds=1, compressed="models/w4", compressed_kv_cache_dtypes=("auto",),
+        SETTINGS, shapes=((8, 1024), (1, 64)), rounds=1, compressed=("models/w4",),
+        compressed_kv_cache_dtypes=("auto",),
         shapes_of=(("int4_per_head", ((8, 1024),)),),
     )  # fmt: skip
     assert [row.name for row in settings.rows()] == ["auto", "int4_per_head", "w4 auto"]

@@ -25,6 +25,7 @@ SHAPES = [
     (7, 24, 200, -1, 3, torch.float16),
     (4, 16, 1280, 128, 33, torch.bfloat16),
     (3, 50, 1152, 128, 70, torch.float16),
+    (3, 50, 256, 128, 140, torch.bfloat16),
 ]
 
 
@@ -118,13 +119,13 @@ def test_emulated_tables(bits, emulated):
 
 
 @pytest.mark.parametrize("capability", SHARED, ids=str)
-@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64])
 def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
     """For devices that are not there: every width fits, and one of them compiles."""
     monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
     for bits in range(2, 8):
         for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
-            chosen = low_bit_cuda._arrangement(rows // 32, bits, side_bytes, tokens, CPU)
+            chosen = low_bit_cuda._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
             assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
     layer = random_layer(3, 32, 128, 128, torch.bfloat16, CPU)
     matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3).matrix()
@@ -152,7 +153,7 @@ def test_arrangements(bits, shape):
 @gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("columns", [1, 12, 32, 100])
+@pytest.mark.parametrize("columns", [1, 12, 32, 100, 200])
 def test_tables(bits, columns):
     check(bits, 300, 4096, -1, columns, torch.bfloat16, torch.device("cuda", 0), table=True)
 
