@@ -38,7 +38,7 @@ def random_linear(form: Form, rows: int, inputs: int, dtype: torch.dtype, device
         zero += torch.randint(-1, 2, zero.shape, device=device, dtype=torch.int8)
     linear = QuantizedLinear(codes, uniform(rows, groups) / half, zero, uniform(rows, 2 * half) if form.table else None)
     if form.columns:
-        index = torch.linspace(0, inputs - 1, form.columns, device=device).int()
+        index = _spread(form.columns, inputs, device)
         if form.column_bits == 8:
             kept = torch.randint(-128, 128, (rows, form.columns), device=device, dtype=torch.int8)
             linear.columns = Columns(index, kept, uniform(rows) / 128)
@@ -47,8 +47,14 @@ def random_linear(form: Form, rows: int, inputs: int, dtype: torch.dtype, device
     if form.sparse:
         each = max(round(inputs * SPARSE_SHARE), 1)
         starts = torch.arange(rows + 1, device=device, dtype=torch.int32) * each
-        channels = torch.linspace(0, inputs - 1, each, device=device).int().repeat(rows)
+        channels = _spread(each, inputs, device).repeat(rows)
         linear.sparse = Sparse(starts, channels, uniform(rows * each))
     if form.rank:
         linear.low_rank = LowRank(uniform(rows, form.rank), uniform(form.rank, inputs))
     return linear
+
+
+def _spread(count: int, inputs: int, device: torch.device) -> Tensor:
+    """Return int32 [count], channels evenly spread."""
+    # In integers: PyTorch's default dtype is the model's here, which does not have all of them.
+    return (torch.arange(count, device=device) * inputs // count).int()

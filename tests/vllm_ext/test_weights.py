@@ -18,6 +18,7 @@ from quant_methods.formats.native_format import ACTIVATION_BITS, Form, NativeCon
 from quant_methods.formats.quantized import QuantizedLinear
 from tests.quant_methods.random_layers import random_layer
 from vllm_ext import plugin
+from vllm_ext.dummy_weights import random_linear
 from vllm_ext.weights_config import ParetoConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -244,3 +245,12 @@ def test_random_weights_of_a_shape(form: Form) -> None:
         y = finished(layer).quant_method.apply(layer, torch.randn(3, 128, dtype=torch.bfloat16))
     assert y.shape == (3, 192)
     assert 0 < y.float().abs().max() < 1
+
+
+def test_dummy_channels_are_those_of_the_layer_whatever_the_default_dtype() -> None:
+    """bfloat16, PyTorch's default while an engine loads, has not all integers above 256."""
+    layer = random_linear(Form(4, columns=41, sparse=True), 3, 4096, torch.bfloat16, torch.device("cpu"))
+    assert layer.columns is not None and layer.sparse is not None
+    for index in (layer.columns.index, layer.sparse.columns[: layer.sparse.starts[1]]):
+        assert index.min() >= 0 and index.max() < 4096
+        assert (index.diff() > 0).all()
