@@ -52,6 +52,7 @@ LINES = (
     "pareto:gptq-w4", "llm-compressor:gptq-w4",
     "pareto:awq-w4", "llm-compressor:awq-w4", "autoawq:awq-w4",
     "pareto:smoothquant-w8a8", "llm-compressor:smoothquant-w8a8",
+    "pareto:gptq-w3", "llm-compressor:gptq-w3",
 )  # fmt: skip
 COLOURS = {OURS: "#1f77b4", "llm-compressor": "#ff7f0e", "autogptq": "#2ca02c", "autoawq": "#9467bd"}
 
