@@ -105,6 +105,19 @@ def measure(
     return rows
 
 
+def fastest(rows: list[dict[str, Any]], keep: int) -> list[dict[str, Any]]:
+    """Return the fastest arrangements of each case, and what is chosen without measuring."""
+    kept: list[dict[str, Any]] = []
+    for case in dict.fromkeys(_case(row) for row in rows):
+        ordered = sorted((row for row in rows if _case(row) == case), key=lambda row: row["us"])
+        kept += ordered[:keep] + [row for row in ordered[keep:] if row["chosen"]]
+    return kept
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["weights"], tuple(row["matrix"]), row["columns"]
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     """Return lines: for each width and number of columns, the best for each matrix and the best one for all."""
     lines = ["(warps/row_warps/stages/blocks/whole/alone)"]
@@ -145,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ours", nargs="+", default=["3", "4"], choices=OURS, help="widths (default: 3 4)")
     parser.add_argument("--stages", nargs="+", type=int, default=[3, 4, 6], metavar="N", help="(default: 3 4 6)")
     parser.add_argument("--repeats", type=int, default=5, help="replays (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=6, metavar="N", help="fastest to keep of each (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
     args = parser.parse_args(argv)
     try:
@@ -159,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = []
         for what in args.ours:
             rows += measure(what, shapes, args.columns, args.stages, args.repeats)
-            write_json(args.out, {"schema": SCHEMA, "environment": environment(), "rows": rows})
+            document = {"schema": SCHEMA, "environment": environment(), "measured": len(rows)}
+            write_json(args.out, document | {"rows": fastest(rows, args.keep)})
             print(f"{what} bits: measured", file=sys.stderr, flush=True)
     except ParetoError as error:
         print(f"weight_kernel_tuning: error: {error}", file=sys.stderr)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from quant_methods.mixed_precision.sensitivity_plot import COLOURS, MARKERS, png
+
+NEAR_BITS, NEAR_DECADES = 0.15, 0.055
+"""Marks that are nearer than this in both directions share one place for their numbers."""
 
 
 def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -23,22 +27,23 @@ def plot(rows: list[dict[str, Any]], title: str) -> bytes:
 
     figure = Figure(figsize=(9, 5.4), layout="constrained", dpi=130)
     axes = figure.add_subplot()
-    families = list(dict.fromkeys(row["name"].split()[0] for row in rows))
+    families = list(dict.fromkeys(family(row) for row in rows))
     edge = frontier(rows)
     axes.plot(
         [row["bits_per_weight"] for row in edge], [_shown(row) for row in edge], color="#888888", linewidth=1,
         linestyle="--", zorder=1, label="best for its bits",
     )  # fmt: skip
-    for place, family in enumerate(families):
-        own = [row for row in rows if row["name"].split()[0] == family]
+    for place, name in enumerate(families):
+        own = [row for row in rows if family(row) == name]
         axes.plot(
             [row["bits_per_weight"] for row in own], [_shown(row) for row in own], MARKERS[place % len(MARKERS)],
-            color=COLOURS[place % len(COLOURS)], markersize=7, label=family, zorder=2,
+            color=COLOURS[(place + place // len(MARKERS)) % len(COLOURS)], markersize=7, label=name, zorder=2,
         )  # fmt: skip
-    for number, row in enumerate(rows, 1):
+    for numbers, at, where in labels(rows):
         axes.annotate(
-            str(number), (row["bits_per_weight"], _shown(row)), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+            ", ".join(map(str, numbers)), at, xytext=(7 * where, 4 if where > 0 else -3), textcoords="offset points",
+            fontsize=8, ha="left" if where > 0 else "right",
+        )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("bits a weight, everything included")
     axes.set_ylabel("KL divergence to the original, nats a token")
@@ -50,6 +55,54 @@ def plot(rows: list[dict[str, Any]], title: str) -> bytes:
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return png(figure)
+
+
+def family(row: dict[str, Any]) -> str:
+    """Return the methods of a row's recipe, and the bits of its activations where they are rounded."""
+    steps = row["recipe"]["steps"]
+    names = list(dict.fromkeys(step["method"] for step in steps))
+    extras = []
+    if any(step.get("outliers") for step in steps):
+        extras.append("outliers apart")
+    if any(step.get("rank") for step in steps):
+        extras.append("low rank")
+    if rounded := {step["activations"].removeprefix("int") for step in steps if "int" in step.get("activations", "")}:
+        extras.append(f"A{'/'.join(sorted(rounded))}")
+    if any("budget" in str(key) for key in row["settings"]):
+        extras.append("mixed bits")
+    return ", ".join([" + ".join(names), *extras])
+
+
+def labels(rows: list[dict[str, Any]]) -> list[tuple[list[int], tuple[float, float], int]]:
+    """Return where to write which numbers: those of marks close together in one place.
+
+    Returns:
+        Rows' numbers from 1, the point (bits, KL) that they belong to, and the side of it: 1 right, -1 left, where
+        other marks are on the right.
+
+    """
+    Mark = tuple[float, float]
+    found: list[tuple[list[int], list[Mark]]] = []
+    marks = [(row["bits_per_weight"], math.log10(_shown(row))) for row in rows]
+
+    def near(one: Mark, other: Mark, wide: float = 1, high: float = 1) -> bool:
+        return abs(one[0] - other[0]) < wide * NEAR_BITS and abs(one[1] - other[1]) < high * NEAR_DECADES
+
+    for i in sorted(range(len(rows)), key=lambda i: -marks[i][1]):
+        for numbers, own in found:
+            if any(near(marks[i], mark) for mark in own):
+                numbers.append(i + 1)
+                own.append(marks[i])
+                break
+        else:
+            found.append(([i + 1], [marks[i]]))
+    placed = []
+    for numbers, own in found:
+        last = max(own)
+        crowded = any(mark > last and mark not in own and near(mark, last, 4, 2) for mark in marks)
+        at = min(own) if crowded else last
+        placed.append((sorted(numbers), (at[0], 10 ** at[1]), -1 if crowded else 1))
+    return placed
 
 
 def _shown(row: dict[str, Any]) -> float:
