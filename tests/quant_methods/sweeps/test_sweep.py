@@ -20,7 +20,7 @@ from quant_methods.recipe import Calibration, Recipe, Step
 from quant_methods.recipe_file import load_recipe
 from quant_methods.sweeps import sweep as sweep_module
 from quant_methods.sweeps.file import load_sweep
-from quant_methods.sweeps.plot import frontier
+from quant_methods.sweeps.plot import family, frontier, labels
 from quant_methods.sweeps.sweep import SweepRun, markdown
 
 SMALL = "num_calibration_samples: [4], calibration_length: [32], kv_scales: [false]"
@@ -134,13 +134,26 @@ def test_results_of_something_else_are_not_mixed_in(
 
 
 ROW = {"name": "a", "bits_per_weight": 4.0, "checkpoint_bytes": 1, "kl": 0.1, "top1_agreement": 1.0, "perplexity": 2.0,
-       "compress_seconds": 1.0}  # fmt: skip
+       "compress_seconds": 1.0, "settings": {}, "recipe": {"steps": [{"method": "rtn"}]}}  # fmt: skip
 
 
 def test_the_frontier_is_what_nothing_beats() -> None:
     bits_and_kl = [(4, 0.1), (4, 0.2), (5, 0.3), (6, 0.05), (8, 0.05)]
     rows = [{"bits_per_weight": bits, "kl": kl} for bits, kl in bits_and_kl]
     assert frontier(rows) == [rows[0], rows[3]]
+
+
+def test_marks_are_named_by_what_was_done() -> None:
+    rotated = [{"method": "rotate"}, {"method": "gptq", "activations": "int8", "outliers": 0.01, "rank": 0}]
+    assert family({"recipe": {"steps": rotated}, "settings": {}}) == "rotate + gptq, outliers apart, A8"
+    mixed = [{"method": "gptq", "activations": "none"}, {"method": "gptq", "activations": "none", "rank": 8}]
+    assert family({"recipe": {"steps": mixed}, "settings": {"budget": "4bits"}}) == "gptq, low rank, mixed bits"
+
+
+def test_numbers_of_marks_close_together_share_a_place() -> None:
+    bits_and_kl = [(4.0, 0.100), (4.1, 0.101), (4.4, 0.099), (8.0, 0.1)]
+    places = labels([{"bits_per_weight": bits, "kl": kl} for bits, kl in bits_and_kl])
+    assert [(numbers, at[0], side) for numbers, at, side in places] == [([1, 2], 4.0, -1), ([4], 8.0, 1), ([3], 4.4, 1)]
 
 
 @pytest.mark.parametrize(
