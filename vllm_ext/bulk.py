@@ -42,7 +42,7 @@ logger = init_logger(__name__)
 
 FEW_SEQUENCES = 32
 """Of a server that may run no more than these at once (``--max-num-seqs``), 4-bit layers use the kernel of ours, which
-is the faster one for as many tokens a step; for more, vLLM's is (docs/compression.md has the times)."""
+is the faster one for as many tokens a step; for more, vLLM's is (docs/weight-format.md has the times)."""
 
 
 class Bulk(Protocol):
