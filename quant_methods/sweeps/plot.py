@@ -7,8 +7,10 @@ from typing import Any
 
 from quant_methods.mixed_precision.sensitivity_plot import COLOURS, MARKERS, png
 
-NEAR_BITS, NEAR_DECADES = 0.15, 0.055
-"""Marks that are nearer than this in both directions share one place for their numbers."""
+NEAR = 0.024, 0.02
+"""Marks that are nearer than these shares of the plot's width and height share one place for their numbers."""
+ROOM = 0.2
+"""Share of the plot's width that numbers left of a mark may need."""
 
 
 def frontier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,9 +86,12 @@ def labels(rows: list[dict[str, Any]]) -> list[tuple[list[int], tuple[float, flo
     Mark = tuple[float, float]
     found: list[tuple[list[int], list[Mark]]] = []
     marks = [(row["bits_per_weight"], math.log10(_shown(row))) for row in rows]
+    width, height = (max(max(axis) - min(axis), 1e-9) for axis in zip(*marks, strict=True))
+    left = min(marks)[0]
 
     def near(one: Mark, other: Mark, wide: float = 1, high: float = 1) -> bool:
-        return abs(one[0] - other[0]) < wide * NEAR_BITS and abs(one[1] - other[1]) < high * NEAR_DECADES
+        across, up = abs(one[0] - other[0]) / width, abs(one[1] - other[1]) / height
+        return across < wide * NEAR[0] and up < high * NEAR[1]
 
     for i in sorted(range(len(rows)), key=lambda i: -marks[i][1]):
         for numbers, own in found:
@@ -100,6 +105,7 @@ def labels(rows: list[dict[str, Any]]) -> list[tuple[list[int], tuple[float, flo
     for numbers, own in found:
         last = max(own)
         crowded = any(mark > last and mark not in own and near(mark, last, 4, 2) for mark in marks)
+        crowded = crowded and min(own)[0] - left > ROOM * width
         at = min(own) if crowded else last
         placed.append((sorted(numbers), (at[0], 10 ** at[1]), -1 if crowded else 1))
     return placed

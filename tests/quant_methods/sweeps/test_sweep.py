@@ -151,9 +151,13 @@ def test_marks_are_named_by_what_was_done() -> None:
 
 
 def test_numbers_of_marks_close_together_share_a_place() -> None:
-    bits_and_kl = [(4.0, 0.100), (4.1, 0.101), (4.4, 0.099), (8.0, 0.1)]
+    bits_and_kl = [(2.5, 0.1), (4.0, 0.0100), (4.1, 0.0101), (4.4, 0.0102), (8.0, 0.001)]
     places = labels([{"bits_per_weight": bits, "kl": kl} for bits, kl in bits_and_kl])
-    assert [(numbers, at[0], side) for numbers, at, side in places] == [([1, 2], 4.0, -1), ([4], 8.0, 1), ([3], 4.4, 1)]
+    assert [(numbers, at[0], side) for numbers, at, side in places] == [
+        ([1], 2.5, 1), ([4], 4.4, 1), ([2, 3], 4.0, -1), ([5], 8.0, 1)
+    ]  # fmt: skip
+    # Where there is no room on the left, numbers go to the right all the same.
+    assert [side for _, _, side in labels([{"bits_per_weight": b, "kl": k} for b, k in bits_and_kl[1:]])] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
