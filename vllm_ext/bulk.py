@@ -3,7 +3,7 @@
 | bulk | CPU | CUDA |
 | --- | --- | --- |
 | 8 bits, symmetric, one scale per channel, activations int8 | vLLM's int8 kernel | vLLM's int8 kernel |
-| 4 bits on a grid | vLLM's 4-bit kernel | ours for up to 32 sequences at once, else vLLM's (Machete, Marlin) |
+| 4 bits on a grid | vLLM's 4-bit kernel | ``low_bit_kernel.py`` for few sequences, else vLLM's (Machete, Marlin) |
 | 2 and 3 bits on a grid | vLLM's 4-bit kernel | ``quant_methods/kernels/low_bit_cuda.py`` |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
 | everything else | dequantized once at load | ``quant_methods/kernels/low_bit_cuda.py`` |
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import (
     MPLinearLayerConfig,
@@ -33,16 +32,11 @@ from vllm.model_executor.parameter import (
 )
 from vllm.scalar_type import scalar_types
 
-from kv_cache.errors import ParetoError
 from quant_methods.formats.native_format import Form, pack_codes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 
 logger = init_logger(__name__)
-
-FEW_SEQUENCES = 32
-"""Of a server that may run no more than these at once (``--max-num-seqs``), 4-bit layers use the kernel of ours, which
-is the faster one for as many tokens a step; for more, vLLM's is (docs/weight-format.md has the times)."""
 
 
 class Bulk(Protocol):
@@ -72,11 +66,6 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
     what = f"{form.bits}-bit {'look-up' if form.table else 'grid'} weights"
     if form.activations == "int8" and form.bits == 8 and per_channel and not zero_points and not form.table:
         return Int8Bulk(linear)
-    if form.bits == 4 and cuda and not form.table and most_sequences() <= FEW_SEQUENCES:
-        try:
-            return LowBitBulk(LowBitCUDA(*_parts(linear), dtype, form.bits))
-        except ParetoError:
-            pass  # A shape that it does not serve.
     if not form.table and (form.bits == 4 or (form.bits < 4 and not cuda) or (form.bits == 8 and cuda)):
         config = _mixed_config(linear, form, dtype, zero_points=zero_points)
         if config is not None:
@@ -87,18 +76,9 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
             else:
                 return MixedBulk(linear, config, kernel)
     if cuda:
-        return LowBitBulk(low_bit_module(*_parts(linear), dtype, form.bits))
+        return LowBitBulk(low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits))
     logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)
     return DenseBulk(linear.bulk().to(dtype))
-
-
-def most_sequences() -> int:
-    """Return how many sequences the engine that is being set up may run at once."""
-    return int(get_current_vllm_config().scheduler_config.max_num_seqs)
-
-
-def _parts(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return linear.codes, linear.scale, linear.zero_point, linear.table
 
 
 def _mixed_config(

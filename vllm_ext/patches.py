@@ -25,6 +25,18 @@ def apply() -> None:
     _add_dtypes()
     _choose_backend()
     _check_at_start()
+    _offer_kernel()
+
+
+def _offer_kernel() -> None:
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import PlatformEnum
+
+    from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
+
+    kernels = linear._POSSIBLE_KERNELS[PlatformEnum.CUDA]
+    if ParetoLowBitLinearKernel not in kernels:
+        kernels.insert(0, ParetoLowBitLinearKernel)
 
 
 def _add_dtypes() -> None:

@@ -22,6 +22,8 @@ from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
 
 FOLDER = Path(__file__).parent / "csrc"
+GROUPS = (32, 64, 128)
+"""Channels of a group."""
 MAX_TOKENS = 64
 """Of a launch of the kernel."""
 MAX_LAUNCHES = 2
@@ -111,7 +113,7 @@ class LowBitCUDA(nn.Module):
         if groups == 1:  # One scale for the whole row: every unit has it.
             groups, width = self.units, CHANNELS
             scale, zero_point = scale.expand(-1, groups), zero_point.expand(-1, groups)
-        if width not in (32, 64, 128) or width * groups < self.channels:
+        if width not in GROUPS or width * groups < self.channels:
             raise ParetoError(f"the low-bit kernel serves groups of 32, 64 or 128 channels, not of {width}")
         self.group_steps = width // 16
         magic = (128 if self.dtype == torch.bfloat16 else 1024) + (1 << (self.bits - 1))
