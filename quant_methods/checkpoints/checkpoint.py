@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import struct
@@ -27,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.foreign_formats import unpack_stream
 from quant_methods.formats.grid import Grid
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
@@ -112,12 +114,23 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
         zero = tensors.get(f"{name}.weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
         return QuantizedLinear(tensors[f"{name}.weight"], scale, zero)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
-    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], grid.bits, torch.Size((rows, columns)))
+    codes = _unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
     zero = torch.zeros(scale.shape, dtype=torch.int8)
     if not grid.symmetric:
-        packed = tensors[f"{name}.weight_zero_point"]
-        zero = unpack_from_int32(packed, grid.bits, torch.Size((rows, scale.shape[1])), packed_dim=0)
+        zero = _unpack(tensors[f"{name}.weight_zero_point"].T, grid.bits, rows).T.contiguous()
     return QuantizedLinear(codes, scale, zero)
+
+
+def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return int8 [rows, count], signed codes, from either packing of compressed-tensors.
+
+    Codes of 3, 5, 6 and 7 bits lie behind each other as one stream (as 0.19 packs them), or a word holds as many whole
+    ones as fit (0.17). The number of words tells the two apart, for counts of 96 or more and multiples of 32; with 2, 4
+    and 8 bits they are the same.
+    """
+    if words.shape[1] == math.ceil(count * bits / 32):
+        return (unpack_stream(words.T, bits, count).T - (1 << (bits - 1))).to(torch.int8).contiguous()
+    return unpack_from_int32(words.contiguous(), bits, torch.Size((len(words), count)))
 
 
 def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: list[str]) -> dict[str, Any]:

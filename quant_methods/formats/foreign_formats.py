@@ -27,26 +27,27 @@ GPTQ_BITS = (2, 3, 4, 8)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def unpack_stream(words: Tensor, bits: int) -> Tensor:
+def unpack_stream(words: Tensor, bits: int, count: int | None = None) -> Tensor:
     """Return the codes of a little-endian stream of bits.
 
     Args:
         words: int32 [n, columns]; each column is a stream, its first word lowest.
-        bits: of a code; ``32 * n`` is a multiple of it.
+        bits: of a code.
+        count: codes of a stream; None: as many as the words hold, of which ``32 * n`` is a multiple of ``bits``.
 
     Returns:
-        int32 [32 * n / bits, columns], unsigned codes.
+        int32 [count, columns], unsigned codes.
 
     Raises:
         ParetoError: the words hold no whole number of codes.
 
     """
     rows = words.shape[0]
-    if 32 * rows % bits:
+    if count is None and 32 * rows % bits:
         raise ParetoError(f"{rows} words of 32 bits do not hold a whole number of {bits}-bit codes")
     # Python's >> on a negative int32 drags the sign along; int64 with the sign cleared does not.
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
-    first = torch.arange(32 * rows // bits) * bits
+    first = torch.arange(32 * rows // bits if count is None else count, device=words.device) * bits
     word, offset = first // 32, first % 32
     joined = unsigned[word] | (unsigned[(word + 1).clamp(max=rows - 1)] << 32)
     return ((joined >> offset[:, None]) & ((1 << bits) - 1)).to(torch.int32)

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.checkpoints.checkpoint import unpack_linear
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.checkpoints.stored_layers import round_static
 from quant_methods.compress import compress
+from quant_methods.formats.grid import Grid
 from quant_methods.methods.rtn import RTN
 from quant_methods.model_source import resolve_model
 from quant_methods.recipe import Recipe
@@ -125,6 +128,30 @@ def test_compressed_tensors_with_sorted_channels(
         tiny_model, tmp_path / "unset", tensors | {"weight_g_idx": torch.full((COLUMNS,), -1)}, compressed({})
     )
     assert torch.equal(read(unset), expected(parts, torch.arange(COLUMNS) // 32))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 7])
+def test_compressed_tensors_of_both_packings(bits: int) -> None:
+    codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (128, 160), dtype=torch.int8)
+    zeros = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (128, 5), dtype=torch.int8)
+
+    def stream(rows: Tensor) -> Tensor:
+        """Codes of a row behind each other, by Python's integers."""
+        words = []
+        for row in rows.tolist():
+            whole = sum((code + (1 << (bits - 1))) << (bits * place) for place, code in enumerate(row))
+            words.append([whole >> shift & 0xFFFFFFFF for shift in range(0, bits * len(row), 32)])
+        return torch.tensor(words).to(torch.int32)
+
+    packings = {
+        "whole codes": (pack_to_int32(codes, bits), pack_to_int32(zeros, bits, packed_dim=0)),
+        "stream": (stream(codes), stream(zeros.T).T),
+    }
+    for name, (weight, zero) in packings.items():
+        tensors = {"a.weight_packed": weight, "a.weight_zero_point": zero, "a.weight_scale": torch.ones(128, 5)}
+        layer = unpack_linear("a", tensors | {"a.weight_shape": torch.tensor(codes.shape)}, Grid(bits, 32, False))
+        assert torch.equal(layer.codes, codes), name
+        assert torch.equal(layer.zero_point, zeros), name
 
 
 def test_eight_bits_with_static_activations(tiny_model: Path, tmp_path: Path) -> None:
