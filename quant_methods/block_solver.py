@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Statistics
 from quant_methods.checkpoints.storage import storage_of
+from quant_methods.formats.grid import static_scale
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.methods.gptq import relative_error
 from quant_methods.methods.outlier_split import split
@@ -89,13 +90,19 @@ class BlockSolver:
             self.say(name)
             step = self.plan.steps[full]
             if position != seen and hidden is not None:
-                ranges = any(self.plan.steps[self.decoder.name(index, n)].outliers for p, n in order if p == position)
+                own = [self.plan.steps[self.decoder.name(index, n)] for p, n in order if p == position]
+                ranges = any(one.outliers or one.static for one in own)
                 statistics = self.decoder.statistics(
                     index, block, hidden, stages=stages, position=position, original=original, ranges=ranges
                 )
                 seen = position
             linear = block.get_submodule(name)
             result = self._solve(full, linear.weight.data, statistics)
+            if step.static:
+                assert statistics is not None
+                assert statistics.ranges is not None
+                seen_inputs = statistics.ranges
+                result.input_scale = static_scale(seen_inputs.sample, seen_inputs.largest.max().item(), 8)
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
             linear.weight.copy_(result.read())

@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
     recipe.add_argument(
-        "--activations", choices=("none", "int8", "int6"), help="precision of activations at serving time"
+        "--activations",
+        choices=("none", "int8", "int6", "int8_static"),
+        help="precision of activations at serving time, scales per token or (static) calibrated",
     )
     recipe.add_argument("--search", choices=("minmax", "mse", "output"), help="how each group's range is chosen")
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")

@@ -120,6 +120,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
             "is none; add one, e.g. {method: rtn}"
         )
+    if any(step.static for step in weight_steps) and (tune or any(isinstance(t, BlockStep) for t in transforms)):
+        raise ParetoError(
+            f"recipe {recipe.name}: activations: int8_static has scales fixed by calibration, and tune and omniquant "
+            "train with those of each token; use int8 with them"
+        )
     for transform in transforms:
         if isinstance(transform, BlockStep):
             for follower in weight_steps:

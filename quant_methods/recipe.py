@@ -54,7 +54,8 @@ class WeightStep(Step):
         bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
         symmetric: without zero-points.
-        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time, per token.
+        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time with a scale
+            for each token, ``int8_static`` with one that calibration fixes for each layer.
         targets: globs over module names; the first step that matches a layer quantizes it.
         outliers: fraction of the input channels that is kept apart in more bits (``outlier_split.py``).
         outlier_bits: of a weight there: 16 or 8.
@@ -69,7 +70,7 @@ class WeightStep(Step):
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    activations: Literal["none", "int8", "int6"] = "none"
+    activations: Literal["none", "int8", "int6", "int8_static"] = "none"
     targets: tuple[str, ...] = ("*",)
     outliers: float = 0.0
     outlier_bits: int = 16
@@ -87,7 +88,12 @@ class WeightStep(Step):
     def needs_data(self) -> bool:
         """Whether the step looks at activations."""
         by_output = self.rank > 0 and self.rank_metric == "activations"
-        return self.outliers > 0 or by_output or HANDLERS[type(self)].needs_hessian(self)
+        return self.outliers > 0 or self.static or by_output or HANDLERS[type(self)].needs_hessian(self)
+
+    @property
+    def static(self) -> bool:
+        """Whether activations are rounded with scales that calibration fixes."""
+        return self.activations == "int8_static"
 
     @property
     def grid(self) -> Grid:
@@ -110,16 +116,24 @@ class WeightStep(Step):
             raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
         if self.rank < 0:
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
+        if self.static and not (self.bits == 8 and self.group_size == -1 and self.symmetric and self.plain):
+            raise ParetoError(
+                "activations: int8_static goes with 8-bit weights, group_size -1, symmetric, nothing beside them: "
+                "vLLM has no other kernel for it; int8 rounds per token, for weights of any kind"
+            )
 
     def stock_devices(self) -> tuple[str, ...]:
         """Return the devices on which stock vLLM 0.32 serves the result: ``cpu``, ``cuda``, or none.
 
         Its kernels are listed in its model_executor/kernels/linear: int8 activations by 8-bit symmetric weights with
         one scale per channel; 16-bit activations by 4-bit weights, and on CUDA (Marlin) by symmetric 8-bit weights.
-        Everything else is served by this plugin, from the format of ``native_format.py``.
+        Everything else is served by this plugin, from the format of ``native_format.py``. On CPUs with AMX vLLM rounds
+        activations per token whatever the checkpoint says, so that static scales are for CUDA.
         """
         if not self.plain:
             return ()
+        if self.static:
+            return ("cuda",)
         if self.activations == "int8":
             return ("cpu", "cuda") if self.bits == 8 and self.group_size == -1 and self.symmetric else ()
         if self.activations != "none" or self.bits not in (4, 8):

@@ -95,8 +95,9 @@ class Source:
 
 def pack_linear(name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
     """Return the tensors that store a quantized layer named ``name``."""
-    if step.activations == "int8":
-        return {f"{name}.weight": linear.codes.contiguous(), f"{name}.weight_scale": linear.scale.contiguous()}
+    if step.activations != "none":
+        stored = {f"{name}.weight": linear.codes.contiguous(), f"{name}.weight_scale": linear.scale.contiguous()}
+        return stored if linear.input_scale is None else stored | {f"{name}.input_scale": linear.input_scale}
     tensors = {
         f"{name}.weight_packed": pack_to_int32(linear.codes, step.bits).contiguous(),
         f"{name}.weight_scale": linear.scale.contiguous(),
@@ -112,7 +113,7 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
     scale = tensors[f"{name}.weight_scale"]
     if f"{name}.weight" in tensors:
         zero = tensors.get(f"{name}.weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
-        return QuantizedLinear(tensors[f"{name}.weight"], scale, zero)
+        return QuantizedLinear(tensors[f"{name}.weight"], scale, zero, input_scale=tensors.get(f"{name}.input_scale"))
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     codes = _unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
     zero = torch.zeros(scale.shape, dtype=torch.int8)
@@ -160,14 +161,14 @@ def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: li
             "num_bits": 8,
             "type": "int",
             "symmetric": True,
-            "strategy": "token",
-            "dynamic": True,
-            "observer": None,
+            "strategy": "tensor" if step.static else "token",
+            "dynamic": not step.static,
+            "observer": "minmax" if step.static else None,
         }
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "weights": weights,
-            "input_activations": activations if step.activations == "int8" else None,
+            "input_activations": activations if step.activations != "none" else None,
             "output_activations": None,
             "format": _format(step),
         }
@@ -185,7 +186,7 @@ def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: li
 
 
 def _format(step: WeightStep) -> str:
-    return "int-quantized" if step.activations == "int8" else "pack-quantized"
+    return "pack-quantized" if step.activations == "none" else "int-quantized"
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,9 @@ class Standard:
         """Return ``quantization_config``; see :class:`Storage`."""
         modules = _modules(parts)
         for name, step in plan.steps.items():
-            codes = "weight" if step.activations == "int8" else "weight_packed"
-            _refuse_unused(name, {codes, "weight_scale"} <= modules.get(name, {}).keys())
+            wanted = {"weight_packed" if step.activations == "none" else "weight", "weight_scale"}
+            wanted |= {"input_scale"} if step.static else set()
+            _refuse_unused(name, wanted <= modules.get(name, {}).keys())
         return checkpoint.quantization_config(plan.schemes, plan.ignored)
 
 

@@ -14,7 +14,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source, unpack_linear
 from quant_methods.formats import native_format
 from quant_methods.formats.foreign_formats import GPTQ_BITS, regrouped, unpack_awq, unpack_gptq
-from quant_methods.formats.grid import Grid, round_tokens
+from quant_methods.formats.grid import Grid, round_static, round_tokens
 from quant_methods.formats.native_format import ACTIVATION_BITS, QUANT_METHOD, NativeConfig
 from quant_methods.formats.quantized import QuantizedLinear
 
@@ -249,21 +249,6 @@ class CompressedTensors:
             f"{name}: activations are quantized as {settings}; expected integers, symmetric per token or static per "
             "tensor"
         )
-
-
-def round_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Round activations to integers with a scale and zero-point fixed at calibration, and read them back.
-
-    Args:
-        x: [..., channels] floating point.
-        scale: [1].
-        zero_point: [1], integral.
-        bits: of an integer.
-
-    """
-    top = (1 << (bits - 1)) - 1
-    scale, zero_point = scale.to(x.device), zero_point.to(x.device)
-    return (torch.clamp(torch.round(x / scale) + zero_point, -top - 1, top) - zero_point) * scale
 
 
 def _targets(pattern: str, name: str, module: nn.Module) -> bool:

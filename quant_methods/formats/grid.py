@@ -225,3 +225,38 @@ def round_tokens(x: Tensor, bits: int) -> Tensor:
     top = (1 << (bits - 1)) - 1
     scale = (x.abs().amax(-1, keepdim=True) / top).clamp(min=torch.finfo(x.dtype).tiny)
     return torch.round(x / scale).clamp(-top - 1, top) * scale
+
+
+def round_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Round activations to integers with a scale and zero-point fixed at calibration, and read them back.
+
+    Args:
+        x: [..., channels] floating point.
+        scale: [1].
+        zero_point: [1], integral.
+        bits: of an integer.
+
+    """
+    top = (1 << (bits - 1)) - 1
+    scale, zero_point = scale.to(x.device), zero_point.to(x.device)
+    return (torch.clamp(torch.round(x / scale) + zero_point, -top - 1, top) - zero_point) * scale
+
+
+def static_scale(sample: Tensor, largest: float, bits: int) -> Tensor:
+    """Return the symmetric scale, float32 [1], that rounds a layer's inputs with the least squared error.
+
+    Large models have single activations so large that covering them leaves nothing of the others: clipping is tried, down
+    to a hundredth of the largest.
+
+    Args:
+        sample: inputs [tokens, in].
+        largest: |x| over all calibration tokens.
+        bits: of an integer.
+
+    """
+    top = (1 << (bits - 1)) - 1
+    zero = sample.new_zeros(1)
+    scales = [torch.full_like(zero, max(largest, 1e-12) * 0.01 ** (step / 32) / top) for step in range(33)]
+    return min(
+        scales, key=lambda scale: (round_static(sample, scale, zero, bits) - sample).square().sum().item()
+    ).float()

@@ -88,6 +88,7 @@ class QuantizedLinear:
         columns: input channels kept apart; the codes there mean nothing.
         sparse: single weights to add.
         low_rank: a product to add.
+        input_scale: float32 [1], of activations that are rounded to 8 bits with a fixed scale.
 
     """
 
@@ -98,6 +99,7 @@ class QuantizedLinear:
     columns: Columns | None = None
     sparse: Sparse | None = None
     low_rank: LowRank | None = None
+    input_scale: Tensor | None = None
 
     @property
     def beside(self) -> bool:

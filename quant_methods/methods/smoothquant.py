@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.grid import nearest, round_tokens
+from quant_methods.formats.grid import nearest, round_static, round_tokens, static_scale
 from quant_methods.formats.native_format import ACTIVATION_BITS
 from quant_methods.recipe import ScalingProblem, TransformStep, register, transforms
 
@@ -64,7 +64,10 @@ def _error(problem: ScalingProblem, s: Tensor, targets: list[Tensor]) -> float:
     for weight, step, target in zip(problem.weights, problem.steps, targets, strict=True):
         if step is None:
             continue
-        bits = ACTIVATION_BITS[step.activations]
-        rounded = inputs if bits is None else round_tokens(inputs, bits)
+        if step.static:
+            rounded = round_static(inputs, static_scale(inputs, inputs.abs().max().item(), 8), inputs.new_zeros(1), 8)
+        else:
+            bits = ACTIVATION_BITS[step.activations]
+            rounded = inputs if bits is None else round_tokens(inputs, bits)
         total += (rounded @ nearest(weight * s, step.grid).T - target).square().sum().item()
     return total

@@ -17,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods import run as run_module
+from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import read_tensors, unpack_linear, write_tensors
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
@@ -101,6 +102,37 @@ def test_int8_activations_use_the_int_quantized_layout(tiny_model: Path, text_fi
     read = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"].float()
     assert torch.allclose(read, original[f"{name}.weight"].float(), atol=0.02 * original[f"{name}.weight"].abs().max())
     assert str(report.serving) == "stock vLLM on CPU and CUDA"
+
+
+def test_static_scales_are_those_of_the_inputs(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    step = RTN(bits=8, group_size=-1, symmetric=True, activations="int8_static")
+    report = compress(tiny_model, recipe(step), tmp_path / "out", text=text_file)
+    assert str(report.serving) == "stock vLLM on CUDA"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    assert group["format"] == "int-quantized"
+    assert (group["input_activations"]["dynamic"], group["input_activations"]["strategy"]) == (False, "tensor")
+
+    tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    scales = {key.removesuffix(".input_scale"): t for key, t in tensors.items() if key.endswith(".input_scale")}
+    assert len(scales) == 21
+    assert all(scale.dtype == torch.float32 and scale.shape == (1,) for scale in scales.values())
+    layer = "model.layers.1.self_attn."
+    assert scales[f"{layer}q_proj"] == scales[f"{layer}k_proj"] == scales[f"{layer}v_proj"] != scales[f"{layer}o_proj"]
+
+    # What serving computes with them is near the original, and each lies within reach of its inputs' largest.
+    tokens = load_sequences(tiny_model, text_file, 4, 64)
+    original, served = load_reference(tiny_model), load_reference(tmp_path / "out")
+    seen: dict[str, float] = {}
+    for name in scales:
+        original.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].abs().max().item())
+        )
+    with torch.no_grad():
+        base, found = (model(tokens).logits.log_softmax(-1) for model in (original, served))
+    assert 0 < (base.exp() * (base - found)).sum(-1).mean() < 0.05
+    for name, scale in scales.items():
+        assert 0.3 * seen[name] < 127 * scale.item() < 1.1 * seen[name]
 
 
 def test_other_files_and_provenance_travel_along(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

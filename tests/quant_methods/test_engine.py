@@ -98,6 +98,7 @@ def serving(recipe: Recipe) -> Serving:
 
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
+STATIC = [name for name in CASES if any(isinstance(step, WeightStep) and step.static for step in CASES[name].steps)]
 # Checkpoints that are damaged before they are served: 8 bits for stock vLLM, 6 in the format of ours.
 DAMAGED = {"damaged gptq-w8": "gptq-w8", "damaged gptq-w6": "gptq-w6"}
 
@@ -367,7 +368,7 @@ def kernel_on_cpu(step: WeightStep, *, plugin: bool) -> tuple[str, str, tuple[st
     return "DenseBulk", "NoneType", None
 
 
-@pytest.mark.parametrize("name", CUDA_ONLY)
+@pytest.mark.parametrize("name", [name for name in CUDA_ONLY if name not in STATIC])
 def test_what_is_for_cuda_alone_is_said_to_be_and_refused_here(
     name: str, compressed: dict[str, Compressed], served: Served
 ) -> None:
@@ -376,8 +377,23 @@ def test_what_is_for_cuda_alone_is_said_to_be_and_refused_here(
     assert "CPUWNA16LinearKernel cannot implement" in served.of(case)["error"]
 
 
-def test_built_in_recipes_for_cuda_alone_are_those_with_8_bits_and_16_bit_activations() -> None:
-    assert CUDA_ONLY == ["gptq-w8a16", "rtn-w8a16"]
+def test_built_in_recipes_for_cuda_alone_have_8_bits_and_16_bit_activations_or_static_scales() -> None:
+    assert ["gptq-w8a16", "rtn-w8a16", *STATIC] == CUDA_ONLY
+    assert STATIC == ["smoothquant-w8a8-static"]
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_scales_load_and_are_near_what_they_mean(
+    name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
+) -> None:
+    """On CPUs with AMX vLLM takes a scale for each token instead, which is why they are said to be for CUDA."""
+    case = compressed[name]
+    assert str(case.report.serving) == "stock vLLM on CUDA"
+    meant = expected(case.out).exact
+    found = divergence(meant, served.of(case)["logits"].log_softmax(-1))
+    assert found < 2 * divergence(expected(case.model).exact, meant)
+    original, _ = read_tensors(case.out / "model.safetensors")
+    assert sum(key.endswith(".input_scale") for key in original) == 14
 
 
 def test_without_the_plugin_vllm_refuses_the_format_of_ours(compressed: dict[str, Compressed], served: Served) -> None:

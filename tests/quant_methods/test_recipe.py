@@ -73,6 +73,10 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: rtn, outlier_bits: 4}]", "outlier_bits: 4 is neither 8 nor 16"),
         ("steps: [{method: gptq, rank: -1}]", "rank: -1 is negative"),
         ("steps: [{method: gptq, damping: 0}]", "damping: 0.0 is not in"),
+        (
+            "steps: [{method: rtn, bits: 4, activations: int8_static}]",
+            "int8_static goes with 8-bit weights, group_size -1",
+        ),
         ("ignore: lm_head", "ignore: expected a list of strings"),
         ("calibration: {samples: 3}", "calibration: unknown key 'samples'; valid keys: length, num_samples, seed"),
         ("calibration: {num_samples: 0}", "at least 1 sequence"),

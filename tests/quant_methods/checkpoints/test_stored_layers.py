@@ -15,9 +15,8 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import unpack_linear
 from quant_methods.checkpoints.reference import load_reference
-from quant_methods.checkpoints.stored_layers import round_static
 from quant_methods.compress import compress
-from quant_methods.formats.grid import Grid
+from quant_methods.formats.grid import Grid, round_static
 from quant_methods.methods.rtn import RTN
 from quant_methods.model_source import resolve_model
 from quant_methods.recipe import Recipe

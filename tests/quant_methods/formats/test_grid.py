@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quant_methods.formats.grid import Grid, dequantize, expand, fit, round_to_grid
+from quant_methods.formats.grid import Grid, dequantize, expand, fit, round_static, round_to_grid, static_scale
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (32, 128, -1) for symmetric in (True, False)]
 
@@ -92,3 +92,19 @@ def test_one_scale_for_the_tensor_is_that_of_its_weights_in_one_row(symmetric: b
     assert (scale[0], zero[0]) == (one[0], centre[0])
     by_row, _ = fit(weight, Grid(4, -1, symmetric), hessian, search)  # type: ignore[arg-type]
     assert len(by_row.unique()) > 1
+
+
+def test_a_static_scale_loses_least_on_the_sample() -> None:
+    sample = torch.randn(400, 32)
+    zero = torch.zeros(1)
+
+    def loss(scale: torch.Tensor) -> float:
+        return (round_static(sample, scale, zero, 8) - sample).square().sum().item()
+
+    largest = sample.abs().max().item()
+    found = static_scale(sample, largest, 8)
+    assert found.shape == (1,)
+    tried = [torch.tensor([largest * part / 127]) for part in torch.linspace(0.02, 1.2, 200).tolist()]
+    assert loss(found) <= 1.05 * min(map(loss, tried))
+    # One token far out, which was not in the sample, is clipped rather than the others lost.
+    assert static_scale(sample, 1000 * largest, 8).item() < 20 * found.item()
