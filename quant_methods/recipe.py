@@ -54,8 +54,8 @@ class WeightStep(Step):
         bits: of a code, 2 to 8.
         group_size: input channels that share a scale: 32, 64 or 128, or -1 for one scale per output channel.
         symmetric: without zero-points.
-        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time with a scale
-            for each token, ``int8_static`` with one that calibration fixes for each layer.
+        activations: ``none`` keeps activations in 16 bits; ``int8`` and ``int6`` round them at serving time with a
+            scale for each token, ``int8_static`` with one that calibration fixes for each layer.
         targets: globs over module names; the first step that matches a layer quantizes it.
         outliers: fraction of the input channels that is kept apart in more bits (``outlier_split.py``).
         outlier_bits: of a weight there: 16 or 8.

@@ -239,14 +239,15 @@ def round_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
     """
     top = (1 << (bits - 1)) - 1
     scale, zero_point = scale.to(x.device), zero_point.to(x.device)
-    return (torch.clamp(torch.round(x / scale) + zero_point, -top - 1, top) - zero_point) * scale
+    codes = torch.clamp(torch.round(x / scale) + zero_point, -top - 1, top)
+    return ((codes - zero_point) * scale).to(x.dtype)
 
 
 def static_scale(sample: Tensor, largest: float, bits: int) -> Tensor:
     """Return the symmetric scale, float32 [1], that rounds a layer's inputs with the least squared error.
 
-    Large models have single activations so large that covering them leaves nothing of the others: clipping is tried, down
-    to a hundredth of the largest.
+    Large models have single activations so large that covering them leaves nothing of the others: clipping is tried,
+    down to a hundredth of the largest.
 
     Args:
         sample: inputs [tokens, in].
@@ -256,7 +257,9 @@ def static_scale(sample: Tensor, largest: float, bits: int) -> Tensor:
     """
     top = (1 << (bits - 1)) - 1
     zero = sample.new_zeros(1)
-    scales = [torch.full_like(zero, max(largest, 1e-12) * 0.01 ** (step / 32) / top) for step in range(33)]
-    return min(
-        scales, key=lambda scale: (round_static(sample, scale, zero, bits) - sample).square().sum().item()
-    ).float()
+    scales = [torch.full_like(zero, max(largest, 1e-12) * 0.01 ** (step / 96) / top) for step in range(97)]
+
+    def lost(scale: Tensor) -> float:
+        return (round_static(sample, scale, zero, bits) - sample).square().sum().item()
+
+    return min(scales, key=lost).float()
