@@ -9,7 +9,6 @@ its own row among zeros: so the work depends on how many weights the tile's rows
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +24,8 @@ ENOUGH_PROGRAMS = 128
 """That keep a device busy; tiles grow, which reads inputs less often, while as many programs are left."""
 MOST_CHANNELS = 256
 """Of kept columns, or of a low-rank product, at once."""
+REGISTERS = 128
+"""Allowed a thread. Told nothing, ptxas keeps to 32 where it can, and waits for some loads before it starts others."""
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _stored(inputs, values, at, last):
 
 @triton.jit
 def _inputs(x, channel, token, asked, TURNED: tl.constexpr, TOKENS: tl.constexpr):
-    """Return inputs [tokens, channels]; turned ones are [channels, TOKENS], with padding that may be read."""
+    """Return inputs [tokens, channels]: from [channels, TOKENS], with padding that may be read, or of one token."""
     if TURNED:
         return tl.load(x + channel[None, :] * TOKENS + token[:, None])
     return tl.load(x + channel[None, :] + token[:, None], mask=asked[:, None], other=0)
@@ -118,7 +119,7 @@ def tile(out: int, tokens: int, *, sparse: bool) -> tuple[int, int]:
     if sparse:
         return SPARSE_ROWS, tokens
     rows, own = 32, TOKENS[0]
-    while triton.cdiv(out, 2 * rows * own) * tokens >= ENOUGH_PROGRAMS and (rows < MOST_ROWS or own < tokens):
+    while out * tokens // (2 * rows * own) >= ENOUGH_PROGRAMS and (rows < MOST_ROWS or own < tokens):
         rows, own = (2 * rows, own) if rows < MOST_ROWS else (rows, 2 * own)
     return rows, own
 
@@ -153,6 +154,6 @@ def add(
         tokens, out, kept, rank, y.stride(0), x.stride(0), 0 if low is None else low.stride(0),
         KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]), RANK=chunks[1],
         RANK_CHUNKS=triton.cdiv(rank, chunks[1]), SPARSE=sparse, TURNED=turned is not x, STORED=STORED, ROWS=rows,
-        TOKENS=own, num_warps=8 if rows * own > 1024 or rows == MOST_ROWS else 4,
+        TOKENS=own, num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS,
     )  # fmt: skip
     return result

@@ -250,7 +250,9 @@ def test_random_weights_of_a_shape(form: Form) -> None:
 def test_dummy_channels_are_those_of_the_layer_whatever_the_default_dtype() -> None:
     """bfloat16, PyTorch's default while an engine loads, has not all integers above 256."""
     layer = random_linear(Form(4, columns=41, sparse=True), 3, 4096, torch.bfloat16, torch.device("cpu"))
-    assert layer.columns is not None and layer.sparse is not None
+    assert layer.columns is not None
+    assert layer.sparse is not None
     for index in (layer.columns.index, layer.sparse.columns[: layer.sparse.starts[1]]):
-        assert index.min() >= 0 and index.max() < 4096
+        assert index.min() >= 0
+        assert index.max() < 4096
         assert (index.diff() > 0).all()
