@@ -134,7 +134,8 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
     """Return a row for each kind of weight and number of columns: the layer's time and that of each matrix."""
     makers: dict[str, Callable[[int, int], tuple[list[Product], int]]] = {"bfloat16": dense, "Marlin, 4 bits": marlin}
     for what in ours:
-        makers[f"ours, {what} bits"] = functools.partial(low_bit, what)
+        bulk, plus, part = what.partition("+")
+        makers[f"ours, {bulk} bits{plus and ' + '}{part}"] = functools.partial(low_bit, what)
     rows = []
     for name, make in makers.items():
         seconds: dict[int, list[float]] = {count: [] for count in columns}

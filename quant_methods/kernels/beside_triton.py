@@ -19,19 +19,30 @@ STORED = 128
 """Stored weights at a time."""
 SPARSE_ROWS = 16
 """Output channels of a program where there is a sparse part: each stored weight is compared with every one of them."""
-MOST_ROWS = 128
+MOST_ROWS, MOST_TOKENS = 128, 32
+"""Of a program where there is none."""
 ENOUGH_PROGRAMS = 128
 """That keep a device busy; tiles grow, which reads inputs less often, while as many programs are left."""
 MOST_CHANNELS = 256
-"""Of kept columns, or of a low-rank product, at once."""
+"""Of kept columns, or of a low-rank product, at once: all are asked for before any is waited for."""
+SMALL = 1024
+"""Numbers of a tile above which half as many have to do, for lack of registers and shared memory."""
 REGISTERS = 128
 """Allowed a thread. Told nothing, ptxas keeps to 32 where it can, and waits for some loads before it starts others."""
 
 
 @triton.jit
+def _inputs(x, channel, token, asked, x_token, TURNED: tl.constexpr, TOKENS: tl.constexpr):
+    """Return inputs [tokens, channels] of x [tokens, in] or, turned, [in, TOKENS], whose padding may be read."""
+    if TURNED:
+        return tl.load(x + channel[None, :] * TOKENS + token[:, None])
+    return tl.load(x + token[:, None] * x_token + channel[None, :], mask=asked, other=0)
+
+
+@triton.jit
 def _dense(
     total, x, index, ends, row, token, asked, there, out, channels, x_token,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INDEXED: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INDEXED: tl.constexpr, TURNED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Return the total [tokens, rows] with some input channels' products added; ends is [channels, out]."""
     for part in tl.static_range(CHUNKS):
@@ -41,8 +52,7 @@ def _dense(
         if INDEXED:
             channel = tl.load(index + at, mask=inside, other=0)
         weight = tl.load(ends + at[:, None] * out + row[None, :], mask=inside[:, None] & there[None, :], other=0)
-        place = token[:, None] * x_token + channel[None, :]
-        begun = tl.load(x + place, mask=asked[:, None] & inside[None, :], other=0)
+        begun = _inputs(x, channel, token, asked[:, None] & inside[None, :], x_token, TURNED, TOKENS)
         total = tl.dot(begun, weight, total)
     return total
 
@@ -54,17 +64,9 @@ def _stored(inputs, values, at, last):
     return tl.load(inputs + at, mask=inside, other=0), tl.load(values + at, mask=inside, other=0)
 
 
-@triton.jit
-def _inputs(x, channel, token, asked, TURNED: tl.constexpr, TOKENS: tl.constexpr):
-    """Return inputs [tokens, channels]: from [channels, TOKENS], with padding that may be read, or of one token."""
-    if TURNED:
-        return tl.load(x + channel[None, :] * TOKENS + token[:, None])
-    return tl.load(x + channel[None, :] + token[:, None], mask=asked[:, None], other=0)
-
-
 @triton.jit(do_not_specialize=["tokens", "kept", "rank"])
 def _add(
-    y, x, turned, low, index, ends, starts, inputs, values, result,
+    y, x, low, index, ends, starts, inputs, values, result,
     tokens, out, kept, rank, y_token, x_token, low_token,
     KEPT: tl.constexpr, KEPT_CHUNKS: tl.constexpr, RANK: tl.constexpr, RANK_CHUNKS: tl.constexpr,
     SPARSE: tl.constexpr, TURNED: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -79,12 +81,13 @@ def _add(
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     if KEPT_CHUNKS:
         total = _dense(
-            total, x, index, ends, row, token, asked, there, out, kept, x_token, KEPT, KEPT_CHUNKS, True
+            total, x, index, ends, row, token, asked, there, out, kept, x_token,
+            KEPT, KEPT_CHUNKS, True, TURNED, TOKENS,
         )  # fmt: skip
     if RANK_CHUNKS:
-        up = ends + kept * out
         total = _dense(
-            total, low, index, up, row, token, asked, there, out, rank, low_token, RANK, RANK_CHUNKS, False
+            total, low, index, ends + kept * out, row, token, asked, there, out, rank, low_token,
+            RANK, RANK_CHUNKS, False, False, TOKENS,
         )  # fmt: skip
     if SPARSE:
         begin = tl.load(starts + row, mask=there, other=0)
@@ -94,10 +97,10 @@ def _add(
         at = first + tl.arange(0, STORED)
         # Weights are asked for two rounds ahead, their inputs one.
         channel, value = _stored(inputs, values, at, last)
-        begun = _inputs(turned, channel, token, asked, TURNED, TOKENS)
+        begun = _inputs(x, channel, token, asked[:, None], x_token, TURNED, TOKENS)
         channel, later = _stored(inputs, values, at + STORED, last)
         for _ in tl.range(first, last, STORED, num_stages=1):
-            next_begun = _inputs(turned, channel, token, asked, TURNED, TOKENS)
+            next_begun = _inputs(x, channel, token, asked[:, None], x_token, TURNED, TOKENS)
             channel, latest = _stored(inputs, values, at + 2 * STORED, last)
             own = (at[:, None] >= begin[None, :]) & (at[:, None] < end[None, :])
             total = tl.dot(begun, tl.where(own, value[:, None], 0.0).to(value.dtype), total)
@@ -118,8 +121,8 @@ def tile(out: int, tokens: int, *, sparse: bool) -> tuple[int, int]:
     """
     if sparse:
         return SPARSE_ROWS, tokens
-    rows, own = 32, TOKENS[0]
-    while out * tokens // (2 * rows * own) >= ENOUGH_PROGRAMS and (rows < MOST_ROWS or own < tokens):
+    rows, own, most = 32, TOKENS[0], min(tokens, MOST_TOKENS)
+    while out * tokens // (2 * rows * own) >= ENOUGH_PROGRAMS and (rows < MOST_ROWS or own < most):
         rows, own = (2 * rows, own) if rows < MOST_ROWS else (rows, 2 * own)
     return rows, own
 
@@ -141,19 +144,20 @@ def add(
     (tokens, out), bound = y.shape, next(most for most in TOKENS if most >= y.shape[0])
     kept, rank, sparse = 0 if index is None else len(index), 0 if low is None else low.shape[1], starts is not None
     y, x, low = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (y, x, low))
-    turned = x
-    if sparse and tokens > 1:
+    turned = sparse and tokens > 1
+    if turned:
         # A channel's inputs beside each other: apart, each would cost every stored weight a sector of its own.
-        turned = x.new_empty(x.shape[1], bound)
-        turned[:, :tokens] = x.T
+        x, straight = x.new_empty(x.shape[1], bound), x
+        x[:, :tokens] = straight.T
     rows, own = tile(out, bound, sparse=sparse)
-    chunks = [min(max(triton.next_power_of_2(count), 16), MOST_CHANNELS) for count in (kept, rank)]
+    most = MOST_CHANNELS if rows * own <= SMALL else MOST_CHANNELS // 2
+    chunks = [min(max(triton.next_power_of_2(count), 16), most) for count in (kept, rank)]
     result = y.new_empty(tokens, out)
     _add[(triton.cdiv(out, rows), triton.cdiv(tokens, own))](
-        y, x, turned, low, index, ends, starts, inputs, values, result,
+        y, x, low, index, ends, starts, inputs, values, result,
         tokens, out, kept, rank, y.stride(0), x.stride(0), 0 if low is None else low.stride(0),
         KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]), RANK=chunks[1],
-        RANK_CHUNKS=triton.cdiv(rank, chunks[1]), SPARSE=sparse, TURNED=turned is not x, STORED=STORED, ROWS=rows,
+        RANK_CHUNKS=triton.cdiv(rank, chunks[1]), SPARSE=sparse, TURNED=turned, STORED=STORED, ROWS=rows,
         TOKENS=own, num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS,
     )  # fmt: skip
     return result

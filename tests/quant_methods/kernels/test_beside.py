@@ -183,14 +183,14 @@ def test_it_is_an_operator_that_compilers_can_trace():
 @kernel
 @pytest.mark.parametrize("out", [16, 4096, 6144, 28672, 128256])
 def test_tiles_keep_a_device_busy_and_cover_the_tokens(out):
-    from quant_methods.kernels.beside_triton import ENOUGH_PROGRAMS, TOKENS, tile
+    from quant_methods.kernels.beside_triton import ENOUGH_PROGRAMS, MOST_ROWS, MOST_TOKENS, TOKENS, tile
 
     for tokens in TOKENS:
         rows, own = tile(out, tokens, sparse=False)
         assert tokens % own == 0
         programs = -(-out // rows) * (tokens // own)
         assert programs >= ENOUGH_PROGRAMS or (rows, own) == (32, 8)
-        assert rows * own <= 128 * 64
+        assert rows * own <= MOST_ROWS * MOST_TOKENS
         assert tile(out, tokens, sparse=True)[1] == tokens
 
 
