@@ -1,5 +1,8 @@
 """Time of a decoding step's products with quantized weights on a GPU, without an engine: ours, vLLM's Marlin, bfloat16.
 
+``4+columns`` and ``3-table+sparse`` are ours with what lies beside the bulk: 1% of the input channels kept apart, 0.45%
+of the weights stored singly. The rows without it say what that costs.
+
 The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs over
 enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored bytes, beside
 that of a copy on the same device.
@@ -23,11 +26,18 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.errors import ParetoError
+from quant_methods.formats.quantized import Sparse
+from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 
 SCHEMA = "vllm-pareto/gpu-weight-kernel/1"
 MISTRAL = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table")
+BESIDE = ("4+columns", "3-table+sparse")
+KEPT_SHARE = 0.01
+"""Of input channels: LLM.int8's outliers."""
+SPARSE_SHARE = 0.0045
+"""Of weights (Kim et al., SqueezeLLM, 2023, section 4.2)."""
 BYTES_IN_TURN = 512 << 20
 """Weights that the calls of one graph read in turn, at least: ten times the L2 cache of an H100."""
 MOST_COPIES = 48
@@ -59,9 +69,37 @@ def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCU
 
 
 def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
-    """Return products with several of our matrices, and the bytes that the kernel reads of one."""
-    matrices, stored = low_bit_matrices(what, rows, channels)
-    return [matrix.apply for matrix in matrices], stored
+    """Return products with several of our matrices, and the bytes that the kernels read of one."""
+    bulk, _, part = what.partition("+")
+    matrices, stored = low_bit_matrices(bulk, rows, channels)
+    if not part:
+        return [matrix.apply for matrix in matrices], stored
+    first = random_columns(rows, channels) if part == "columns" else random_sparse(rows, channels)
+    first.prepare(channels)
+    stored += sum(t.numel() * t.element_size() for t in first.buffers())
+    parts = [first, *(copy.deepcopy(first) for _ in matrices[1:])]
+
+    def product(matrix: LowBitCUDA, beside: Beside, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = beside(matrix.apply(x), x)
+        return result
+
+    return [functools.partial(product, matrix, beside) for matrix, beside in zip(matrices, parts, strict=True)], stored
+
+
+def random_columns(rows: int, channels: int) -> Beside:
+    """Return input channels kept apart."""
+    kept = round(channels * KEPT_SHARE)
+    index = torch.randperm(channels, device="cuda")[:kept].sort().values
+    return Beside(index, torch.randn(rows, kept, device="cuda"), None, None, torch.bfloat16)
+
+
+def random_sparse(rows: int, channels: int) -> Beside:
+    """Return weights stored singly, of which rows have numbers that differ by chance."""
+    chosen = torch.rand(rows, channels, device="cuda") < SPARSE_SHARE
+    starts = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int()
+    columns = chosen.nonzero()[:, 1].int()
+    sparse = Sparse(starts, columns, torch.randn(len(columns), device="cuda", dtype=torch.bfloat16))
+    return Beside(None, None, None, sparse, torch.bfloat16)
 
 
 def marlin(rows: int, channels: int) -> tuple[list[Product], int]:
@@ -96,7 +134,8 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
     """Return a row for each kind of weight and number of columns: the layer's time and that of each matrix."""
     makers: dict[str, Callable[[int, int], tuple[list[Product], int]]] = {"bfloat16": dense, "Marlin, 4 bits": marlin}
     for what in ours:
-        makers[f"ours, {what} bits"] = functools.partial(low_bit, what)
+        bulk, plus, part = what.partition("+")
+        makers[f"ours, {bulk} bits{plus and ' + '}{part}"] = functools.partial(low_bit, what)
     rows = []
     for name, make in makers.items():
         seconds: dict[int, list[float]] = {count: [] for count in columns}
@@ -148,7 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrices", nargs="+", default=list(MISTRAL), metavar="ROWSxCHANNELS", help="of a layer")
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 8, 16, 32, 64], metavar="N", help="batch sizes")
-    parser.add_argument("--ours", nargs="+", default=list(OURS), choices=OURS, help="widths of ours (default: all)")
+    parser.add_argument(
+        "--ours", nargs="+", default=[*OURS, *BESIDE], choices=(*OURS, *BESIDE), help="ours (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="replays (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from quant_methods.formats.grid import round_tokens
 from quant_methods.formats.native_format import ACTIVATION_BITS, Form
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import stack
-from quant_methods.kernels.sparse import sparse_linear
+from quant_methods.kernels.beside import Beside
 from vllm_ext.bulk import make_bulk
 
 
@@ -44,23 +44,10 @@ class ServedLinear(nn.Module):
         self.bulk = make_bulk(bulk, form, dtype)
         self.activation_bits = None if self.bulk.rounds else ACTIVATION_BITS[form.activations]
         self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("index", index, persistent=False)
-        low = linear.low_rank
-        self.register_buffer("down", None if low is None else low.down.to(dtype).contiguous(), persistent=False)
-        # Columns and the low-rank product end in one multiplication, which adds to the bulk's result.
-        ends = [] if columns is None else [columns.to(dtype)]
-        ends += [] if low is None else [low.up.to(dtype)]
-        self.register_buffer("ends", torch.cat(ends, 1).T.contiguous() if ends else None, persistent=False)
-        sparse = linear.sparse
-        rows, inputs, values = (
-            (None, None, None)
-            if sparse is None
-            else (sparse.rows(), sparse.columns.long(), sparse.values.to(dtype).contiguous())
-        )
-        self.register_buffer("sparse_rows", rows, persistent=False)
-        self.register_buffer("sparse_columns", inputs, persistent=False)
-        self.register_buffer("sparse_values", values, persistent=False)
-        self.out = linear.codes.shape[0]
+        self.beside = None
+        if linear.beside:
+            self.beside = Beside(index, columns, linear.low_rank, linear.sparse, dtype)
+            self.beside.prepare(codes.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out] with inputs [..., in]."""
@@ -70,14 +57,9 @@ class ServedLinear(nn.Module):
         if self.activation_bits is not None:
             rounded = round_tokens(rounded.float(), self.activation_bits).to(x.dtype)
         y = self.bulk.apply(rounded)
-        begun = [] if self.index is None else [x.index_select(1, self.index)]
-        if self.down is not None:
-            begun.append(nn.functional.linear(x, self.down))
-        if begun:
-            y = torch.addmm(y, torch.cat(begun, 1) if len(begun) > 1 else begun[0], self.ends)
-        if self.sparse_rows is not None:
-            y = y + sparse_linear(x, self.sparse_rows, self.sparse_columns, self.sparse_values, self.out)
-        return y.reshape(*shape, self.out)
+        if self.beside is not None:
+            y = self.beside(y, x)
+        return y.reshape(*shape, y.shape[-1])
 
 
 def serve(linears: Sequence[QuantizedLinear], forms: Sequence[Form], dtype: torch.dtype) -> list[ServedLinear]:

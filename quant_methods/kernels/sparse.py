@@ -1,8 +1,4 @@
-"""Products with a layer's sparse part, in plain PyTorch.
-
-Registered as an operator of its own, ``pareto::sparse_linear``: which way it goes depends on the number of tokens, and
-compilers should not look inside.
-"""
+"""Products with a layer's sparse part, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,21 +13,24 @@ ROWS_AT_ONCE = 1024
 """Output channels made dense at a time."""
 
 
-@torch.library.custom_op("pareto::sparse_linear", mutates_args=())
-def sparse_linear(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor, out: int) -> Tensor:
-    """Return the product of inputs with a sparse weight.
+def sparse_linear(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Return the product of inputs with a sparse weight in compressed rows.
 
     Args:
         x: [tokens, in].
-        rows: int64 [n], each stored weight's output channel, rising.
-        columns: int64 [n], its input channel.
+        starts: int32 [out + 1], where each output channel's weights begin.
+        columns: int32 [n], their input channels.
         values: [n] in ``x``'s dtype.
-        out: output channels.
 
     Returns:
         [tokens, out] in ``x``'s dtype; sums are taken in float32.
 
     """
+    out = len(starts) - 1
+    # Told how many there will be, it need not wait for a GPU's count.
+    rows = torch.repeat_interleave(
+        torch.arange(out, device=x.device), starts.diff().long(), output_size=values.shape[0]
+    )
     if x.shape[0] <= FEW_TOKENS:
         products = x.index_select(1, columns).float() * values.float()
         sums = torch.zeros((x.shape[0], out), dtype=torch.float32, device=x.device)
@@ -46,8 +45,3 @@ def sparse_linear(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor, out:
         dense.index_copy_(0, torch.where(inside, place, dense.shape[0] - 1), values)
         result[:, start : start + count] = functional.linear(x, dense[:-1].view(count, x.shape[1]))
     return result
-
-
-@sparse_linear.register_fake
-def _(x: Tensor, rows: Tensor, columns: Tensor, values: Tensor, out: int) -> Tensor:
-    return x.new_empty((x.shape[0], out))

@@ -1,0 +1,145 @@
+"""What lies beside a layer's bulk (kept columns, a low-rank product, single weights), added to the bulk's result.
+
+One operator, ``pareto::add_beside``: which way it goes depends on the device and the number of tokens, and compilers
+should not look inside. While decoding on CUDA each of PyTorch's operations on so little costs more to launch than to
+run; there one kernel does it all (``beside_triton.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quant_methods.formats.quantized import LowRank, Sparse
+from quant_methods.kernels.sparse import sparse_linear
+
+FUSED_TOKENS = 64
+"""Up to so many tokens the kernel does it, on CUDA."""
+
+
+class Beside(nn.Module):
+    """Adds to products with a layer's bulk.
+
+    Args:
+        index: int [k], input channels kept apart, or None.
+        columns: [out, k], what is to be added for them.
+        low_rank: a product to add, or None.
+        sparse: single weights to add, or None.
+        dtype: 16-bit dtype of inputs and outputs.
+
+    """
+
+    def __init__(
+        self,
+        index: Tensor | None,
+        columns: Tensor | None,
+        low_rank: LowRank | None,
+        sparse: Sparse | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        ends = [] if columns is None else [columns]
+        ends += [] if low_rank is None else [low_rank.up]
+        tensors = {
+            "index": None if index is None else index.int(),
+            "down": None if low_rank is None else low_rank.down.to(dtype).contiguous(),
+            "ends": torch.cat([end.to(dtype) for end in ends], 1).T.contiguous() if ends else None,
+            "starts": None if sparse is None else sparse.starts,
+            "inputs": None if sparse is None else sparse.columns,
+            "values": None if sparse is None else sparse.values.to(dtype),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the layer's product [tokens, out] from the bulk's and the inputs [tokens, in]."""
+        low = None if self.down is None else nn.functional.linear(x, self.down)
+        return add_beside(y, x, low, self.index, self.ends, self.starts, self.inputs, self.values)
+
+    def prepare(self, width: int) -> None:
+        """Compile and load what decoding needs, so that nothing waits for it, or does it while a graph is captured.
+
+        Args:
+            width: input channels.
+
+        """
+        of = self.ends if self.values is None else self.values
+        if not of.is_cuda:
+            return
+        from quant_methods.kernels.beside_triton import TOKENS
+
+        out = len(self.starts) - 1 if self.ends is None else self.ends.shape[1]
+        for tokens in (1, *TOKENS):
+            self(of.new_zeros(tokens, out), of.new_zeros(tokens, width))
+
+
+@torch.library.custom_op("pareto::add_beside", mutates_args=())
+def add_beside(
+    y: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    index: Tensor | None,
+    ends: Tensor | None,
+    starts: Tensor | None,
+    inputs: Tensor | None,
+    values: Tensor | None,
+) -> Tensor:
+    """Return the bulk's result with what lies beside it added.
+
+    Args:
+        y: [tokens, out] bfloat16 or float16, the bulk's result.
+        x: [tokens, in] in the same dtype, as all floating-point numbers here.
+        low: [tokens, rank], inputs that have gone through the first matrix of a low-rank product, or None.
+        index: int32 [k], input channels kept apart, or None.
+        ends: [k + rank, out], contiguous: weights of the channels kept apart, then of the low-rank product; None if
+            there is neither.
+        starts: int32 [out + 1], where each output channel's single weights begin, or None.
+        inputs: int32 [n], their input channels.
+        values: [n], the weights.
+
+    Returns:
+        [tokens, out] in the dtype of y. The kernel sums in float32 and rounds once.
+
+    """
+    if y.is_cuda and 0 < len(y) <= FUSED_TOKENS:
+        from quant_methods.kernels.beside_triton import add  # Triton, which an installation for CPUs may lack.
+
+        return add(y, x, low, index, ends, starts, inputs, values)
+    return add_beside_in_torch(y, x, low, index, ends, starts, inputs, values)
+
+
+@add_beside.register_fake
+def _(
+    y: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    index: Tensor | None,
+    ends: Tensor | None,
+    starts: Tensor | None,
+    inputs: Tensor | None,
+    values: Tensor | None,
+) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def add_beside_in_torch(
+    y: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    index: Tensor | None,
+    ends: Tensor | None,
+    starts: Tensor | None,
+    inputs: Tensor | None,
+    values: Tensor | None,
+) -> Tensor:
+    """Do as :func:`add_beside` says, in plain PyTorch; a contiguous tensor of its own is returned."""
+    begun = [] if index is None else [x.index_select(1, index)]
+    begun += [] if low is None else [low]
+    if begun:
+        assert ends is not None
+        y = torch.addmm(y, torch.cat(begun, 1) if len(begun) > 1 else begun[0], ends)
+    if starts is not None:
+        assert inputs is not None
+        assert values is not None
+        y = y + sparse_linear(x, starts, inputs, values)
+    return y

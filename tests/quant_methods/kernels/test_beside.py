@@ -1,0 +1,203 @@
+"""What lies beside a layer's bulk, by PyTorch and by the Triton kernel, against float64 on new random inputs each run.
+
+Where there is no CUDA device the kernel runs in Triton's interpreter, on the CPU. Triton chooses its interpreter when
+it is imported, so those tests run in a process of their own; in float16, since it has no products in bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from quant_methods.formats.quantized import LowRank, Sparse
+from quant_methods.kernels.beside import FUSED_TOKENS, Beside, add_beside, add_beside_in_torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+kernel = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device")
+
+CASES = [
+    # tokens, out, in, kept columns, rank, sparse
+    (1, 37, 64, 5, 0, False),
+    (3, 70, 640, 300, 0, False),
+    (8, 16, 50, 0, 3, False),
+    (1, 37, 300, 0, 0, True),
+    (8, 33, 300, 0, 0, True),
+    (3, 21, 70, 17, 20, True),
+    (33, 40, 70, 0, 2, True),
+    (33, 40, 70, 9, 0, False),
+    (64, 20, 48, 3, 1, False),
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = random.SystemRandom().randrange(2**31)
+    torch.manual_seed(value)
+    print(f"seed {value}")
+
+
+def apart(*shape, dtype, device):
+    """Rows that lie apart, with poison between them."""
+    storage = torch.full((shape[0], shape[1] + 24), torch.nan, dtype=dtype, device=device)
+    storage[:, 8 : 8 + shape[1]] = torch.randn(shape, device=device)
+    return storage[:, 8 : 8 + shape[1]]
+
+
+def make(out, width, kept, rank, sparse, dtype, device):
+    """Return what lies beside a bulk, and its weight in float64."""
+    weight = torch.zeros(out, width, dtype=torch.float64)
+    index = columns = low_rank = singles = None
+    if kept:
+        index = torch.randperm(width)[:kept].sort().values.int()
+        columns = torch.randn(out, kept).to(dtype)
+        weight[:, index.long()] += columns.double()
+    if rank:
+        low_rank = LowRank(torch.randn(out, rank).to(dtype), (torch.randn(rank, width) / 8).to(dtype))
+    if sparse:
+        # Rows without any, rows with a few, a row with all, and none at the end.
+        chosen = torch.rand(out, width) < torch.rand(out, 1) ** 4
+        chosen[[0, out // 2, out - 1]] = False
+        chosen[out // 3] = True
+        dense = torch.where(chosen, torch.randn(out, width), 0).to(dtype)
+        weight += dense.double()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
+        singles = Sparse(starts, chosen.nonzero()[:, 1].int(), dense[chosen])
+    return Beside(index, columns, low_rank, singles, dtype).to(device), weight.to(device)
+
+
+def expected(beside, weight, y, x):
+    wanted = y.double() + x.double() @ weight.T
+    if beside.down is not None:
+        kept = len(beside.ends) - len(beside.down)
+        # The first product is rounded, like any other of the model.
+        wanted += torch.nn.functional.linear(x, beside.down).double() @ beside.ends[kept:].double()
+    return wanted
+
+
+def arguments(beside, y, x):
+    low = None if beside.down is None else torch.nn.functional.linear(x, beside.down)
+    return y, x, low, beside.index, beside.ends, beside.starts, beside.inputs, beside.values
+
+
+def rounded_once(result, wanted):
+    """Whether numbers are off by half a unit in the last place, and by what float32 sums may add."""
+    bound = torch.finfo(result.dtype).eps / 2 * wanted.abs() + 2e-5 * wanted.abs().max()
+    return bool(((result.double() - wanted).abs() <= bound).all())
+
+
+def poisoned(new_empty):
+    def of(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    return of
+
+
+@pytest.mark.gpu
+@kernel
+@pytest.mark.parametrize(("tokens", "out", "width", "kept", "rank", "sparse"), CASES)
+def test_the_kernel_adds_what_the_weights_mean(tokens, out, width, kept, rank, sparse, monkeypatch):
+    from quant_methods.kernels.beside_triton import add
+
+    beside, weight = make(out, width, kept, rank, sparse, DTYPE, DEVICE)
+    y, x = (apart(tokens, size, dtype=DTYPE, device=DEVICE) for size in (out, width))
+    wanted = expected(beside, weight, y, x)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    result = add(*arguments(beside, y, x))
+    assert result.shape == (tokens, out)
+    assert result.is_contiguous()
+    assert rounded_once(result, wanted)
+
+
+@pytest.mark.gpu
+@kernel
+def test_a_sparse_part_may_be_empty():
+    from quant_methods.kernels.beside_triton import add
+
+    beside, _ = make(40, 32, 0, 0, True, DTYPE, DEVICE)
+    beside.starts.zero_()
+    beside.inputs, beside.values = beside.inputs[:0], beside.values[:0]
+    y, x = (apart(2, size, dtype=DTYPE, device=DEVICE) for size in (40, 32))
+    assert torch.equal(add(*arguments(beside, y, x)), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kept", "rank", "sparse"), [(41, 0, False), (143, 32, False), (300, 16, True), (0, 0, True)])
+def test_graphs_replay_it(kept, rank, sparse, dtype):
+    """Shapes of a model, every number of tokens that is arranged in another way, and one past the kernel's."""
+    out, width = 6144, 4096
+    beside, weight = make(out, width, kept, rank, False, dtype, "cuda")
+    if sparse:
+        chosen = torch.rand(out, width) < 0.005
+        dense = torch.where(chosen, torch.randn(out, width), 0).to(dtype)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
+        beside.starts, beside.inputs = starts.cuda(), chosen.nonzero()[:, 1].int().cuda()
+        beside.values = dense[chosen].cuda()
+        weight += dense.double().cuda()
+    beside.prepare(width)
+    for tokens in (1, 2, 8, 9, 17, 32, 33, 64, 65):
+        y, x = (apart(tokens, size, dtype=dtype, device="cuda") for size in (out, width))
+        beside(y, x)  # What cuBLAS allocates is not to be captured.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = beside(y, x)
+        y.copy_(torch.randn(y.shape))
+        x.copy_(torch.randn(x.shape))
+        graph.replay()
+        wanted = expected(beside, weight, y, x)
+        assert (
+            rounded_once(result, wanted)
+            if tokens <= FUSED_TOKENS
+            else torch.allclose(result.double(), wanted, rtol=0.02, atol=0.02 * wanted.std().item())
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Triton")
+@pytest.mark.parametrize(("tokens", "out", "width", "kept", "rank", "sparse"), CASES)
+def test_pytorch_adds_what_the_weights_mean(tokens, out, width, kept, rank, sparse):
+    beside, weight = make(out, width, kept, rank, sparse, torch.float32, "cpu")
+    y, x = (apart(tokens, size, dtype=torch.float32, device="cpu") for size in (out, width))
+    torch.testing.assert_close(beside(y, x).double(), expected(beside, weight, y, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Triton")
+def test_it_is_an_operator_that_compilers_can_trace():
+    beside, _ = make(21, 40, 3, 2, True, torch.float32, "cpu")
+    y, x = torch.randn(4, 21), torch.randn(4, 40)
+    torch.library.opcheck(add_beside, arguments(beside, y, x))
+    assert torch.equal(add_beside(*arguments(beside, y, x)), add_beside_in_torch(*arguments(beside, y, x)))
+    assert not y.isnan().any()
+
+
+@pytest.mark.gpu
+@kernel
+@pytest.mark.parametrize("out", [16, 4096, 6144, 28672, 128256])
+def test_tiles_keep_a_device_busy_and_cover_the_tokens(out):
+    from quant_methods.kernels.beside_triton import ENOUGH_PROGRAMS, MOST_ROWS, MOST_TOKENS, TOKENS, tile
+
+    for tokens in TOKENS:
+        rows, own = tile(out, tokens, sparse=False)
+        assert tokens % own == 0
+        programs = -(-out // rows) * (tokens // own)
+        assert programs >= ENOUGH_PROGRAMS or (rows, own) == (32, 8)
+        assert rows * own <= MOST_ROWS * MOST_TOKENS
+        assert tile(out, tokens, sparse=True)[1] == tokens
+
+
+@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    assert f"{len(CASES) + 6} passed" in result.stdout
