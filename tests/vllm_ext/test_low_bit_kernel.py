@@ -23,12 +23,16 @@ from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
 ROWS, INPUTS = 64, 256
 
 
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameter_module, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter_module, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device would answer, and a kernel that runs here."""
     monkeypatch.setattr(low_bit_kernel.current_platform, "is_cuda", lambda: True)
-    monkeypatch.setattr(parameter_module, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(parameter_module, "get_tensor_model_parallel_world_size", lambda: 1)
     monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
     monkeypatch.setattr(low_bit_cuda.LowBitCUDA, "prepare", lambda self: None)
@@ -81,12 +85,34 @@ def test_not_on_a_cpu() -> None:
         assert ParetoLowBitLinearKernel.can_implement(config()) == (False, "it is for CUDA")
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
-@pytest.mark.parametrize("inputs_first", [False, True], ids=["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("group_size", [32, -1])
+CASES = [
+    pytest.mark.parametrize("zero_points", [False, True]),
+    pytest.mark.parametrize("inputs_first", [False, True], ids=["compressed-tensors", "gptq"]),
+    pytest.mark.parametrize("group_size", [32, -1]),
+]
+
+
+def every_case(test):
+    for mark in CASES:
+        test = mark(test)
+    return test
+
+
+@every_case
 def test_it_computes_what_the_parameters_mean(
     cuda: None, zero_points: bool, inputs_first: bool, group_size: int
 ) -> None:
+    check("cpu", zero_points=zero_points, inputs_first=inputs_first, group_size=group_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_case
+def test_it_does_on_a_device(zero_points: bool, inputs_first: bool, group_size: int) -> None:
+    check("cuda", zero_points=zero_points, inputs_first=inputs_first, group_size=group_size)
+
+
+def check(device: str, *, zero_points: bool, inputs_first: bool, group_size: int) -> None:
     groups = 1 if group_size == -1 else INPUTS // group_size
     codes = torch.randint(0, 16, (ROWS, INPUTS))
     scale = (torch.rand(ROWS, groups) + 0.5).bfloat16()
@@ -99,7 +125,7 @@ def test_it_computes_what_the_parameters_mean(
         extra = {} if packed is None else {"packed_factor": 8, "packed_dim": 1 - packed if flip else packed}
         if kind is not PackedColumnParameter:
             extra["input_dim"] = 0 if flip else 1
-        made = data.T.contiguous() if flip else data.contiguous()
+        made = (data.T if flip else data).contiguous().to(device)
         return kind(data=made, output_dim=1 if flip else 0, weight_loader=lambda *_: None, **extra)
 
     layer = nn.Module()
@@ -115,6 +141,6 @@ def test_it_computes_what_the_parameters_mean(
 
     x = torch.randn(2, 3, INPUTS, dtype=torch.bfloat16)
     bias = torch.randn(ROWS, dtype=torch.bfloat16)
-    found = kernel.apply_weights(layer, x, bias).double()
+    found = kernel.apply_weights(layer, x.to(device), bias.to(device)).double().cpu()
     expected = x.double() @ weight.T + bias.double()
     assert (found - expected).norm() < 5e-3 * expected.norm()
