@@ -47,6 +47,8 @@ class GPTQ(WeightStep):
         search: how each group's range is chosen, ``minmax``, ``mse`` or ``output``.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         upstream: make up for the error of the layers before.
+        upstream_damping: likewise added to the Hessian that the shift of ``upstream`` is solved with; None: as damping.
+            The shift is a regression on the calibration data, and little of it is fitted too closely.
 
     """
 
@@ -54,12 +56,17 @@ class GPTQ(WeightStep):
     search: Search = "mse"
     damping: float = 0.01
     upstream: bool = True
+    upstream_damping: float | None = None
 
     def check(self) -> None:
         """Refuse a damping that is no positive fraction, and what vLLM cannot serve."""
         super().check()
         if not 0 < self.damping <= 1:
             raise ParetoError(f"damping: {self.damping} is not in (0, 1]; the paper's value is 0.01")
+        if self.upstream_damping is not None and not 0 < self.upstream_damping <= 100:
+            raise ParetoError(
+                f"upstream_damping: {self.upstream_damping} is not in (0, 100]; 1 is good for little calibration data"
+            )
 
 
 @handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
@@ -71,6 +78,8 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
 
     """
     hessian, factor = factorize(finite(problem), step.damping)
+    if step.upstream and step.upstream_damping is not None:
+        _, factor = factorize(finite(problem), step.upstream_damping)
     weight = aim(problem, factor)
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(

@@ -150,3 +150,33 @@ def test_upstream_correction_moves_the_output_towards_the_originals() -> None:
     plain, corrected, both = error(), error(cross=cross), error(cross=cross, residual=residual)
     assert corrected < 0.7 * plain
     assert both < 0.7 * corrected
+
+
+def test_upstream_damping_keeps_little_data_from_being_fitted_too_closely() -> None:
+    generator = torch.Generator().manual_seed(11)
+    weight, _ = problem(48, 128, seed=11)
+
+    def drawn(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs of the original and the quantized model, and what the residual stream has lost: noise, mostly."""
+        original = torch.randn(count, 128, generator=generator, dtype=torch.float64)
+        inputs = 0.9 * original + 0.3 * torch.randn(count, 128, generator=generator, dtype=torch.float64)
+        return original, inputs, torch.randn(count, 48, generator=generator, dtype=torch.float64)
+
+    original, inputs, lost = drawn(400)
+    statistics = {
+        "cross": ((original - inputs).T @ inputs / 400).float(), "residual": (lost.T @ inputs / 400).float()
+    }  # fmt: skip
+    fresh = drawn(20000)
+
+    def error(**settings: float | bool) -> float:
+        step = GPTQ(group_size=128, bits=8, **settings)
+        extra = statistics if step.upstream else {}
+        result = quantize(step, as_problem(weight, inputs.T @ inputs / 400, **extra))
+        read = (result.codes.double() - result.zero_point.double()) * result.scale.double()
+        return (fresh[0] @ weight.T + fresh[2] - fresh[1] @ read.T).square().mean().item()
+
+    assert error(upstream_damping=1.0) < 0.8 * error()
+    assert error(upstream_damping=0.01) == error()
+    assert error(upstream_damping=100.0) == pytest.approx(error(upstream=False), rel=0.02)
+    with pytest.raises(ParetoError, match=r"upstream_damping: 0.0 is not in \(0, 100\]; 1 is good for little"):
+        GPTQ(upstream_damping=0.0).check()
