@@ -43,6 +43,7 @@ from quant_methods.compress import compress
 from quant_methods.model_source import fingerprint, resolve_model
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
+from quant_methods.run import RECIPE_FILE
 
 SCHEMA = "vllm-pareto/compare-compressors/1"
 OURS = "pareto"
@@ -109,6 +110,33 @@ def in_own_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
     """Return what a function returns in a new process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def make(
+    line: Line,
+    model: Path,
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    text: Path | None,
+    device: str,
+    python: Path | None,
+    create_environment: bool = False,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Let a line's tool write a checkpoint, in a process of its own, and return what it cost."""
+    if line.tool == OURS:
+        progress(0, 0, f"{line.tool} {recipe.name}")
+        given = str(text) if text else None
+        return in_own_process(make_ours, str(model), recipe, str(checkpoint), given, device)
+    report = compress_with(
+        BACKENDS[line.tool], model, recipe, checkpoint, text=text, device=device, python=python,
+        create_environment=create_environment, overwrite=True, progress=progress,
+    )  # fmt: skip
+    made = read_json(checkpoint / RECIPE_FILE)
+    assert made is not None
+    fields = ("seconds", "peak_memory", "peak_device_memory", "shims")
+    return {name: getattr(report, name) for name in fields} | {"versions": made["backend"]["versions"]}
 
 
 class Comparison:
@@ -183,19 +211,10 @@ class Comparison:
     def _make(self, line: Line, recipe: Recipe, checkpoint: Path) -> dict[str, Any]:
         args = self.args
         args.checkpoints.mkdir(parents=True, exist_ok=True)
-        if line.tool == OURS:
-            self._show(0, 0, f"{line.tool} {recipe.name}")
-            text = str(args.text) if args.text else None
-            return in_own_process(make_ours, str(self.folder), recipe, str(checkpoint), text, args.device)
-        report = compress_with(
-            BACKENDS[line.tool], self.folder, recipe, checkpoint, text=args.text, device=args.device,
-            python=self.pythons.get(line.tool), create_environment=args.create_environment, overwrite=True,
-            progress=self._show,
+        return make(
+            line, self.folder, recipe, checkpoint, text=args.text, device=args.device,
+            python=self.pythons.get(line.tool), create_environment=args.create_environment, progress=self._show,
         )  # fmt: skip
-        made = read_json(checkpoint / "pareto_recipe.json")
-        return {name: getattr(report, name) for name in ("seconds", "peak_memory", "peak_device_memory", "shims")} | {
-            "versions": made["backend"]["versions"]
-        }
 
     def _measure(self, checkpoint: Path, line: Line) -> dict[str, Any]:
         if self.yardstick is None:

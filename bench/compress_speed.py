@@ -24,12 +24,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 
-from bench.compare_compressors import OURS, Line, in_own_process, make_ours, pythons
+from bench.compare_compressors import OURS, Line, make, pythons
 from bench.environment import environment
 from bench.files import read_json, write_json, write_text
 from kv_cache.errors import ParetoError
-from quant_methods.backends.environment import BACKENDS
-from quant_methods.backends.run import compress_with
 from quant_methods.model_source import INDEX, read_config, resolve_model
 from quant_methods.recipe_file import load_recipe
 
@@ -94,19 +92,11 @@ def measure(line: Line, args: argparse.Namespace, bar: Progress) -> dict[str, An
     calibration = dataclasses.replace(recipe.calibration, num_samples=args.num_sequences, length=args.length)
     recipe = dataclasses.replace(recipe, calibration=calibration, kv_scales=False)
     out = args.work / line.slug
-    bar.update(task, description=line.slug)
-    if line.tool == OURS:
-        cost = in_own_process(make_ours, str(model), recipe, str(out), str(args.text), args.device)
-    else:
-        report = compress_with(
-            BACKENDS[line.tool], model, recipe, out, text=args.text, device=args.device,
-            python=pythons(args.backend_python).get(line.tool), overwrite=True,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total or None, description=what),
-        )  # fmt: skip
-        fields = ("seconds", "peak_memory", "peak_device_memory", "shims")
-        made = read_json(out / "pareto_recipe.json")
-        assert made is not None
-        cost = {name: getattr(report, name) for name in fields} | {"versions": made["backend"]["versions"]}
+    cost = make(
+        line, model, recipe, out, text=args.text, device=args.device,
+        python=pythons(args.backend_python).get(line.tool),
+        progress=lambda done, total, what: bar.update(task, completed=done, total=total or None, description=what),
+    )  # fmt: skip
     bar.remove_task(task)
     shutil.rmtree(out)
     settings = {

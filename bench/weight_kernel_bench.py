@@ -182,6 +182,19 @@ def table(rows: list[dict[str, Any]], ceiling: float) -> str:
     return "\n".join([*lines, "", f"A copy on this device: {ceiling / 1e9:,.0f} GB/s."])
 
 
+def sizes(words: list[str]) -> list[tuple[int, int]]:
+    """Return the (rows, channels) that ``--matrices`` names.
+
+    Raises:
+        ParetoError: a word is not ROWSxCHANNELS.
+
+    """
+    try:
+        return [(int(rows), int(channels)) for rows, channels in (word.split("x") for word in words)]
+    except ValueError:
+        raise ParetoError(f"--matrices {' '.join(words)}: expected ROWSxCHANNELS, e.g. 4096x14336") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -196,12 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not torch.cuda.is_available():
             raise ParetoError("no CUDA device here: this measures a GPU's kernels")
-        try:
-            matrices = [(int(rows), int(channels)) for rows, channels in (m.split("x") for m in args.matrices)]
-        except ValueError:
-            raise ParetoError(
-                f"--matrices {' '.join(args.matrices)}: expected ROWSxCHANNELS, e.g. 4096x14336"
-            ) from None
+        matrices = sizes(args.matrices)
         ceiling = copy_rate()
         rows = measure(matrices, args.columns, args.ours, args.repeats)
         document = {

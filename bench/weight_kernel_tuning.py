@@ -24,7 +24,7 @@ import torch
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import graph_seconds
-from bench.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices
+from bench.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices, sizes
 from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import RESERVED_SHARED
 from kv_cache.gpu.nvrtc import compile_cubin
@@ -164,12 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not torch.cuda.is_available():
             raise ParetoError("no CUDA device here: this measures a GPU's kernels")
-        try:
-            shapes = [(int(rows), int(channels)) for rows, channels in (m.split("x") for m in args.matrices)]
-        except ValueError:
-            raise ParetoError(
-                f"--matrices {' '.join(args.matrices)}: expected ROWSxCHANNELS, e.g. 4096x14336"
-            ) from None
+        shapes = sizes(args.matrices)
         rows = []
         for what in args.ours:
             rows += measure(what, shapes, args.columns, args.stages, args.repeats)

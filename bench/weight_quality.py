@@ -23,6 +23,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.quality import Quality, Yardstick
 from quant_methods.model_source import resolve_model
+from quant_methods.run import RECIPE_FILE
 
 SCHEMA = "vllm-pareto/weight-quality/1"
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [{"checkpoint": folder.name, "bits": 16.0, **row(yardstick.original())}]
         for checkpoint in track(args.checkpoints, description="checkpoints"):
             quality, bits = yardstick.measure(checkpoint)
-            recipe = checkpoint / "pareto_recipe.json"
+            recipe = checkpoint / RECIPE_FILE
             made = json.loads(recipe.read_text()) if recipe.is_file() else {}
             rows.append(
                 {

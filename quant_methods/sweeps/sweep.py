@@ -30,7 +30,7 @@ from quant_methods.mixed_precision.budget import Loss
 from quant_methods.mixed_precision.mixed import check_budget, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.model_source import digest, fingerprint, resolve_model
-from quant_methods.run import locked
+from quant_methods.run import RECIPE_FILE, locked
 from quant_methods.sweeps.file import Point, Sweep
 from quant_methods.sweeps.plot import plot
 
@@ -218,7 +218,7 @@ class SweepRun:
                 )
         seconds = time.monotonic() - started
         quality, bits = yardstick.measure(place, lambda step, steps: show(step, steps, "evaluation"))
-        provenance = json.loads((place / "pareto_recipe.json").read_text())
+        provenance = json.loads((place / RECIPE_FILE).read_text())
         return {
             "name": point.name,
             "key": self.keys[number],

@@ -9,8 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -24,6 +22,7 @@ from kv_cache.formats import HEAD_SIZES, get_format
 from kv_cache.layout import PageLayout
 from tests.kv_cache.empty_pages import empty_pages
 from tests.kv_cache.gpu.random_batch import relative_error
+from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -255,7 +254,4 @@ def test_refusals():
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    run_interpreted(__file__)

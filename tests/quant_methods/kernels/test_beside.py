@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 
 from quant_methods.formats.quantized import LowRank, Sparse
 from quant_methods.kernels.beside import FUSED_TOKENS, Beside, add_beside, add_beside_in_torch
+from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -196,8 +195,4 @@ def test_tiles_keep_a_device_busy_and_cover_the_tokens(out):
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert f"{len(CASES) + 6} passed" in result.stdout
+    assert f"{len(CASES) + 6} passed" in run_interpreted(__file__)

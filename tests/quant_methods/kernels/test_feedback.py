@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 
 from quant_methods.formats.grid import Grid, dequantize, fit
 from quant_methods.methods.gptq import BLOCK, _Groups, feed_back, solve
+from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -91,8 +90,4 @@ def test_solve_takes_it():
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
-    assert "4 passed" in result.stdout
+    assert "4 passed" in run_interpreted(__file__)
