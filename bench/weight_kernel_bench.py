@@ -75,15 +75,13 @@ def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
     if not part:
         return [matrix.apply for matrix in matrices], stored
     first = random_columns(rows, channels) if part == "columns" else random_sparse(rows, channels)
-    first.prepare(channels)
+    first.prepare(channels, functools.partial(matrices[0].apply, beside=first))
     stored += sum(t.numel() * t.element_size() for t in first.buffers())
     parts = [first, *(copy.deepcopy(first) for _ in matrices[1:])]
 
-    def product(matrix: LowBitCUDA, beside: Beside, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = beside(matrix.apply(x), x)
-        return result
-
-    return [functools.partial(product, matrix, beside) for matrix, beside in zip(matrices, parts, strict=True)], stored
+    return [
+        functools.partial(matrix.apply, beside=beside) for matrix, beside in zip(matrices, parts, strict=True)
+    ], stored
 
 
 def random_columns(rows: int, channels: int) -> Beside:

@@ -1,6 +1,6 @@
 """Which arrangement of the low-bit kernel's work is fastest: every one in question, checked and timed on a GPU.
 
-For each width and number of columns, the arrangements of ``quant_methods/kernels/low_bit_cuda.py`` on each of the four
+For each width and number of columns, arrangements of ``quant_methods/kernels/low_bit_matrix.py`` on each of the four
 matrices of a layer of Mistral-7B's shape (or --matrices). Each result is compared with the expanded weights' product,
 and with itself when repeated. Prints the best for each matrix beside what is chosen without measuring.
 
@@ -29,7 +29,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.gpu.launch import RESERVED_SHARED
 from kv_cache.gpu.nvrtc import compile_cubin
 from kv_cache.gpu.sides import device_limits
-from quant_methods.kernels.low_bit_cuda import FOLDER, Arrangement, PackedMatrix, column_tiles
+from quant_methods.kernels.low_bit_matrix import FOLDER, Arrangement, PackedMatrix, column_tiles
 
 SCHEMA = "vllm-pareto/gpu-weight-kernel-tuning/1"
 MOST_ERROR = 4e-3

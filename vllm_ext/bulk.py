@@ -3,10 +3,10 @@
 | bulk | CPU | CUDA |
 | --- | --- | --- |
 | 8 bits, symmetric, one scale per channel, activations int8 | vLLM's int8 kernel | vLLM's int8 kernel |
-| 4 bits on a grid | vLLM's 4-bit kernel | ``low_bit_kernel.py`` for few sequences, else vLLM's (Machete, Marlin) |
-| 2 and 3 bits on a grid | vLLM's 4-bit kernel | ``quant_methods/kernels/low_bit_cuda.py`` |
+| 4 bits on a grid | vLLM's 4-bit kernel | ours (below) for few sequences, else vLLM's (Machete, Marlin) |
+| 2 and 3 bits on a grid | vLLM's 4-bit kernel | ours, ``quant_methods/kernels/low_bit_cuda.py`` |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
-| everything else | dequantized once at load | ``quant_methods/kernels/low_bit_cuda.py`` |
+| everything else | dequantized once at load | ours |
 
 What a bulk holds is registered as parameters and buffers, so that compiled graphs take it as inputs.
 """
@@ -35,6 +35,7 @@ from vllm.scalar_type import scalar_types
 from quant_methods.formats.native_format import Form, pack_codes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
+from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
 
 logger = init_logger(__name__)
 
@@ -74,7 +75,8 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
             except ValueError as error:
                 logger.warning_once("vLLM has no kernel for %s [%d, %d]: %s", what, out, width, str(error))
             else:
-                return MixedBulk(linear, config, kernel)
+                if kernel is not ParetoLowBitLinearKernel:
+                    return MixedBulk(linear, config, kernel)
     if cuda:
         return LowBitBulk(low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits))
     logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)

@@ -12,7 +12,8 @@ from quant_methods.formats.native_format import ACTIVATION_BITS, Form
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import stack
 from quant_methods.kernels.beside import Beside
-from vllm_ext.bulk import make_bulk
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA
+from vllm_ext.bulk import LowBitBulk, make_bulk
 
 
 class ServedLinear(nn.Module):
@@ -44,10 +45,14 @@ class ServedLinear(nn.Module):
         self.bulk = make_bulk(bulk, form, dtype)
         self.activation_bits = None if self.bulk.rounds else ACTIVATION_BITS[form.activations]
         self.register_buffer("mask", mask, persistent=False)
-        self.beside = None
+        self.beside, self.ours = None, None
         if linear.beside:
             self.beside = Beside(index, columns, linear.low_rank, linear.sparse, dtype)
-            self.beside.prepare(codes.shape[1])
+            # Ours multiplies by both at once, if the inputs are the same: mask and rounding are for the bulk alone.
+            same = mask is None and self.activation_bits is None
+            if same and isinstance(self.bulk, LowBitBulk) and isinstance(self.bulk.linear, LowBitCUDA):
+                self.ours = self.bulk.linear
+            self.beside.prepare(codes.shape[1], None if self.ours is None else self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out] with inputs [..., in]."""
@@ -56,9 +61,12 @@ class ServedLinear(nn.Module):
         rounded = x if self.mask is None else x * self.mask
         if self.activation_bits is not None:
             rounded = round_tokens(rounded.float(), self.activation_bits).to(x.dtype)
-        y = self.bulk.apply(rounded)
-        if self.beside is not None:
-            y = self.beside(y, x)
+        if self.ours is not None:
+            y = self.ours.apply(x, self.beside)
+        else:
+            y = self.bulk.apply(rounded)
+            if self.beside is not None:
+                y = self.beside(y, x)
         return y.reshape(*shape, y.shape[-1])
 
 

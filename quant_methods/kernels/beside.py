@@ -1,20 +1,50 @@
 """What lies beside a layer's bulk (kept columns, a low-rank product, single weights), added to the bulk's result.
 
-One operator, ``pareto::add_beside``: which way it goes depends on the device and the number of tokens, and compilers
-should not look inside. While decoding on CUDA each of PyTorch's operations on so little costs more to launch than to
-run; there one kernel does it all (``beside_triton.py``).
+For bulks of vLLM's there is one operator, ``pareto::add_beside``: which way it goes depends on the device and the
+number of tokens, and compilers should not look inside. While decoding on CUDA each of PyTorch's operations on so little
+costs more to launch than to run; there one kernel does it all (``beside_triton.py``). The operator of our own bulk does
+both (``low_bit_cuda.py``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quant_methods.formats.quantized import LowRank, Sparse
-from quant_methods.kernels.sparse import sparse_linear
+from quant_methods.kernels.sparse import add_sparse, sparse_linear
 
 FUSED_TOKENS = 64
 """Up to so many tokens the kernel does it, on CUDA."""
+
+
+class BesideParts(NamedTuple):
+    """What is added for some inputs: see :func:`add_beside`, whose index is here ``channels``."""
+
+    low: Tensor | None = None
+    channels: Tensor | None = None
+    ends: Tensor | None = None
+    starts: Tensor | None = None
+    inputs: Tensor | None = None
+    values: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        """Input channels kept apart."""
+        return 0 if self.channels is None else len(self.channels)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is nothing to add."""
+        return all(part is None for part in self)
+
+    def low_rank(self) -> Tensor:
+        """Return the second matrix of the low-rank product, [rank, out]."""
+        assert self.ends is not None
+        return self.ends[self.kept :]
 
 
 class Beside(nn.Module):
@@ -53,14 +83,20 @@ class Beside(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the layer's product [tokens, out] from the bulk's and the inputs [tokens, in]."""
-        low = None if self.down is None else nn.functional.linear(x, self.down)
-        return add_beside(y, x, low, self.index, self.ends, self.starts, self.inputs, self.values)
+        result: Tensor = add_beside(y, x, *self.parts(x))
+        return result
 
-    def prepare(self, width: int) -> None:
+    def parts(self, x: Tensor) -> BesideParts:
+        """Return what is to be added for the inputs [tokens, in]."""
+        low = None if self.down is None else nn.functional.linear(x, self.down)
+        return BesideParts(low, self.index, self.ends, self.starts, self.inputs, self.values)
+
+    def prepare(self, width: int, product: Callable[[Tensor], Tensor] | None = None) -> None:
         """Compile and load what decoding needs, so that nothing waits for it, or does it while a graph is captured.
 
         Args:
             width: input channels.
+            product: what will do this and multiply by the bulk at once, if anything will.
 
         """
         of = self.ends if self.values is None else self.values
@@ -70,7 +106,8 @@ class Beside(nn.Module):
 
         out = len(self.starts) - 1 if self.ends is None else self.ends.shape[1]
         for tokens in (1, *TOKENS):
-            self(of.new_zeros(tokens, out), of.new_zeros(tokens, width))
+            x = of.new_zeros(tokens, width)
+            self(of.new_zeros(tokens, out), x) if product is None else product(x)
 
 
 @torch.library.custom_op("pareto::add_beside", mutates_args=())
@@ -143,3 +180,21 @@ def add_beside_in_torch(
         assert values is not None
         y = y + sparse_linear(x, starts, inputs, values)
     return y
+
+
+def add_to_weight(weight: Tensor, first: int, parts: BesideParts) -> None:
+    """Add channels kept apart and single weights, but no low-rank product, to rows of a layer's weight, in place.
+
+    Args:
+        weight: [rows, in], contiguous.
+        first: the output channel that its first row is of.
+        parts: what lies beside.
+
+    """
+    if parts.channels is not None:
+        assert parts.ends is not None
+        weight.index_add_(1, parts.channels, parts.ends[: parts.kept, first : first + len(weight)].T)
+    if parts.starts is not None:
+        assert parts.inputs is not None
+        assert parts.values is not None
+        add_sparse(weight, first, parts.starts, parts.inputs, parts.values)

@@ -9,9 +9,14 @@ its own row among zeros: so the work depends on how many weights the tile's rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+
+from kv_cache.gpu.sides import device_limits
 
 TOKENS = (8, 16, 32, 64)
 """Numbers of tokens that there are kernels for; others take the next larger one."""
@@ -67,17 +72,19 @@ def _stored(inputs, values, at, last):
 @triton.jit(do_not_specialize=["tokens", "kept", "rank"])
 def _add(
     y, x, low, index, ends, starts, inputs, values, result,
-    tokens, out, kept, rank, y_token, x_token, low_token,
+    tokens, out, kept, rank, y_token, x_token, low_token, result_token,
     KEPT: tl.constexpr, KEPT_CHUNKS: tl.constexpr, RANK: tl.constexpr, RANK_CHUNKS: tl.constexpr,
     SPARSE: tl.constexpr, TURNED: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the result; see :func:`add`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there, asked = row < out, token < tokens
     mine = asked[:, None] & there[None, :]
-    # Asked for first and needed last.
-    bulk = tl.load(y + token[:, None] * y_token + row[None, :], mask=mine, other=0)
+    if not OVERLAP:
+        # Asked for first and needed last.
+        bulk = tl.load(y + token[:, None] * y_token + row[None, :], mask=mine, other=0)
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     if KEPT_CHUNKS:
         total = _dense(
@@ -106,8 +113,11 @@ def _add(
             total = tl.dot(begun, tl.where(own, value[:, None], 0.0).to(value.dtype), total)
             at += STORED
             begun, value, later = next_begun, later, latest
+    if OVERLAP:
+        gdc_wait()
+        bulk = tl.load(y + token[:, None] * y_token + row[None, :], mask=mine, other=0)
     total += bulk.to(tl.float32)
-    tl.store(result + token[:, None] * out + row[None, :], total.to(result.dtype.element_ty), mask=mine)
+    tl.store(result + token[:, None] * result_token + row[None, :], total.to(result.dtype.element_ty), mask=mine)
 
 
 def tile(out: int, tokens: int, *, sparse: bool) -> tuple[int, int]:
@@ -136,10 +146,17 @@ def add(
     starts: Tensor | None,
     inputs: Tensor | None,
     values: Tensor | None,
+    bulk: Callable[[], None] | None = None,
 ) -> Tensor:
     """Return the bulk's result with what lies beside it; see :func:`quant_methods.kernels.beside.add_beside`.
 
     There is at least one token, and at most ``TOKENS[-1]``.
+
+    Args:
+        bulk: launches the kernel that writes y, after which the sum is written to y too. It must be one kernel, which
+            lets the next one start no sooner than all before it have ended: what does not need y is then done while it
+            runs (sm_90 and above).
+
     """
     (tokens, out), bound = y.shape, next(most for most in TOKENS if most >= y.shape[0])
     kept, rank, sparse = 0 if index is None else len(index), 0 if low is None else low.shape[1], starts is not None
@@ -152,12 +169,16 @@ def add(
     rows, own = tile(out, bound, sparse=sparse)
     most = MOST_CHANNELS if rows * own <= SMALL else MOST_CHANNELS // 2
     chunks = [min(max(triton.next_power_of_2(count), 16), most) for count in (kept, rank)]
-    result = y.new_empty(tokens, out)
+    result = y.new_empty(tokens, out) if bulk is None else y
+    overlap = bulk is not None and device_limits(y.device)[2]
+    if bulk is not None:
+        bulk()
     _add[(triton.cdiv(out, rows), triton.cdiv(tokens, own))](
         y, x, low, index, ends, starts, inputs, values, result,
         tokens, out, kept, rank, y.stride(0), x.stride(0), 0 if low is None else low.stride(0),
-        KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]), RANK=chunks[1],
+        result.stride(0), KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]), RANK=chunks[1],
         RANK_CHUNKS=triton.cdiv(rank, chunks[1]), SPARSE=sparse, TURNED=turned, STORED=STORED, ROWS=rows,
-        TOKENS=own, num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS,
+        TOKENS=own, OVERLAP=overlap, num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return result

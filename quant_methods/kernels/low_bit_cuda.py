@@ -1,69 +1,22 @@
-"""Products with weights of 2 to 7 bits on a CUDA device: the host's side of ``csrc/low_bit.cu``."""
+"""Products with weights of 2 to 7 bits on a CUDA device, and with what lies beside them."""
 
 from __future__ import annotations
-
-import ctypes
-import dataclasses
-import functools
-import itertools
-import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import RESERVED_SHARED, Kernel, load_kernel
-from kv_cache.gpu.nvrtc import compile_cubin
-from kv_cache.gpu.sides import device_limits
+from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
+from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
 
-FOLDER = Path(__file__).parent / "csrc"
 GROUPS = (32, 64, 128)
 """Channels of a group."""
-MAX_TOKENS = 64
-"""Of a launch of the kernel."""
 MAX_LAUNCHES = 2
 """Of a product; with more tokens than these take, the weights are expanded for a dense product."""
-COLUMN_TILES = (1, 2, 3, 4, 6, 8)
-"""Tiles of 8 columns that there are kernels for."""
-BOUNDS = (1, 2, 4, *(8 * tiles for tiles in COLUMN_TILES))
-"""Numbers of tokens that work is arranged for; others are arranged as the next larger one."""
-MOST_BLOCKS = 3
-"""Thread blocks of a multiprocessor."""
 EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
-_EVEN_ENOUGH = 0.7
-"""Share of the multiprocessors that are busy while whole tiles are dealt out, from which no tile is shared."""
-
-_EXPANDING_WARPS = 8
-
-_i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-class _Params(ctypes.Structure):
-    _fields_ = (
-        ("words", _ptr),
-        ("side", _ptr),
-        ("x", _ptr),
-        ("y", _ptr),
-        ("parts", _ptr),
-        ("arrivals", _ptr),
-        ("x_stride", _i64),
-        ("y_stride", _i64),
-        ("columns", _i32),
-        ("channels", _i32),
-        ("rows", _i32),
-        ("units", _i32),
-        ("tiles", _i32),
-        ("steps", _i32),
-        ("grain", _i32),
-        ("share", _i32),
-        ("larger", _i32),
-    )
 
 
 class LowBitCUDA(nn.Module):
@@ -122,18 +75,19 @@ class LowBitCUDA(nn.Module):
         padded[: self.rows, :groups] = both
         return padded.unflatten(0, (self.tiles, 4, 8)).permute(0, 3, 2, 1, 4).contiguous()
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Return the product [..., out] with inputs [..., in], both in ``dtype``."""
-        parts = self.words, self.groups, self.table
-        y = low_bit_linear(x.reshape(-1, self.channels), *parts, self.rows, self.bits, self.group_steps)
-        return y.reshape(*x.shape[:-1], self.rows)
+    def apply(self, x: Tensor, beside: Beside | None = None) -> Tensor:
+        """Return the product [..., out] with inputs [..., in], both in ``dtype``, of the bulk and what lies beside."""
+        x, shape = x.reshape(-1, self.channels), x.shape[:-1]
+        parts = BesideParts() if beside is None else beside.parts(x)
+        y = low_bit_linear(x, self.words, self.groups, self.table, *parts, self.rows, self.bits, self.group_steps)
+        return y.reshape(*shape, self.rows)
 
     def weight(self) -> Tensor:
         """Return the weight [out, in] in ``dtype``."""
         return self.matrix().expand(self.dtype, 0, self.tiles)
 
     def prepare(self) -> None:
-        """See :meth:`PackedMatrix.prepare`."""
+        """See :meth:`quant_methods.kernels.low_bit_matrix.PackedMatrix.prepare`."""
         self.matrix().prepare(self.dtype)
 
     def matrix(self) -> PackedMatrix:
@@ -156,15 +110,35 @@ def low_bit_module(
 
 @torch.library.custom_op("pareto::low_bit_linear", mutates_args=())
 def low_bit_linear(
-    x: Tensor, words: Tensor, groups: Tensor | None, table: Tensor | None, rows: int, bits: int, group_steps: int
+    x: Tensor,
+    words: Tensor,
+    groups: Tensor | None,
+    table: Tensor | None,
+    low: Tensor | None,
+    index: Tensor | None,
+    ends: Tensor | None,
+    starts: Tensor | None,
+    inputs: Tensor | None,
+    values: Tensor | None,
+    rows: int,
+    bits: int,
+    group_steps: int,
 ) -> Tensor:
-    """Return x W^T, by the kernel or, with many rows of x, by a dense product with expanded weights.
+    """Return x W^T and what lies beside, by the kernels or, with many rows of x, by a dense product.
+
+    One operator, since the kernel that adds what lies beside may start before the bulk's has ended if it is the next.
 
     Args:
         x: [tokens, in] bfloat16 or float16.
         words: as ``pack`` returns them.
         groups: scales and offsets as :class:`LowBitCUDA` lays them out, in the dtype of x, or None.
         table: bytes of the look-up tables, or None.
+        low: this and the next five: see :func:`quant_methods.kernels.beside.add_beside`.
+        index: input channels kept apart, or None.
+        ends: weights of these and of a low-rank product, or None.
+        starts: where rows' single weights begin, or None.
+        inputs: their input channels.
+        values: the weights.
         rows: output channels.
         bits: of a code.
         group_steps: channels of a group, in sixteens.
@@ -174,216 +148,54 @@ def low_bit_linear(
 
     """
     matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps)
-    y = x.new_empty(x.shape[0], rows)
+    beside = BesideParts(low, index, ends, starts, inputs, values)
     if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
-        at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
-        for first in range(0, matrix.tiles, at_once):
-            weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
-            torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
-    else:
-        for part, result in zip(x.split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True):
-            if len(part):
-                matrix.multiply(part, result)
+        return _dense(matrix, x, beside)
+    y = x.new_empty(x.shape[0], rows)
+    for first in range(0, x.shape[0], MAX_TOKENS):
+        part, result = x[first : first + MAX_TOKENS], y[first : first + MAX_TOKENS]
+        own = beside if low is None else beside._replace(low=low[first : first + MAX_TOKENS])
+        _few(matrix, part, result, own)
     return y
+
+
+def _few(matrix: PackedMatrix, x: Tensor, y: Tensor, beside: BesideParts) -> None:
+    """Write the product of as many tokens as a launch takes to y."""
+    if beside.nothing or not y.is_cuda:
+        matrix.multiply(x, y)
+        if not beside.nothing:
+            y.copy_(add_beside_in_torch(y, x, *beside))
+        return
+    from quant_methods.kernels.beside_triton import add  # Triton, which an installation for CPUs may lack.
+
+    add(y, x, *beside, bulk=lambda: matrix.multiply(x, y))
+
+
+def _dense(matrix: PackedMatrix, x: Tensor, beside: BesideParts) -> Tensor:
+    """Return the product with the weight expanded, and with single weights and channels kept apart added to it."""
+    y = x.new_empty(x.shape[0], matrix.rows)
+    at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
+    for first in range(0, matrix.tiles, at_once):
+        weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
+        add_to_weight(weight, first * ROWS, beside)
+        torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
+    return y if beside.low is None else y.addmm_(beside.low, beside.low_rank())
 
 
 @low_bit_linear.register_fake
 def _(
-    x: Tensor, words: Tensor, groups: Tensor | None, table: Tensor | None, rows: int, bits: int, group_steps: int
+    x: Tensor,
+    words: Tensor,
+    groups: Tensor | None,
+    table: Tensor | None,
+    low: Tensor | None,
+    index: Tensor | None,
+    ends: Tensor | None,
+    starts: Tensor | None,
+    inputs: Tensor | None,
+    values: Tensor | None,
+    rows: int,
+    bits: int,
+    group_steps: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows)
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How the multiprocessors share a product's work; see ``csrc/low_bit.cu``.
-
-    Attributes:
-        warps: of a thread block.
-        row_warps: of them, those with rows of their own.
-        stages: of the ring in shared memory.
-        blocks: thread blocks of a multiprocessor.
-        whole: whether a thread block takes whole tiles of rows only.
-        alone: whether each warp has activations of its own in shared memory.
-
-    """
-
-    warps: int
-    row_warps: int
-    stages: int
-    blocks: int
-    whole: bool
-    alone: bool = False
-
-    def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
-        """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
-
-        Args:
-            bits: of a code.
-            side_bytes: that go with a unit's codes.
-            columns: of activations.
-
-        """
-        depth = self.warps // self.row_warps
-        activations = self.warps * (2 * CHANNELS + 64) if self.alone else 2 * CHANNELS * depth + 64
-        stage = self.warps * (512 * bits + side_bytes) + columns * activations
-        return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """Arguments of the kernels: see :func:`low_bit_linear`."""
-
-    words: Tensor
-    groups: Tensor | None
-    table: Tensor | None
-    rows: int
-    channels: int
-    bits: int
-    group_steps: int
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of 32 rows."""
-        return self.words.shape[0]
-
-    @property
-    def units(self) -> int:
-        """Units of 128 channels."""
-        return self.words.shape[1]
-
-    @property
-    def side_bytes(self) -> int:
-        """What goes with a unit's codes: groups or tables."""
-        return ROWS * (4 << (self.bits - 1) if self.groups is None else 4 * CHANNELS // (16 * self.group_steps))
-
-    def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
-        """Return what ``multiply`` is compiled with."""
-        a, tiles = arrangement, column_tiles(tokens)
-        # With few columns there is room for the next kernel's blocks, which begin to fetch before this one's end.
-        resident = max(a.blocks, 16 // a.warps if tiles <= 2 else 8 // a.warps, 1)
-        return self._macros(
-            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=tiles, STAGES=a.stages, ALONE=int(a.alone),
-            RESIDENT=resident,
-        )  # fmt: skip
-
-    def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
-        macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
-        macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0} | others
-        return tuple(macros.items())
-
-    def arrangement(self, tokens: int) -> Arrangement:
-        """Return how to arrange a product with that many tokens."""
-        return _arrangement(self.tiles, self.units, self.bits, self.side_bytes, bound(tokens), self.words.device)
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Compile and load what products need, so that none waits for it, or does it while a graph is captured."""
-        major, minor = torch.cuda.get_device_capability(self.words.device)
-        macros = {self.macros(dtype, tokens, self.arrangement(tokens)) for tokens in BOUNDS}
-        macros.add(self._expanding(dtype))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda one: compile_cubin("low_bit.cu", f"sm_{major}{minor}", one, FOLDER), macros))
-        for tokens in BOUNDS:
-            self._multiplying(dtype, tokens, self.arrangement(tokens))
-        load_kernel("low_bit.cu", "expand", self._expanding(dtype), self.words.device, folder=FOLDER)
-        _arrivals(self.words.data_ptr(), self.words.device)
-
-    def _multiplying(self, dtype: torch.dtype, tokens: int, a: Arrangement) -> Kernel:
-        shared = a.shared_bytes(self.bits, self.side_bytes, bound(tokens))
-        macros = self.macros(dtype, tokens, a)
-        return load_kernel("low_bit.cu", "multiply", macros, self.words.device, shared, folder=FOLDER)
-
-    def _expanding(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-        return self._macros(
-            dtype, WARPS=_EXPANDING_WARPS, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0
-        )  # fmt: skip
-
-    def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
-        """Write x W^T to y, both in rows."""
-        tokens, device = x.shape[0], self.words.device
-        if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-            x = x.clone(memory_format=torch.contiguous_format)
-        a = arrangement or self.arrangement(tokens)
-        kernel = self._multiplying(x.dtype, tokens, a)
-        steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
-        processors, _, overlap = device_limits(device)
-        grain = steps if a.whole else 1
-        dealt = tiles * steps // grain
-        blocks = min(processors * a.blocks, dealt)
-        parts = arrivals = None
-        if not a.whole:
-            parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
-            arrivals = _arrivals(self.words.data_ptr(), device)
-        params = _Params(
-            self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
-            y.data_ptr(), _pointer(parts), _pointer(arrivals), x.stride(0), y.stride(0), tokens, self.channels,
-            self.rows, self.units, self.tiles, steps, grain, *divmod(dealt, blocks),
-        )  # fmt: skip
-        kernel.launch((blocks, 1, 1), 32 * a.warps, params, device, overlap=overlap)
-
-    def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
-        """Return the weight of the row tiles from first to before last, [rows, channels]."""
-        warps, device = _EXPANDING_WARPS, self.words.device
-        y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
-        kernel = load_kernel("low_bit.cu", "expand", self._expanding(dtype), device, folder=FOLDER)
-        # The part looks like a matrix of its own.
-        side = self.groups if self.table is None else self.table
-        assert side is not None
-        params = _Params(
-            self.words[first].data_ptr(), side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
-            self.channels, len(y), self.units, last - first,
-        )  # fmt: skip
-        kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)
-        return y
-
-
-@functools.cache
-def _arrangement(
-    row_tiles: int, units: int, bits: int, side_bytes: int, tokens: int, device: torch.device
-) -> Arrangement:
-    """Return what was fastest or nearly so on an H100 (``bench/weight_kernel_tuning.py``), or what next to it fits."""
-    processors, shared, _ = device_limits(device)
-    few_rows = row_tiles <= 2 * processors
-    little_work = row_tiles * units < 64 * processors
-    if tokens <= 2:
-        wanted = Arrangement(8, 1, 4, 2, True, True)
-    elif tokens <= 8:
-        wanted = Arrangement(8, 1, 4, 1, True, True) if few_rows else Arrangement(8, 4, 4, 2, True)
-    elif tokens <= 16:
-        wanted = Arrangement(4, 2, 4, 3, False) if little_work else Arrangement(8, 4, 4, 2, False)
-    elif tokens <= 32:
-        wanted = Arrangement(8, 4, 4, 1, False) if little_work else Arrangement(4, 4, 4, 3, False)
-    else:
-        wanted = Arrangement(8, 4, 3, 1, False) if few_rows else Arrangement(8, 8, 4, 1, False)
-    # Whole tiles save adding up what blocks share, unless too many multiprocessors are left without one.
-    rounds = -(-row_tiles // wanted.row_warps) / processors
-    if rounds < _EVEN_ENOUGH * math.ceil(rounds):
-        wanted = dataclasses.replace(wanted, whole=False)
-    warps, rows = (wanted.warps, 4), (wanted.row_warps, 8, 4, 2, 1)
-    for alone, count, blocks, own in itertools.product((wanted.alone, False), warps, range(wanted.blocks, 0, -1), rows):
-        for stages in range(wanted.stages, 1, -1):
-            found = Arrangement(count, min(own, count), stages, blocks, wanted.whole, alone)
-            bytes_ = found.shared_bytes(bits, side_bytes, tokens)
-            if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
-                return found
-    raise ParetoError(f"{bits} bits and {tokens} tokens need more than the device's {shared} bytes of shared memory")
-
-
-def bound(tokens: int) -> int:
-    """Return the number of tokens that a product with so many is arranged as."""
-    return next(most for most in BOUNDS if most >= tokens)
-
-
-def column_tiles(tokens: int) -> int:
-    """Return the tiles of 8 columns of the kernel for that many tokens."""
-    return next(count for count in COLUMN_TILES if 8 * count >= tokens)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-@functools.cache
-def _arrivals(matrix: int, device: torch.device) -> Tensor:
-    """Return a matrix's own counts, which are zeros whenever no product with it runs."""
-    return torch.zeros(MOST_BLOCKS * device_limits(device)[0], dtype=torch.int32, device=device)

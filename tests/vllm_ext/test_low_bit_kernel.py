@@ -15,7 +15,7 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from quant_methods.formats.native_format import pack_codes
-from quant_methods.kernels import low_bit_cuda
+from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 from vllm_ext import low_bit_kernel, patches
 from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
@@ -33,10 +33,10 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a CUDA device would answer, and a kernel that runs here."""
     monkeypatch.setattr(low_bit_kernel.current_platform, "is_cuda", lambda: True)
-    monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
-    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
+    monkeypatch.setattr(low_bit_matrix, "load_kernel", EmulatedKernel)
+    monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (3, 227 << 10, True))
     monkeypatch.setattr(low_bit_cuda.LowBitCUDA, "prepare", lambda self: None)
-    for cache in (low_bit_cuda._arrivals, low_bit_cuda._arrangement):
+    for cache in (low_bit_matrix._arrivals, low_bit_matrix._arrangement):
         cache.cache_clear()
 
 

@@ -6,12 +6,16 @@ import torch
 from kv_cache.errors import ParetoError
 from kv_cache.gpu import nvrtc
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.kernels import low_bit_cuda
+from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_cuda import Arrangement, LowBitCUDA, low_bit_module
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from quant_methods.kernels.low_bit_layout import pack
+from quant_methods.kernels.low_bit_matrix import Arrangement
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 from tests.kv_cache.gpu.test_host_side import SHARED
+from tests.quant_methods.kernels.test_beside import apart
+from tests.quant_methods.kernels.test_beside import expected as expected_beside
+from tests.quant_methods.kernels.test_beside import make as make_beside
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -31,9 +35,9 @@ SHAPES = [
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(low_bit_cuda, "load_kernel", EmulatedKernel)
-    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (3, 227 << 10, True))
-    caches = low_bit_cuda._arrivals, low_bit_cuda._arrangement
+    monkeypatch.setattr(low_bit_matrix, "load_kernel", EmulatedKernel)
+    monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (3, 227 << 10, True))
+    caches = low_bit_matrix._arrivals, low_bit_matrix._arrangement
     for cache in caches:
         cache.cache_clear()
     yield CPU
@@ -122,15 +126,15 @@ def test_emulated_tables(bits, emulated):
 @pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64])
 def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
     """For devices that are not there: every width fits, and one of them compiles."""
-    monkeypatch.setattr(low_bit_cuda, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
+    monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
     for bits in range(2, 8):
         for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
-            chosen = low_bit_cuda._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
+            chosen = low_bit_matrix._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
             assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
     layer = random_layer(3, 32, 128, 128, torch.bfloat16, CPU)
     matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3).matrix()
     macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
-    assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_cuda.FOLDER)
+    assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_matrix.FOLDER)
 
 
 @gpu
@@ -140,6 +144,72 @@ def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypa
 )
 def test_products(shape):
     check(*shape, torch.device("cuda", 0))
+
+
+def check_with_beside(tokens, kept, rank, sparse, device, table=False, rows=70, channels=256):
+    layer = random_layer(4, rows, channels, -1, torch.bfloat16, device, table)
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, torch.bfloat16, 4)
+    beside, added = make_beside(rows, channels, kept, rank, sparse, torch.bfloat16, device)
+    x = apart(tokens, channels, dtype=torch.bfloat16, device=device)
+    found = matrix.apply(x, beside).double()
+    expected = expected_beside(beside, layer.read().double() + added, torch.zeros(1, dtype=x.dtype, device=device), x)
+    size = x.double().abs() @ (layer.read().double().abs() + added.abs()).T
+    # The bulk's result is rounded before the rest is added, and the sum; of many tokens the weights, sum and product.
+    bound = 2**-8 * (2 * expected.abs() + size / channels**0.5 * 4) + 1e-5 * size
+    assert found.shape == (tokens, rows)
+    assert ((found - expected).abs() <= bound).all()
+    without = matrix.apply(x).double()
+    assert ((without - expected).abs() > bound).any()
+
+
+BESIDE = [(9, 0, False), (0, 3, False), (0, 0, True), (17, 20, True)]
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 70, 140])
+@pytest.mark.parametrize("parts", BESIDE, ids=str)
+def test_emulated_with_what_lies_beside(tokens, parts, emulated, monkeypatch):
+    monkeypatch.setattr(low_bit_cuda, "EXPANDED_BYTES", 2 * 256 * 32)  # A tile of rows at once.
+    check_with_beside(tokens, *parts, emulated, table=tokens == 9)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 17, 32, 64, 70, 140, 300])
+@pytest.mark.parametrize("parts", BESIDE, ids=str)
+def test_with_what_lies_beside(tokens, parts):
+    device = torch.device("cuda", 0)
+    check_with_beside(tokens, *parts, device, table=tokens == 16)
+    check_with_beside(tokens, *parts, device, rows=4100, channels=2048)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", BESIDE, ids=str)
+def test_a_graph_replays_products_that_overlap(parts):
+    """Layers one after the other, each of which needs what the one before made, many times: no race may show."""
+    device, size = torch.device("cuda", 0), 2048
+    layer = random_layer(4, size, size, -1, torch.bfloat16, device)
+    layer.scale /= 256
+    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 4)
+    beside, _ = make_beside(size, size, *parts, torch.bfloat16, device)
+    for tokens in (1, 8, 32, 64):
+        x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
+
+        def chain(x, wait):
+            for _ in range(6):
+                x = torch.nn.functional.rms_norm(matrix.apply(x, beside), (size,))
+                if wait:
+                    torch.cuda.synchronize()
+            return x
+
+        chain(x, wait=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = chain(x, wait=False)
+        for _ in range(20):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(found, chain(x, wait=True))
 
 
 @gpu
