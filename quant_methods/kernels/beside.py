@@ -191,6 +191,16 @@ def add_to_weight(weight: Tensor, first: int, parts: BesideParts) -> None:
         parts: what lies beside.
 
     """
+    if weight.is_cuda and not (parts.channels is None and parts.starts is None):
+        from quant_methods.kernels.beside_triton import merge  # Triton, which an installation for CPUs may lack.
+
+        merge(weight, first, parts)
+    else:
+        add_to_weight_in_torch(weight, first, parts)
+
+
+def add_to_weight_in_torch(weight: Tensor, first: int, parts: BesideParts) -> None:
+    """Do as :func:`add_to_weight` says, in plain PyTorch."""
     if parts.channels is not None:
         assert parts.ends is not None
         weight.index_add_(1, parts.channels, parts.ends[: parts.kept, first : first + len(weight)].T)

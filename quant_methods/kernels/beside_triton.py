@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from kv_cache.gpu.sides import device_limits
+from quant_methods.kernels.beside import BesideParts
 
 TOKENS = (8, 16, 32, 64)
 """Numbers of tokens that there are kernels for; others take the next larger one."""
@@ -182,3 +183,49 @@ def add(
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return result
+
+
+MERGED_ROWS, MERGED_AT_ONCE = 16, 32
+"""Rows of a program that adds to a weight, and the weights of each that it adds at once."""
+
+
+@triton.jit(do_not_specialize=["first", "rows", "kept"])
+def _merge(
+    weight, index, ends, starts, inputs, values, first, rows, width, out, kept,
+    KEPT: tl.constexpr, SPARSE: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Add to some rows of a weight; see :func:`merge`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < rows
+    own = weight + row.to(tl.int64)[:, None] * width
+    if KEPT:
+        for begin in range(0, kept, AT_ONCE):
+            at = begin + tl.arange(0, AT_ONCE)
+            inside = there[:, None] & (at < kept)[None, :]
+            place = own + tl.load(index + at, mask=at < kept, other=0)[None, :]
+            end = tl.load(ends + at[None, :] * out + first + row[:, None], mask=inside, other=0).to(tl.float32)
+            tl.store(place, (tl.load(place, mask=inside, other=0) + end).to(weight.dtype.element_ty), mask=inside)
+        # A single weight may lie in a channel kept apart, which another thread added to.
+        tl.debug_barrier()
+    if SPARSE:
+        begin = tl.load(starts + first + row, mask=there, other=0)
+        end = tl.load(starts + first + row + 1, mask=there, other=0)
+        for done in range(0, tl.max(end - begin), AT_ONCE):
+            at = begin[:, None] + done + tl.arange(0, AT_ONCE)[None, :]
+            inside = at < end[:, None]
+            place = own + tl.load(inputs + at, mask=inside, other=0)
+            single = tl.load(values + at, mask=inside, other=0).to(tl.float32)
+            tl.store(place, (tl.load(place, mask=inside, other=0) + single).to(weight.dtype.element_ty), mask=inside)
+
+
+def merge(weight: Tensor, first: int, parts: BesideParts) -> None:
+    """Add channels kept apart and single weights to rows of a layer's weight, in place, in one launch.
+
+    See :func:`quant_methods.kernels.beside.add_to_weight`, which is its specification.
+    """
+    rows, width = weight.shape
+    out = 0 if parts.ends is None else parts.ends.shape[1]
+    _merge[(triton.cdiv(rows, MERGED_ROWS),)](
+        weight, parts.channels, parts.ends, parts.starts, parts.inputs, parts.values, first, rows, width, out,
+        parts.kept, KEPT=parts.kept > 0, SPARSE=parts.starts is not None, ROWS=MERGED_ROWS, AT_ONCE=MERGED_AT_ONCE,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from quant_methods.formats.quantized import LowRank, Sparse
-from quant_methods.kernels.beside import FUSED_TOKENS, Beside, add_beside, add_beside_in_torch
+from quant_methods.kernels.beside import FUSED_TOKENS, Beside, add_beside, add_beside_in_torch, add_to_weight_in_torch
 from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -161,6 +161,39 @@ def test_graphs_replay_it(kept, rank, sparse, dtype):
         )
 
 
+def check_weight(add_to, kept, sparse, dtype, device, out=53, width=70):
+    """Some rows of a weight get their part, and what lies around them stays poison."""
+    beside, added = make(out, width, kept, 2, sparse, dtype, device)
+    around = torch.full((out + 2, width), torch.nan, dtype=dtype, device=device)
+    first, last = 3, out - 1
+    weight = around[first + 1 : last + 1]
+    weight.copy_(torch.randn(weight.shape))
+    wanted = weight.double() + added[first:last]
+    add_to(weight, first, beside.parts(torch.zeros(1, width, dtype=dtype, device=device)))
+    # Where a single weight lies in a channel kept apart the sum is rounded twice.
+    assert torch.allclose(weight.double(), wanted, rtol=torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    assert around.isnan().sum() == around.numel() - weight.numel()
+    assert not torch.equal(wanted, weight.double() - added[first:last])
+
+
+WEIGHT_CASES = [(17, False), (0, True), (40, True)]
+
+
+@pytest.mark.gpu
+@kernel
+@pytest.mark.parametrize(("kept", "sparse"), WEIGHT_CASES)
+def test_the_kernel_adds_to_a_weight(kept, sparse):
+    from quant_methods.kernels.beside_triton import merge
+
+    check_weight(merge, kept, sparse, DTYPE, DEVICE)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Triton")
+@pytest.mark.parametrize(("kept", "sparse"), WEIGHT_CASES)
+def test_pytorch_adds_to_a_weight(kept, sparse):
+    check_weight(add_to_weight_in_torch, kept, sparse, torch.bfloat16, "cpu")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="has nothing to do with Triton")
 @pytest.mark.parametrize(("tokens", "out", "width", "kept", "rank", "sparse"), CASES)
 def test_pytorch_adds_what_the_weights_mean(tokens, out, width, kept, rank, sparse):
@@ -195,4 +228,4 @@ def test_tiles_keep_a_device_busy_and_cover_the_tokens(out):
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed")
 def test_in_the_interpreter():
-    assert f"{len(CASES) + 6} passed" in run_interpreted(__file__)
+    assert f"{len(CASES) + len(WEIGHT_CASES) + 6} passed" in run_interpreted(__file__)
