@@ -84,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--search", choices=("minmax", "mse", "output"), help="how each group's range is chosen")
     recipe.add_argument("--damping", type=float, help="GPTQ: fraction of the mean diagonal added to the Hessian")
     recipe.add_argument(
-        "--upstream-damping", type=float, help="likewise for --upstream; 1 with few calibration sequences, say 16"
+        "--upstream-damping",
+        type=float,
+        help="likewise for the shift of --upstream, which little calibration data would be fitted too closely without",
     )
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")

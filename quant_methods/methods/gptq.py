@@ -35,6 +35,7 @@ from quant_methods.threads import few_threads
 
 # Channels rounded between two updates of all later ones (Algorithm 1's B); changes speed, not the result.
 BLOCK = 128
+UPSTREAM_DAMPING = 1.0
 
 
 @register("gptq")
@@ -47,8 +48,7 @@ class GPTQ(WeightStep):
         search: how each group's range is chosen, ``minmax``, ``mse`` or ``output``.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         upstream: make up for the error of the layers before.
-        upstream_damping: likewise added to the Hessian that the shift of ``upstream`` is solved with; None: as damping.
-            The shift is a regression on the calibration data, and little of it is fitted too closely.
+        upstream_damping: see :func:`aim`.
 
     """
 
@@ -56,17 +56,14 @@ class GPTQ(WeightStep):
     search: Search = "mse"
     damping: float = 0.01
     upstream: bool = True
-    upstream_damping: float | None = None
+    upstream_damping: float = UPSTREAM_DAMPING
 
     def check(self) -> None:
         """Refuse a damping that is no positive fraction, and what vLLM cannot serve."""
         super().check()
         if not 0 < self.damping <= 1:
             raise ParetoError(f"damping: {self.damping} is not in (0, 1]; the paper's value is 0.01")
-        if self.upstream_damping is not None and not 0 < self.upstream_damping <= 100:
-            raise ParetoError(
-                f"upstream_damping: {self.upstream_damping} is not in (0, 100]; 1 is good for little calibration data"
-            )
+        check_upstream_damping(self.upstream_damping)
 
 
 @handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
@@ -77,10 +74,8 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         ParetoError: the Hessian is not finite.
 
     """
-    hessian, factor = factorize(finite(problem), step.damping)
-    if step.upstream and step.upstream_damping is not None:
-        _, factor = factorize(finite(problem), step.upstream_damping)
-    weight = aim(problem, factor)
+    hessian, _ = factorize(finite(problem), step.damping)
+    weight = aim(problem, step.upstream_damping)
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(
             weight,
@@ -107,12 +102,19 @@ def finite(problem: LinearProblem) -> Tensor:
     return problem.hessian
 
 
-def aim(problem: LinearProblem, factor: Tensor) -> Tensor:
+def check_upstream_damping(damping: float) -> None:
+    """Refuse a damping that is no sensible fraction."""
+    if not 0 < damping <= 100:
+        raise ParetoError(f"upstream_damping: {damping} is not in (0, 100]; {UPSTREAM_DAMPING:g} is good")
+
+
+def aim(problem: LinearProblem, damping: float = UPSTREAM_DAMPING) -> Tensor:
     """Return the weight float32 [out, in] to solve for: shifted as ``upstream`` says if the problem has its statistics.
 
     Args:
         problem: the layer.
-        factor: of the damped Hessian, as ``factorize`` returns it.
+        damping: added to the Hessian's diagonal, as a fraction of its mean. The shift is a regression on the
+            calibration data: little of it is fitted too closely with as little damping as rounding needs.
 
     """
     shift: Tensor | None = None
@@ -122,6 +124,7 @@ def aim(problem: LinearProblem, factor: Tensor) -> Tensor:
         shift = problem.residual.double() if shift is None else shift + problem.residual.double()
     if shift is None:
         return problem.weight
+    _, factor = factorize(finite(problem), damping)
     return problem.weight + torch.cholesky_solve(shift.T, factor).T.to(problem.weight.dtype)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.quantized import QuantizedLinear, Sparse
-from quant_methods.methods.gptq import aim, factorize, feed_back, finite
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 from quant_methods.threads import few_threads
@@ -48,6 +48,7 @@ class SqueezeLLM(WeightStep):
         refits: how often tables are refitted and codes rounded anew.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         upstream: make up for the error of the layers before.
+        upstream_damping: see :func:`quant_methods.methods.gptq.aim`.
 
     """
 
@@ -57,6 +58,7 @@ class SqueezeLLM(WeightStep):
     refits: int = 2
     damping: float = 0.01
     upstream: bool = True
+    upstream_damping: float = UPSTREAM_DAMPING
 
     @property
     def plain(self) -> bool:
@@ -81,6 +83,7 @@ class SqueezeLLM(WeightStep):
             raise ParetoError(f"refits: {self.refits} is negative; 2 is usual, and 0 keeps the tables of the k-means")
         if not 0 < self.damping <= 1:
             raise ParetoError(f"damping: {self.damping} is not in (0, 1]; 0.01 is usual")
+        check_upstream_damping(self.upstream_damping)
 
 
 @handles(SqueezeLLM, needs_hessian=lambda step: True, needs_upstream=lambda step: step.feedback and step.upstream)
@@ -92,8 +95,8 @@ def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
 
     """
     given = finite(problem)
-    hessian, factor = factorize(given, step.damping)
-    weight = aim(problem, factor) if step.feedback else problem.weight
+    hessian, _ = factorize(given, step.damping)
+    weight = aim(problem, step.upstream_damping) if step.feedback else problem.weight
     dtype, clusters = problem.scale_dtype, 1 << step.bits
     # Not the damped one: where channels are kept apart, weights of 0 without inputs stand for them.
     sensitivity = given.diagonal().clamp(min=0).to(weight.dtype).expand_as(weight)

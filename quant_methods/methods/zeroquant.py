@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quant_methods.formats.quantized import LowRank, QuantizedLinear
-from quant_methods.methods.gptq import aim, factorize
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, factorize
 from quant_methods.recipe import LinearProblem, WeightStep
 
 # Added to the Hessian's diagonal, as a fraction of its mean.
@@ -39,7 +39,9 @@ def compensate(
     if problem.hessian is not None:
         _, factor = factorize(problem.hessian, DAMPING)
         # The error is what is missing from the weight that the step really aims at.
-        problem = dataclasses.replace(problem, weight=aim(problem, factor), cross=None, residual=None)
+        problem = dataclasses.replace(
+            problem, weight=aim(problem, getattr(step, "upstream_damping", UPSTREAM_DAMPING)), cross=None, residual=None
+        )
     target = problem.weight.clone()
     linear = solve(step, problem)
     metric = factor if step.rank_metric == "activations" else None
