@@ -24,8 +24,12 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 torch=$(grep '^torch==' requirements/cpu.lock)
 if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch') != '${torch#torch==}')" 2>/dev/null; then
   say "installing $torch"
-  pip install -q --no-deps "$torch" 2>/dev/null ||
-    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
+  # PyTorch keeps its builds for CPUs on an index of its own; pytorch.org's install page names it.
+  pip install -q --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" || {
+    echo "set-up: pip finds no $torch; set TORCH_INDEX_URL to PyTorch's index of CPU builds (its address is on" \
+      "https://pytorch.org/get-started/locally, under Pip and CPU) and try again" >&2
+    exit 1
+  }
 fi
 say "installing $(wc -l <requirements/cpu.lock) pinned packages (a few minutes the first time)"
 pip install --no-deps -r requirements/cpu.lock 2> >(grep -v 'is ignored: it is neither' >&2) |

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quant_methods.activations.input_statistics import Criteria, InputStatistics
-from quant_methods.mixed_precision.sensitivity_plot import COLOURS, label_places, png, short_name
+from quant_methods.plots import COLOURS, label_places, png, short_name
 
 BEFORE, AFTER = COLOURS[0], COLOURS[3]
 

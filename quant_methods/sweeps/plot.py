@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from quant_methods.mixed_precision.sensitivity_plot import COLOURS, MARKERS, png
+from quant_methods.plots import COLOURS, MARKERS, png
 
 NEAR = 0.024, 0.02
 """Marks that are nearer than these shares of the plot's width and height share one place for their numbers."""
