@@ -38,6 +38,8 @@ def main(tokens_file: str, out: str, *checkpoints: str) -> None:
                 kv_cache_memory_bytes=1 << 24,
                 skip_tokenizer_init=True,
                 disable_log_stats=True,
+                # Of what is free, which other processes may use at the same time; memory is given.
+                **({"gpu_memory_utilization": 0.02} if torch.cuda.is_available() else {}),
             )
         except Exception as error:
             result: dict[str, Any] = {"error": str(error)}
@@ -57,7 +59,7 @@ def logits(engine: Any, model: nn.Module, prompts: list[list[int]]) -> torch.Ten
     found: list[torch.Tensor] = []
     # Those of the last token, from which the next is drawn, come by themselves.
     hook = model.logits_processor.register_forward_hook(
-        lambda module, args, output: found.append(output.float().clone()) if len(output) > 1 else None
+        lambda module, args, output: found.append(output.float().cpu().clone()) if len(output) > 1 else None
     )
     settings = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False)
     for prompt in prompts:

@@ -1,4 +1,7 @@
-"""vLLM on CPU computes for every built-in recipe, and every layout, what the dequantized model in PyTorch computes."""
+"""vLLM computes for every built-in recipe, and every layout, what the dequantized model in PyTorch computes.
+
+On a CPU; where there is a CUDA device, on that instead, recipes that are for CUDA alone included.
+"""
 
 import dataclasses
 import importlib.util
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,6 +100,11 @@ def serving(recipe: Recipe) -> Serving:
     return Serving.of(step for step in recipe.steps if isinstance(step, WeightStep))
 
 
+CUDA = torch.cuda.is_available()
+on_cpu = pytest.mark.skipif(CUDA, reason="vLLM serves on the CUDA device here")
+on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
+PROCESSES = 4 if CUDA else 1
+"""That serve at once, with the plugin and without."""
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
 STATIC = [name for name in CASES if any(isinstance(step, WeightStep) and step.static for step in CASES[name].steps)]
@@ -163,7 +172,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
 
 @dataclass(frozen=True)
 class Served:
-    """What engines with and without the plugin wrote, by checkpoint, and what they printed."""
+    """What engines with and without the plugin wrote, by checkpoint, and what they printed.
+
+    On CUDA those with the plugin served everything.
+    """
 
     stock: dict[str, Any]
     plugin: dict[str, Any]
@@ -181,10 +193,10 @@ def served(compressed: dict[str, Compressed], tokens: Tensor, tmp_path_factory: 
     (folder / "tokens.json").write_text(json.dumps(tokens.tolist()))
     for name, source in DAMAGED.items():
         damage(compressed[source].out, folder / name)
-    found: list[dict[str, Any]] = []
-    log = ""
+    jobs: list[tuple[bool, list[Path]]] = []
     for plugin in (False, True):
-        given = [case.out for name, case in compressed.items() if case.report.serving.plugin == plugin]
+        (folder / str(plugin)).mkdir()
+        given = [case.out for case in compressed.values() if case.report.serving.plugin == plugin or (CUDA and plugin)]
         given += [
             folder / name for name, source in DAMAGED.items() if compressed[source].report.serving.plugin == plugin
         ]
@@ -193,11 +205,15 @@ def served(compressed: dict[str, Compressed], tokens: Tensor, tmp_path_factory: 
             # What is refused comes last: it may leave half an engine behind.
             given = sorted(given, key=lambda path: path.name in CUDA_ONLY)
             given += [case.out for case in compressed.values() if case.report.serving.plugin][:1]
-        out = folder / str(plugin)
-        out.mkdir()
-        log += serve(folder / "tokens.json", out, given, plugin=plugin)
-        found.append({path.stem: torch.load(path) for path in out.iterdir()})
-    return Served(*found, log)
+        jobs += [(plugin, given[i::PROCESSES]) for i in range(PROCESSES)]
+
+    def run(job: tuple[bool, list[Path]]) -> str:
+        return serve(folder / "tokens.json", folder / str(job[0]), job[1], plugin=job[0])
+
+    with ThreadPoolExecutor(2 * PROCESSES if CUDA else 1) as pool:
+        log = "".join(pool.map(run, jobs))
+    stock, plugin = ({path.stem: torch.load(path) for path in (folder / name).iterdir()} for name in ("False", "True"))
+    return Served(stock, plugin, log)
 
 
 def serve(tokens: Path, out: Path, checkpoints: Iterable[Path], *, plugin: bool) -> str:
@@ -292,10 +308,7 @@ def rounds(recipe: Recipe) -> bool:
     return any(isinstance(step, WeightStep) and step.activations != "none" for step in recipe.steps)
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-def test_vllm_computes_what_the_dequantized_model_computes(
-    name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
-) -> None:
+def check_served(name: str, compressed: dict[str, Compressed], served: Served, expected: Expected) -> None:
     case = compressed[name]
     assert case.report.serving == serving(case.recipe)
     result = served.of(case)
@@ -310,6 +323,38 @@ def test_vllm_computes_what_the_dequantized_model_computes(
             check_same(case, expected(case.out, rounded=False).bfloat16, expected)
 
 
+@on_cpu
+@pytest.mark.parametrize("name", ON_CPU)
+def test_vllm_computes_what_the_dequantized_model_computes(
+    name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
+) -> None:
+    check_served(name, compressed, served, expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_cuda) for name in CASES])
+def test_vllm_on_cuda_computes_what_the_dequantized_model_computes(
+    name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
+) -> None:
+    check_served(name, compressed, served, expected)
+
+
+def four_bits(recipe: Recipe) -> bool:
+    """Return whether there are layers of 4 bits that stock vLLM serves too."""
+    return not serving(recipe).plugin and any(isinstance(step, WeightStep) and step.bits == 4 for step in recipe.steps)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_cuda) for name in CASES if four_bits(CASES[name])])
+def test_the_kernel_of_ours_computes_it_too(
+    name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
+) -> None:
+    case = compressed[name]
+    result = served.plugin[case.out.name]
+    kernels = {kernel for layer in result["layers"].values() for _, kernel in layer["by"]}
+    assert "ParetoLowBitLinearKernel" in kernels
+    check_same(case, result["logits"], expected)
+
+
+@on_cpu
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_few_channels_with_the_scales_of_others_are_noticed(
     name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
@@ -320,6 +365,7 @@ def test_a_few_channels_with_the_scales_of_others_are_noticed(
         check_same(case, result["logits"], expected)
 
 
+@on_cpu
 @pytest.mark.parametrize("name", ON_CPU)
 def test_layers_stay_quantized_where_the_documentation_says_so(
     name: str, compressed: dict[str, Compressed], served: Served
@@ -368,6 +414,7 @@ def kernel_on_cpu(step: WeightStep, *, plugin: bool) -> tuple[str, str, tuple[st
     return "DenseBulk", "NoneType", None
 
 
+@on_cpu
 @pytest.mark.parametrize("name", [name for name in CUDA_ONLY if name not in STATIC])
 def test_what_is_for_cuda_alone_is_said_to_be_and_refused_here(
     name: str, compressed: dict[str, Compressed], served: Served
@@ -382,6 +429,7 @@ def test_built_in_recipes_for_cuda_alone_have_8_bits_and_16_bit_activations_or_s
     assert STATIC == ["smoothquant-w8a8-static"]
 
 
+@on_cpu
 @pytest.mark.parametrize("name", STATIC)
 def test_static_scales_load_and_are_near_what_they_mean(
     name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
@@ -396,6 +444,7 @@ def test_static_scales_load_and_are_near_what_they_mean(
     assert sum(key.endswith(".input_scale") for key in original) == 14
 
 
+@on_cpu
 def test_without_the_plugin_vllm_refuses_the_format_of_ours(compressed: dict[str, Compressed], served: Served) -> None:
     refused = [
         served.stock[name] for name, case in compressed.items() if case.report.serving.plugin and name in served.stock
