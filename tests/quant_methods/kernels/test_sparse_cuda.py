@@ -1,6 +1,8 @@
 """The kernel that adds single weights to a bulk's result, against float64: on a GPU, and its source on a CPU."""
 
 import itertools
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +66,7 @@ LENGTHS = {
     "uneven": (0, 3, 90, 8, 9, 64, 65, 32, 33, 0, 12, 7, 1, 15, 16, 31, 17, 2, 0, 40, 5, 18, 70, 6, 25, 4, 21, 10, 0),
     "one whole row": (*[9] * 37, 300, *[11] * 30),
     "all long": (*[260, 131, 300, 299] * 9,),
+    "one row of many chunks": (9, 3000, 7),
     "none": (0,) * 33,
 }
 
@@ -71,9 +74,9 @@ LENGTHS = {
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_emulated_sums(lengths, tokens, emulated, monkeypatch):
-    monkeypatch.setattr(sparse_cuda, "OWN_SHARE", 0.25)  # So that what is left of long rows is shared out.
+    monkeypatch.setattr(sparse_cuda, "OWN_SHARE", 0)  # So that what is left of long rows is shared out.
     for dtype in (torch.bfloat16, torch.float16) if lengths == "uneven" else (torch.bfloat16,):
-        beside, weight = of_lengths(LENGTHS[lengths], 300, dtype, emulated)
+        beside, weight = of_lengths(LENGTHS[lengths], max(300, *LENGTHS[lengths]), dtype, emulated)
         check(tokens, beside, weight, dtype, emulated)
 
 
@@ -128,10 +131,28 @@ def test_only_right_behind_unknown_kernels_are_inputs_waited_for(tokens, overlap
     assert launches == [*turned, ("sparse", False, overlap), *turned, "bulk", ("sparse", True, overlap)]
 
 
+def test_with_other_parts_in_between_inputs_are_there(monkeypatch):
+    launches = []
+
+    def add_dense(y, x, low, index, ends, result=None):
+        launches.append(("dense", result is y))
+        return y.clone() if result is None else result
+
+    monkeypatch.setattr(sparse_cuda, "device_limits", lambda device: (3, 227 << 10, True))
+    monkeypatch.setattr(sparse_cuda, "load_kernel", lambda source, name, *_, **__: Recorder(name, launches))
+    monkeypatch.setitem(sys.modules, "quant_methods.kernels.beside_triton", SimpleNamespace(add=add_dense))
+    beside, _ = make(3, 40, 2, 0, True, torch.bfloat16, CPU)
+    x, y = torch.zeros(2, 40).bfloat16(), torch.zeros(2, 3).bfloat16()
+    assert beside_cuda.add_on_cuda(y, x, beside.parts(x)) is not y
+    assert launches == [("turn", False, True), ("dense", False), ("sparse", True, True)]
+    launches.clear()
+    assert beside_cuda.add_on_cuda(y, x, beside.parts(x), bulk=lambda: launches.append("bulk")) is y
+    assert launches == [("turn", False, True), "bulk", ("dense", True), ("sparse", True, True)]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_compiles(arch, dtype):
-    for tokens in BOUNDS:
+def test_it_compiles(arch):
+    for tokens, dtype in zip(BOUNDS, itertools.cycle((torch.bfloat16, torch.float16)), strict=False):
         assert nvrtc.compile_cubin("sparse.cu", arch, sparse_cuda.macros(tokens, dtype), low_bit_matrix.FOLDER)
 
 
@@ -142,7 +163,7 @@ def test_it_compiles(arch, dtype):
 def test_sums(tokens, dtype):
     device = torch.device("cuda", 0)
     for lengths in LENGTHS.values():
-        check(tokens, *of_lengths(lengths, 300, dtype, device), dtype, device)
+        check(tokens, *of_lengths(lengths, max(300, *lengths), dtype, device), dtype, device)
     check(tokens, *of_a_model(4100, 2048, dtype, device), dtype, device)
 
 
