@@ -91,13 +91,13 @@ def turn(x: Tensor) -> Tensor:
         x: [tokens, in] bfloat16 or float16, 2 to 64 tokens; elements of a row lie together.
 
     Returns:
-        [in, tokens' bound], contiguous, with zeros for tokens that are not there.
+        [in + 1, tokens' bound], contiguous, with zeros for tokens that are not there, and as the last channel.
 
     """
     (tokens, channels), most = x.shape, bound(x.shape[0])
-    turned = x.new_empty(channels, most)
+    turned = x.new_empty(channels + 1, most)
     params = _Params(x=x.data_ptr(), turned=turned.data_ptr(), x_stride=x.stride(0), tokens=tokens, channels=channels)
-    blocks = -(-(-(-channels // 32) * max(most // 8, 1)) // TURN_WARPS)
+    blocks = -(-(-(-(channels + 1) // 32) * max(most // 8, 1)) // TURN_WARPS)
     overlap = device_limits(x.device)[2]
     _kernel("turn", most, x.dtype, x.device).launch((blocks, 1, 1), 32 * TURN_WARPS, params, x.device, overlap)
     return turned
@@ -127,10 +127,11 @@ def add(
 
     """
     (tokens, rows), most = y.shape, bound(y.shape[0])
+    channels = x.shape[1] if most == 1 else x.shape[0] - 1
     own = max(LEAST_OWN, -(-OWN_SHARE * len(values) // rows))
     params = _Params(
         y.data_ptr(), result.data_ptr(), x.data_ptr(), x.data_ptr(), starts.data_ptr(), inputs.data_ptr(),
-        values.data_ptr(), y.stride(0), result.stride(0), 0, tokens, rows, 0, own, int(early),
+        values.data_ptr(), y.stride(0), result.stride(0), 0, tokens, rows, channels, own, int(early),
     )  # fmt: skip
     blocks, overlap = -(-rows // (4 * WARPS)), device_limits(y.device)[2]
     _kernel("sparse", most, y.dtype, y.device).launch((blocks, 1, 1), 32 * WARPS, params, y.device, overlap)

@@ -5,7 +5,7 @@
 // values, then x), so as many as possible are under way at once. LANES neighbouring lanes have a row. They load its next
 // weights, OWN each, and a round later go through them together: TOKEN_LANES of them gather a weight's inputs, WIDTH tokens
 // each, and the others gather those of the next weights. For that x is turned around first (`turn`), so that a channel's
-// tokens lie together. What a row has beyond its first p.own weights is dealt out in chunks to all warps of the block.
+// tokens lie together; zeros after the last channel stand in where a row has no more weights. What a row has beyond its first p.own weights is dealt out in chunks to all warps of the block.
 // Sums are float32, always in the same order, and are rounded once.
 //
 // Macros: TOKENS (1, 2, 4, 8, 16, 32 or 64: at most so many), IN_BFLOAT, WARPS of a thread block (at most 8), OWN, GATHERS (of
@@ -23,7 +23,7 @@ struct Params {
     const u16* y;         // [tokens, rows]
     u16* result;          // [tokens, rows]; may be y.
     const u16* x;         // [tokens, channels]
-    u16* turned;          // [channels, TOKENS], 16 bytes' alignment; unused with TOKENS == 1.
+    u16* turned;          // [channels + 1, TOKENS], zeros last, 16 bytes' alignment; unused with TOKENS == 1.
     const int* starts;    // [rows + 1]
     const int* inputs;    // [starts[rows]] channels
     const u16* values;    // The same.
@@ -37,7 +37,8 @@ struct Params {
     int early;            // Whether x and what is turned are complete before the kernel may start: see `sparse`.
 };
 
-// Weights of a row that a lane has loaded, of each LANE_COUNT in a row one; the channel is -1 past the end.
+// Weights of a row that a lane has loaded, of each LANE_COUNT in a row one. Past the end the channel is the one of zeros:
+// were loads of inputs conditional, as with one token, eight at once would need more predicates than there are.
 template <int LANE_COUNT>
 struct Stored {
     int channel[OWN];
@@ -47,7 +48,7 @@ struct Stored {
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             const int at = begin + i * LANE_COUNT + threadIdx.x % LANE_COUNT;
-            channel[i] = at < end ? p.inputs[at] : -1;
+            channel[i] = at < end ? p.inputs[at] : p.channels;
             value[i] = at < end ? to_float(p.values[at]) : 0.0f;
         }
     }
@@ -59,16 +60,16 @@ struct Inputs {
 
     DEVICE void load(const Params& p, int channel) {
         if constexpr (WIDTH == 1) {
-            words[0] = channel < 0 ? 0u : p.x[channel];
+            words[0] = channel < p.channels ? p.x[channel] : 0u;
         } else {
             const u16* at = p.turned + static_cast<i64>(channel) * TOKENS + threadIdx.x % TOKEN_LANES * WIDTH;
             if constexpr (WIDTH == 2) {
-                words[0] = channel < 0 ? 0u : *reinterpret_cast<const u32*>(at);
+                words[0] = *reinterpret_cast<const u32*>(at);
             } else if constexpr (WIDTH == 4) {
-                const uint2 v = channel < 0 ? uint2{0, 0} : *reinterpret_cast<const uint2*>(at);
+                const uint2 v = *reinterpret_cast<const uint2*>(at);
                 words[0] = v.x, words[1] = v.y;
             } else {
-                const uint4 v = channel < 0 ? uint4{0, 0, 0, 0} : *reinterpret_cast<const uint4*>(at);
+                const uint4 v = *reinterpret_cast<const uint4*>(at);
                 words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
             }
         }
@@ -219,18 +220,18 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void sparse(const __g
 }
 
 #if TOKENS > 1
-// A thread turns WIDTH tokens of a channel around; zeros stand for tokens that are not there. The next kernel may start at
+// A thread turns WIDTH tokens of a channel around; zeros stand for tokens and the channel that are not there. The next kernel may start at
 // once, since each waits for itself. What is written may have been read by a kernel that has not ended before the wait.
 extern "C" __global__ __launch_bounds__(32 * TURN_WARPS) void turn(const __grid_constant__ Params p) {
     let_next_kernel_start();
     const int warp = blockIdx.x * TURN_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel = warp / TOKEN_LANES * 32 + lane, first = warp % TOKEN_LANES * WIDTH;
     wait_for_previous_kernel();
-    if (channel >= p.channels) return;
+    if (channel > p.channels) return;
     u32 halves[WIDTH];
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i)
-        halves[i] = first + i < p.tokens ? load_l2(p.x + (first + i) * p.x_stride + channel) : 0u;
+        halves[i] = first + i < p.tokens && channel < p.channels ? load_l2(p.x + (first + i) * p.x_stride + channel) : 0u;
     u32 words[WIDTH / 2];
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; ++i) words[i] = halves[2 * i] | halves[2 * i + 1] << 16;
