@@ -3,21 +3,21 @@
 //
 // The stored weights are few bytes: the time goes into waiting for one load after the other (starts, then inputs and
 // values, then x), so as many as possible are under way at once. LANES neighbouring lanes have a row. They load its next
-// weights, OWN each, and a round later go through them together: TOKEN_LANES of them gather a weight's inputs, WIDTH tokens
-// each, and the others gather those of the next weights. For that x is turned around first (`turn`), so that a channel's
-// tokens lie together; zeros after the last channel stand in where a row has no more weights. What a row has beyond its first p.own weights is dealt out in chunks to all warps of the block.
-// Sums are float32, always in the same order, and are rounded once.
+// weights, OWN each, and then go through them together: TOKEN_LANES of them gather a weight's inputs, WIDTH tokens each, and
+// the others gather those of the next weights. For that x is turned around first (`turn`), so that a channel's tokens lie
+// together; zeros after the last channel stand in where a row has no more weights. What a row has beyond its first p.own
+// weights is dealt out in chunks to all warps of the block. Sums are float32, always in the same order, and rounded once.
 //
-// Macros: TOKENS (1, 2, 4, 8, 16, 32 or 64: at most so many), IN_BFLOAT, WARPS of a thread block (at most 8), OWN, GATHERS (of
-// a lane that are under way at once; a multiple of TOKENS / 8 or a divisor of it), RESIDENT (thread blocks of a
-// multiprocessor that registers are to suffice for), TURN_WARPS of a thread block of `turn`.
+// Macros: TOKENS (1, 2, 4, 8, 16, 32 or 64: at most so many), IN_BFLOAT, WARPS of a thread block (2, 4 or 8), OWN, GATHERS
+// (of a lane that are under way at once), both powers of 2, RESIDENT (thread blocks of a multiprocessor that registers are to
+// suffice for), TURN_WARPS of a thread block of `turn`.
 #include "numbers.cuh"
 
 constexpr int LANES = 8, ROWS = WARPS * 32 / LANES, THREADS = 32 * WARPS;
 constexpr int WIDTH = TOKENS < 8 ? TOKENS : 8, TOKEN_LANES = TOKENS / WIDTH;
 constexpr int STEPS = OWN * TOKEN_LANES;                      // Of a lane in a round: gathers.
 constexpr int AT_ONCE = GATHERS < STEPS ? GATHERS : STEPS;
-static_assert(STEPS % AT_ONCE == 0 && ROWS <= 32);
+static_assert(STEPS % AT_ONCE == 0 && ROWS <= 32 && THREADS >= TOKENS);
 
 struct Params {
     const u16* y;         // [tokens, rows]
@@ -220,8 +220,9 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void sparse(const __g
 }
 
 #if TOKENS > 1
-// A thread turns WIDTH tokens of a channel around; zeros stand for tokens and the channel that are not there. The next kernel may start at
-// once, since each waits for itself. What is written may have been read by a kernel that has not ended before the wait.
+// A thread turns WIDTH tokens of a channel around; zeros stand for tokens that are not there, and for the channel after the
+// last. The next kernel may start at once: it waits for this one by itself. Until this one's own wait, what it will write
+// may still be read by a kernel before it, in whose memory it is.
 extern "C" __global__ __launch_bounds__(32 * TURN_WARPS) void turn(const __grid_constant__ Params p) {
     let_next_kernel_start();
     const int warp = blockIdx.x * TURN_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
