@@ -1,7 +1,7 @@
 """Time of a decoding step's products with quantized weights on a GPU, without an engine: ours, vLLM's Marlin, bfloat16.
 
-``4+columns`` and ``3-table+sparse`` are ours with what lies beside the bulk: 1% of the input channels kept apart, 0.45%
-of the weights stored singly. The rows without it say what that costs.
+``4+columns``, ``3-table+sparse`` and ``4-table+sparse`` are ours with what lies beside the bulk: 1% of the input
+channels kept apart, 0.45% of the weights stored singly. The rows without it say what that costs.
 
 The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs over
 enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored bytes, beside
@@ -33,7 +33,7 @@ from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 SCHEMA = "vllm-pareto/gpu-weight-kernel/1"
 MISTRAL = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table")
-BESIDE = ("4+columns", "3-table+sparse")
+BESIDE = ("4+columns", "3-table+sparse", "4-table+sparse")
 KEPT_SHARE = 0.01
 """Of input channels: LLM.int8's outliers."""
 SPARSE_SHARE = 0.0045

@@ -2,7 +2,7 @@
 
 For bulks of vLLM's there is one operator, ``pareto::add_beside``: which way it goes depends on the device and the
 number of tokens, and compilers should not look inside. While decoding on CUDA each of PyTorch's operations on so little
-costs more to launch than to run; there one kernel does it all (``beside_triton.py``). The operator of our own bulk does
+costs more to launch than to run; there a few kernels do it all (``beside_cuda.py``). The operator of our own bulk does
 both (``low_bit_cuda.py``).
 """
 
@@ -18,7 +18,7 @@ from quant_methods.formats.quantized import LowRank, Sparse
 from quant_methods.kernels.sparse import add_sparse, sparse_linear
 
 FUSED_TOKENS = 64
-"""Up to so many tokens the kernel does it, on CUDA."""
+"""Up to so many tokens the kernels do it, on CUDA."""
 
 
 class BesideParts(NamedTuple):
@@ -102,12 +102,16 @@ class Beside(nn.Module):
         of = self.ends if self.values is None else self.values
         if not of.is_cuda:
             return
-        from quant_methods.kernels.beside_triton import TOKENS
+        if self.values is not None:
+            from quant_methods.kernels.sparse_cuda import prepare
 
-        out = len(self.starts) - 1 if self.ends is None else self.ends.shape[1]
-        for tokens in (1, *TOKENS):
-            x = of.new_zeros(tokens, width)
-            self(of.new_zeros(tokens, out), x) if product is None else product(x)
+            prepare(self.values.dtype, self.values.device)
+        if self.ends is not None:
+            from quant_methods.kernels.beside_triton import TOKENS
+
+            for tokens in (1, *TOKENS):
+                x = of.new_zeros(tokens, width)
+                self(of.new_zeros(tokens, self.ends.shape[1]), x) if product is None else product(x)
 
 
 @torch.library.custom_op("pareto::add_beside", mutates_args=())
@@ -135,13 +139,13 @@ def add_beside(
         values: [n], the weights.
 
     Returns:
-        [tokens, out] in the dtype of y. The kernel sums in float32 and rounds once.
+        [tokens, out] in the dtype of y. The kernels sum in float32; each of up to two rounds once.
 
     """
     if y.is_cuda and 0 < len(y) <= FUSED_TOKENS:
-        from quant_methods.kernels.beside_triton import add  # Triton, which an installation for CPUs may lack.
+        from quant_methods.kernels.beside_cuda import add_on_cuda
 
-        return add(y, x, low, index, ends, starts, inputs, values)
+        return add_on_cuda(y, x, BesideParts(low, index, ends, starts, inputs, values))
     return add_beside_in_torch(y, x, low, index, ends, starts, inputs, values)
 
 

@@ -1,15 +1,11 @@
-"""What lies beside a layer's bulk, added to the bulk's result in one launch, in Triton.
+"""Input channels kept apart and a low-rank product, added to the bulk's result in one launch, in Triton.
 
 ``quant_methods.kernels.beside.add_beside_in_torch`` is its specification. A program owns a tile of the result, ROWS
 output channels of TOKENS tokens. To the bulk's result there it adds products of small tiles on the tensor cores, with
-sums in float32: weights of some input channels with the inputs of those channels. For kept columns those channels are
-the same in all rows. For the sparse part they are those of the next STORED weights of the tile's rows, each standing in
-its own row among zeros: so the work depends on how many weights the tile's rows hold together, not on the longest row.
+sums in float32. Another kernel adds all but the low-rank product to an expanded weight, single weights too.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import triton
 import triton.language as tl
@@ -21,12 +17,8 @@ from quant_methods.kernels.beside import BesideParts
 
 TOKENS = (8, 16, 32, 64)
 """Numbers of tokens that there are kernels for; others take the next larger one."""
-STORED = 128
-"""Stored weights at a time."""
-SPARSE_ROWS = 16
-"""Output channels of a program where there is a sparse part: each stored weight is compared with every one of them."""
 MOST_ROWS, MOST_TOKENS = 128, 32
-"""Of a program where there is none."""
+"""Of a program."""
 ENOUGH_PROGRAMS = 128
 """That keep a device busy; tiles grow, which reads inputs less often, while as many programs are left."""
 MOST_CHANNELS = 256
@@ -38,17 +30,9 @@ REGISTERS = 128
 
 
 @triton.jit
-def _inputs(x, channel, token, asked, x_token, TURNED: tl.constexpr, TOKENS: tl.constexpr):
-    """Return inputs [tokens, channels] of x [tokens, in] or, turned, [in, TOKENS], whose padding may be read."""
-    if TURNED:
-        return tl.load(x + channel[None, :] * TOKENS + token[:, None])
-    return tl.load(x + token[:, None] * x_token + channel[None, :], mask=asked, other=0)
-
-
-@triton.jit
 def _dense(
     total, x, index, ends, row, token, asked, there, out, channels, x_token,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INDEXED: tl.constexpr, TURNED: tl.constexpr, TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Return the total [tokens, rows] with some input channels' products added; ends is [channels, out]."""
     for part in tl.static_range(CHUNKS):
@@ -58,25 +42,17 @@ def _dense(
         if INDEXED:
             channel = tl.load(index + at, mask=inside, other=0)
         weight = tl.load(ends + at[:, None] * out + row[None, :], mask=inside[:, None] & there[None, :], other=0)
-        begun = _inputs(x, channel, token, asked[:, None] & inside[None, :], x_token, TURNED, TOKENS)
+        begun = tl.load(x + token[:, None] * x_token + channel[None, :], mask=asked[:, None] & inside[None, :], other=0)
         total = tl.dot(begun, weight, total)
     return total
 
 
-@triton.jit
-def _stored(inputs, values, at, last):
-    """Return the input channels and the values of some stored weights, zeros from the last on."""
-    inside = at < last
-    return tl.load(inputs + at, mask=inside, other=0), tl.load(values + at, mask=inside, other=0)
-
-
 @triton.jit(do_not_specialize=["tokens", "kept", "rank"])
 def _add(
-    y, x, low, index, ends, starts, inputs, values, result,
+    y, x, low, index, ends, result,
     tokens, out, kept, rank, y_token, x_token, low_token, result_token,
     KEPT: tl.constexpr, KEPT_CHUNKS: tl.constexpr, RANK: tl.constexpr, RANK_CHUNKS: tl.constexpr,
-    SPARSE: tl.constexpr, TURNED: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of the result; see :func:`add`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -90,30 +66,13 @@ def _add(
     if KEPT_CHUNKS:
         total = _dense(
             total, x, index, ends, row, token, asked, there, out, kept, x_token,
-            KEPT, KEPT_CHUNKS, True, TURNED, TOKENS,
+            KEPT, KEPT_CHUNKS, True,
         )  # fmt: skip
     if RANK_CHUNKS:
         total = _dense(
             total, low, index, ends + kept * out, row, token, asked, there, out, rank, low_token,
-            RANK, RANK_CHUNKS, False, False, TOKENS,
+            RANK, RANK_CHUNKS, False,
         )  # fmt: skip
-    if SPARSE:
-        begin = tl.load(starts + row, mask=there, other=0)
-        end = tl.load(starts + row + 1, mask=there, other=0)
-        first = tl.load(starts + tl.program_id(0) * ROWS)
-        last = tl.load(starts + tl.minimum(tl.program_id(0) * ROWS + ROWS, out))
-        at = first + tl.arange(0, STORED)
-        # Weights are asked for two rounds ahead, their inputs one.
-        channel, value = _stored(inputs, values, at, last)
-        begun = _inputs(x, channel, token, asked[:, None], x_token, TURNED, TOKENS)
-        channel, later = _stored(inputs, values, at + STORED, last)
-        for _ in tl.range(first, last, STORED, num_stages=1):
-            next_begun = _inputs(x, channel, token, asked[:, None], x_token, TURNED, TOKENS)
-            channel, latest = _stored(inputs, values, at + 2 * STORED, last)
-            own = (at[:, None] >= begin[None, :]) & (at[:, None] < end[None, :])
-            total = tl.dot(begun, tl.where(own, value[:, None], 0.0).to(value.dtype), total)
-            at += STORED
-            begun, value, later = next_begun, later, latest
     if OVERLAP:
         gdc_wait()
         bulk = tl.load(y + token[:, None] * y_token + row[None, :], mask=mine, other=0)
@@ -121,17 +80,14 @@ def _add(
     tl.store(result + token[:, None] * result_token + row[None, :], total.to(result.dtype.element_ty), mask=mine)
 
 
-def tile(out: int, tokens: int, *, sparse: bool) -> tuple[int, int]:
+def tile(out: int, tokens: int) -> tuple[int, int]:
     """Return the output channels and tokens of a program.
 
     Args:
         out: output channels.
         tokens: one of ``TOKENS``.
-        sparse: whether there is a sparse part, whose weights are then gone through only once.
 
     """
-    if sparse:
-        return SPARSE_ROWS, tokens
     rows, own, most = 32, TOKENS[0], min(tokens, MOST_TOKENS)
     while out * tokens // (2 * rows * own) >= ENOUGH_PROGRAMS and (rows < MOST_ROWS or own < most):
         rows, own = (2 * rows, own) if rows < MOST_ROWS else (rows, 2 * own)
@@ -139,48 +95,35 @@ def tile(out: int, tokens: int, *, sparse: bool) -> tuple[int, int]:
 
 
 def add(
-    y: Tensor,
-    x: Tensor,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
-    bulk: Callable[[], None] | None = None,
+    y: Tensor, x: Tensor, low: Tensor | None, index: Tensor | None, ends: Tensor, result: Tensor | None = None
 ) -> Tensor:
-    """Return the bulk's result with what lies beside it; see :func:`quant_methods.kernels.beside.add_beside`.
+    """Return the bulk's result with kept columns and a low-rank product added.
 
-    There is at least one token, and at most ``TOKENS[-1]``.
+    See :func:`quant_methods.kernels.beside.add_beside`. There is at least one token, and at most ``TOKENS[-1]``.
 
     Args:
-        bulk: launches the kernel that writes y, after which the sum is written to y too. It must be one kernel, which
-            lets the next one start no sooner than all before it have ended: what does not need y is then done while it
-            runs (sm_90 and above).
+        y: [tokens, out], rows' elements lie together.
+        x: [tokens, in], rows' elements lie together.
+        low: inputs of a low-rank product's second matrix, or None.
+        index: input channels kept apart, or None; there is one of the two.
+        ends: weights of both.
+        result: where to write it, or None for a new tensor. If it is given, the kernel before this one is the one that
+            writes y, and lets the next one start no sooner than all before it have ended: what does not need y is then
+            done while it runs (sm_90 and above).
 
     """
     (tokens, out), bound = y.shape, next(most for most in TOKENS if most >= y.shape[0])
-    kept, rank, sparse = 0 if index is None else len(index), 0 if low is None else low.shape[1], starts is not None
-    y, x, low = (part if part is None or part.stride(1) == 1 else part.contiguous() for part in (y, x, low))
-    turned = sparse and tokens > 1
-    if turned:
-        # A channel's inputs beside each other: apart, each would cost every stored weight a sector of its own.
-        x, straight = x.new_empty(x.shape[1], bound), x
-        x[:, :tokens] = straight.T
-    rows, own = tile(out, bound, sparse=sparse)
+    kept, rank = 0 if index is None else len(index), 0 if low is None else low.shape[1]
+    rows, own = tile(out, bound)
     most = MOST_CHANNELS if rows * own <= SMALL else MOST_CHANNELS // 2
     chunks = [min(max(triton.next_power_of_2(count), 16), most) for count in (kept, rank)]
-    result = y.new_empty(tokens, out) if bulk is None else y
-    overlap = bulk is not None and device_limits(y.device)[2]
-    if bulk is not None:
-        bulk()
+    overlap = result is not None and device_limits(y.device)[2]
+    result = y.new_empty(tokens, out) if result is None else result
     _add[(triton.cdiv(out, rows), triton.cdiv(tokens, own))](
-        y, x, low, index, ends, starts, inputs, values, result,
-        tokens, out, kept, rank, y.stride(0), x.stride(0), 0 if low is None else low.stride(0),
-        result.stride(0), KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]), RANK=chunks[1],
-        RANK_CHUNKS=triton.cdiv(rank, chunks[1]), SPARSE=sparse, TURNED=turned, STORED=STORED, ROWS=rows,
-        TOKENS=own, OVERLAP=overlap, num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS,
-        **({"launch_pdl": True} if overlap else {}),
+        y, x, low, index, ends, result, tokens, out, kept, rank, y.stride(0), x.stride(0),
+        0 if low is None else low.stride(0), result.stride(0), KEPT=chunks[0], KEPT_CHUNKS=triton.cdiv(kept, chunks[0]),
+        RANK=chunks[1], RANK_CHUNKS=triton.cdiv(rank, chunks[1]), ROWS=rows, TOKENS=own, OVERLAP=overlap,
+        num_warps=8 if rows == MOST_ROWS else 4, maxnreg=REGISTERS, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return result
 

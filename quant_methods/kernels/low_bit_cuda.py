@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
+from quant_methods.kernels.beside_cuda import add_on_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack
 from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
@@ -166,9 +167,7 @@ def _few(matrix: PackedMatrix, x: Tensor, y: Tensor, beside: BesideParts) -> Non
         if not beside.nothing:
             y.copy_(add_beside_in_torch(y, x, *beside))
         return
-    from quant_methods.kernels.beside_triton import add  # Triton, which an installation for CPUs may lack.
-
-    add(y, x, *beside, bulk=lambda: matrix.multiply(x, y))
+    add_on_cuda(y, x, beside, bulk=lambda: matrix.multiply(x, y))
 
 
 def _dense(matrix: PackedMatrix, x: Tensor, beside: BesideParts) -> Tensor:

@@ -150,6 +150,12 @@ DEVICE float2 load_l2(const float2* p) {
     return v;
 }
 
+DEVICE u16 load_l2(const u16* p) {
+    u16 v;
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    return v;
+}
+
 // Counts one more and returns the count before. What the block wrote before a barrier is there for those who see the count.
 DEVICE int arrive(int* count) {
     int before;

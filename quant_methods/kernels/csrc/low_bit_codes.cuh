@@ -12,7 +12,7 @@
 //
 // Macros: BITS (2 to 7), IN_BFLOAT, TABLE (0 or 1; BITS 3 or 4), GROUP_STEPS (2, 4 or 8: groups of 32, 64 or 128 channels).
 #pragma once
-#include "ptx.cuh"
+#include "numbers.cuh"
 
 constexpr int ROWS = 32, CHANNELS = 128, GROUPS = 8 / GROUP_STEPS;
 constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes, then high bytes, of 2^BITS entries.
@@ -20,8 +20,6 @@ constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes
 // it, -(128 or 1,024) - zero-point, in the type of x), or the rows' tables, [g][row r][ROW_TABLE].
 constexpr int UNIT_WORDS = 128 * BITS, SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
 
-DEVICE float to_float(u16 x) { return IN_BFLOAT ? from_bfloat(x) : from_half(x); }
-DEVICE u16 from_float(float x) { return IN_BFLOAT ? to_bfloat(x) : to_half(x); }
 DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }
 
 // A lane's codes of a row of a unit.

@@ -1,0 +1,137 @@
+"""Adds single weights to a bulk's result while decoding on a CUDA device: the host's side of ``csrc/sparse.cu``.
+
+``quant_methods.kernels.sparse.sparse_linear`` and an addition are its specification.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from kv_cache.gpu.launch import Kernel, load_kernel
+from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.sides import device_limits
+from quant_methods.kernels.low_bit_matrix import FOLDER
+
+BOUNDS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of tokens that there are kernels for; others take the next larger one."""
+WARPS = 8
+"""Of a thread block, each with 4 output channels."""
+OWN_WEIGHTS = 4
+"""That a lane loads at once."""
+GATHERS = 8
+"""Of a lane that are under way at once."""
+RESIDENT = {1: 6, 2: 6, 4: 5, 8: 4, 16: 2, 32: 2, 64: 2}
+"""Thread blocks of a multiprocessor that registers are to suffice for, by bound."""
+TURN_WARPS = 2
+"""Of a thread block that turns inputs around, each with 32 channels of up to 8 tokens."""
+LEAST_OWN, OWN_SHARE = 64, 2
+"""An output channel's own lanes add so many of its weights, or so many times the mean; its block shares the rest."""
+
+_i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        ("y", _ptr),
+        ("result", _ptr),
+        ("x", _ptr),
+        ("turned", _ptr),
+        ("starts", _ptr),
+        ("inputs", _ptr),
+        ("values", _ptr),
+        ("y_stride", _i64),
+        ("result_stride", _i64),
+        ("x_stride", _i64),
+        ("tokens", _i32),
+        ("rows", _i32),
+        ("channels", _i32),
+        ("own", _i32),
+        ("early", _i32),
+    )
+
+
+def bound(tokens: int) -> int:
+    """Return the tokens of the kernel for that many."""
+    return next(most for most in BOUNDS if most >= tokens)
+
+
+def macros(tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """Return what the kernels for a number of tokens, one of ``BOUNDS``, are compiled with."""
+    return (
+        ("TOKENS", tokens), ("IN_BFLOAT", int(dtype == torch.bfloat16)), ("WARPS", WARPS), ("OWN", OWN_WEIGHTS),
+        ("GATHERS", GATHERS), ("RESIDENT", RESIDENT[tokens]), ("TURN_WARPS", TURN_WARPS), ("BULK_COPY", 0),
+    )  # fmt: skip
+
+
+def prepare(dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load the kernels, so that nothing waits for it, or does it while a graph is captured."""
+    major, minor = torch.cuda.get_device_capability(device)
+    with ThreadPoolExecutor() as pool:
+        every = [macros(tokens, dtype) for tokens in BOUNDS]
+        list(pool.map(lambda one: compile_cubin("sparse.cu", f"sm_{major}{minor}", one, FOLDER), every))
+    for tokens in BOUNDS:
+        for name in ("sparse", "turn") if tokens > 1 else ("sparse",):
+            _kernel(name, tokens, dtype, device)
+
+
+def _kernel(name: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+    return load_kernel("sparse.cu", name, macros(tokens, dtype), device, folder=FOLDER)
+
+
+def turn(x: Tensor) -> Tensor:
+    """Return inputs turned around, for :func:`add`.
+
+    The next kernel may start before this one ends; whatever it is, it has to wait for this one by itself.
+
+    Args:
+        x: [tokens, in] bfloat16 or float16, 2 to 64 tokens; elements of a row lie together.
+
+    Returns:
+        [in + 1, tokens' bound], contiguous, with zeros for tokens that are not there, and as the last channel.
+
+    """
+    (tokens, channels), most = x.shape, bound(x.shape[0])
+    turned = x.new_empty(channels + 1, most)
+    params = _Params(x=x.data_ptr(), turned=turned.data_ptr(), x_stride=x.stride(0), tokens=tokens, channels=channels)
+    blocks = -(-(-(-(channels + 1) // 32) * max(most // 8, 1)) // TURN_WARPS)
+    overlap = device_limits(x.device)[2]
+    _kernel("turn", most, x.dtype, x.device).launch((blocks, 1, 1), 32 * TURN_WARPS, params, x.device, overlap)
+    return turned
+
+
+def add(
+    y: Tensor,
+    x: Tensor,
+    starts: Tensor,
+    inputs: Tensor,
+    values: Tensor,
+    result: Tensor,
+    *,
+    early: bool,
+) -> None:
+    """Write y and the products with single weights to the result.
+
+    Args:
+        y: [tokens, out] bfloat16 or float16, as all floating-point numbers here; rows' elements lie together.
+        x: inputs as :func:`turn` returns them; for one token the inputs themselves, [1, in].
+        starts: int32 [out + 1], where each output channel's weights begin.
+        inputs: int32 [n], their input channels.
+        values: [n], the weights.
+        result: [tokens, out], rows' elements lie together; it may be y.
+        early: whether only y may be missing when the kernel before this one lets the next one start. All that it has
+            not written itself is then complete.
+
+    """
+    (tokens, rows), most = y.shape, bound(y.shape[0])
+    channels = x.shape[1] if most == 1 else x.shape[0] - 1
+    own = max(LEAST_OWN, -(-OWN_SHARE * len(values) // rows))
+    params = _Params(
+        y.data_ptr(), result.data_ptr(), x.data_ptr(), x.data_ptr(), starts.data_ptr(), inputs.data_ptr(),
+        values.data_ptr(), y.stride(0), result.stride(0), 0, tokens, rows, channels, own, int(early),
+    )  # fmt: skip
+    blocks, overlap = -(-rows // (4 * WARPS)), device_limits(y.device)[2]
+    _kernel("sparse", most, y.dtype, y.device).launch((blocks, 1, 1), 32 * WARPS, params, y.device, overlap)
