@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +20,32 @@ from quant_methods.kernels.low_bit_matrix import FOLDER
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of tokens that there are kernels for; others take the next larger one."""
-WARPS = 8
-"""Of a thread block, each with 4 output channels."""
 OWN_WEIGHTS = 4
 """That a lane loads at once."""
-GATHERS = 8
-"""Of a lane that are under way at once."""
-RESIDENT = {1: 6, 2: 6, 4: 5, 8: 4, 16: 2, 32: 2, 64: 2}
-"""Thread blocks of a multiprocessor that registers are to suffice for, by bound."""
+
+
+class Arrangement(NamedTuple):
+    """How a kernel shares its work.
+
+    Attributes:
+        warps: of a thread block, each with 4 output channels.
+        gathers: of a lane that are under way at once.
+        resident: thread blocks of a multiprocessor that registers are to suffice for.
+
+    """
+
+    warps: int
+    gathers: int
+    resident: int
+
+
+ARRANGEMENTS = dict(
+    zip(
+        BOUNDS,
+        itertools.starmap(Arrangement, ((8, 8, 6), (8, 8, 6), (8, 8, 5), (8, 8, 4), (8, 8, 2), (8, 8, 2), (8, 8, 2))),
+        strict=True,
+    )
+)
 TURN_WARPS = 2
 """Of a thread block that turns inputs around, each with 32 channels of up to 8 tokens."""
 LEAST_OWN, OWN_SHARE = 64, 2
@@ -61,9 +81,10 @@ def bound(tokens: int) -> int:
 
 def macros(tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     """Return what the kernels for a number of tokens, one of ``BOUNDS``, are compiled with."""
+    a = ARRANGEMENTS[tokens]
     return (
-        ("TOKENS", tokens), ("IN_BFLOAT", int(dtype == torch.bfloat16)), ("WARPS", WARPS), ("OWN", OWN_WEIGHTS),
-        ("GATHERS", GATHERS), ("RESIDENT", RESIDENT[tokens]), ("TURN_WARPS", TURN_WARPS), ("BULK_COPY", 0),
+        ("TOKENS", tokens), ("IN_BFLOAT", int(dtype == torch.bfloat16)), ("WARPS", a.warps), ("OWN", OWN_WEIGHTS),
+        ("GATHERS", a.gathers), ("RESIDENT", a.resident), ("TURN_WARPS", TURN_WARPS), ("BULK_COPY", 0),
     )  # fmt: skip
 
 
@@ -133,5 +154,6 @@ def add(
         y.data_ptr(), result.data_ptr(), x.data_ptr(), x.data_ptr(), starts.data_ptr(), inputs.data_ptr(),
         values.data_ptr(), y.stride(0), result.stride(0), 0, tokens, rows, channels, own, int(early),
     )  # fmt: skip
-    blocks, overlap = -(-rows // (4 * WARPS)), device_limits(y.device)[2]
-    _kernel("sparse", most, y.dtype, y.device).launch((blocks, 1, 1), 32 * WARPS, params, y.device, overlap)
+    warps, overlap = ARRANGEMENTS[most].warps, device_limits(y.device)[2]
+    blocks = -(-rows // (4 * warps))
+    _kernel("sparse", most, y.dtype, y.device).launch((blocks, 1, 1), 32 * warps, params, y.device, overlap)
