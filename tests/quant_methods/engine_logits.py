@@ -57,9 +57,10 @@ def logits(engine: Any, model: nn.Module, prompts: list[list[int]]) -> torch.Ten
     from vllm import SamplingParams
 
     found: list[torch.Tensor] = []
-    # Those of the last token, from which the next is drawn, come by themselves.
+    # Those of the last token, from which the next is drawn, come by themselves, and on CUDA here too.
+    last = len(prompts[0]) - 1
     hook = model.logits_processor.register_forward_hook(
-        lambda module, args, output: found.append(output.float().cpu().clone()) if len(output) > 1 else None
+        lambda module, args, output: found.append(output[:last].float().cpu().clone()) if len(output) > 1 else None
     )
     settings = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0, detokenize=False)
     for prompt in prompts:
