@@ -13,6 +13,7 @@ from quant_methods.kernels.low_bit_layout import pack
 from quant_methods.kernels.low_bit_matrix import Arrangement
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 from tests.kv_cache.gpu.test_host_side import SHARED
+from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
 from tests.quant_methods.kernels.test_beside import apart
 from tests.quant_methods.kernels.test_beside import expected as expected_beside
 from tests.quant_methods.kernels.test_beside import make as make_beside
@@ -187,7 +188,6 @@ def test_with_what_lies_beside(tokens, parts):
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", BESIDE, ids=str)
 def test_a_graph_replays_products_that_overlap(parts):
-    """Layers one after the other, each of which needs what the one before made, many times: no race may show."""
     device, size = torch.device("cuda", 0), 2048
     layer = random_layer(4, size, size, -1, torch.bfloat16, device)
     layer.scale /= 256
@@ -195,24 +195,7 @@ def test_a_graph_replays_products_that_overlap(parts):
     beside, _ = make_beside(size, size, *parts, torch.bfloat16, device)
     for tokens in (1, 8, 32, 64):
         x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
-
-        def chain(x, wait):
-            for i in range(6):
-                x = matrix.apply(x, beside)
-                if i % 2:  # Behind the others the next layer's kernels follow at once, in the same memory.
-                    x = torch.nn.functional.rms_norm(x, (size,))
-                if wait:
-                    torch.cuda.synchronize()
-            return x
-
-        chain(x, wait=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = chain(x, wait=False)
-        for _ in range(20):
-            x.copy_(torch.randn_like(x))
-            graph.replay()
-            assert torch.equal(found, chain(x, wait=True))
+        check_layers_in_a_graph(lambda x: matrix.apply(x, beside), x, lambda i: i % 2 == 1)
 
 
 @gpu

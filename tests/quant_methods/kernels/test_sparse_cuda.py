@@ -1,5 +1,6 @@
 """The kernel that adds single weights to a bulk's result, against float64: on a GPU, and its source on a CPU."""
 
+import functools
 import itertools
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from quant_methods.kernels import beside_cuda, low_bit_matrix, sparse_cuda
 from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.sparse_cuda import BOUNDS
 from tests.kv_cache.gpu.emulator import EmulatedKernel
-from tests.quant_methods.kernels.test_beside import apart, expected, make, poisoned, rounded_once
+from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
+from tests.quant_methods.kernels.test_beside import apart, make, poisoned, rounded_once
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -181,10 +183,6 @@ def of_a_model(out, width, dtype, device):
 @pytest.mark.parametrize("behind", ["nothing", "other kernels"])
 @pytest.mark.parametrize("kept", [0, 41])
 def test_a_graph_replays_layers_that_overlap(kept, behind):
-    """Layers one after the other, each of which needs what the one before made, many times: no race may show.
-
-    With nothing behind a layer the next one's kernels are right behind its own, in the same memory.
-    """
     device, size = torch.device("cuda", 0), 4096
     beside, _ = of_a_model(size, size, torch.bfloat16, device)
     beside.values /= 8
@@ -202,37 +200,4 @@ def test_a_graph_replays_layers_that_overlap(kept, behind):
             y = x.new_empty(x.shape)
             return beside_cuda.add_on_cuda(y, x, parts, bulk=lambda: torch.mul(x, 0.5, out=y))
 
-        def chain(x, wait, own=own):
-            for _ in range(6):
-                x = layer(x, own)
-                if behind == "other kernels":
-                    x = torch.nn.functional.rms_norm(x, (size,))
-                if wait:
-                    torch.cuda.synchronize()
-            return x
-
-        chain(x, wait=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = chain(x, wait=False)
-        for _ in range(20):
-            x.copy_(torch.randn_like(x))
-            graph.replay()
-            assert torch.equal(found, chain(x, wait=True))
-
-
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 8, 64])
-def test_a_graph_gets_what_the_weights_mean(tokens):
-    device = torch.device("cuda", 0)
-    beside, weight = of_a_model(6144, 4096, torch.bfloat16, device)
-    beside.prepare(4096)
-    y, x = (apart(tokens, size, dtype=torch.bfloat16, device=device) for size in (6144, 4096))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = beside(y, x)
-    y.copy_(torch.randn(y.shape))
-    x.copy_(torch.randn(x.shape))
-    graph.replay()
-    assert rounded_once(result, expected(beside, weight, y, x))
+        check_layers_in_a_graph(functools.partial(layer, own=own), x, lambda i: behind == "other kernels")
