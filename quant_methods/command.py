@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--upstream-damping",
         type=float,
-        help="likewise for the shift of --upstream, which little calibration data would be fitted too closely without",
+        help="the same of what --upstream solves for (1); with less, little calibration data is fitted too closely",
     )
     recipe.add_argument("--alpha", type=float, help="SmoothQuant: one for all layers (default: searched)")
     recipe.add_argument("--upstream", action=switch, default=None, help="GPTQ: make up for earlier layers' error")
