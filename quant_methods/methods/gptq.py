@@ -74,8 +74,9 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         ParetoError: the Hessian is not finite.
 
     """
-    hessian, _ = factorize(finite(problem), step.damping)
+    # One after the other: of a wide layer's Hessian each copy is gigabytes.
     weight = aim(problem, step.upstream_damping)
+    hessian = factorize(finite(problem), step.damping)[0]
     with few_threads(weight.shape[0]):
         codes, scale, zero = solve(
             weight,
@@ -124,7 +125,7 @@ def aim(problem: LinearProblem, damping: float = UPSTREAM_DAMPING) -> Tensor:
         shift = problem.residual.double() if shift is None else shift + problem.residual.double()
     if shift is None:
         return problem.weight
-    _, factor = factorize(finite(problem), damping)
+    factor = factorize(finite(problem), damping)[1]
     return problem.weight + torch.cholesky_solve(shift.T, factor).T.to(problem.weight.dtype)
 
 

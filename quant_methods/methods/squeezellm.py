@@ -95,8 +95,8 @@ def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
 
     """
     given = finite(problem)
-    hessian, _ = factorize(given, step.damping)
     weight = aim(problem, step.upstream_damping) if step.feedback else problem.weight
+    hessian = factorize(given, step.damping)[0]
     dtype, clusters = problem.scale_dtype, 1 << step.bits
     # Not the damped one: where channels are kept apart, weights of 0 without inputs stand for them.
     sensitivity = given.diagonal().clamp(min=0).to(weight.dtype).expand_as(weight)

@@ -35,16 +35,16 @@ def compensate(
     step: WeightStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
 ) -> QuantizedLinear:
     """Let ``solve`` quantize one layer, and add what makes up for its error; see ``recipe.LinearProblem``."""
-    factor: Tensor | None = None
     if problem.hessian is not None:
-        _, factor = factorize(problem.hessian, DAMPING)
         # The error is what is missing from the weight that the step really aims at.
         problem = dataclasses.replace(
             problem, weight=aim(problem, getattr(step, "upstream_damping", UPSTREAM_DAMPING)), cross=None, residual=None
         )
     target = problem.weight.clone()
     linear = solve(step, problem)
-    metric = factor if step.rank_metric == "activations" else None
+    metric: Tensor | None = None
+    if problem.hessian is not None and step.rank_metric == "activations":
+        metric = factorize(problem.hessian, DAMPING)[1]
     linear.low_rank = low_rank(target - linear.read(), metric, step.rank, problem.scale_dtype)
     return linear
 
