@@ -97,9 +97,10 @@ def test_signals_to_the_owner_leave_nothing_behind(program, tmp_path, number):
             sys.executable,
             "-c",
             textwrap.dedent(f"""
-                import time
+                import signal, time
                 from pathlib import Path
                 from bench.server import serving
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # Ignored in the background.
                 with serving(["well"], Path({str(tmp_path / "log")!r}), grace_s=0.5, program={program!r}):
                     print("up", flush=True)
                     time.sleep(600)
