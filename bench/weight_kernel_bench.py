@@ -78,10 +78,8 @@ def low_bit(what: str, rows: int, channels: int) -> tuple[list[Product], int]:
     first.prepare(channels, functools.partial(matrices[0].apply, beside=first))
     stored += sum(t.numel() * t.element_size() for t in first.buffers())
     parts = [first, *(copy.deepcopy(first) for _ in matrices[1:])]
-
-    return [
-        functools.partial(matrix.apply, beside=beside) for matrix, beside in zip(matrices, parts, strict=True)
-    ], stored
+    both = zip(matrices, parts, strict=True)
+    return [functools.partial(matrix.apply, beside=beside) for matrix, beside in both], stored
 
 
 def random_columns(rows: int, channels: int) -> Beside:

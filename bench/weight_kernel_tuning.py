@@ -14,7 +14,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from bench.files import write_json
 from bench.gpu_timer import graph_seconds
 from bench.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices, sizes
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import RESERVED_SHARED
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import RESERVED_SHARED, compile_ahead
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit_matrix import FOLDER, Arrangement, PackedMatrix, column_tiles
 
@@ -65,7 +63,6 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return the time of every arrangement on every matrix with every number of columns."""
     rows = []
-    major, minor = torch.cuda.get_device_capability()
     for out_rows, channels in shapes:
         matrices = [module.matrix() for module in low_bit_matrices(what, out_rows, channels)[0]]
         first = matrices[0]
@@ -79,8 +76,7 @@ def measure(
             if chosen not in tried:
                 tried.append(chosen)
             macros = {first.macros(torch.bfloat16, tokens, one) for one in tried}
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda m: compile_cubin("low_bit.cu", f"sm_{major}{minor}", m, FOLDER), macros))
+            compile_ahead("low_bit.cu", macros, first.words.device, FOLDER)
             for one in tried:
                 y.fill_(torch.nan)
                 first.multiply(x, y, one)

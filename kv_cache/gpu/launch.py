@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -146,5 +148,26 @@ def load_kernel(
         folder: where the source is; by default ``csrc/``.
 
     """
+    return Kernel(compile_cubin(source, _arch(device), macros, folder), name, device, shared_bytes, one_block)
+
+
+def compile_ahead(
+    source: str, every: Iterable[tuple[tuple[str, int], ...]], device: torch.device, folder: Path = SOURCES
+) -> None:
+    """Compile a file with each of several sets of macros, at the same time: :func:`load_kernel` need not then.
+
+    Args:
+        source: the file's name.
+        every: names and values to define, in each set.
+        device: a CUDA device.
+        folder: see :func:`load_kernel`.
+
+    """
+    arch = _arch(device)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda macros: compile_cubin(source, arch, macros, folder), every))
+
+
+def _arch(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compile_cubin(source, f"sm_{major}{minor}", macros, folder), name, device, shared_bytes, one_block)
+    return f"sm_{major}{minor}"

@@ -22,7 +22,19 @@ FUSED_TOKENS = 64
 
 
 class BesideParts(NamedTuple):
-    """What is added for some inputs: see :func:`add_beside`, whose index is here ``channels``."""
+    """What is added for some inputs.
+
+    Attributes:
+        low: [tokens, rank], inputs that have gone through the first matrix of a low-rank product, or None. All
+            floating-point numbers have the dtype of inputs and outputs.
+        channels: int32 [k], input channels kept apart, or None.
+        ends: [k + rank, out], contiguous: weights of the channels kept apart, then of the low-rank product; None if
+            there is neither.
+        starts: int32 [out + 1], where each output channel's single weights begin, or None.
+        inputs: int32 [n], their input channels.
+        values: [n], the weights.
+
+    """
 
     low: Tensor | None = None
     channels: Tensor | None = None
@@ -35,11 +47,6 @@ class BesideParts(NamedTuple):
     def kept(self) -> int:
         """Input channels kept apart."""
         return 0 if self.channels is None else len(self.channels)
-
-    @property
-    def nothing(self) -> bool:
-        """Whether there is nothing to add."""
-        return all(part is None for part in self)
 
     def low_rank(self) -> Tensor:
         """Return the second matrix of the low-rank product, [rank, out]."""
@@ -83,7 +90,7 @@ class Beside(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the layer's product [tokens, out] from the bulk's and the inputs [tokens, in]."""
-        result: Tensor = add_beside(y, x, *self.parts(x))
+        result: Tensor = add_beside(y, x, list(self.parts(x)))
         return result
 
     def parts(self, x: Tensor) -> BesideParts:
@@ -115,74 +122,42 @@ class Beside(nn.Module):
 
 
 @torch.library.custom_op("pareto::add_beside", mutates_args=())
-def add_beside(
-    y: Tensor,
-    x: Tensor,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
-) -> Tensor:
+def add_beside(y: Tensor, x: Tensor, beside: list[Tensor | None]) -> Tensor:
     """Return the bulk's result with what lies beside it added.
 
     Args:
         y: [tokens, out] bfloat16 or float16, the bulk's result.
-        x: [tokens, in] in the same dtype, as all floating-point numbers here.
-        low: [tokens, rank], inputs that have gone through the first matrix of a low-rank product, or None.
-        index: int32 [k], input channels kept apart, or None.
-        ends: [k + rank, out], contiguous: weights of the channels kept apart, then of the low-rank product; None if
-            there is neither.
-        starts: int32 [out + 1], where each output channel's single weights begin, or None.
-        inputs: int32 [n], their input channels.
-        values: [n], the weights.
+        x: [tokens, in] in the same dtype.
+        beside: what is added, the fields of :class:`BesideParts`.
 
     Returns:
         [tokens, out] in the dtype of y. The kernels sum in float32; each of up to two rounds once.
 
     """
+    parts = BesideParts(*beside)
     if y.is_cuda and 0 < len(y) <= FUSED_TOKENS:
         from quant_methods.kernels.beside_cuda import add_on_cuda
 
-        return add_on_cuda(y, x, BesideParts(low, index, ends, starts, inputs, values))
-    return add_beside_in_torch(y, x, low, index, ends, starts, inputs, values)
+        return add_on_cuda(y, x, parts)
+    return add_beside_in_torch(y, x, parts)
 
 
 @add_beside.register_fake
-def _(
-    y: Tensor,
-    x: Tensor,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
-) -> Tensor:
+def _(y: Tensor, x: Tensor, beside: list[Tensor | None]) -> Tensor:
     return y.new_empty(y.shape)
 
 
-def add_beside_in_torch(
-    y: Tensor,
-    x: Tensor,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
-) -> Tensor:
-    """Do as :func:`add_beside` says, in plain PyTorch; a contiguous tensor of its own is returned."""
-    begun = [] if index is None else [x.index_select(1, index)]
-    begun += [] if low is None else [low]
+def add_beside_in_torch(y: Tensor, x: Tensor, parts: BesideParts) -> Tensor:
+    """Do as :func:`add_beside` says, in plain PyTorch; a contiguous tensor of its own, if anything is added."""
+    begun = [] if parts.channels is None else [x.index_select(1, parts.channels)]
+    begun += [] if parts.low is None else [parts.low]
     if begun:
-        assert ends is not None
-        y = torch.addmm(y, torch.cat(begun, 1) if len(begun) > 1 else begun[0], ends)
-    if starts is not None:
-        assert inputs is not None
-        assert values is not None
-        y = y + sparse_linear(x, starts, inputs, values)
+        assert parts.ends is not None
+        y = torch.addmm(y, torch.cat(begun, 1) if len(begun) > 1 else begun[0], parts.ends)
+    if parts.starts is not None:
+        assert parts.inputs is not None
+        assert parts.values is not None
+        y = y + sparse_linear(x, parts.starts, parts.inputs, parts.values)
     return y
 
 

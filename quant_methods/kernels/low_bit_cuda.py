@@ -79,8 +79,8 @@ class LowBitCUDA(nn.Module):
     def apply(self, x: Tensor, beside: Beside | None = None) -> Tensor:
         """Return the product [..., out] with inputs [..., in], both in ``dtype``, of the bulk and what lies beside."""
         x, shape = x.reshape(-1, self.channels), x.shape[:-1]
-        parts = BesideParts() if beside is None else beside.parts(x)
-        y = low_bit_linear(x, self.words, self.groups, self.table, *parts, self.rows, self.bits, self.group_steps)
+        parts = list(BesideParts() if beside is None else beside.parts(x))
+        y = low_bit_linear(x, self.words, self.groups, self.table, parts, self.rows, self.bits, self.group_steps)
         return y.reshape(*shape, self.rows)
 
     def weight(self) -> Tensor:
@@ -115,12 +115,7 @@ def low_bit_linear(
     words: Tensor,
     groups: Tensor | None,
     table: Tensor | None,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
+    beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,
@@ -134,12 +129,7 @@ def low_bit_linear(
         words: as ``pack`` returns them.
         groups: scales and offsets as :class:`LowBitCUDA` lays them out, in the dtype of x, or None.
         table: bytes of the look-up tables, or None.
-        low: this and the next five: see :func:`quant_methods.kernels.beside.add_beside`.
-        index: input channels kept apart, or None.
-        ends: weights of these and of a low-rank product, or None.
-        starts: where rows' single weights begin, or None.
-        inputs: their input channels.
-        values: the weights.
+        beside: what lies beside, the fields of :class:`quant_methods.kernels.beside.BesideParts`.
         rows: output channels.
         bits: of a code.
         group_steps: channels of a group, in sixteens.
@@ -149,25 +139,23 @@ def low_bit_linear(
 
     """
     matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps)
-    beside = BesideParts(low, index, ends, starts, inputs, values)
+    parts = BesideParts(*beside)
     if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
-        return _dense(matrix, x, beside)
+        return _dense(matrix, x, parts)
     y = x.new_empty(x.shape[0], rows)
     for first in range(0, x.shape[0], MAX_TOKENS):
-        part, result = x[first : first + MAX_TOKENS], y[first : first + MAX_TOKENS]
-        own = beside if low is None else beside._replace(low=low[first : first + MAX_TOKENS])
-        _few(matrix, part, result, own)
+        some = slice(first, first + MAX_TOKENS)
+        _few(matrix, x[some], y[some], parts if parts.low is None else parts._replace(low=parts.low[some]))
     return y
 
 
 def _few(matrix: PackedMatrix, x: Tensor, y: Tensor, beside: BesideParts) -> None:
     """Write the product of as many tokens as a launch takes to y."""
-    if beside.nothing or not y.is_cuda:
+    if y.is_cuda:
+        add_on_cuda(y, x, beside, bulk=lambda: matrix.multiply(x, y))
+    else:
         matrix.multiply(x, y)
-        if not beside.nothing:
-            y.copy_(add_beside_in_torch(y, x, *beside))
-        return
-    add_on_cuda(y, x, beside, bulk=lambda: matrix.multiply(x, y))
+        y.copy_(add_beside_in_torch(y, x, beside))
 
 
 def _dense(matrix: PackedMatrix, x: Tensor, beside: BesideParts) -> Tensor:
@@ -187,12 +175,7 @@ def _(
     words: Tensor,
     groups: Tensor | None,
     table: Tensor | None,
-    low: Tensor | None,
-    index: Tensor | None,
-    ends: Tensor | None,
-    starts: Tensor | None,
-    inputs: Tensor | None,
-    values: Tensor | None,
+    beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,

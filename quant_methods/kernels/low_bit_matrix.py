@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import RESERVED_SHARED, Kernel, load_kernel
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import RESERVED_SHARED, Kernel, compile_ahead, load_kernel
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
@@ -143,11 +141,9 @@ class PackedMatrix:
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile and load what products need, so that none waits for it, or does it while a graph is captured."""
-        major, minor = torch.cuda.get_device_capability(self.words.device)
         macros = {self.macros(dtype, tokens, self.arrangement(tokens)) for tokens in BOUNDS}
         macros.add(self._expanding(dtype))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda one: compile_cubin("low_bit.cu", f"sm_{major}{minor}", one, FOLDER), macros))
+        compile_ahead("low_bit.cu", macros, self.words.device, FOLDER)
         for tokens in BOUNDS:
             self._multiplying(dtype, tokens, self.arrangement(tokens))
         load_kernel("low_bit.cu", "expand", self._expanding(dtype), self.words.device, folder=FOLDER)

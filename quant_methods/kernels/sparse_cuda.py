@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.nvrtc import compile_cubin
+from kv_cache.gpu.launch import Kernel, compile_ahead, load_kernel
 from kv_cache.gpu.sides import device_limits
 from quant_methods.kernels.low_bit_matrix import FOLDER
 
@@ -92,10 +90,7 @@ def macros(tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
 
 def prepare(dtype: torch.dtype, device: torch.device) -> None:
     """Compile and load the kernels, so that nothing waits for it, or does it while a graph is captured."""
-    major, minor = torch.cuda.get_device_capability(device)
-    with ThreadPoolExecutor() as pool:
-        every = [macros(tokens, dtype) for tokens in BOUNDS]
-        list(pool.map(lambda one: compile_cubin("sparse.cu", f"sm_{major}{minor}", one, FOLDER), every))
+    compile_ahead("sparse.cu", [macros(tokens, dtype) for tokens in BOUNDS], device, FOLDER)
     for tokens in BOUNDS:
         for name in ("sparse", "turn") if tokens > 1 else ("sparse",):
             _kernel(name, tokens, dtype, device)

@@ -83,11 +83,6 @@ def expected(beside, weight, y, x):
     return wanted
 
 
-def arguments(beside, y, x):
-    low = None if beside.down is None else torch.nn.functional.linear(x, beside.down)
-    return y, x, low, beside.index, beside.ends, beside.starts, beside.inputs, beside.values
-
-
 def rounded_once(result, wanted, before=0):
     """Whether numbers are off by half a unit in the last place, and by what float32 sums may add.
 
@@ -115,7 +110,7 @@ def test_the_kernel_adds_what_the_weights_mean(tokens, out, width, kept, rank, m
     y, x = (apart(tokens, size, dtype=DTYPE, device=DEVICE) for size in (out, width))
     wanted = expected(beside, weight, y, x)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    result = add(*arguments(beside, y, x)[:5])
+    result = add(y, x, *beside.parts(x)[:3])
     assert result.shape == (tokens, out)
     assert result.is_contiguous()
     assert rounded_once(result, wanted)
@@ -200,8 +195,9 @@ def test_pytorch_adds_what_the_weights_mean(tokens, out, width, kept, rank, spar
 def test_it_is_an_operator_that_compilers_can_trace():
     beside, _ = make(21, 40, 3, 2, True, torch.float32, "cpu")
     y, x = torch.randn(4, 21), torch.randn(4, 40)
-    torch.library.opcheck(add_beside, arguments(beside, y, x))
-    assert torch.equal(add_beside(*arguments(beside, y, x)), add_beside_in_torch(*arguments(beside, y, x)))
+    parts = beside.parts(x)
+    torch.library.opcheck(add_beside, (y, x, list(parts)))
+    assert torch.equal(add_beside(y, x, list(parts)), add_beside_in_torch(y, x, parts))
     assert not y.isnan().any()
 
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.gpu import nvrtc
+from kv_cache.gpu import launch, nvrtc
 from quant_methods.formats.quantized import Sparse
 from quant_methods.kernels import beside_cuda, low_bit_matrix, sparse_cuda
-from quant_methods.kernels.beside import Beside
+from quant_methods.kernels.beside import Beside, BesideParts
 from quant_methods.kernels.sparse_cuda import BOUNDS
 from tests.kv_cache.gpu.emulator import EmulatedKernel
 from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
@@ -157,6 +157,22 @@ def test_with_other_parts_in_between_inputs_are_there(monkeypatch):
 def test_it_compiles(arch):
     for tokens, dtype in zip(BOUNDS, itertools.cycle((torch.bfloat16, torch.float16)), strict=False):
         assert nvrtc.compile_cubin("sparse.cu", arch, sparse_cuda.macros(tokens, dtype), low_bit_matrix.FOLDER)
+
+
+def test_with_nothing_beside_it_the_bulk_is_the_result():
+    y, x, launches = torch.randn(2, 5).bfloat16(), torch.randn(2, 8).bfloat16(), []
+    assert beside_cuda.add_on_cuda(y, x, BesideParts(), bulk=lambda: launches.append("bulk")) is y
+    assert launches == ["bulk"]
+
+
+def test_what_is_compiled_ahead_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    every = [sparse_cuda.macros(tokens, torch.float16) for tokens in (1, 2)]
+    launch.compile_ahead("sparse.cu", every, CPU, low_bit_matrix.FOLDER)
+    before = nvrtc.compile_cubin.cache_info()
+    for macros in every:
+        assert nvrtc.compile_cubin("sparse.cu", "sm_90", macros, low_bit_matrix.FOLDER)
+    assert nvrtc.compile_cubin.cache_info().misses == before.misses
 
 
 @gpu
