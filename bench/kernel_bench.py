@@ -22,9 +22,9 @@ import torch
 
 from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.formats import get_format
-from kv_cache.gpu.decode import DecodeAttention
-from kv_cache.gpu.folding import Folding, PositionTables
-from kv_cache.gpu.tuning import Tuning
+from kv_cache.cuda.decode import DecodeAttention
+from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.tuning import Tuning
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import Rotary
 
@@ -97,7 +97,7 @@ class Problem:
 
     Args:
         case: what is measured.
-        tuning: fields of ``kv_cache.gpu.tuning.Tuning`` that differ from the choice for this device.
+        tuning: fields of ``kv_cache.cuda.tuning.Tuning`` that differ from the choice for this device.
 
     """
 

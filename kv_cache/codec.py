@@ -1,40 +1,36 @@
 """The specification of the codes in plain PyTorch: quantize, pack into a page, unpack, dequantize.
 
 Every kernel is tested against this file. It is written to be read, and is slow.
+
+A token's key or value of one head goes three steps, in float32:
+
+1. It is made even (`even_keys`, `even_values`): channels of about equal spread and importance, of size about 1.
+2. Its range, widened to hold 0 and cut to ``RANGE_SHARE``, gives the scale and the zero, one byte each (`fit`).
+3. Codes are ``clamp(round(y / step + zero), 0, 2**bits - 1)`` (`quantize`), and read as ``(code - zero) * step``.
+
+The scale's byte is a floating-point number of 4 exponent and 4 mantissa bits, ``(1 + m / 16) * 2**(e - 10)``, in units
+of ``2**(2 - bits)``: byte 160 means 1, and what is even has a scale of about 1 whatever the bits. The zero's byte counts
+256ths of the codes' range. Codes are made with the rounded scale and zero, so neither rounding is an error of its own.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import KVFormat
-from kv_cache.layout import PageLayout
+from kv_cache.formats import PLANES, RANGE_SHARE, KVFormat
+from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
+from kv_cache.transforms import hadamard_sums
 
-FLOAT16_MAX = 65504.0
-
-
-def quantize(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes of a static format.
-
-    ``code = clamp(round(x * (1 / scale) + zero), 0, 2**bits - 1)``, in float32, ties to even; NaN becomes code 0.
-
-    Args:
-        x: [..., heads, head_dim], any float dtype.
-        scale: [heads, head_dim] float32, positive.
-        zero: [heads, head_dim] float32.
-        bits: of a code.
-
-    Returns:
-        uint8 codes of x's shape.
-
-    """
-    codes = torch.round(x.float() * (1.0 / scale) + zero)
-    return codes.nan_to_num(0.0).clamp(0, 2**bits - 1).to(torch.uint8)
+EXPONENT_BIAS, MANTISSA_BITS = 10, 4
+"""Of the byte that is a token's scale."""
+_UNIT_BYTE = (127 - EXPONENT_BIAS) << MANTISSA_BITS
+_MANTISSA_SHIFT = 23 - MANTISSA_BITS
 
 
-def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Return ``a * b + c`` rounded once, float32.
 
     Products of float32 are exact in float64; the sum's second rounding differs from a single one once in 2**29.
@@ -42,219 +38,193 @@ def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tor
     return (a.double() * b.double() + c.double()).float()
 
 
-def quantize_with_feedback(scaled: torch.Tensor, feedback: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round channels from the last to the first, handing each one's error on to those that follow.
+def encode_scale(scale: Tensor) -> Tensor:
+    """Return the nearest byte to a positive float32 scale, in the units of the bits; 0 and 255 where it is out of range.
 
-    The rounding of GPTQ (Frantar et al. 2022) and LDLQ (Chee et al. 2023, "QuIP", section 3) applied to a key or value:
-    with the feedback of kv_cache/transforms.py for a positive definite H, the sum of ``e^T H e`` over the errors e is
-    as small as rounding one channel after the other can make it.
+    A float32's bits, rounded half up to MANTISSA_BITS of its mantissa, are the byte but for the exponents' bias.
+    """
+    bits = scale.float().contiguous().view(torch.int32) + (1 << (_MANTISSA_SHIFT - 1))
+    return ((bits >> _MANTISSA_SHIFT) - _UNIT_BYTE).clamp(0, 255).to(torch.uint8)
+
+
+def decode_scale(byte: Tensor) -> Tensor:
+    """Return what a scale's byte means, float32, in units of ``2**(2 - bits)``."""
+    return ((byte.to(torch.int32) + _UNIT_BYTE) << _MANTISSA_SHIFT).view(torch.float32)
+
+
+def fit(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Choose the scale and the zero of each token.
 
     Args:
-        scaled: float32 [..., heads, head_dim], in codes: ``code = round(scaled)`` without feedback.
-        feedback: float32 [heads, head_dim, head_dim], strictly lower triangular.
+        y: float32 [..., channels], made even, without NaN.
         bits: of a code.
 
     Returns:
-        uint8 codes of the shape of ``scaled``. A NaN makes its channel, and those after it, code 0.
+        The bytes of scale and zero, uint8 [...].
 
     """
-    scaled, codes = scaled.float().clone(), torch.zeros(scaled.shape, dtype=torch.uint8)
-    for i in reversed(range(scaled.shape[-1])):
-        rounded = scaled[..., i].nan_to_num(0.0).clamp(0, 2**bits - 1).round()
-        codes[..., i] = rounded.to(torch.uint8)
-        error = (scaled[..., i] - rounded)[..., None]  # of what was fed back too
-        scaled[..., :i] = fused_multiply_add(feedback[:, i, :i], error, scaled[..., :i])
+    low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
+    share = RANGE_SHARE[bits]
+    scale = encode_scale((high - low) * torch.tensor(share * 2.0 ** (bits - 2) / (2**bits - 1)))
+    zero = -low * inverse_step(scale, bits) * torch.tensor(share * 2.0 ** (8 - bits))
+    return scale, zero.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def inverse_step(scale: Tensor, bits: int) -> Tensor:
+    """Return 1 / step of a scale's byte, float32, rounded once."""
+    return 2.0 ** (bits - 2) / decode_scale(scale)
+
+
+def quantize(y: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, and the scale and the zero that they are read with.
+
+    Args:
+        y: float32 [..., channels], made even; NaN counts as 0.
+        bits: of a code.
+
+    Returns:
+        uint8 codes of y's shape, and uint8 scales and zeros [...].
+
+    """
+    y = torch.where(y.isnan(), 0.0, y.float())
+    scale, zero = fit(y, bits)
+    shift = zero.float() * 2.0 ** (bits - 8)
+    scaled = fused_multiply_add(y, inverse_step(scale, bits)[..., None], shift[..., None])
+    return scaled.clamp(0, 2**bits - 1).round().to(torch.uint8), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``(code - zero) * step``, still even, in ``dtype``; shapes as `quantize` returns them."""
+    step, shift = decode_scale(scale).to(dtype) * 2.0 ** (2 - bits), zero.to(dtype) * 2.0 ** (bits - 8)
+    return (codes.to(dtype) - shift[..., None]) * step[..., None]
+
+
+def centres(scales: LayerScales, positions: Tensor | None) -> Tensor:
+    """Return the centres of keys at some positions, float32 [tokens, heads, head_dim].
+
+    Raises:
+        ParetoError: no positions.
+
+    """
+    if positions is None:
+        raise ParetoError("keys need their positions")
+    table = scales.rotary.table(int(positions.max()) + 1 if len(positions) else 1)
+    centre = table.centre(scales.key_mean, positions)
+    centre[positions == 0] = scales.key_first
+    return centre
+
+
+def even_keys(key: Tensor, scales: LayerScales, positions: Tensor | None) -> Tensor:
+    """Return keys less their centre, transformed: sums from the first channel on, fused.
+
+    Args:
+        key: [tokens, heads, head_dim], any float dtype, after rotary embedding.
+        scales: the layer's.
+        positions: int64 [tokens], in the sequence.
+
+    """
+    x = key.float() - centres(scales, positions)
+    y = torch.zeros_like(x)
+    for j in range(x.shape[-1]):
+        y = fused_multiply_add(scales.key_transform[:, :, j], x[..., j, None], y)
+    return y
+
+
+def even_values(value: Tensor, scales: LayerScales) -> Tensor:
+    """Return values, [tokens, heads, head_dim] of any float dtype, mixed and brought to size 1."""
+    return hadamard_sums(value.float()) * scales.value_encode[:, None]
+
+
+def uneven_keys(y: Tensor, scales: LayerScales, positions: Tensor | None) -> Tensor:
+    """Undo `even_keys`, in y's dtype."""
+    return torch.einsum("hcd,thd->thc", scales.key_inverse.to(y.dtype), y) + centres(scales, positions).to(y.dtype)
+
+
+def uneven_values(y: Tensor, scales: LayerScales) -> Tensor:
+    """Undo `even_values`, in y's dtype."""
+    return hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype)
+
+
+def pack_plane(part: Tensor, width: int) -> Tensor:
+    """Pack numbers below ``2**width``: bits k * width of byte j are channel ``j + k * bytes`` (kv_cache/layout.py).
+
+    Args:
+        part: uint8 [..., channels], channels a multiple of 8 / width.
+        width: 1, 2, 4 or 8.
+
+    Returns:
+        uint8 [..., channels * width / 8].
+
+    """
+    runs = part.unflatten(-1, (8 // width, -1)).to(torch.int32)
+    shifts = torch.arange(0, 8, width, dtype=torch.int32)
+    return (runs << shifts[:, None]).sum(-2).to(torch.uint8)
+
+
+def unpack_plane(packed: Tensor, width: int) -> Tensor:
+    """Undo `pack_plane`."""
+    shifts = torch.arange(0, 8, width, dtype=torch.int32)
+    runs = (packed.to(torch.int32)[..., None, :] >> shifts[:, None]) & (2**width - 1)
+    return runs.flatten(-2).to(torch.uint8)
+
+
+def split_planes(codes: Tensor, bits: int) -> list[Tensor]:
+    """Return the packed planes of codes of ``bits`` bits, from the lowest bits to the highest."""
+    planes, at = [], 0
+    for width in PLANES[bits]:
+        planes.append(pack_plane(codes >> at & (2**width - 1), width))
+        at += width
+    return planes
+
+
+def join_planes(planes: list[Tensor], bits: int) -> Tensor:
+    """Undo `split_planes`."""
+    codes, at = torch.zeros((), dtype=torch.uint8), 0
+    for plane, width in zip(planes, PLANES[bits], strict=True):
+        codes = codes | (unpack_plane(plane, width) << at)
+        at += width
     return codes
 
 
-def quantize_side(
-    x: torch.Tensor, scales: LayerScales, kind: str, bits: int, positions: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the codes of a static format's keys or values, with all that its scales ask for.
-
-    Keys are centred, transformed (sums from the first channel on, starting at the zero, fused), scaled and rounded with
-    feedback; each step only if its part is there.
-
-    Args:
-        x: [tokens, heads, head_dim], any float dtype.
-        scales: the layer's.
-        kind: "key" or "value".
-        bits: of a code.
-        positions: int64 [tokens], for centred keys.
-
-    Returns:
-        uint8 codes of x's shape.
-
-    """
-    scale, zero = getattr(scales, f"{kind}_scale"), getattr(scales, f"{kind}_zero")
-    feedback = getattr(scales, f"{kind}_feedback")
-    if feedback is None:
-        return quantize(x, scale, zero, bits)
-    x = x.float()
-    if kind == "value" or scales.key_encode is None:
-        return quantize_with_feedback(x * (1.0 / scale) + zero, feedback, bits)
-    if scales.key_mean is not None:
-        x = x - centres(scales, positions)
-    scaled = zero.expand(x.shape)
-    for j in range(x.shape[-1]):
-        scaled = fused_multiply_add(scales.key_encode[:, :, j], x[..., j, None], scaled)
-    return quantize_with_feedback(scaled, feedback, bits)
-
-
-def dequantize_side(
-    codes: torch.Tensor,
-    scales: LayerScales,
-    kind: str,
-    positions: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Return the keys or values that codes of a static format read as.
-
-    Args:
-        codes: uint8 [tokens, heads, head_dim].
-        scales: the layer's.
-        kind: "key" or "value".
-        positions: int64 [tokens], for centred keys.
-        dtype: of the arithmetic and the result.
-
-    """
-    scale, zero = (getattr(scales, f"{kind}_{part}").to(dtype) for part in ("scale", "zero"))
-    x = dequantize(codes, scale, zero)
-    if kind == "key" and scales.key_inverse is not None:
-        x = torch.einsum("hcd,thd->thc", scales.key_inverse.to(dtype), x)
-        if scales.key_mean is not None:
-            x = x + centres(scales, positions).to(dtype)
-    return x
-
-
-def centres(scales: LayerScales, positions: torch.Tensor | None) -> torch.Tensor:
-    """Return the centres [tokens, heads, head_dim] of centred keys at some positions, float32."""
-    assert scales.key_mean is not None
-    assert scales.rotary is not None
-    if positions is None:
-        raise ParetoError("centred keys need their positions")
-    return scales.rotary.table(int(positions.max()) + 1).centre(scales.key_mean, positions)
-
-
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return ``(code - zero) * scale`` in the dtype of ``scale``."""
-    return (codes.to(scale.dtype) - zero) * scale
-
-
-def quantize_groups(x: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize each token's groups of channels with a scale and minimum of their own.
-
-    ``minimum = float16(min)``, ``scale = float16((max - minimum) / (2**bits - 1))``, and
-    ``code = clamp(round((x - minimum) * (1 / scale)), 0, 2**bits - 1)``; a group whose scale rounds to 0 has codes 0.
-
-    Args:
-        x: [..., head_dim], any float dtype; magnitudes above float16's are cut to it.
-        bits: of a code.
-        group_size: channels of a group; the last group may be shorter.
-
-    Returns:
-        uint8 codes of x's shape, float16 scales and float16 minima of shape [..., groups].
-
-    """
-    x = x.float().nan_to_num(0.0).clamp(-FLOAT16_MAX, FLOAT16_MAX)
-    top = 2**bits - 1
-    codes, scales, minima = [], [], []
-    for group in x.split(group_size, dim=-1):
-        minimum = group.amin(-1, keepdim=True).half()
-        spread = group.amax(-1, keepdim=True) - minimum.float()
-        scale = (spread * (1.0 / top)).clamp(0.0, FLOAT16_MAX).half()
-        inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
-        codes.append(torch.round((group - minimum.float()) * inverse).clamp(0, top).to(torch.uint8))
-        scales.append(scale)
-        minima.append(minimum)
-    return torch.cat(codes, -1), torch.cat(scales, -1), torch.cat(minima, -1)
-
-
-def dequantize_groups(
-    codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Return ``code * scale + minimum`` of each group, in ``dtype``."""
-    width = codes.shape[-1]
-    spread = [t.to(dtype).repeat_interleave(group_size, -1)[..., :width] for t in (scales, minima)]
-    return codes.to(dtype) * spread[0] + spread[1]
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Pack 4-bit codes [..., D] into bytes [..., D/2]: channel j low, channel j + D/2 high."""
-    low, high = codes.chunk(2, dim=-1)
-    return (low & 15) | (high << 4)
-
-
-def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """Undo :func:`pack_nibbles`."""
-    return torch.cat([packed & 15, packed >> 4], dim=-1)
-
-
-def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
-    """Pack 2-bit codes [..., D] into bytes [..., D/4]: channels j, j + D/4, j + D/2, j + 3D/4, lowest bits first."""
-    a, b, c, d = codes.chunk(4, dim=-1)
-    return (a & 3) | ((b & 3) << 2) | ((c & 3) << 4) | ((d & 3) << 6)
-
-
-def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
-    """Undo :func:`pack_pairs`."""
-    return torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
-
-
-def _planes(kind: str, codes: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-    if bits == 8:
-        return {kind: codes}
-    if bits == 6:
-        return {kind: pack_nibbles(codes & 15), f"{kind}_high": pack_pairs(codes >> 4)}
-    return {kind: pack_nibbles(codes)}
-
-
-def _codes(kind: str, planes: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
-    if bits == 8:
-        return planes[kind]
-    codes = unpack_nibbles(planes[kind])
-    return codes | (unpack_pairs(planes[f"{kind}_high"]) << 4) if bits == 6 else codes
-
-
-def _plane_view(page: torch.Tensor, layout: PageLayout, plane: str) -> torch.Tensor:
+def _plane_view(page: Tensor, layout: PageLayout, plane: str) -> Tensor:
     """Return a view [tokens, row bytes] of one plane of a page ([page bytes] uint8, contiguous)."""
-    offset, row = layout.offsets()[plane], layout.row_bytes()[plane]
+    offset, row = layout.offsets[plane], layout.row_bytes[plane]
     return page[offset : offset + row * layout.block_size].view(layout.block_size, row)
 
 
-def _encode(
-    x: torch.Tensor, kind: str, bits: int, fmt: KVFormat, scales: LayerScales | None, positions: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Return the rows [tokens, heads, row bytes] of one side's planes; x is [tokens, heads, head_dim]."""
-    if scales is not None:
-        return _planes(kind, quantize_side(x, scales, kind, bits, positions), bits)
-    codes, scale, minimum = quantize_groups(x, bits, fmt.group_size)
-    return {f"{kind}_meta": torch.stack([scale, minimum], -1).flatten(2).view(torch.uint8)} | _planes(kind, codes, bits)
+def encode(key: Tensor, value: Tensor, fmt: KVFormat, scales: LayerScales, positions: Tensor) -> dict[str, Tensor]:
+    """Return what tokens leave in each plane, uint8 [tokens, heads, row bytes] by the plane's name."""
+    rows: dict[str, Tensor] = {}
+    meta = []
+    for kind, y in (("key", even_keys(key, scales, positions)), ("value", even_values(value, scales))):
+        codes, scale, zero = quantize(y, fmt.bits(kind))
+        rows |= {f"{kind}.{index}": plane for index, plane in enumerate(split_planes(codes, fmt.bits(kind)))}
+        meta += [scale, zero]
+    return rows | {META: torch.stack(meta, -1)}
 
 
 def write_pages(
-    cache: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slots: torch.Tensor,
+    cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
     layout: PageLayout,
-    scales: LayerScales | None,
-    positions: torch.Tensor | None = None,
+    scales: LayerScales,
+    positions: Tensor,
 ) -> None:
     """Quantize tokens and write them into their slots.
 
     Args:
         cache: uint8 [blocks, KV heads, block_size, bytes per token], of any block and head stride.
-        key: [tokens, KV heads, head_dim]; ``value`` likewise.
+        key: [tokens, KV heads, head_dim], after rotary embedding; ``value`` likewise.
+        value: see ``key``.
         slots: int64 [tokens], ``block * block_size + offset``; a negative slot is skipped.
         layout: of the page.
-        scales: the layer's scales; None for a ``group`` format.
-        positions: int64 [tokens], of each token in its sequence; needed for centred keys.
+        scales: the layer's.
+        positions: int64 [tokens], of each token in its sequence.
 
     """
-    fmt = layout.fmt
-    rows = _encode(key, "key", fmt.key_bits, fmt, scales, positions)
-    rows |= _encode(value, "value", fmt.value_bits, fmt, scales, None)
+    rows = encode(key, value, layout.fmt, scales, positions)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
@@ -266,33 +236,30 @@ def write_pages(
 
 
 def read_page(
-    page: torch.Tensor,
+    page: Tensor,
     layout: PageLayout,
-    scales: LayerScales | None,
+    scales: LayerScales,
     head: int,
+    first_position: int,
     dtype: torch.dtype = torch.float32,
-    first_position: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the keys and values [block_size, head_dim] that a page of one head holds.
 
     Args:
         page: uint8 [page bytes], contiguous.
         layout: of the page.
-        scales: the layer's scales; None for a ``group`` format.
+        scales: the layer's.
         head: KV head, an index into ``scales``.
+        first_position: in its sequence, of the page's first token.
         dtype: of the result; float64 makes a reference for kernels.
-        first_position: in its sequence, of the page's first token; needed for centred keys.
 
     """
-    fmt, result = layout.fmt, []
-    planes = {name: _plane_view(page, layout, name) for name, row in layout.row_bytes().items() if row}
-    positions = None if first_position is None else first_position + torch.arange(layout.block_size)
-    for kind, bits in (("key", fmt.key_bits), ("value", fmt.value_bits)):
-        codes = _codes(kind, planes, bits)
-        if scales is None:
-            meta = planes[f"{kind}_meta"].contiguous().view(torch.float16).view(layout.block_size, -1, 2)
-            result.append(dequantize_groups(codes, meta[..., 0], meta[..., 1], fmt.group_size, dtype))
-        else:
-            mine = scales.heads(head, head + 1)
-            result.append(dequantize_side(codes[:, None], mine, kind, positions, dtype)[:, 0])
-    return result[0], result[1]
+    mine = scales.heads(head, head + 1)
+    meta = _plane_view(page, layout, META)
+    even = []
+    for index, kind in enumerate(("key", "value")):
+        bits = layout.fmt.bits(kind)
+        planes = [_plane_view(page, layout, name) for name in layout.row_bytes if name.startswith(kind)]
+        even.append(dequantize(join_planes(planes, bits), meta[:, 2 * index], meta[:, 2 * index + 1], bits, dtype))
+    positions = first_position + torch.arange(layout.block_size)
+    return uneven_keys(even[0][:, None], mine, positions)[:, 0], uneven_values(even[1][:, None], mine)[:, 0]

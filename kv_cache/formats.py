@@ -1,67 +1,67 @@
-"""The quantized KV-cache dtypes: names, bits, granularity of their scales, and bytes per token.
+"""The quantized KV-cache dtypes: names, bits, how a code's bits lie in planes, and bytes per token.
 
-A code is an unsigned integer of ``bits`` bits. An element x of a key or value is stored as
-``code = clamp(round(x / scale + zero), 0, 2**bits - 1)`` and read as ``(code - zero) * scale``, where ``zero`` is a
-real number (it is folded into queries and outputs, so it need not be an integer). Where scale and zero come from is
-the format's granularity:
+All dtypes code alike and differ in bits only. A token's key or value of one head is first made even by what is static
+(kv_cache/scales.py): keys lose their centre and are transformed, values are mixed by a Hadamard matrix. Its channels
+then share one scale and one zero, which the token's own range determines and which lie in the page, a byte each.
+Two dimensions of scales, static ones across channels and dynamic ones across tokens, are what WKVQuant (Yue et al.
+2024, section 3.3) calls two-dimensional quantization. kv_cache/codec.py has the arithmetic.
 
-- ``head``: one vector over the channels for each KV head of each layer, calibrated offline, kept outside the page; for
-  4-bit keys with a transform, a centre and feedback on top (kv_cache/scales.py).
-- ``tensor``: one number for a layer's keys and one for its values, calibrated offline; the ablation's coarse end.
-- ``group``: computed when a token is written, for each group of ``group_size`` channels, kept inside the page as
-  float16 scale and float16 minimum; the ablation's fine end.
+A code of b bits is split into bit planes (`PLANES`), each of 1, 2, 4 or 8 bits, so that every plane unpacks with shifts
+and masks. Layout, codec, C and CUDA follow from that table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Literal
 
 from kv_cache.errors import ParetoError
 
-Granularity = Literal["head", "tensor", "group"]
 HEAD_SIZES = (64, 80, 96, 128, 256)
-GROUP_META_BYTES = 4
-"""Bytes of one group's float16 scale and float16 minimum."""
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+"""The widths of the planes that a code of so many bits is split into, from its lowest bits to its highest."""
+
+RANGE_SHARE = {2: 0.8, 3: 0.92, 4: 0.98, 6: 1.0, 8: 1.0}
+"""The share of a token's range that codes of so many bits cover: few bits spend better what a rare clip costs."""
+
+META_BYTES = 4
+"""Bytes that a token of one head keeps beside its codes: scale and zero of its key, scale and zero of its value."""
 
 
 @dataclass(frozen=True)
 class KVFormat:
-    """One KV-cache dtype.
+    """One KV-cache dtype, or what one layer of ``mixed_per_head`` has.
 
     Attributes:
         name: what ``--kv-cache-dtype`` takes.
-        key_bits: bits of a key element's code: 4, 6 or 8.
-        value_bits: bits of a value element's code: 4, 6 or 8.
-        granularity: what shares a scale (see the module's docstring).
-        group_size: channels that share a scale when granularity is ``group``; 0 otherwise.
+        key_bits: bits of a key element's code, one of ``PLANES``.
+        value_bits: bits of a value element's code, one of ``PLANES``.
+
+    Raises:
+        ParetoError: a number of bits that no planes are there for.
 
     """
 
     name: str
     key_bits: int
     value_bits: int
-    granularity: Granularity
-    group_size: int = 0
 
-    @property
-    def static(self) -> bool:
-        """Whether scales are calibrated offline and kept outside the page."""
-        return self.granularity != "group"
+    def __post_init__(self) -> None:
+        for bits in (self.key_bits, self.value_bits):
+            if bits not in PLANES:
+                raise ParetoError(f"{self.name}: codes of {bits} bits are not served (only {', '.join(map(str, PLANES))})")
 
-    def groups(self, head_dim: int) -> int:
-        """Return how many scales one token's key (or value) of one head keeps in the page."""
-        return 0 if self.static else -(-head_dim // self.group_size)
+    def bits(self, kind: str) -> int:
+        """Return the bits of a code of "key" or "value"."""
+        return self.key_bits if kind == "key" else self.value_bits
 
     def bytes_per_token(self, head_dim: int) -> int:
         """Return the bytes that one token's key and value take in the page of one KV head."""
-        codes = head_dim * (self.key_bits + self.value_bits) // 8
-        return codes + 2 * self.groups(head_dim) * GROUP_META_BYTES
+        return head_dim * (self.key_bits + self.value_bits) // 8 + META_BYTES
 
     def bits_per_element(self, head_dim: int) -> float:
-        """Return the bits that one element costs in the page, scales kept in the page included."""
-        return float(Fraction(self.bytes_per_token(head_dim) * 8, 2 * head_dim))
+        """Return the bits that one element costs in the page, scales and zeros included."""
+        return self.bytes_per_token(head_dim) * 8 / (2 * head_dim)
 
     def compression_ratio(self, head_dim: int, element_bytes: int = 2) -> float:
         """Return how many times smaller a page is than one of ``element_bytes`` per element."""
@@ -71,26 +71,37 @@ class KVFormat:
 FORMATS: dict[str, KVFormat] = {
     fmt.name: fmt
     for fmt in (
-        KVFormat("int8_per_head", 8, 8, "head"),
-        KVFormat("int6_per_head", 6, 6, "head"),
-        KVFormat("int4_per_head", 4, 4, "head"),
-        KVFormat("k8v4_per_head", 8, 4, "head"),
-        KVFormat("int8_per_tensor", 8, 8, "tensor"),
-        KVFormat("int4_per_tensor", 4, 4, "tensor"),
-        KVFormat("int8_per_group", 8, 8, "group", 32),
-        KVFormat("int4_per_group", 4, 4, "group", 32),
+        KVFormat("int8_per_head", 8, 8),
+        KVFormat("int6_per_head", 6, 6),
+        KVFormat("int4_per_head", 4, 4),
+        KVFormat("k4v3_per_head", 4, 3),
+        KVFormat("int3_per_head", 3, 3),
     )
 }
+"""The dtypes whose layers all have the same bits."""
+
+MIXED = "mixed_per_head"
+"""The dtype whose layers have bits of their own, which the checkpoint's KV scales name."""
+
+DTYPES = (*FORMATS, MIXED)
+"""Every name that ``--kv-cache-dtype`` gains."""
 
 
 def get_format(name: str) -> KVFormat:
     """Return the format of that name.
 
     Raises:
-        ParetoError: there is none; the message lists the valid names.
+        ParetoError: there is none, or its layers differ; the message lists the valid names.
 
     """
+    if name == MIXED:
+        raise ParetoError(f"{MIXED} has bits of its own for each layer: ask KVScales.format for a layer's")
     try:
         return FORMATS[name]
     except KeyError:
-        raise ParetoError(f"unknown KV-cache format {name!r}; valid formats: {', '.join(FORMATS)}") from None
+        raise ParetoError(f"unknown KV-cache format {name!r}; valid formats: {', '.join(DTYPES)}") from None
+
+
+def mixed_format(key_bits: int, value_bits: int) -> KVFormat:
+    """Return the format of a layer of ``mixed_per_head``."""
+    return KVFormat(MIXED, key_bits, value_bits)

@@ -4,33 +4,30 @@ vLLM hands a layer's cache to the backend as bytes of logical shape (blocks, KV 
 range of one block and head, ``block_size * bytes_per_token`` bytes, is this format's to fill. It holds planes, one
 after the other, each a row-major (tokens, row bytes) matrix:
 
-====================  =========================  =======================================================
-plane                 bytes of a token's row     content
-====================  =========================  =======================================================
-key codes             D or D/2                   8 bits: channel j in byte j. 4 bits: channel j in the low
-                                                 nibble of byte j, channel j + D/2 in its high nibble
-key high bits         D/4, 6-bit codes only      bits 4 and 5 of the code: channels j, j + D/4, j + D/2,
-                                                 j + 3D/4 in bits 0-1, 2-3, 4-5, 6-7 of byte j
-value codes           as for keys
-value high bits       as for keys
-key groups            4 a group, ``group`` only  float16 scale and float16 minimum of each group of channels
-value groups          as for keys
-====================  =========================  =======================================================
+- the planes of the keys' codes (``formats.PLANES``), from the lowest bits to the highest;
+- the planes of the values' codes;
+- ``meta``: four bytes a token, the scale and the zero of its key, the scale and the zero of its value.
 
-Rows are packed without padding, so that the bytes are exactly those the format's name promises; planes start at
-multiples of 16 bytes when the block size is a multiple of 16, and rows do so wherever D * bits / 8 is a multiple of 16.
-Splitting nibbles by channel halves lets one mask and one shift yield two runs of consecutive channels.
+A plane of w bits has rows of D * w / 8 bytes. Bits k * w .. k * w + w - 1 of byte j are those of channel
+``j + k * D * w / 8``: splitting by runs of channels lets one mask and one shift yield a run of consecutive channels.
+The plane named ``key.0`` holds the lowest bits of the keys' codes, ``key.1`` those above them.
+
+Rows are packed without padding, so that the bytes are exactly those of the format; planes start at multiples of 16
+bytes when the block size is a multiple of 16, and rows do so wherever D * w / 8 is a multiple of 16.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import GROUP_META_BYTES, HEAD_SIZES, KVFormat
+from kv_cache.formats import HEAD_SIZES, META_BYTES, PLANES, KVFormat
 
 TOKEN_MULTIPLE = 16
 """A page's tokens are a multiple of this, which keeps planes 16-byte aligned."""
+META = "meta"
+"""The name of the plane of scales and zeros."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,17 @@ class PageLayout:
                 f"{self.fmt.name} does not serve head size {self.head_dim} (it serves "
                 f"{', '.join(map(str, HEAD_SIZES))}): use --kv-cache-dtype auto"
             )
+        # A row of a 1-bit plane is then a whole number of 32-bit words, as which the kernels read it.
+        if self.head_dim % 32 and 3 in (self.fmt.key_bits, self.fmt.value_bits):
+            raise ParetoError(
+                f"{self.fmt.name}: codes of 3 bits need a head size that is a multiple of 32, not {self.head_dim}: "
+                "use int4_per_head"
+            )
         if self.block_size % TOKEN_MULTIPLE:
             raise ParetoError(f"{self.fmt.name} needs a --block-size that is a multiple of {TOKEN_MULTIPLE}")
+        taken = sum(self.row_bytes.values())
+        if taken != self.bytes_per_token:
+            raise ParetoError(f"{self.fmt.name}: planes take {taken} bytes of a token, which has {self.bytes_per_token}")
 
     @property
     def bytes_per_token(self) -> int:
@@ -70,19 +76,21 @@ class PageLayout:
         """Bytes of the page of one head."""
         return self.block_size * self.bytes_per_token
 
+    @functools.cached_property
     def row_bytes(self) -> dict[str, int]:
-        """Return the bytes of a token's row in each plane, in the planes' order; 0 for a plane that is not there."""
-        d, meta = self.head_dim, self.fmt.groups(self.head_dim) * GROUP_META_BYTES
-        rows = {}
-        for kind, bits in (("key", self.fmt.key_bits), ("value", self.fmt.value_bits)):
-            rows[kind] = d if bits == 8 else d // 2
-            rows[f"{kind}_high"] = d // 4 if bits == 6 else 0
-        return rows | {"key_meta": meta, "value_meta": meta}
+        """The bytes of a token's row in each plane, in the planes' order."""
+        rows = {
+            f"{kind}.{index}": self.head_dim * width // 8
+            for kind in ("key", "value")
+            for index, width in enumerate(PLANES[self.fmt.bits(kind)])
+        }
+        return rows | {META: META_BYTES}
 
+    @functools.cached_property
     def offsets(self) -> dict[str, int]:
-        """Return each plane's offset in bytes from the start of the head's page."""
+        """Each plane's offset in bytes from the start of the head's page."""
         result, offset = {}, 0
-        for plane, row in self.row_bytes().items():
+        for plane, row in self.row_bytes.items():
             result[plane] = offset
             offset += row * self.block_size
         return result

@@ -16,7 +16,7 @@ def paged_attention(
     seq_lens: torch.Tensor,
     query_start: torch.Tensor,
     layout: PageLayout,
-    scales: LayerScales | None,
+    scales: LayerScales,
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
@@ -31,7 +31,7 @@ def paged_attention(
         seq_lens: int32 [requests], the query's tokens included.
         query_start: int32 [requests + 1], where each request's tokens start in ``query``.
         layout: of a page.
-        scales: the layer's scales; None for a ``group`` format.
+        scales: the layer's.
         scale: factor of q.k.
         window: a token sees the last ``window`` tokens, itself included; 0 means all.
         soft_cap: c in ``c * tanh(score / c)``; 0 means none.
@@ -55,7 +55,7 @@ def paged_attention(
             hidden |= token[None] <= position[:, None] - window
         for kv_head in range(kv_heads):
             pages = [
-                read_page(cache[b, kv_head].reshape(-1), layout, scales, kv_head, dtype, index * layout.block_size)
+                read_page(cache[b, kv_head].reshape(-1), layout, scales, kv_head, index * layout.block_size, dtype)
                 for index, b in enumerate(blocks)
             ]
             keys, values = (torch.cat(parts)[:length] for parts in zip(*pages, strict=True))

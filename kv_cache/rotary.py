@@ -1,8 +1,9 @@
 """Rotary position embedding, as far as keys in a cache need it: turning them, and the centres of turned keys.
 
 Keys of one head scatter around a mean. Rotary embedding turns that mean with the position and so spreads a constant
-over each channel's whole range, where it takes most of the codes. Centred formats store ``key - centre(position)`` and
-add ``query . centre(position)`` to the logits.
+over each channel's whole range, where it takes most of the codes. Pages hold ``key - centre(position)``, and
+``query . centre(position)`` is added to the logits. The first token's key, which draws much of the attention, is of
+another kind than all others and nearly the same in every text; it has a centre of its own (kv_cache/scales.py).
 
 A kernel computes that product on integers, from one small table for all requests, heads and layers: a position is
 ``SPAN * n + j``; the mean is turned by ``SPAN * n`` positions in floating point (once for SPAN tokens) and by the
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kv_cache.errors import ParetoError
+
 SPAN = 256
 """Positions of the table of one-byte cosines and sines."""
 HALF, MIDDLE = 127, 128
@@ -26,24 +29,54 @@ HALF, MIDDLE = 127, 128
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """The rotary position embedding of a model's attention.
+    """The rotary position embedding of a model's attention, over all channels of a head.
+
+    Channels that the model does not rotate are pairs of frequency 0, so that a centre covers them too; a model without
+    rotary embedding has no others. Make one with `over`.
 
     Attributes:
-        inv_freq: float [rotated / 2], radians per position of each pair, scaled as the model scales it
-            (transformers: ``model.rotary_emb.inv_freq``); channels from ``rotated`` on are not rotated.
+        inv_freq: float [head_dim / 2], radians per position of each pair, scaled as the model scales it (transformers:
+            ``model.rotary_emb.inv_freq``); 0 from pair ``rotated`` on.
         max_position: tokens of the longest context that the scales shall serve.
-        interleaved: a pair is channels 2i and 2i + 1 (GPT-J) rather than i and i + rotated / 2 (Llama).
+        rotated: pairs that the model rotates.
+        interleaved: a rotated pair is channels 2i and 2i + 1 (GPT-J) rather than i and i + rotated (Llama).
 
     """
 
     inv_freq: Tensor
     max_position: int
+    rotated: int
     interleaved: bool = False
 
+    @classmethod
+    def over(
+        cls, head_dim: int, inv_freq: Tensor | None, max_position: int, interleaved: bool = False
+    ) -> Rotary:
+        """Return the embedding of heads of ``head_dim`` channels, of which the first 2 * len(inv_freq) are rotated.
+
+        Raises:
+            ParetoError: more frequencies than pairs of channels, or no position.
+
+        """
+        given = torch.zeros(0) if inv_freq is None else inv_freq.detach().float().cpu()
+        if max_position < 1 or given.dim() != 1 or 2 * given.numel() > head_dim:
+            raise ParetoError(
+                f"rotary frequencies {tuple(given.shape)} for {max_position} positions do not fit heads of {head_dim} "
+                "channels"
+            )
+        padded = torch.nn.functional.pad(given, (0, head_dim // 2 - len(given)))
+        return cls(padded, max_position, len(given), interleaved)
+
     def channels(self) -> tuple[Tensor, Tensor]:
-        """Return the first and the second channel of every pair, int64 [rotated / 2] each."""
+        """Return the first and the second channel of every pair, int64 [head_dim / 2] each.
+
+        Pairs that are not rotated are the neighbours 2i and 2i + 1, which lie behind the rotated channels.
+        """
         pairs = torch.arange(self.inv_freq.numel())
-        return (2 * pairs, 2 * pairs + 1) if self.interleaved else (pairs, pairs + len(pairs))
+        if self.interleaved:
+            return 2 * pairs, 2 * pairs + 1
+        turned = pairs < self.rotated
+        return torch.where(turned, pairs, 2 * pairs), torch.where(turned, pairs + self.rotated, 2 * pairs + 1)
 
     def turn(self, x: Tensor, offset: int | Tensor) -> Tensor:
         """Return queries or keys moved ``offset`` positions on.
@@ -98,7 +131,7 @@ class CentreTable:
             positions: int64 [tokens], below SPAN times the number of anchors.
 
         Returns:
-            float32 [tokens, heads, head_dim]; 0 where no channel is rotated.
+            float32 [tokens, heads, head_dim].
 
         """
         anchor, fine = positions // SPAN, positions % SPAN

@@ -1,5 +1,7 @@
 """Calibrated scales of a model's KV cache: what they are, and the file that carries them with a checkpoint.
 
+They do not depend on the bits of a code, so that one set serves every dtype.
+
 The file is ``kv_scales/scales.safetensors`` inside the checkpoint's folder. It lies in a folder of its own because vLLM
 and transformers read every ``*.safetensors`` file beside config.json as weights.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,90 +21,73 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, KVFormat
+from kv_cache.formats import MIXED, KVFormat, get_format, mixed_format
 from kv_cache.rotary import Rotary
 
 SCALES_FILE = Path("kv_scales") / "scales.safetensors"
-SCHEMA = "vllm-pareto/kv-scales/2"
+SCHEMA = "vllm-pareto/kv-scales/3"
 
 
 @dataclass(frozen=True)
 class LayerScales:
-    """What one layer's keys and values are coded with in one format.
-
-    An element is read as ``(code - zero) * scale`` (kv_cache/formats.py); a per-tensor format repeats its number. What
-    is None is left out. The matrices say how four bits are spent better: docs/kv-calibration.md.
+    """What makes one layer's keys and values even before they are coded (kv_cache/codec.py).
 
     Attributes:
-        key_scale: float32 [num_kv_heads, head_dim], as are key_zero, value_scale and value_zero.
-        key_transform: float32 [num_kv_heads, head_dim, head_dim]; ``transform @ (key - centre)`` is what is coded.
+        key_mean: float32 [num_kv_heads, head_dim], a head's mean key before rotary embedding, from which ``rotary``
+            makes the centre at each position.
+        key_first: float32 [num_kv_heads, head_dim], the centre of keys at position 0.
+        key_transform: float32 [num_kv_heads, head_dim, head_dim], numbers of bfloat16; ``transform @ (key - centre)``
+            is what is coded.
         key_inverse: float32 [num_kv_heads, head_dim, head_dim], of the transform. Kept rather than computed: a server
             must not call LAPACK, whose threads hang beside those that vLLM has pinned.
-        key_mean: float32 [num_kv_heads, head_dim], a head's mean key before rotary embedding, from which ``rotary``
-            makes the centre at each position; only with a transform.
-        key_feedback: float32 [num_kv_heads, head_dim, head_dim], strictly lower triangular. Channels are rounded from
-            the last to the first, and channel i's error, in codes, times ``feedback[i, j]`` is added to the channels
-            j < i that come after it. There wherever a transform is.
-        value_feedback: likewise.
-        rotary: of the model; only with a mean.
-
-    Raises:
-        ParetoError: a part lacks the other that it needs.
+        value_size: float32 [num_kv_heads], positive: the root mean square of a head's values.
+        rotary: of the model.
 
     """
 
-    key_scale: torch.Tensor
-    key_zero: torch.Tensor
-    value_scale: torch.Tensor
-    value_zero: torch.Tensor
-    key_transform: torch.Tensor | None = None
-    key_inverse: torch.Tensor | None = None
-    key_mean: torch.Tensor | None = None
-    key_feedback: torch.Tensor | None = None
-    value_feedback: torch.Tensor | None = None
-    rotary: Rotary | None = None
-
-    def __post_init__(self) -> None:
-        if self.key_transform is not None and (self.key_inverse is None or self.key_feedback is None):
-            raise ParetoError("KV scales: a transform of the keys needs its inverse and the keys' feedback")
-        if self.key_mean is not None and (self.key_transform is None or self.rotary is None):
-            raise ParetoError("KV scales: centred keys need a transform and the model's rotary embedding")
+    key_mean: torch.Tensor
+    key_first: torch.Tensor
+    key_transform: torch.Tensor
+    key_inverse: torch.Tensor
+    value_size: torch.Tensor
+    rotary: Rotary
 
     @functools.cached_property
-    def key_encode(self) -> torch.Tensor | None:
-        """``key_transform`` with the key scales divided out: its product with a key, plus zero, is in codes."""
-        return None if self.key_transform is None else self.key_transform * (1.0 / self.key_scale)[..., None]
+    def value_encode(self) -> torch.Tensor:
+        """What values mixed by ``hadamard_sums`` are multiplied by to be coded, float32 [num_kv_heads]."""
+        return (1 / (math.sqrt(self._run) * self.value_size.double())).float()
 
     @functools.cached_property
-    def key_decode(self) -> torch.Tensor | None:
-        """``key_inverse * key_scale``: a query times it meets codes."""
-        return None if self.key_inverse is None else self.key_inverse * self.key_scale[:, None]
+    def value_decode(self) -> torch.Tensor:
+        """What values read from codes are multiplied by once ``hadamard_sums`` has mixed them, float32 [num_kv_heads]."""
+        return (self.value_size.double() / math.sqrt(self._run)).float()
+
+    @property
+    def _run(self) -> int:
+        dim = self.key_mean.shape[-1]
+        return dim & -dim
 
     def heads(self, start: int, stop: int) -> LayerScales:
         """Return the scales of KV heads start..stop-1, which is what one tensor-parallel rank holds."""
-        parts = {name: getattr(self, name) for name in (*TENSORS, *PARTS)}
-        mine = {name: None if part is None else part[start:stop].contiguous() for name, part in parts.items()}
+        mine = {name: getattr(self, name)[start:stop].contiguous() for name in TENSORS}
         return LayerScales(**mine, rotary=self.rotary)
 
 
-TENSORS = ("key_scale", "key_zero", "value_scale", "value_zero")
-PARTS = ("key_transform", "key_inverse", "key_mean", "key_feedback", "value_feedback")
-"""Parts of LayerScales that a format may lack."""
-ROUNDED = frozenset({"key_transform", "key_feedback", "value_feedback"})
-"""Those that the file keeps as bfloat16."""
+TENSORS = ("key_mean", "key_first", "key_transform", "key_inverse", "value_size")
 MATRIX_DTYPE = torch.bfloat16
+"""In which the file keeps ``key_transform``."""
 
 
 @dataclass
 class KVScales:
-    """Scales of every static format (``formats.FORMATS``) for every layer of one model.
+    """Scales for every layer of one model.
 
     Attributes:
         num_layers: decoder layers that have a KV cache.
         num_kv_heads: KV heads of a layer (before any tensor parallelism).
         head_dim: channels of a head.
-        layers: by format name, one LayerScales a layer.
-        rotary: that centred keys refer to; None if no format has any.
+        layers: one LayerScales a layer.
+        bits: what ``mixed_per_head`` gives each layer, (bits of keys, bits of values); None: nothing was chosen.
         metadata: how they were made (seed, number of tokens, tool versions); JSON values.
 
     """
@@ -109,44 +95,67 @@ class KVScales:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    layers: dict[str, list[LayerScales]]
+    layers: list[LayerScales]
+    bits: list[tuple[int, int]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    rotary: Rotary | None = None
 
-    def layer(self, fmt: KVFormat, index: int) -> LayerScales:
-        """Return one layer's scales for one static format.
+    @property
+    def rotary(self) -> Rotary:
+        """The model's rotary embedding, the same for all layers."""
+        return self.layers[0].rotary
+
+    def layer(self, index: int) -> LayerScales:
+        """Return one layer's scales.
 
         Raises:
-            ParetoError: the file has none for that format or layer.
+            ParetoError: there is no such layer.
 
         """
-        if fmt.name not in self.layers:
-            raise ParetoError(f"the checkpoint has no KV scales for {fmt.name}; it has: {', '.join(self.layers)}")
         if not 0 <= index < self.num_layers:
             raise ParetoError(f"the checkpoint has KV scales for {self.num_layers} layers, not for layer {index}")
-        return self.layers[fmt.name][index]
+        return self.layers[index]
+
+    def format(self, name: str, index: int) -> KVFormat:
+        """Return the format that a layer has under the dtype of that name.
+
+        Raises:
+            ParetoError: there is no such dtype, or it is ``mixed_per_head`` and nobody chose its bits.
+
+        """
+        if name != MIXED:
+            return get_format(name)
+        if self.bits is None:
+            raise ParetoError(
+                f"--kv-cache-dtype {MIXED} needs bits for each layer, and the checkpoint has none: choose them with "
+                "'pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits --out DIR'"
+            )
+        self.layer(index)
+        return mixed_format(*self.bits[index])
+
+    def bits_per_element(self, name: str) -> float:
+        """Return the bits that an element costs under a dtype, the mean over the layers."""
+        formats = [self.format(name, index) for index in range(self.num_layers)]
+        return sum(fmt.bits_per_element(self.head_dim) for fmt in formats) / len(formats)
 
     def save(self, checkpoint: Path | str) -> Path:
         """Write ``kv_scales/scales.safetensors`` into a checkpoint's folder, atomically; returns its path."""
         path = Path(checkpoint) / SCALES_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {}
-        for name, layers in self.layers.items():
-            for part in (*TENSORS, *PARTS):
-                if getattr(layers[0], part) is None:
-                    continue
-                stack = torch.stack([getattr(layer, part) for layer in layers]).float()
-                tensors[f"{name}.{part}"] = (stack.to(MATRIX_DTYPE) if part in ROUNDED else stack).contiguous()
+        for name in TENSORS:
+            stack = torch.stack([getattr(layer, name) for layer in self.layers]).float()
+            tensors[name] = (stack.to(MATRIX_DTYPE) if name == "key_transform" else stack).contiguous()
+        rotary = self.rotary
+        tensors["rotary.inv_freq"] = rotary.inv_freq.float().contiguous()
         header = {
             "schema": SCHEMA,
             "num_layers": self.num_layers,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
+            "rotary": {name: getattr(rotary, name) for name in ("max_position", "rotated", "interleaved")},
+            "bits": self.bits,
             **self.metadata,
         }
-        if self.rotary is not None:
-            tensors["rotary.inv_freq"] = self.rotary.inv_freq.float().contiguous()
-            header["rotary"] = {"max_position": self.rotary.max_position, "interleaved": self.rotary.interleaved}
         partial = path.with_suffix(f".partial-{os.getpid()}")
         # save_file would make a file that only its owner may read.
         partial.write_bytes(save(tensors, metadata={"kv_scales": json.dumps(header, sort_keys=True)}))
@@ -169,32 +178,26 @@ class KVScales:
                 header = json.loads((file.metadata() or {})["kv_scales"])
                 if header.pop("schema", None) != SCHEMA:
                     raise ParetoError(f"{path}: written by another version of vllm-pareto; make the scales again")
-                shape = tuple(int(header.pop(key)) for key in ("num_layers", "num_kv_heads", "head_dim"))
-                known = set(file.keys())
-                rotary = None
-                if "rotary" in header:
-                    rotary = Rotary(file.get_tensor("rotary.inv_freq"), **header.pop("rotary"))
-                layers = {}
-                for name in sorted({key.rpartition(".")[0] for key in known} & set(FORMATS)):
-                    stacks = {part: file.get_tensor(f"{name}.{part}") for part in TENSORS}
-                    if any(tuple(stack.shape) != shape for stack in stacks.values()):
-                        raise ParetoError(f"{path}: the scales of {name} have a wrong shape")
-                    if not (stacks["key_scale"] > 0).all() or not (stacks["value_scale"] > 0).all():
-                        raise ParetoError(f"{path}: the scales of {name} are not positive")
-                    for part in PARTS:
-                        if f"{name}.{part}" in known:
-                            stacks[part] = file.get_tensor(f"{name}.{part}").float()
-                            if tuple(stacks[part].shape) != (shape if part == "key_mean" else (*shape, shape[2])):
-                                raise ParetoError(f"{path}: {part} of {name} has a wrong shape")
-                    if any(not stack.isfinite().all() for stack in stacks.values()):
-                        raise ParetoError(f"{path}: the scales of {name} are not finite")
-                    layers[name] = [
-                        LayerScales(
-                            **{part: stack[i] for part, stack in stacks.items()},
-                            rotary=rotary if "key_mean" in stacks else None,
-                        )
-                        for i in range(shape[0])
-                    ]
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                layers, heads, dim = (int(header.pop(key)) for key in ("num_layers", "num_kv_heads", "head_dim"))
+                rotary = Rotary(file.get_tensor("rotary.inv_freq"), **header.pop("rotary"))
+                bits = header.pop("bits")
+                stacks = {name: file.get_tensor(name).float() for name in TENSORS}
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ParetoError(f"{path} is truncated or no KV-scales file: make the scales again") from error
-        return cls(shape[0], shape[1], shape[2], layers=layers, metadata=header, rotary=rotary)
+        head, square = (layers, heads, dim), (layers, heads, dim, dim)
+        shapes = dict(zip(TENSORS, (head, head, square, square, (layers, heads)), strict=True))
+        for name, stack in stacks.items():
+            if tuple(stack.shape) != shapes[name]:
+                raise ParetoError(f"{path}: {name} has the shape {tuple(stack.shape)} instead of {shapes[name]}")
+            if not stack.isfinite().all():
+                raise ParetoError(f"{path}: {name} is not finite")
+        if not (stacks["value_size"] > 0).all():
+            raise ParetoError(f"{path}: value_size is not positive")
+        if rotary.inv_freq.numel() * 2 != dim:
+            raise ParetoError(f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels")
+        if bits is not None:
+            bits = [mixed_format(*pair) and (pair[0], pair[1]) for pair in bits]
+            if len(bits) != layers:
+                raise ParetoError(f"{path}: bits for {len(bits)} layers instead of {layers}")
+        made = [LayerScales(**{name: stack[i] for name, stack in stacks.items()}, rotary=rotary) for i in range(layers)]
+        return cls(layers, heads, dim, made, bits, header)

@@ -1,15 +1,16 @@
-"""The matrices that let four bits cost less: a transform of the keys, and feedback of rounding errors.
+"""The matrices that make channels even, so that all can share a token's scale: one of keys, one of values.
 
-An error e of a key moves a logit by ``q . e``, an error of a value moves what the layer adds to the residual stream by
-``W_o e``. Both cost ``e^T H e``, with H a sum over queries of ``q q^T`` (weighed by what a logit's change does) or the
-output projection's ``W_o^T W_o``. Rounding each channel by itself leaves errors that know nothing of H.
+An error e of a key moves a logit by ``q . e``; it costs ``e^T H e``, with H a sum over queries of ``q q^T``, weighed by
+what a logit's change does.
 
 - `balanced_transform`: keys are rotated and scaled until their covariance and H are the same diagonal matrix, and then
   mixed, so that every channel has about the same spread and the same importance. With eigenvalues l of the product of
   both matrices, equal steps then cost ``mean(sqrt(l))^2`` instead of ``mean(l)`` (Cauchy-Schwarz). Mixing is what
   QuaRot (Ashkboos et al. 2024) does, balancing what SmoothAttention (QServe, Lin et al. 2024, section 4.2) does by
   channel.
-- `feedback`: what quantize_with_feedback of kv_cache/codec.py takes.
+- `hadamard_sums`: values are mixed only. What a calibration knows of them, their mean and their channels' spread,
+  did harm: tokens' values differ in size by ten times, and the small ones, the first token's above all, are those
+  that attention looks at (docs/kv-study.md).
 """
 
 from __future__ import annotations
@@ -63,25 +64,24 @@ def balanced_transform(covariance: Tensor, metric: Tensor) -> Tensor:
     return mixing(covariance.shape[-1]) @ balanced
 
 
-def feedback(metric: Tensor, scale: Tensor) -> Tensor:
-    """Return the feedback matrices for rounding under an error metric.
+def hadamard_sums(x: Tensor) -> Tensor:
+    """Multiply runs of channels by an unscaled Hadamard matrix (Sylvester's), in x's dtype.
+
+    A run is as long as the largest power of two that divides the number of channels. Sums and differences of
+    neighbours come first, then those of neighbouring pairs, and so on: kernels that do the same round alike. Done
+    twice, it multiplies x by the length of a run.
 
     Args:
-        metric: [heads, dim, dim], H above, of what is coded (``T^-T H T^-1`` for transformed keys).
-        scale: [heads, dim], of the codes.
-
-    Returns:
-        float32 [heads, dim, dim], strictly lower triangular: entry (i, j) is by how much an error of one code of
-        channel i moves channel j, in its codes.
+        x: floating point [..., channels].
 
     """
-    root = torch.linalg.cholesky(_ridge(metric))
-    lower = root / root.diagonal(dim1=-2, dim2=-1)[..., None, :]  # H = L D L^T
-    # e^T H e = sum_i D_i ((L^T e)_i)^2. A channel's rounding error u, feedback included, is its (L^T e)_i if it was fed
-    # the rest of that sum, (L^T - 1) e = (1 - L^-T) u.
-    fed = -torch.linalg.inv(lower)
-    scale = scale.double()
-    return (fed * scale[..., :, None] / scale[..., None, :]).tril(-1).float()
+    dim = x.shape[-1]
+    run, stride = dim & -dim, 1
+    while stride < run:
+        a, b = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        x = torch.stack([a + b, a - b], -2).flatten(-3)
+        stride *= 2
+    return x
 
 
-__all__ = ["balanced_transform", "feedback", "mixing"]
+__all__ = ["balanced_transform", "hadamard_sums", "mixing"]

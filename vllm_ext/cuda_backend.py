@@ -1,4 +1,4 @@
-"""vLLM's attention backend for the quantized KV-cache dtypes on CUDA, over the kernels of :mod:`kv_cache.gpu`.
+"""vLLM's attention backend for the quantized KV-cache dtypes on CUDA, over the kernels of :mod:`kv_cache.cuda`.
 
 A request with one new token (or, with speculative decoding, a few) attends over codes, its own included. Pieces of a
 prompt attend over their fresh keys and values in full precision through vLLM's FlashAttention; what came before them is
@@ -25,13 +25,13 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.decode import DecodeAttention
-from kv_cache.gpu.folding import Folding, PositionTables
-from kv_cache.gpu.read import gather, plan
-from kv_cache.gpu.read import preload as preload_read
-from kv_cache.gpu.sides import Side, make_side
-from kv_cache.gpu.store import preload as preload_store
-from kv_cache.gpu.store import store
+from kv_cache.cuda.decode import DecodeAttention
+from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.read import gather, plan
+from kv_cache.cuda.read import preload as preload_read
+from kv_cache.cuda.sides import Side, make_side
+from kv_cache.cuda.store import preload as preload_store
+from kv_cache.cuda.store import store
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
 from vllm_ext.names import CUDA_BACKEND
@@ -48,7 +48,7 @@ class Prompts:
         key_start: int32 [pieces + 1]: where each request's keys, earlier ones and fresh ones, start.
         max_query: most tokens of a piece.
         max_keys: most keys of a request.
-        tiles: of `kv_cache.gpu.read.plan`; None if there are no earlier tokens, and fresh keys are all keys.
+        tiles: of `kv_cache.cuda.read.plan`; None if there are no earlier tokens, and fresh keys are all keys.
         keys: of all requests together.
 
     """
@@ -253,7 +253,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
                 _DECODE[key] = DecodeAttention(*shape, dense=dense, centred=tables is not None)
             else:
                 # Triton, which a process that serves other formats need not import.
-                from kv_cache.gpu.group_decode import GroupDecodeAttention
+                from kv_cache.cuda.group_decode import GroupDecodeAttention
 
                 _DECODE[key] = GroupDecodeAttention(*shape)
         return _DECODE[key]

@@ -8,7 +8,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES, KVFormat, get_format
-from kv_cache.gpu.arguments import MAX_QUERY_LEN
+from kv_cache.cuda.arguments import MAX_QUERY_LEN
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import RESERVED_SHARED, Kernel, compile_ahead, load_kernel
-from kv_cache.gpu.sides import device_limits
+from kv_cache.cuda.launch import RESERVED_SHARED, Kernel, compile_ahead, load_kernel
+from kv_cache.cuda.sides import device_limits
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
 FOLDER = Path(__file__).parent / "csrc"

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kv_cache.gpu.launch import Kernel, compile_ahead, load_kernel
-from kv_cache.gpu.sides import device_limits
+from kv_cache.cuda.launch import Kernel, compile_ahead, load_kernel
+from kv_cache.cuda.sides import device_limits
 from quant_methods.kernels.low_bit_matrix import FOLDER
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64)

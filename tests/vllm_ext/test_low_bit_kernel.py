@@ -16,7 +16,7 @@ from vllm.scalar_type import scalar_types
 
 from quant_methods.formats.native_format import pack_codes
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
-from tests.kv_cache.gpu.emulator import EmulatedKernel
+from tests.kv_cache.cuda.emulator import EmulatedKernel
 from vllm_ext import low_bit_kernel, patches
 from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
 

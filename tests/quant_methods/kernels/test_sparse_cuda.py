@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.gpu import launch, nvrtc
+from kv_cache.cuda import launch, nvrtc
 from quant_methods.formats.quantized import Sparse
 from quant_methods.kernels import beside_cuda, low_bit_matrix, sparse_cuda
 from quant_methods.kernels.beside import Beside, BesideParts
 from quant_methods.kernels.sparse_cuda import BOUNDS
-from tests.kv_cache.gpu.emulator import EmulatedKernel
+from tests.kv_cache.cuda.emulator import EmulatedKernel
 from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
 from tests.quant_methods.kernels.test_beside import apart, make, poisoned, rounded_once
 

@@ -7,12 +7,12 @@ import ctypes
 import pytest
 import torch
 
-from kv_cache.gpu import decode, read, store
-from tests.kv_cache.gpu.emulator import DEVICE, PROCESSORS, SHARED_BYTES, emulated
-from tests.kv_cache.gpu.random_batch import Batch
-from tests.kv_cache.gpu.test_beside_store import DecodeStep
-from tests.kv_cache.gpu.test_decode import check
-from tests.kv_cache.gpu.test_store import check_store_and_gather
+from kv_cache.cuda import decode, read, store
+from tests.kv_cache.cuda.emulator import DEVICE, PROCESSORS, SHARED_BYTES, emulated
+from tests.kv_cache.cuda.random_batch import Batch
+from tests.kv_cache.cuda.test_beside_store import DecodeStep
+from tests.kv_cache.cuda.test_decode import check
+from tests.kv_cache.cuda.test_store import check_store_and_gather
 from tests.kv_cache.random_scales import CODINGS, coding, random_scales
 
 __all__ = ["emulated"]
@@ -86,8 +86,8 @@ def test_attention_beside_the_store(name):
 
 
 def test_the_emulator_tells_when_threads_wait_in_vain(tmp_path, monkeypatch):
-    from kv_cache.gpu import nvrtc
-    from tests.kv_cache.gpu import emulator
+    from kv_cache.cuda import nvrtc
+    from tests.kv_cache.cuda import emulator
 
     (tmp_path / "bad.cu").write_text(
         '#include "ptx.cuh"\nstruct Params { int x; };\n'

@@ -9,8 +9,8 @@ import torch
 
 from kv_cache.codec import unpack_nibbles, unpack_pairs
 from kv_cache.formats import get_format
-from kv_cache.gpu.decode import DecodeAttention
-from kv_cache.gpu.folding import Folding, PositionTables
+from kv_cache.cuda.decode import DecodeAttention
+from kv_cache.cuda.folding import Folding, PositionTables
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import HALF, MIDDLE, SPAN, CentreTable, Rotary
 from kv_cache.scales import LayerScales

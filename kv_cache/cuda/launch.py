@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.nvrtc import SOURCES, compile_cubin
+from kv_cache.cuda.nvrtc import SOURCES, compile_cubin
 
 _MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""

@@ -21,7 +21,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES, get_format
 from kv_cache.layout import PageLayout
 from tests.kv_cache.empty_pages import empty_pages
-from tests.kv_cache.gpu.random_batch import relative_error
+from tests.kv_cache.cuda.random_batch import relative_error
 from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -113,7 +113,7 @@ class Batch:
         return self.layout.head_dim**-0.5
 
     def attention(self, programs=None):
-        from kv_cache.gpu.group_decode import GroupDecodeAttention
+        from kv_cache.cuda.group_decode import GroupDecodeAttention
 
         tokens, heads, _ = self.query.shape
         return GroupDecodeAttention(
@@ -235,7 +235,7 @@ def test_graph_replays_with_other_lengths():
 
 @on_device
 def test_refusals():
-    from kv_cache.gpu.group_decode import GroupDecodeAttention
+    from kv_cache.cuda.group_decode import GroupDecodeAttention
 
     batch = Batch("int4_per_group", [5], [1])
     attention = batch.attention(1)

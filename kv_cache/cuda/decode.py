@@ -12,11 +12,11 @@ import ctypes
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu import tuning as tunings
-from kv_cache.gpu.arguments import Geometry, cuda_device
-from kv_cache.gpu.folding import Folding, PositionTables
-from kv_cache.gpu.launch import load_kernel
-from kv_cache.gpu.tuning import ROW_TILE, Tuning
+from kv_cache.cuda import tuning as tunings
+from kv_cache.cuda.arguments import Geometry, cuda_device
+from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.launch import load_kernel
+from kv_cache.cuda.tuning import ROW_TILE, Tuning
 from kv_cache.layout import PageLayout
 
 _i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -178,7 +178,7 @@ class DecodeAttention:
             folding: the layer's.
             scale: factor of q.k.
             positions: of centred keys.
-            beside_store: the launch just before this one is :func:`kv_cache.gpu.store.store`, and it said that the next
+            beside_store: the launch just before this one is :func:`kv_cache.cuda.store.store`, and it said that the next
                 launch may run beside it.
 
         """

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import GROUP_META_BYTES
-from kv_cache.gpu.arguments import Geometry, cuda_device
+from kv_cache.cuda.arguments import Geometry, cuda_device
 from kv_cache.layout import PageLayout
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -203,7 +203,7 @@ def _merge(
 class GroupDecodeAttention:
     """Decode attention of one geometry, for any number of layers of one stream.
 
-    Arguments are those of :class:`kv_cache.gpu.decode.DecodeAttention`, for a layout of a ``group`` format; in Triton's
+    Arguments are those of :class:`kv_cache.cuda.decode.DecodeAttention`, for a layout of a ``group`` format; in Triton's
     interpreter the device is the CPU.
 
     Args:
@@ -276,7 +276,7 @@ class GroupDecodeAttention:
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
-        Arguments are those of :meth:`kv_cache.gpu.decode.DecodeAttention.__call__`, less the scales. Rows of ``out``
+        Arguments are those of :meth:`kv_cache.cuda.decode.DecodeAttention.__call__`, less the scales. Rows of ``out``
         that belong to requests without tokens are left alone.
 
         Raises:

@@ -8,14 +8,14 @@ import torch
 from kv_cache import reference
 from kv_cache.errors import ParetoError
 from kv_cache.formats import HEAD_SIZES, get_format
-from kv_cache.gpu import nvrtc, read, store
-from kv_cache.gpu.decode import DecodeAttention
-from kv_cache.gpu.folding import PositionTables
-from kv_cache.gpu.sides import make_side
-from kv_cache.gpu.tuning import choose, query_steps
+from kv_cache.cuda import nvrtc, read, store
+from kv_cache.cuda.decode import DecodeAttention
+from kv_cache.cuda.folding import PositionTables
+from kv_cache.cuda.sides import make_side
+from kv_cache.cuda.tuning import choose, query_steps
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import SPAN, Rotary
-from tests.kv_cache.gpu.random_batch import Batch, relative_error
+from tests.kv_cache.cuda.random_batch import Batch, relative_error
 from tests.kv_cache.random_scales import CODINGS, coding, random_scales
 
 STATIC = ("int4_per_head", "int6_per_head", "int8_per_head", "k8v4_per_head")

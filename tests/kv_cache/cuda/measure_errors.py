@@ -1,6 +1,6 @@
 """Prints the decode kernel's relative error norms against float64, and writes them as JSON.
 
-    python -m tests.kv_cache.gpu.measure_errors results/gpu-decode-kernel/errors.json
+    python -m tests.kv_cache.cuda.measure_errors results/gpu-decode-kernel/errors.json
 
 ``rounding`` is the error of the exact result rounded to the output's dtype: what no kernel can be below.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tests.kv_cache.gpu.random_batch import Batch, relative_error
+from tests.kv_cache.cuda.random_batch import Batch, relative_error
 
 STATIC = ("int4_per_head", "int6_per_head", "k8v4_per_head", "int8_per_head")
 CASES = {
@@ -50,7 +50,7 @@ def main() -> None:
         path = Path(sys.argv[1])
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {
-            "command": f"python -m tests.kv_cache.gpu.measure_errors {path}",
+            "command": f"python -m tests.kv_cache.cuda.measure_errors {path}",
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
         }

@@ -74,7 +74,7 @@ class Geometry:
         soft_cap: float,
         device: torch.device,
     ) -> None:
-        """Check a call's arguments, which are those of :meth:`kv_cache.gpu.decode.DecodeAttention.__call__`.
+        """Check a call's arguments, which are those of :meth:`kv_cache.cuda.decode.DecodeAttention.__call__`.
 
         Raises:
             ParetoError: shapes, strides, dtypes or devices do not fit.

@@ -1,6 +1,6 @@
 // Paged decode attention over codes.
 //
-// Compiled at run time for one combination of these macros (kv_cache/gpu/decode.py sets them):
+// Compiled at run time for one combination of these macros (kv_cache/cuda/decode.py sets them):
 //   HEAD_DIM, KEY_BITS, VALUE_BITS, BLOCK_SIZE   the format and the page
 //   ROW_TILES      query rows of a pass, in eights
 //   SOFT_CAP, BIAS, OUT_BFLOAT   0 or 1; BIAS adds a bias by position (bias.cuh)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.gpu import decode, nvrtc, read, store
+from kv_cache.cuda import decode, nvrtc, read, store
 
 HERE = Path(__file__).parent
 PROCESSORS, SHARED_BYTES = 3, 227 << 10
@@ -39,7 +39,7 @@ def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...], folde
 
 
 class EmulatedKernel:
-    """In place of :class:`kv_cache.gpu.launch.Kernel`."""
+    """In place of :class:`kv_cache.cuda.launch.Kernel`."""
 
     def __init__(self, source, name, macros, device, shared_bytes=0, one_block=False, folder=nvrtc.SOURCES):
         assert shared_bytes <= SHARED_BYTES

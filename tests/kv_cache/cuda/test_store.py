@@ -34,7 +34,7 @@ def moved(cache: torch.Tensor, device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("name", CODINGS)
 @pytest.mark.parametrize("alone", [False, True])
 def test_store_and_gather_are_the_codec(name, dim, alone, monkeypatch):
-    from kv_cache.gpu import store as module
+    from kv_cache.cuda import store as module
 
     if alone:  # Each warp has tokens of its own, as in a long prompt.
         _, shared, overlap = module.device_limits(DEVICE)
@@ -44,8 +44,8 @@ def test_store_and_gather_are_the_codec(name, dim, alone, monkeypatch):
 
 def check_store_and_gather(name: str, dim: int, device: torch.device) -> None:
     """Store random tokens, and gather others, in any coding that random_scales knows."""
-    from kv_cache.gpu.read import gather, plan
-    from kv_cache.gpu.store import store
+    from kv_cache.cuda.read import gather, plan
+    from kv_cache.cuda.store import store
 
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
@@ -154,13 +154,13 @@ def assert_nearest(codes, x, scales, kind, positions):
 
 
 def sides_of(layout, kv_heads, scales, device):
-    from kv_cache.gpu.sides import make_side
+    from kv_cache.cuda.sides import make_side
 
     return tuple(make_side(kind, layout, kv_heads, scales, device) for kind in ("key", "value"))
 
 
 def test_centred_keys_need_positions():
-    from kv_cache.gpu.store import store
+    from kv_cache.cuda.store import store
 
     layout, scales = PageLayout(coding("int4_per_head")[0], 64, 16), random_scales("int4_per_head+centred", 1, 64)
     x = torch.randn(2, 1, 64, device=DEVICE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kv_cache.gpu.folding import PositionTables
-from kv_cache.gpu.sides import make_side
-from kv_cache.gpu.store import store
-from tests.kv_cache.gpu.random_batch import Batch
+from kv_cache.cuda.folding import PositionTables
+from kv_cache.cuda.sides import make_side
+from kv_cache.cuda.store import store
+from tests.kv_cache.cuda.random_batch import Batch
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

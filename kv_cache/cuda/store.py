@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import CENTRES, Side, aligned, device_limits, tile_macros
+from kv_cache.cuda.launch import Kernel, load_kernel
+from kv_cache.cuda.sides import CENTRES, Side, aligned, device_limits, tile_macros
 from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,7 +85,7 @@ def store(
 
     Args:
         layout: of a page.
-        sides: keys and values of the layer (:func:`kv_cache.gpu.sides.make_side`).
+        sides: keys and values of the layer (:func:`kv_cache.cuda.sides.make_side`).
         cache: uint8 [blocks, KV heads, block_size, bytes per token] on CUDA, of any block and head stride that is a
             multiple of 4 bytes.
         key: [tokens, KV heads, head_dim] float32, bfloat16 or float16, channels contiguous; ``value`` likewise.

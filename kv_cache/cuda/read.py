@@ -7,8 +7,8 @@ import ctypes
 
 import torch
 
-from kv_cache.gpu.launch import Kernel, load_kernel
-from kv_cache.gpu.sides import CENTRES, Side, aligned, device_limits, tile_macros
+from kv_cache.cuda.launch import Kernel, load_kernel
+from kv_cache.cuda.sides import CENTRES, Side, aligned, device_limits, tile_macros
 from kv_cache.layout import PageLayout
 
 TOKENS, THREADS = 16, 128

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.gpu.tuning import Tuning
-from tests.kv_cache.gpu.random_batch import Batch, relative_error
+from kv_cache.cuda.tuning import Tuning
+from tests.kv_cache.cuda.random_batch import Batch, relative_error
 from tests.kv_cache.random_scales import CODINGS, coding, random_scales
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
