@@ -19,7 +19,7 @@ Run the whole chain on a small model, on any machine and without downloads.
 
 Examples:
   pareto demo
-  pareto demo --model ./my-model --kv-cache-dtype int8_per_head k8v4_per_head --out my-demo
+  pareto demo --model ./my-model --kv-cache-dtype int8_per_head int6_per_head --out my-demo
 
 Everything lies in OUT: the checkpoint, results, logs and report.html. Ctrl-C stops all processes and keeps what is
 finished; the same command goes on.

@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, flag) < least:
             raise ParetoError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     gpu = bool(gpu_names())
-    own = [name for name, fmt in FORMATS.items() if fmt.granularity == "head"]
+    own = list(FORMATS)
     vllms = ["fp8", "int8_per_token_head", "int4_per_token_head"] if gpu else ["fp8"]
     shapes = tuple(args.shape or itertools.product(sorted(set(args.batch)), sorted(set(args.context))))
     named = {shape for _, own in args.only for shape in own} | set(args.prefix_hits)

@@ -15,13 +15,13 @@ import matplotlib.figure
 from bench.files import read_json
 from bench.report_rows import plain_dtype
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS
+from kv_cache.formats import DTYPES
 
 OURS, VLLMS, PLAIN = "#1f6feb", "#8b949e", "#24292f"
 
 
 def _colour(dtype: str) -> str:
-    return OURS if dtype in FORMATS else PLAIN if dtype == plain_dtype("auto") else VLLMS
+    return OURS if dtype in DTYPES else PLAIN if dtype == plain_dtype("auto") else VLLMS
 
 
 def decode_plot(document: dict[str, Any], path: Path) -> None:

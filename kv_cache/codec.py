@@ -8,9 +8,9 @@ A token's key or value of one head goes three steps, in float32:
 2. Its range, widened to hold 0 and cut to ``RANGE_SHARE``, gives the scale and the zero, one byte each (`fit`).
 3. Codes are ``clamp(round(y / step + zero), 0, 2**bits - 1)`` (`quantize`), and read as ``(code - zero) * step``.
 
-The scale's byte is a floating-point number of 4 exponent and 4 mantissa bits, ``(1 + m / 16) * 2**(e - 10)``, in units
-of ``2**(2 - bits)``: byte 160 means 1, and what is even has a scale of about 1 whatever the bits. The zero's byte counts
-256ths of the codes' range. Codes are made with the rounded scale and zero, so neither rounding is an error of its own.
+The scale's byte is a floating-point number of 4 exponent and 4 mantissa bits, ``(1 + m / 16) * 2**(e - 10)``, in
+units of ``2**(2 - bits)``: byte 160 means 1, and what is even has a scale of about 1 whatever the bits. The zero's byte
+counts 256ths of the codes' range. Codes are made with the rounded scale and zero, so neither rounding is an error of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def encode_scale(scale: Tensor) -> Tensor:
-    """Return the nearest byte to a positive float32 scale, in the units of the bits; 0 and 255 where it is out of range.
+    """Return the nearest byte to a positive float32 scale, in units of the bits; 0 or 255 where it is out of range.
 
     A float32's bits, rounded half up to MANTISSA_BITS of its mantissa, are the byte but for the exponents' bias.
     """

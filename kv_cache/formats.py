@@ -49,7 +49,9 @@ class KVFormat:
     def __post_init__(self) -> None:
         for bits in (self.key_bits, self.value_bits):
             if bits not in PLANES:
-                raise ParetoError(f"{self.name}: codes of {bits} bits are not served (only {', '.join(map(str, PLANES))})")
+                raise ParetoError(
+                    f"{self.name}: codes of {bits} bits are not served (only {', '.join(map(str, PLANES))})"
+                )
 
     def bits(self, kind: str) -> int:
         """Return the bits of a code of "key" or "value"."""
@@ -87,8 +89,24 @@ DTYPES = (*FORMATS, MIXED)
 """Every name that ``--kv-cache-dtype`` gains."""
 
 
+def layer_format(key_bits: int, value_bits: int) -> KVFormat:
+    """Return the format of a layer of ``mixed_per_head``, whose name says its bits: ``mixed_k4v3``.
+
+    Raises:
+        ParetoError: a number of bits that no planes are there for.
+
+    """
+    return KVFormat(f"mixed_k{key_bits}v{value_bits}", key_bits, value_bits)
+
+
+LAYER_FORMATS: dict[str, KVFormat] = {
+    fmt.name: fmt for fmt in (layer_format(key_bits, value_bits) for key_bits in PLANES for value_bits in PLANES)
+}
+"""What the layers of ``mixed_per_head`` can have."""
+
+
 def get_format(name: str) -> KVFormat:
-    """Return the format of that name.
+    """Return the format of that name, or of a layer of ``mixed_per_head``.
 
     Raises:
         ParetoError: there is none, or its layers differ; the message lists the valid names.
@@ -96,12 +114,7 @@ def get_format(name: str) -> KVFormat:
     """
     if name == MIXED:
         raise ParetoError(f"{MIXED} has bits of its own for each layer: ask KVScales.format for a layer's")
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise ParetoError(f"unknown KV-cache format {name!r}; valid formats: {', '.join(DTYPES)}") from None
-
-
-def mixed_format(key_bits: int, value_bits: int) -> KVFormat:
-    """Return the format of a layer of ``mixed_per_head``."""
-    return KVFormat(MIXED, key_bits, value_bits)
+    found = FORMATS.get(name) or LAYER_FORMATS.get(name)
+    if found is None:
+        raise ParetoError(f"unknown KV-cache format {name!r}; valid formats: {', '.join(DTYPES)}")
+    return found

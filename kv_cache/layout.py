@@ -64,7 +64,9 @@ class PageLayout:
             raise ParetoError(f"{self.fmt.name} needs a --block-size that is a multiple of {TOKEN_MULTIPLE}")
         taken = sum(self.row_bytes.values())
         if taken != self.bytes_per_token:
-            raise ParetoError(f"{self.fmt.name}: planes take {taken} bytes of a token, which has {self.bytes_per_token}")
+            raise ParetoError(
+                f"{self.fmt.name}: planes take {taken} bytes of a token, which has {self.bytes_per_token}"
+            )
 
     @property
     def bytes_per_token(self) -> int:

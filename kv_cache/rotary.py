@@ -49,9 +49,7 @@ class Rotary:
     interleaved: bool = False
 
     @classmethod
-    def over(
-        cls, head_dim: int, inv_freq: Tensor | None, max_position: int, interleaved: bool = False
-    ) -> Rotary:
+    def over(cls, head_dim: int, inv_freq: Tensor | None, max_position: int, interleaved: bool = False) -> Rotary:
         """Return the embedding of heads of ``head_dim`` channels, of which the first 2 * len(inv_freq) are rotated.
 
         Raises:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import MIXED, KVFormat, get_format, mixed_format
+from kv_cache.formats import MIXED, KVFormat, get_format, layer_format
 from kv_cache.rotary import Rotary
 
 SCALES_FILE = Path("kv_scales") / "scales.safetensors"
@@ -59,7 +59,7 @@ class LayerScales:
 
     @functools.cached_property
     def value_decode(self) -> torch.Tensor:
-        """What values read from codes are multiplied by once ``hadamard_sums`` has mixed them, float32 [num_kv_heads]."""
+        """What values read from codes are multiplied by after ``hadamard_sums``, float32 [num_kv_heads]."""
         return (self.value_size.double() / math.sqrt(self._run)).float()
 
     @property
@@ -130,7 +130,7 @@ class KVScales:
                 "'pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits --out DIR'"
             )
         self.layer(index)
-        return mixed_format(*self.bits[index])
+        return layer_format(*self.bits[index])
 
     def bits_per_element(self, name: str) -> float:
         """Return the bits that an element costs under a dtype, the mean over the layers."""
@@ -194,9 +194,11 @@ class KVScales:
         if not (stacks["value_size"] > 0).all():
             raise ParetoError(f"{path}: value_size is not positive")
         if rotary.inv_freq.numel() * 2 != dim:
-            raise ParetoError(f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels")
+            raise ParetoError(
+                f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels"
+            )
         if bits is not None:
-            bits = [mixed_format(*pair) and (pair[0], pair[1]) for pair in bits]
+            bits = [layer_format(*pair) and (pair[0], pair[1]) for pair in bits]
             if len(bits) != layers:
                 raise ParetoError(f"{path}: bits for {len(bits)} layers instead of {layers}")
         made = [LayerScales(**{name: stack[i] for name, stack in stacks.items()}, rotary=rotary) for i in range(layers)]

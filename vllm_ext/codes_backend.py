@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, get_format
+from kv_cache.formats import DTYPES, FORMATS, HEAD_SIZES, LAYER_FORMATS, MIXED, KVFormat, get_format
 from kv_cache.layout import TOKEN_MULTIPLE
 from kv_cache.scales import LayerScales
 from vllm_ext.scale_source import layer_scales
@@ -23,7 +23,7 @@ class CodesBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     fmt: ClassVar[KVFormat]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(FORMATS)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*DTYPES, *LAYER_FORMATS]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -54,14 +54,17 @@ class CodesBackend(AttentionBackend):
 
 
 def for_each_format(base: type[CodesBackend]) -> dict[str, type[CodesBackend]]:
-    """Return a subclass of ``base`` for each dtype, by the dtype's name."""
+    """Return a subclass of ``base`` for each dtype, and for the bits of each layer of a mixed one, by name.
+
+    vLLM asks about ``mixed_per_head`` as a whole before there are layers, for its block size; the widest bits answer.
+    """
     return {
         name: type(
             f"{base.__name__}_{name}",
             (base,),
             {"fmt": fmt, "__doc__": f"The backend of {name}.", "__module__": base.__module__},
         )
-        for name, fmt in FORMATS.items()
+        for name, fmt in (FORMATS | LAYER_FORMATS | {MIXED: KVFormat(MIXED, 8, 8)}).items()
     }
 
 
@@ -135,9 +138,7 @@ class CodesLayer:
         self.fmt = get_format(kv_cache_dtype)
         self.config = get_current_vllm_config()
 
-    def scales_of(self, layer: Any) -> LayerScales | None:
-        """Return the scales that the layer's pages are read with; None for a ``group`` format."""
-        if not self.fmt.static:
-            return None
+    def scales_of(self, layer: Any) -> LayerScales:
+        """Return the scales that the layer's pages are read with."""
         name = self.kv_sharing_target_layer_name or layer.layer_name
-        return layer_scales(self.config, self.fmt, extract_layer_index(name), self.num_kv_heads)
+        return layer_scales(self.config, extract_layer_index(name), self.num_kv_heads)

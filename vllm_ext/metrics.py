@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 
-from kv_cache.formats import KVFormat, get_format
+from kv_cache.formats import KVFormat
+from vllm_ext.scale_source import layer_format_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,21 +37,21 @@ class CacheCost:
     compression_ratio: float
 
 
-def cache_cost(fmt: KVFormat, layers: int, skipped: int, kv_heads: int, head_dim: int, element_bytes: int) -> CacheCost:
+def cache_cost(formats: list[KVFormat | None], kv_heads: int, head_dim: int, element_bytes: int) -> CacheCost:
     """Return the cost of a model's cache.
 
     Args:
-        fmt: of the quantized layers.
-        layers: with a KV cache.
-        skipped: of these, how many keep ``element_bytes`` per element.
+        formats: of each layer with a KV cache; None for one that keeps ``element_bytes`` per element.
         kv_heads: of a layer.
         head_dim: channels of a head.
         element_bytes: bytes of an unquantized element.
 
     """
-    plain = 2 * head_dim * element_bytes * kv_heads
-    total = (layers - skipped) * fmt.bytes_per_token(head_dim) * kv_heads + skipped * plain
-    return CacheCost(fmt.bits_per_element(head_dim), total, layers * plain / total)
+    plain = 2 * head_dim * element_bytes
+    quantized = [fmt.bytes_per_token(head_dim) for fmt in formats if fmt is not None]
+    total = sum(quantized) + (len(formats) - len(quantized)) * plain
+    bits = 8 * sum(quantized) / (2 * head_dim * max(1, len(quantized)))
+    return CacheCost(bits, total * kv_heads, len(formats) * plain / total)
 
 
 @functools.cache
@@ -70,16 +71,12 @@ def _gauges() -> dict[str, Gauge]:
 def publish(config: VllmConfig) -> CacheCost:
     """Set the gauges for an engine's configuration; returns what they say."""
     model, cache = config.model_config, config.cache_config
-    layers = model.get_total_num_hidden_layers()
-    skipped = sum(layer.isdigit() and int(layer) < layers for layer in cache.kv_cache_dtype_skip_layers)
-    cost = cache_cost(
-        get_format(cache.cache_dtype),
-        layers,
-        skipped,
-        model.get_total_num_kv_heads(),
-        model.get_head_size(),
-        model.dtype.itemsize,
-    )
+    skipped = cache.kv_cache_dtype_skip_layers
+    formats = [
+        None if str(layer) in skipped else layer_format_of(config, layer)
+        for layer in range(model.get_total_num_hidden_layers())
+    ]
+    cost = cache_cost(formats, model.get_total_num_kv_heads(), model.get_head_size(), model.dtype.itemsize)
     labels = (model.served_model_name or model.model, cache.cache_dtype)
     for name, gauge in _gauges().items():
         gauge.labels(*map(str, labels)).set(1 if name == "info" else getattr(cost, name))

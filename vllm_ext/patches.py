@@ -7,6 +7,7 @@ dtypes. Applying the patches twice changes nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic.dataclasses import rebuild_dataclass
 
-from kv_cache.formats import FORMATS
+from kv_cache.formats import DTYPES, FORMATS, LAYER_FORMATS, MIXED
 
 _MARK = "_pareto_patched"
 
@@ -23,6 +24,7 @@ _MARK = "_pareto_patched"
 def apply() -> None:
     """Apply all patches to the vLLM of this process."""
     _add_dtypes()
+    _give_layers_their_bits()
     _choose_backend()
     _check_at_start()
     _offer_kernel()
@@ -47,21 +49,44 @@ def _add_dtypes() -> None:
     from vllm.v1.attention import selector
 
     names = get_args(cache.CacheDType)
-    if set(FORMATS) <= set(names):
+    if set(DTYPES) <= set(names):
         return
-    extended = Literal[(*names, *FORMATS)]  # type: ignore[valid-type]
-    for module in (cache, arg_utils, selector):
+    extended = Literal[(*names, *DTYPES)]  # type: ignore[valid-type]
+    for module in (cache, arg_utils):
         module.CacheDType = extended
+    # What chooses a layer's backend also knows the names that layers of mixed_per_head have; people do not type them.
+    selector.CacheDType = Literal[(*names, *DTYPES, *LAYER_FORMATS)]  # type: ignore[valid-type]
     cache.CacheConfig.__annotations__["cache_dtype"] = extended
     for field in dataclasses.fields(cache.CacheConfig):
         if field.name == "cache_dtype":
             field.type = extended
     arg_utils.EngineArgs.__annotations__["kv_cache_dtype"] = extended
-    for name in FORMATS:
+    for name in (*DTYPES, *LAYER_FORMATS):
         torch_utils.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
     # VllmConfig holds a CacheConfig, whose schema it has compiled into its own.
     for config in (cache.CacheConfig, vllm.config.VllmConfig):
         rebuild_dataclass(config, force=True)
+
+
+def _give_layers_their_bits() -> None:
+    """Let each attention layer of a model served in ``mixed_per_head`` be built with the dtype that its bits name."""
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    original = Attention.__init__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, cache_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
+        if cache_config is not None and cache_config.cache_dtype == MIXED:
+            from vllm_ext.scale_source import layer_dtype
+
+            cache_config = copy.copy(cache_config)
+            cache_config.cache_dtype = layer_dtype(prefix)
+        original(self, *args, cache_config=cache_config, prefix=prefix, **kwargs)
+
+    setattr(__init__, _MARK, True)
+    Attention.__init__ = __init__
 
 
 def _choose_backend() -> None:
@@ -88,7 +113,7 @@ def _choose_backend() -> None:
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> str:
-        if attn_selector_config.kv_cache_dtype in FORMATS:
+        if attn_selector_config.kv_cache_dtype in (*FORMATS, *LAYER_FORMATS, MIXED):
             path: str = importlib.import_module(module).backend_path(attn_selector_config)
             return path
         return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
@@ -107,7 +132,7 @@ def _check_at_start() -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
-        if config.cache_config.cache_dtype in FORMATS:
+        if config.cache_config.cache_dtype in DTYPES:
             from vllm_ext.startup import prepare
 
             prepare(config)

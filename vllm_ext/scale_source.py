@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import KVFormat, get_format
+from kv_cache.formats import MIXED, KVFormat, get_format
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
 from vllm_ext.names import SCALES_KEY
 
@@ -103,21 +103,25 @@ def check_geometry(scales: KVScales, config: VllmConfig, folder: Path) -> None:
         )
 
 
-def layer_scales(config: VllmConfig, fmt: KVFormat, index: int, num_kv_heads: int) -> LayerScales:
+def _scales(config: VllmConfig) -> KVScales:
+    folder = config.additional_config.get(SCALES_KEY)
+    if not folder:
+        name = config.cache_config.cache_dtype
+        raise ParetoError(f"--kv-cache-dtype {name} needs calibrated scales, and the engine was given none")
+    return _load(str(folder))
+
+
+def layer_scales(config: VllmConfig, index: int, num_kv_heads: int) -> LayerScales:
     """Return a layer's scales for the KV heads that this rank holds.
 
     Args:
         config: the engine's, after :func:`find_scales`.
-        fmt: a static format.
         index: of the layer in the model.
         num_kv_heads: of this rank.
 
     """
-    folder = config.additional_config.get(SCALES_KEY)
-    if not folder:
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} needs calibrated scales, and the engine was given none")
-    scales = _load(str(folder)).layer(fmt, index)
-    total = scales.key_scale.shape[0]
+    scales = _scales(config).layer(index)
+    total = scales.key_mean.shape[0]
     if num_kv_heads == total:
         return scales
     # Ranks that outnumber the KV heads hold copies of them, one head each.
@@ -126,3 +130,24 @@ def layer_scales(config: VllmConfig, fmt: KVFormat, index: int, num_kv_heads: in
     copies = max(1, get_tensor_model_parallel_world_size() // total)
     first = get_tensor_model_parallel_rank() // copies * num_kv_heads
     return scales.heads(first, first + num_kv_heads)
+
+
+def layer_format_of(config: VllmConfig, index: int) -> KVFormat:
+    """Return the format that a layer of the model has under the engine's dtype.
+
+    Raises:
+        ParetoError: the dtype's layers differ, and the scales name no bits for them.
+
+    """
+    name = config.cache_config.cache_dtype
+    if name != MIXED:
+        return get_format(name)
+    return _scales(config).format(name, index)
+
+
+def layer_dtype(prefix: str) -> str:
+    """Return the dtype that vLLM shall build the layer of that name with, in the engine that is being built now."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return layer_format_of(get_current_vllm_config(), extract_layer_index(prefix)).name

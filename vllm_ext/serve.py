@@ -21,9 +21,9 @@ examples:
   pareto serve ./qwen-w4 --kv-cache-dtype int8_per_head --port 8001 --max-model-len 8192
 
 KV-cache dtypes of this plugin (vLLM's own stay available):
-  int8_per_head, int6_per_head, k8v4_per_head, int4_per_head   calibrated scales, exactly 8, 6, 6 and 4 bits
-  int8_per_tensor, int4_per_tensor                             one scale a layer (for comparison)
-  int8_per_group, int4_per_group                               scales kept in the page, 9 and 5 bits, no calibration
+  int8_per_head, int6_per_head, int4_per_head, k4v3_per_head, int3_per_head   8, 6, 4, 4 and 3, 3 bits
+  mixed_per_head   bits of its own for each layer: pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits
+Each token and head keeps four bytes beside its codes (0.25 bits an element at head size 64, 0.125 at 128).
 
 A checkpoint without calibrated scales is calibrated when it is first served; 'pareto compress --recipe kv-scales'
 does it ahead of time.

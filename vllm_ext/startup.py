@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES, KVFormat, get_format
 from kv_cache.cuda.arguments import MAX_QUERY_LEN
+from kv_cache.errors import ParetoError
+from kv_cache.formats import HEAD_SIZES
+from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
@@ -24,55 +25,54 @@ def prepare(config: VllmConfig) -> None:
     """
     from vllm.platforms import current_platform
 
-    fmt = get_format(config.cache_config.cache_dtype)
+    dtype = config.cache_config.cache_dtype
     model = config.model_config
     instead = "use --kv-cache-dtype auto"
     if not current_platform.is_cpu() and not current_platform.is_cuda():
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} is served on CPU and NVIDIA GPUs only: {instead} here")
+        raise ParetoError(f"--kv-cache-dtype {dtype} is served on CPU and NVIDIA GPUs only: {instead} here")
     if model.use_mla:
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve multi-head latent attention: {instead}")
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve multi-head latent attention: {instead}")
     if model.is_attention_free:
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} has nothing to serve in a model without attention: {instead}")
+        raise ParetoError(f"--kv-cache-dtype {dtype} has nothing to serve in a model without attention: {instead}")
     if model.get_head_size() not in HEAD_SIZES:
         raise ParetoError(
-            f"--kv-cache-dtype {fmt.name} does not serve head size {model.get_head_size()} (it serves "
+            f"--kv-cache-dtype {dtype} does not serve head size {model.get_head_size()} (it serves "
             f"{', '.join(map(str, HEAD_SIZES))}): {instead}"
         )
     if config.kv_transfer_config is not None:
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} does not serve KV transfer between instances: {instead}")
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve KV transfer between instances: {instead}")
     if current_platform.is_cuda():
-        _check_cuda(config, fmt)
+        _check_cuda(config, dtype)
     else:
         from kv_cache.cpu_kernels import best_isa
 
         best_isa()
-    if fmt.static:
-        from vllm_ext.scale_source import find_scales
-
-        config.additional_config[SCALES_KEY] = str(find_scales(config))
     from vllm_ext.metrics import publish
+    from vllm_ext.scale_source import find_scales, layer_format_of
+
+    config.additional_config[SCALES_KEY] = str(find_scales(config))
+    for layer in range(model.get_total_num_hidden_layers()):
+        PageLayout(layer_format_of(config, layer), model.get_head_size(), TOKEN_MULTIPLE)
 
     publish(config)
 
 
-def _check_cuda(config: VllmConfig, fmt: KVFormat) -> None:
+def _check_cuda(config: VllmConfig, dtype: str) -> None:
     """Refuse what the CUDA backend cannot serve."""
     from vllm.platforms import current_platform
 
     if not current_platform.has_device_capability(80):
-        raise ParetoError(
-            f"--kv-cache-dtype {fmt.name} needs compute capability 8.0 or above: use --kv-cache-dtype auto"
-        )
+        raise ParetoError(f"--kv-cache-dtype {dtype} needs compute capability 8.0 or above: use --kv-cache-dtype auto")
     if not config.use_v2_model_runner:
         raise ParetoError(
-            f"--kv-cache-dtype {fmt.name} needs vLLM's model runner V2 on CUDA, which this configuration does not use: "
+            f"--kv-cache-dtype {dtype} needs vLLM's model runner V2 on CUDA, which this configuration does not use: "
             "set VLLM_USE_V2_MODEL_RUNNER=1, or use --kv-cache-dtype auto"
         )
     speculative = config.speculative_config
     if speculative and speculative.num_speculative_tokens >= MAX_QUERY_LEN:
         raise ParetoError(
-            f"--kv-cache-dtype {fmt.name} serves up to {MAX_QUERY_LEN - 1} speculative tokens on CUDA, not "
+            f"--kv-cache-dtype {dtype} serves up to {MAX_QUERY_LEN - 1} speculative tokens on CUDA, not "
             f"{speculative.num_speculative_tokens}"
         )
     if config.model_config.dtype not in (torch.bfloat16, torch.float16):
-        raise ParetoError(f"--kv-cache-dtype {fmt.name} serves 16-bit models on CUDA: use --dtype bfloat16 or float16")
+        raise ParetoError(f"--kv-cache-dtype {dtype} serves 16-bit models on CUDA: use --dtype bfloat16 or float16")

@@ -73,8 +73,23 @@ def prompts(count, length, seed=0, vocabulary=8192):
     return torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
 
 
+def write_scales(model, layers, kv_heads, head_dim, bits=None):
+    """Give a model scales that know nothing of it: keys are mixed only, and each token's own range does the rest."""
+    from kv_cache.rotary import Rotary
+    from kv_cache.scales import KVScales, LayerScales
+    from kv_cache.transforms import mixing
+
+    transform = mixing(head_dim).float().bfloat16().float().expand(kv_heads, head_dim, head_dim).contiguous()
+    inverse = torch.linalg.inv(transform.double()).float()
+    nothing = torch.zeros(kv_heads, head_dim)
+    rotary = Rotary.over(head_dim, 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), 2048)
+    layer = LayerScales(nothing, nothing, transform, inverse, torch.ones(kv_heads), rotary)
+    KVScales(layers, kv_heads, head_dim, [layer] * layers, bits).save(model)
+    return model
+
+
 def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0, soft_cap=None):
-    """Write a random decoder with large weights, so that a wrong attention shows in its log-probabilities."""
+    """Write a random decoder, and scales. Its weights are large: a wrong attention shows in log-probabilities."""
     from transformers import (
         Gemma2Config,
         Gemma2ForCausalLM,
@@ -106,4 +121,4 @@ def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None,
     else:
         model = MistralForCausalLM(MistralConfig(sliding_window=window, **shape))
     model.float().save_pretrained(folder)
-    return folder
+    return write_scales(folder, layers, kv_heads, head_dim)

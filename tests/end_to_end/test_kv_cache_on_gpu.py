@@ -7,7 +7,7 @@ codes do, and no more.
 import pytest
 import torch
 
-from tests.end_to_end.engines import VOCABULARY, engine, kv_caches, prompts, run, scheduler, write_model
+from tests.end_to_end.engines import VOCABULARY, engine, kv_caches, prompts, run, scheduler, write_model, write_scales
 from tests.end_to_end.test_kv_cache_in_vllm import count_preemptions, worst_difference
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_models_of_every_shape(tmp_path, head_dim, heads, kv_heads, window):
     model = write_model(tmp_path / "model", head_dim, heads, kv_heads, window=window)
     texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
     plain, coded = plain_and_coded(
-        model, "int8_per_group", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128
+        model, "int8_per_head", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128
     )
     assert worst_difference(plain, coded, steps=8) < 0.15
 
@@ -42,8 +42,8 @@ def test_models_of_every_shape(tmp_path, head_dim, heads, kv_heads, window):
 @pytest.mark.parametrize(
     ("name", "eager"),
     [
-        ("int8_per_head", True), ("int6_per_head", True), ("k8v4_per_head", True), ("int4_per_head", True),
-        ("int4_per_group", True), ("int4_per_head", False), ("int4_per_group", False),
+        ("int8_per_head", True), ("int6_per_head", True), ("k4v3_per_head", True), ("int4_per_head", True),
+        ("int3_per_head", True), ("int4_per_head", False), ("int3_per_head", False),
     ],
 )  # fmt: skip
 def test_formats_stay_close_to_the_plain_cache(ref_7m, name, eager):
@@ -54,11 +54,22 @@ def test_formats_stay_close_to_the_plain_cache(ref_7m, name, eager):
     assert worst_difference(plain, coded, steps=4) < (0.3 if name in ("int8_per_head", "int6_per_head") else 1.2)
 
 
+def test_layers_have_the_bits_that_the_checkpoint_names(tmp_path):
+    """With graphs: each kind of layer has kernels and metadata of its own."""
+    model = write_model(tmp_path / "model", 128, 4, 2, layers=3)
+    write_scales(model, 3, 2, 128, [(8, 8), (6, 8), (8, 6)])
+    texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
+    plain, coded = plain_and_coded(
+        model, "mixed_per_head", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128, enforce_eager=False
+    )
+    assert worst_difference(plain, coded, steps=8) < 0.2
+
+
 def test_soft_cap(tmp_path):
     model = write_model(tmp_path / "model", 128, 4, 2, soft_cap=1.0)
     texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
     plain, coded = plain_and_coded(
-        model, "int8_per_group", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128
+        model, "int8_per_head", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128
     )
     assert worst_difference(plain, coded, steps=8) < 0.15
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS
+from kv_cache.formats import DTYPES, FORMATS, get_format
 from kv_cache.scales import KVScales, LayerScales
 from vllm_ext import serve
 from vllm_ext.metrics import cache_cost
@@ -38,7 +38,7 @@ def test_vllm_parses_our_dtypes_and_still_refuses_others():
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    for name in FORMATS:
+    for name in DTYPES:
         assert parser.parse_args(["--kv-cache-dtype", name]).kv_cache_dtype == name
         assert CacheConfig(cache_dtype=name).cache_dtype == name
     for name in ("auto", "fp8", "int4_per_token_head"):
@@ -130,16 +130,15 @@ def cuda_config(**changes):
 def test_what_cuda_cannot_serve_is_refused(changes, capability, message, monkeypatch):
     import vllm.platforms
 
-    from kv_cache.formats import get_format
     from vllm_ext import startup
 
     platform = SimpleNamespace(has_device_capability=lambda least: capability >= least)
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
     if capability >= 80:
         served = cuda_config(speculative_config=SimpleNamespace(num_speculative_tokens=15))
-        startup._check_cuda(served, get_format("int4_per_head"))
+        startup._check_cuda(served, "int4_per_head")
     with pytest.raises(ParetoError, match=message):
-        startup._check_cuda(cuda_config(**changes), get_format("int4_per_head"))
+        startup._check_cuda(cuda_config(**changes), "int4_per_head")
 
 
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.static])
@@ -202,11 +201,31 @@ def test_no_scales_is_an_error_not_a_scale_of_one():
         layer_scales(fake_config(), get_format("int8_per_head"), 0, 4)
 
 
-def test_cost_counts_skipped_layers():
-    cost = cache_cost(FORMATS["int4_per_head"], layers=4, skipped=1, kv_heads=2, head_dim=64, element_bytes=2)
-    assert cost.bytes_per_token == 3 * 2 * 64 + 2 * 256
+def test_cost_counts_every_layers_own_bits():
+    four, three = FORMATS["int4_per_head"], FORMATS["int3_per_head"]
+    cost = cache_cost([four, None, three, four], kv_heads=2, head_dim=64, element_bytes=2)
+    assert cost.bytes_per_token == 2 * (68 + 256 + 52 + 68)
     assert cost.compression_ratio == pytest.approx(4 * 512 / cost.bytes_per_token)
-    assert cost.bits_per_element == 4.0
+    assert cost.bits_per_element == pytest.approx((4.25 + 3.25 + 4.25) / 3)
+
+
+@pytest.mark.parametrize("bits", [None, [(4, 3), (8, 2), (2, 6)]])
+def test_layers_of_the_mixed_dtype_have_the_bits_of_the_checkpoint(tmp_path, bits):
+    from vllm_ext.scale_source import layer_format_of
+
+    scales = some_scales()
+    scales.bits = bits
+    scales.save(tmp_path)
+    config = fake_config(**{SCALES_KEY: str(tmp_path)})
+    config.cache_config = SimpleNamespace(cache_dtype="mixed_per_head")
+    if bits is None:
+        with pytest.raises(ParetoError, match="--kv-budget"):
+            layer_format_of(config, 0)
+        return
+    assert [layer_format_of(config, i).name for i in range(3)] == ["mixed_k4v3", "mixed_k8v2", "mixed_k2v6"]
+    assert layer_format_of(config, 1) == get_format("mixed_k8v2")
+    with pytest.raises(ParetoError, match="for 3 layers, not for layer 3"):
+        layer_format_of(config, 3)
 
 
 def test_serve_says_that_the_port_is_taken():
