@@ -10,7 +10,8 @@ A token's key or value of one head goes three steps, in float32:
 
 The scale's byte is a floating-point number of 4 exponent and 4 mantissa bits, ``(1 + m / 16) * 2**(e - 10)``, in
 units of ``2**(2 - bits)``: byte 160 means 1, and what is even has a scale of about 1 whatever the bits. The zero's byte
-counts 256ths of the codes' range. Codes are made with the rounded scale and zero, so neither rounding is an error of its own.
+counts 256ths of the codes' range. Codes are made with the rounded scale and zero, so neither rounding is an error of
+its own.
 """
 
 from __future__ import annotations
