@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,33 +135,40 @@ class Evaluation:
             settings = self.plan.engine_settings(configuration)
             with engine.running(settings) as llm:
                 write_json(store.folder / "kv_cache.json", asdict(engine.kv_cache(llm, settings)))
-                for index in windows:
-                    self._window(llm, configuration, store, index)
-                    advance(1)
+                together = self.plan.windows_at_once
+                for start in range(0, len(windows), together):
+                    group = windows[start : start + together]
+                    self._windows(llm, configuration, store, group)
+                    advance(len(group))
                 for cell in _batches(trials, pending):
                     store.add_answers(_ask(llm, [trials[i] for i in cell], cell))
                     advance(len(cell))
 
-    def _window(self, llm: Any, configuration: Configuration, store: Store, index: int) -> None:
-        tokens = self.windows[index][1]
-        compare = None
-        if not configuration.is_baseline:
-            base = self.base_store.window(index, True)
-            if base is None:
-                raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
-            compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
-        # Another evaluation may be measuring the same baseline.
-        with replacing(store.logits_file(index)) if configuration.is_baseline else contextlib.nullcontext() as partial:
-            figures = measure_window(llm, tokens, str(partial) if partial else None, compare)
-            self._check_chunks(figures["max_chunk"])
-        arrays = {
-            "nll": np.array(figures["nll"], np.float32),
-            "kl": np.array(figures["kl"], np.float32),
-            "top1": np.array(figures["top1"], bool),
-            "max_chunk": np.array(figures["max_chunk"]),
-            "dtype": np.array(figures["dtype"]),
-        }
-        write_arrays(store.window_file(index), arrays)
+    def _windows(self, llm: Any, configuration: Configuration, store: Store, indices: Sequence[int]) -> None:
+        with contextlib.ExitStack() as written:
+            asked: list[Window] = []
+            for index in indices:
+                partial = compare = None
+                if configuration.is_baseline:
+                    # Another evaluation may be measuring the same baseline.
+                    partial = str(written.enter_context(replacing(store.logits_file(index))))
+                else:
+                    base = self.base_store.window(index, True)
+                    if base is None:
+                        raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
+                    compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
+                asked.append((self.windows[index][1], partial, compare))
+            figures = measure_windows(llm, asked)
+            self._check_chunks(max(one["max_chunk"] for one in figures))
+        for index, one in zip(indices, figures, strict=True):
+            arrays = {
+                "nll": np.array(one["nll"], np.float32),
+                "kl": np.array(one["kl"], np.float32),
+                "top1": np.array(one["top1"], bool),
+                "max_chunk": np.array(one["max_chunk"]),
+                "dtype": np.array(one["dtype"]),
+            }
+            write_arrays(store.window_file(index), arrays)
 
     def _check_chunks(self, longest: int) -> None:
         if longest > self.plan.settings.chunk_tokens:
@@ -241,38 +248,50 @@ class Evaluation:
             yield lambda count: progress.advance(task, count)
 
 
-def measure_window(llm: Any, tokens: list[int], store: str | None, compare: list[str] | None) -> dict[str, Any]:
-    """Pass one window through an engine and return its per-token figures.
+Window = tuple[list[int], str | None, list[str] | None]
+"""A window's tokens, the file to write its logits to, and the baseline's logits: file, and name of their dtype."""
+
+
+def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
+    """Pass windows through an engine, all at once, and return each one's per-token figures.
 
     Args:
-        llm: an engine of :func:`bench.engine.build_llm`, idle.
-        tokens: the window.
-        store: file to write its logits to.
-        compare: the baseline's logits: file, and name of their dtype.
+        llm: an engine of :func:`bench.engine.build_llm`, idle, whose steps hold a chunk of every window.
+        windows: what to measure.
 
     Returns:
-        ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without a baseline),
-        ``max_chunk``, ``vocabulary`` and ``dtype`` of the logits.
+        Of each window ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without
+        a baseline), ``max_chunk``, ``vocabulary`` and ``dtype`` of the logits.
 
     """
     from vllm import SamplingParams
 
-    if store:
-        Path(store).parent.mkdir(parents=True, exist_ok=True)
-    llm.collective_rpc("pareto_tap_begin", args=(tokens, store, compare))
-    llm.generate(
-        [{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), use_tqdm=False
-    )
+    for _, store, _ in windows:
+        if store:
+            Path(store).parent.mkdir(parents=True, exist_ok=True)
+    llm.collective_rpc("pareto_tap_begin", args=(windows,))
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    llm.generate([{"prompt_token_ids": tokens} for tokens, _, _ in windows], params, use_tqdm=False)
     figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
     if len(figures) != 1:
         raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")
-    return dict(figures[0])
+    return [dict(one) for one in figures[0]]
+
+
+POSITIONS = 16
+"""Equal parts of a window whose divergence is stated apart, to show whether it grows along a sequence."""
+
+
+def by_position(rows: list[np.ndarray]) -> list[float]:
+    """Return the means over equally long windows of POSITIONS parts, from the first positions to the last."""
+    parts = np.array_split(np.stack([row.astype(np.float64) for row in rows]).mean(0), POSITIONS)
+    return [float(part.mean()) for part in parts if len(part)]
 
 
 def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None) -> TextQuality:
     """Return the figures of some windows, each an equally long one; ``baseline`` is None for the baseline itself."""
     nll = mean_estimate([float(a["nll"].astype(np.float64).mean()) for a in tested])
-    change = kl = top1 = p99 = None
+    change = kl = top1 = p99 = along = None
     if baseline is not None:
         differences = [
             float((a["nll"].astype(np.float64) - b["nll"]).mean()) for a, b in zip(tested, baseline, strict=True)
@@ -281,6 +300,7 @@ def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None)
         kl = mean_estimate([float(a["kl"].astype(np.float64).mean()) for a in tested])
         p99 = float(np.percentile(np.concatenate([a["kl"] for a in tested]), 99))
         top1 = mean_estimate([float(a["top1"].mean()) for a in tested])
+        along = by_position([a["kl"] for a in tested])
     return TextQuality(
         name=name,
         windows=len(tested),
@@ -291,6 +311,7 @@ def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None)
         kl=kl,
         kl_p99=p99,
         top1_agreement=top1,
+        kl_by_position=along,
     )
 
 

@@ -105,6 +105,11 @@ class Plan:
     vocabulary: int
     skipped_lengths: list[int] = field(default_factory=list)
 
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that pass through an engine together: as many as a step's chunks fill, where chunks are short."""
+        return windows_at_once(self.settings.chunk_tokens, sum(len(text.windows) for text in self.texts))
+
     def engine_settings(self, configuration: Configuration) -> EngineSettings:
         """Return the engine's settings for one configuration: the same for all but model and KV dtype."""
         return EngineSettings(
@@ -112,13 +117,24 @@ class Plan:
             kv_cache_dtype=configuration.kv_cache_dtype,
             dtype=self.settings.dtype,
             max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.settings.chunk_tokens,
-            max_num_seqs=min(4, self.settings.chunk_tokens),
+            max_num_batched_tokens=self.settings.chunk_tokens * self.windows_at_once,
+            max_num_seqs=max(min(4, self.settings.chunk_tokens), self.windows_at_once),
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             enforce_eager=self.settings.enforce_eager,
             seed=self.settings.seed,
+            # Each window gets its own chunk of a step.
+            extra={"long_prefill_token_threshold": self.settings.chunk_tokens} if self.windows_at_once > 1 else {},
         )
+
+
+STEP_TOKENS = 64
+"""Tokens of a step up to which several windows share it."""
+
+
+def windows_at_once(chunk_tokens: int, windows: int) -> int:
+    """Return how many windows pass through an engine together when each advances by ``chunk_tokens`` a step."""
+    return max(1, min(windows, STEP_TOKENS // chunk_tokens))
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -156,11 +172,15 @@ def make_plan(settings: Settings) -> Plan:
             tokenizer, filler, lengths, settings.needle_depths, per_cell=settings.needles_per_cell, seed=settings.seed
         )
     max_model_len = max([settings.window_tokens + 1, *lengths])
-    memory = settings.kv_cache_memory_bytes or default_memory(baseline, max_model_len, settings.tensor_parallel_size)
+    together = windows_at_once(settings.chunk_tokens, sum(len(text.windows) for text in texts))
+    memory = settings.kv_cache_memory_bytes or default_memory(
+        baseline, max_model_len, settings.tensor_parallel_size, max(2, together)
+    )
     shared = {
         "texts": [(t.name, hashlib.sha256(t.windows.numpy().tobytes()).hexdigest()) for t in texts],
         "trials": hashlib.sha256(repr(trials).encode()).hexdigest(),
         "chunk": settings.chunk_tokens,
+        "windows_at_once": together,
         "max_model_len": max_model_len,
         "memory": memory,
         "dtype": settings.dtype,
@@ -280,12 +300,12 @@ def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
     return sets
 
 
-def default_memory(folder: Path, max_model_len: int, ranks: int) -> int:
-    """Return the KV memory for two of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
+def default_memory(folder: Path, max_model_len: int, ranks: int, sequences: int = 2) -> int:
+    """Return the KV memory for so many of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
     config = read_config(folder)
     text = config.get("text_config") or config
     heads = int(text.get("num_attention_heads") or 32)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size") or 4096) // heads)
     per_token = 4 * int(text.get("num_hidden_layers") or 32) * max(1, kv_heads // ranks) * head_dim
-    return max(1, math.ceil(2 * max_model_len * per_token / 2**30)) << 30
+    return max(1, math.ceil(sequences * max_model_len * per_token / 2**30)) << 30

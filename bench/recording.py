@@ -7,6 +7,7 @@ on disk in the dtype in which they were computed (no rounding is added) and are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def divergence(baseline: Tensor, tested: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Recording:
-    """The figures of one window while its chunks pass through the model.
+    """The figures of one window while its chunks pass through the model; they stay on the device until the end.
 
     Args:
         tokens: the window. Row i predicts token i + 1, so a window of n tokens has n - 1 rows.
@@ -99,47 +100,30 @@ class Recording:
         self.tokens = torch.tensor(tokens, dtype=torch.int64)
         self.rows = len(tokens) - 1
         self.store, self.compare = store, compare
-        self.nll = np.full(self.rows, np.nan, dtype=np.float32)
-        self.kl = np.full(self.rows, np.nan, dtype=np.float32)
-        self.top1 = np.zeros(self.rows, dtype=bool)
-        self.chunks: list[tuple[int, int]] = []
+        self.nll = torch.full((self.rows,), torch.nan)
+        self.kl = torch.full((self.rows,), torch.nan)
+        self.top1 = torch.zeros(self.rows, dtype=torch.bool)
+        self.longest = 0
         self.vocabulary = 0
         self.dtype: torch.dtype | None = None
         self._store_file: LogitFile | None = None
         self._compare_file: LogitFile | None = None
 
-    def add(self, start: int, scheduled: int, logits: Tensor) -> None:
-        """Take the logits of positions start..start+n-1.
-
-        Args:
-            start: the first row's position in the window.
-            scheduled: tokens of this window that the engine computed in this step.
-            logits: [n, vocabulary]; rows past the window's last predicted token must not be included.
-
-        """
-        count = len(logits)
-        self.chunks.append((start, scheduled))
-        if not self.vocabulary:
-            self._open(logits)
-        target = self.tokens[start + 1 : start + 1 + count].to(logits.device)
-        scores = logits.float()
-        nll = -torch.log_softmax(scores, -1).gather(-1, target[:, None]).squeeze(-1)
-        rows = slice(start, start + count)
-        self.nll[rows] = nll.cpu().numpy()
-        if self._store_file is not None:
-            self._store_file.write(start, logits)
-        if self._compare_file is not None:
-            kl, top1 = divergence(self._compare_file.read(start, count, logits.device), scores)
-            self.kl[rows], self.top1[rows] = kl.cpu().numpy(), top1.cpu().numpy()
-
     def _open(self, logits: Tensor) -> None:
         self.vocabulary = logits.shape[-1]
         self.dtype = logits.dtype if logits.dtype in _STORAGE else torch.float32
+        for name in ("tokens", "nll", "kl", "top1"):
+            setattr(self, name, getattr(self, name).to(logits.device))
         if self.store:
             self._store_file = LogitFile(Path(self.store), self.rows, self.vocabulary, self.dtype, "w")
         if self.compare:
             path, dtype = self.compare
             self._compare_file = LogitFile(Path(path), self.rows, self.vocabulary, _BY_NAME[dtype], "r")
+
+    def baseline(self, rows: slice, device: torch.device) -> Tensor:
+        """Return the baseline's logits of some rows, float32 [rows, vocabulary]."""
+        assert self._compare_file is not None
+        return self._compare_file.read(rows.start, rows.stop - rows.start, device)
 
     def finish(self) -> dict[str, Any]:
         """Return the figures as plain lists.
@@ -148,9 +132,10 @@ class Recording:
             RuntimeError: some positions never came by, or came with undefined likelihoods.
 
         """
-        missing = int(np.isnan(self.nll).sum())
+        unseen = self.nll.isnan()
+        missing = int(unseen.sum())
         if missing:
-            first = int(np.isnan(self.nll).argmax())
+            first = int(unseen.int().argmax())
             raise RuntimeError(f"{missing} of {self.rows} positions have no likelihood, the first is {first}")
         if self._store_file is not None:
             self._store_file.flush()
@@ -158,7 +143,60 @@ class Recording:
             "nll": self.nll.tolist(),
             "kl": self.kl.tolist() if self.compare else [],
             "top1": self.top1.tolist() if self.compare else [],
-            "max_chunk": max(count for _, count in self.chunks),
+            "max_chunk": self.longest,
             "vocabulary": self.vocabulary,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one window that one step of the engine computed.
+
+    Attributes:
+        recording: the window's.
+        start: the first row's position in the window.
+        count: rows; those past the window's last predicted token must not be among them.
+        scheduled: tokens of the window that the engine computed in the step.
+
+    """
+
+    recording: Recording
+    start: int
+    count: int
+    scheduled: int
+
+
+def add(blocks: list[Block], logits: Tensor) -> None:
+    """Take a step's logits, of one window or of several that advance together.
+
+    Args:
+        blocks: in the order of their rows.
+        logits: [rows of all blocks, vocabulary].
+
+    """
+    at, places = 0, []
+    for block in blocks:
+        recording = block.recording
+        recording.longest = max(recording.longest, block.scheduled)
+        if not recording.vocabulary:
+            recording._open(logits)
+        places.append((recording, slice(block.start, block.start + block.count), slice(at, at + block.count)))
+        at += block.count
+    scores = logits.float()
+    target = torch.cat([recording.tokens[1:][rows] for recording, rows, _ in places])
+    nll = -torch.log_softmax(scores, -1).gather(-1, target[:, None]).squeeze(-1)
+    for recording, rows, own in places:
+        recording.nll[rows] = nll[own]
+        if recording._store_file is not None:
+            recording._store_file.write(rows.start, logits[own])
+    compared = [place for place in places if place[0]._compare_file is not None]
+    if not compared:
+        return
+    baseline = torch.cat([r.baseline(w, logits.device) for r, w, _ in compared])
+    kl, top1 = divergence(baseline, torch.cat([scores[own] for _, _, own in compared]))
+    at = 0
+    for recording, rows, own in compared:
+        count = own.stop - own.start
+        recording.kl[rows], recording.top1[rows] = kl[at : at + count], top1[at : at + count]
+        at += count

@@ -93,6 +93,8 @@ class TextQuality:
             (bfloat16 for a bfloat16 head), whose rounding alone gives some 1e-5 to 1e-4. None for the baseline.
         kl_p99: 99th percentile of the per-token divergence: the tail that a mean hides. None for the baseline.
         top1_agreement: fraction of positions where both put the same token first. None for the baseline.
+        kl_by_position: mean divergence in each of 16 equal parts of the windows, first positions first. None for the
+            baseline, and in results of earlier versions.
 
     """
 
@@ -105,6 +107,7 @@ class TextQuality:
     kl: Estimate | None
     kl_p99: float | None
     top1_agreement: Estimate | None
+    kl_by_position: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.gpu_timer import copy_rate
-from bench.recording import Recording
+from bench.recording import Block, Recording, add
 
 
 class LogitsTap:
@@ -25,18 +25,27 @@ class LogitsTap:
 
     model_runner: Any
 
-    def pareto_tap_begin(self, tokens: list[int], store: str | None, compare: list[str] | None) -> None:
-        """Record the next request, whose prompt must be ``tokens``, until ``pareto_tap_end``."""
-        _install(self)
-        pair = (compare[0], compare[1]) if compare else None
-        _STATE[id(self)] = Recording(tokens, store if _records() else None, pair)
+    def pareto_tap_begin(self, windows: list[tuple[list[int], str | None, list[str] | None]]) -> None:
+        """Record the next requests until ``pareto_tap_end``; the n-th request's prompt must be the n-th window.
 
-    def pareto_tap_end(self) -> dict[str, Any] | None:
-        """Return the figures of the recorded request; None on ranks that record nothing."""
-        recording = _STATE.pop(id(self), None)
-        if recording is None:
+        Args:
+            windows: tokens, file to write the logits to, and the baseline's file and its dtype's name, of each.
+
+        """
+        _install(self)
+        _STATE[id(self)] = _Requests(
+            [
+                Recording(tokens, store if _records() else None, (compare[0], compare[1]) if compare else None)
+                for tokens, store, compare in windows
+            ]
+        )
+
+    def pareto_tap_end(self) -> list[dict[str, Any]] | None:
+        """Return the figures of the recorded requests; None on ranks that record nothing."""
+        requests = _STATE.pop(id(self), None)
+        if requests is None:
             raise RuntimeError("no recording was begun")
-        return recording.finish() if _records() else None
+        return [recording.finish() for recording in requests.recordings] if _records() else None
 
     def pareto_kv_bytes(self) -> int:
         """Return the bytes of this rank's KV-cache tensors."""
@@ -55,8 +64,30 @@ class LogitsTap:
         return rate
 
 
+class _Requests:
+    """Which recording belongs to which of vLLM's requests: they come in the order in which they were asked."""
+
+    def __init__(self, recordings: list[Recording]) -> None:
+        self.recordings = recordings
+        self._known: dict[str, Recording] = {}
+
+    def of(self, request_ids: list[str]) -> list[Recording | None]:
+        """Return the recordings of a step's requests; None for one beyond the windows."""
+        # vLLM counts requests; what follows the number makes it unique. A batch may be in any order.
+        new = sorted((name for name in request_ids if name not in self._known), key=_number)
+        for name in new:
+            if len(self._known) < len(self.recordings):
+                self._known[name] = self.recordings[len(self._known)]
+        return [self._known.get(name) for name in request_ids]
+
+
+def _number(request_id: str) -> int:
+    digits = request_id.partition("-")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
 # Recordings by worker. Not an attribute of the worker: vLLM's class must not be able to collide with it.
-_STATE: dict[int, Recording] = {}
+_STATE: dict[int, _Requests] = {}
 
 
 def _records() -> bool:
@@ -92,19 +123,18 @@ def _wrap_v1(worker: Any, runner: Any) -> None:
     original = runner._get_prompt_logprobs_dict
 
     def tapped(hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        recording = _STATE.get(id(worker))
-        if recording is not None:
-            for request_id, scheduled in num_scheduled_tokens.items():
-                row = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-                start = int(runner.requests[request_id].num_computed_tokens)
-                _record(
-                    recording,
-                    runner.model.compute_logits,
-                    hidden_states,
-                    row=row,
-                    start=start,
-                    scheduled=scheduled,
+        requests = _STATE.get(id(worker))
+        if requests is not None:
+            names = list(num_scheduled_tokens)
+            places = [
+                (
+                    int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[name]]),
+                    int(runner.requests[name].num_computed_tokens),
+                    num_scheduled_tokens[name],
                 )
+                for name in names
+            ]
+            _record(requests.of(names), places, runner.model.compute_logits, hidden_states)
         return original(hidden_states, num_scheduled_tokens)
 
     runner._get_prompt_logprobs_dict = tapped
@@ -114,36 +144,41 @@ def _wrap_v2(worker: Any, logprobs_worker: Any) -> None:
     original = logprobs_worker.compute_prompt_logprobs
 
     def tapped(logits_fn: Any, hidden_states: torch.Tensor, input_batch: Any, *rest: Any, **named: Any) -> Any:
-        recording = _STATE.get(id(worker))
-        if recording is not None:
-            for index in range(len(input_batch.req_ids)):
-                row = int(input_batch.query_start_loc_np[index])
-                start = int(input_batch.num_computed_prefill_tokens_np[index])
-                scheduled = int(input_batch.num_scheduled_tokens[index])
-                _record(recording, logits_fn, hidden_states, row=row, start=start, scheduled=scheduled)
+        requests = _STATE.get(id(worker))
+        if requests is not None:
+            names = list(input_batch.req_ids)
+            arrays = input_batch.query_start_loc_np, input_batch.num_computed_prefill_tokens_np
+            places = [
+                (*(int(array[index]) for array in arrays), int(input_batch.num_scheduled_tokens[index]))
+                for index in range(len(names))
+            ]
+            _record(requests.of(names), places, logits_fn, hidden_states)
         return original(logits_fn, hidden_states, input_batch, *rest, **named)
 
     logprobs_worker.compute_prompt_logprobs = tapped
 
 
 def _record(
-    recording: Recording, logits_fn: Any, hidden_states: torch.Tensor, *, row: int, start: int, scheduled: int
+    recordings: list[Recording | None], places: list[tuple[int, int, int]], logits_fn: Any, hidden_states: torch.Tensor
 ) -> None:
-    """Pass on the logits of one request's scheduled tokens, less the position that predicts past the prompt.
+    """Pass on the logits of a step's requests, less the position of each that predicts past its prompt.
 
     Args:
-        recording: where to.
+        recordings: of each request, None for one that is not recorded.
+        places: of each request: its first row in the step, that row's position in the prompt, its tokens in the step.
         logits_fn: the model's head: hidden states [n, hidden] to logits [n, vocabulary].
         hidden_states: [tokens of the step, hidden].
-        row: the request's first row in the step.
-        start: that row's position in the prompt.
-        scheduled: the request's tokens in the step.
 
     """
-    count = min(scheduled, recording.rows - start)
-    if count <= 0:
+    blocks, rows = [], []
+    for recording, (row, start, scheduled) in zip(recordings, places, strict=True):
+        count = 0 if recording is None else min(scheduled, recording.rows - start)
+        if recording is not None and count > 0:
+            blocks.append(Block(recording, start, count, scheduled))
+            rows.append(hidden_states[row : row + count])
+    if not blocks:
         return
     # Every tensor-parallel rank must take part in the head's gather, also those that record nothing.
-    logits = logits_fn(hidden_states[row : row + count])
+    logits = logits_fn(torch.cat(rows))
     if logits is not None and _records():
-        recording.add(start, scheduled, logits)
+        add(blocks, logits)

@@ -8,7 +8,7 @@ import torch
 
 from bench import engine
 from bench.eval_command import DESCRIPTION
-from bench.evaluate import measure_window
+from bench.evaluate import measure_windows
 from bench.needle import is_correct, make_trials
 from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import resolve_model
@@ -44,7 +44,7 @@ def tokens(model):
 def test_likelihoods_agree_with_transformers_in_float32(llm, model, tokens):
     from transformers import AutoModelForCausalLM
 
-    figures = measure_window(llm[0], tokens, None, None)
+    (figures,) = measure_windows(llm[0], [(tokens, None, None)])
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([tokens])
     with torch.no_grad():
@@ -60,11 +60,11 @@ def test_likelihoods_agree_with_transformers_in_float32(llm, model, tokens):
 
 def test_divergence_is_zero_for_the_same_and_grows_with_damage(llm, tokens, tmp_path):
     path = str(tmp_path / "logits.bin")
-    base = measure_window(llm[0], tokens, path, None)
+    (base,) = measure_windows(llm[0], [(tokens, path, None)])
     figures = []
     for amount in (0.0, 0.02, 0.2):
         llm[0].collective_rpc("pareto_test_damage", args=(amount,))
-        figures.append(measure_window(llm[0], tokens, None, [path, base["dtype"]]))
+        figures += measure_windows(llm[0], [(tokens, None, [path, base["dtype"]])])
     llm[0].collective_rpc("pareto_test_damage", args=(0.0,))
     same, little, much = (float(np.mean(f["kl"])) for f in figures)
     assert abs(same) < 1e-6

@@ -11,7 +11,7 @@ import torch
 from bench import engine
 from bench.evaluate import Evaluation
 from bench.plan import Settings, make_plan
-from bench.recording import Recording
+from bench.recording import Block, Recording, add
 from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer
@@ -39,10 +39,10 @@ class FakeLLM:
 
     def collective_rpc(self, method, args=()):
         if method == "pareto_tap_begin":
-            self.recording = Recording(args[0], args[1], tuple(args[2]) if args[2] else None)
+            self.recording = [Recording(t, store, tuple(c) if c else None) for t, store, c in args[0]]
             return [None]
-        recording, self.recording = self.recording, None
-        return [None, recording.finish()]  # the first rank records nothing
+        recordings, self.recording = self.recording, None
+        return [None, [recording.finish() for recording in recordings]]  # the first rank records nothing
 
     def generate(self, prompts, params, use_tqdm):
         if FakeLLM.interrupt_after is not None and len(FakeLLM.log) >= FakeLLM.interrupt_after:
@@ -53,14 +53,16 @@ class FakeLLM:
             return [
                 SimpleNamespace(outputs=[SimpleNamespace(text=self.answer(p["prompt_token_ids"]))]) for p in prompts
             ]
-        tokens = torch.tensor(prompts[0]["prompt_token_ids"])
-        generator = torch.Generator().manual_seed(len(tokens))
-        noise = torch.randn(len(tokens), VOCABULARY, generator=generator) * NOISE[dtype]
-        logits = self.table[tokens % 64] + noise.bfloat16()
-        for start in range(0, len(tokens), FakeLLM.chunk):
-            count = min(FakeLLM.chunk, self.recording.rows - start)
-            if count > 0:
-                self.recording.add(start, FakeLLM.chunk, logits[start : start + count])
+        for prompt, recording in zip(prompts, self.recording, strict=True):
+            tokens = torch.tensor(prompt["prompt_token_ids"])
+            generator = torch.Generator().manual_seed(len(tokens))
+            noise = torch.randn(len(tokens), VOCABULARY, generator=generator) * NOISE[dtype]
+            logits = self.table[tokens % 64] + noise.bfloat16()
+            chunk = min(FakeLLM.chunk, self.settings.extra.get("long_prefill_token_threshold", FakeLLM.chunk))
+            for start in range(0, len(tokens), chunk):
+                count = min(chunk, recording.rows - start)
+                if count > 0:
+                    add([Block(recording, start, count, chunk)], logits[start : start + count])
         return []
 
     def answer(self, prompt):
@@ -107,6 +109,19 @@ def test_figures_of_all_configurations(evaluate, tmp_path):
     assert (document["schema"], document["status"]) == ("vllm-pareto/eval/1", "complete")
     assert document["configurations"][1]["overall"]["kl"]["value"] == fp8.overall.kl.value
     assert document["settings"]["chunk_tokens"] == 64
+
+
+def test_windows_advance_together_where_chunks_are_short(evaluate):
+    whole = evaluate(needle_lengths=())
+    FakeLLM.log.clear()
+    short = evaluate("short", needle_lengths=(), chunk_tokens=1)
+    assert FakeLLM.log == [(dtype, "window") for dtype in ("auto", "fp8", "int4_per_head")]
+    assert [c.max_chunk_tokens for c in short.configurations] == [1, 1, 1]
+    for one, other in zip(whole.configurations, short.configurations, strict=True):
+        assert one.overall == other.overall
+    along = short.configurations[1].overall.kl_by_position
+    assert len(along) == 16
+    assert sum(along) / 16 == pytest.approx(short.configurations[1].overall.kl.value, rel=0.05)
 
 
 def test_an_interrupted_run_goes_on(evaluate, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.recording import LogitFile, Recording, divergence
+from bench.recording import Block, LogitFile, Recording, add, divergence
 
 VOCABULARY = 50
 
@@ -12,7 +12,7 @@ def chunks(recording, logits, sizes):
     for size in sizes:
         count = min(size, recording.rows - start)
         if count > 0:
-            recording.add(start, size, logits[start : start + count])
+            add([Block(recording, start, count, size)], logits[start : start + count])
         start += size
 
 
@@ -82,8 +82,8 @@ def test_tokens_that_the_baseline_excludes_count_nothing():
 def test_a_missing_position_is_an_error():
     tokens, logits = window()
     recording = Recording(tokens)
-    recording.add(0, 16, logits[:16])
-    recording.add(20, 20, logits[20:39])
+    add([Block(recording, 0, 16, 16)], logits[:16])
+    add([Block(recording, 20, 19, 20)], logits[20:39])
     with pytest.raises(RuntimeError, match="4 of 39 positions have no likelihood, the first is 16"):
         recording.finish()
 
@@ -95,4 +95,34 @@ def test_another_vocabulary_is_an_error(tmp_path):
     first.finish()
     other = Recording(tokens, compare=(str(tmp_path / "l.bin"), "bfloat16"))
     with pytest.raises(ValueError, match="vocabulary differs"):
-        other.add(0, 40, logits[:39, :-1])
+        add([Block(other, 0, 39, 40)], logits[:39, :-1])
+
+
+def test_windows_that_share_steps_have_the_figures_of_windows_alone(tmp_path):
+    """One is stored, one compared with the baseline, one ends early: rows must go where they belong."""
+    texts = [window(40, seed=seed) for seed in range(3)]
+    path = str(tmp_path / "l.bin")
+    base = Recording(texts[1][0], store=path)
+    chunks(base, texts[1][1], [40])
+    base.finish()
+    noisy = texts[1][1] + torch.randn_like(texts[1][1])
+    logits = [texts[0][1], noisy, texts[2][1][:20]]
+
+    def recordings(folder):
+        folder.mkdir()
+        return [
+            Recording(texts[0][0], store=str(folder / "s.bin")),
+            Recording(texts[1][0], compare=(path, "bfloat16")),
+            Recording(texts[2][0][:20]),
+        ]
+
+    alone, together = recordings(tmp_path / "alone"), recordings(tmp_path / "together")
+    for recording, rows in zip(alone, logits, strict=True):
+        chunks(recording, rows, [3] * 13)
+    for start in range(0, 39, 3):
+        blocks = [Block(r, start, min(3, r.rows - start), 3) for r in together if r.rows > start]
+        rows = [x[start : start + b.count] for x, b in zip(logits, blocks, strict=False)]
+        add(blocks, torch.cat(rows))
+    for one, other in zip(alone, together, strict=True):
+        assert one.finish() == other.finish()
+    assert (tmp_path / "alone/s.bin").read_bytes() == (tmp_path / "together/s.bin").read_bytes()

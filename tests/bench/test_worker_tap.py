@@ -67,12 +67,12 @@ def worker(request, monkeypatch):
 def test_each_row_is_scored_at_its_position(worker):
     tokens = list(range(20))
     hidden = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1))
-    worker.pareto_tap_begin(tokens, None, None)
+    worker.pareto_tap_begin([(tokens, None, None)])
     for start in (0, 8, 16):
         passed = worker.model_runner.step(hidden[start : start + 8], start, ahead=3)
         assert passed == {"passed": {"r": min(8, 20 - start)}}
     worker.model_runner.step(torch.randn(1, HIDDEN), 20, ahead=0)  # a decode step
-    figures = worker.pareto_tap_end()
+    (figures,) = worker.pareto_tap_end()
     expected = torch.nn.functional.cross_entropy(head(hidden)[:-1], torch.tensor(tokens[1:]), reduction="none")
     np.testing.assert_allclose(figures["nll"], expected.numpy(), rtol=1e-5)
     assert figures["max_chunk"] == 8
@@ -80,7 +80,7 @@ def test_each_row_is_scored_at_its_position(worker):
 
 
 def test_nothing_is_recorded_between_recordings(worker):
-    worker.pareto_tap_begin([1, 2, 3], None, None)
+    worker.pareto_tap_begin([([1, 2, 3], None, None)])
     worker.model_runner.step(torch.randn(3, HIDDEN), 0, ahead=0)
     worker.pareto_tap_end()
     worker.model_runner.step(torch.randn(3, HIDDEN), 0, ahead=0)
@@ -90,9 +90,9 @@ def test_nothing_is_recorded_between_recordings(worker):
 
 def test_a_second_recording_wraps_no_second_time(worker):
     for _ in range(3):
-        worker.pareto_tap_begin([1, 2, 3], None, None)
+        worker.pareto_tap_begin([([1, 2, 3], None, None)])
         worker.model_runner.step(torch.randn(3, HIDDEN), 0, ahead=0)
-        assert len(worker.pareto_tap_end()["nll"]) == 2
+        assert len(worker.pareto_tap_end()[0]["nll"]) == 2
     assert worker.model_runner.calls == 3
 
 
@@ -101,7 +101,7 @@ def test_an_unknown_runner_is_refused():
         model_runner = SimpleNamespace()
 
     with pytest.raises(RuntimeError, match="no known place"):
-        Worker().pareto_tap_begin([1, 2], None, None)
+        Worker().pareto_tap_begin([([1, 2], None, None)])
 
 
 def test_cache_bytes_count_shared_storage_once():
@@ -111,3 +111,10 @@ def test_cache_bytes_count_shared_storage_once():
         model_runner = SimpleNamespace(kv_caches=[storage[0], storage[1], [torch.zeros(10, dtype=torch.bfloat16)]])
 
     assert Worker().pareto_kv_bytes() == 400 + 20
+
+
+def test_requests_are_told_apart_by_their_number_in_any_order():
+    recordings = [worker_tap.Recording([1, 2, 3]) for _ in range(3)]
+    requests = worker_tap._Requests(recordings)
+    assert requests.of(["10-ab", "9-cd"]) == [recordings[1], recordings[0]]
+    assert requests.of(["11-x", "10-ab", "12-y"]) == [recordings[2], recordings[1], None]
