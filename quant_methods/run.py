@@ -29,7 +29,7 @@ from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from quant_methods.block_solver import BlockSolver
 from quant_methods.calibration.calibrator import Decoder, clone, tf32
-from quant_methods.calibration.kv_observer import kv_geometry, kv_rotary, value_metric
+from quant_methods.calibration.kv_observer import kv_geometry, kv_rotary
 from quant_methods.calibration.text_source import describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
@@ -265,8 +265,6 @@ class Run:
                 last = index == self.total - 1
                 if hidden is not None and not (last and calibrator is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
-                    if calibrator is not None and (metric := value_metric(block, self.decoder.config)) is not None:
-                        calibrator.weigh_values(index, metric)
                     self.decoder.advance(index, block, hidden, calibrator)
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)

@@ -32,7 +32,7 @@ class Observer(Protocol):
 
         Args:
             layer: index of the decoder layer.
-            query: float32 [tokens, num_heads, head_dim], after rotary embedding.
+            query: float32 [tokens, num_heads, head_dim], after rotary embedding; logits are q.k / sqrt(head_dim).
             key: float32 [tokens, num_kv_heads, head_dim], after rotary embedding.
             value: float32 [tokens, num_kv_heads, head_dim].
 
@@ -82,44 +82,19 @@ INTERLEAVED = frozenset({"cohere", "cohere2", "codegen", "ernie4_5", "glm", "glm
 """Model types whose rotary embedding turns channels 2i and 2i + 1 together; the others turn i and i + rotated / 2."""
 
 
-def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary | None:
-    """Return the rotary embedding that a decoder's layers share, None where it has none of its own.
+def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary:
+    """Return the rotary embedding that a decoder's layers share; one that turns nothing where it has none of its own.
 
     Args:
         decoder: transformers' decoder (``model.get_decoder()``); its buffers may lie on the meta device.
         config: its configuration.
 
     """
+    _, _, head_dim = kv_geometry(config)
     embedding = getattr(decoder, "rotary_emb", None)
-    if embedding is None or not hasattr(embedding, "inv_freq"):
-        return None
-    # The decoder was built without weights; frequencies follow from the configuration alone.
-    frequencies = type(embedding)(config=config).inv_freq
-    return Rotary(frequencies, config.max_position_embeddings, getattr(config, "model_type", "") in INTERLEAVED)
-
-
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
-
-
-def value_metric(block: torch.nn.Module, config: Any) -> Tensor | None:
-    """Return what errors of a block's values cost: ``W_o^T W_o``, summed over the query heads of each KV head.
-
-    Args:
-        block: a decoder layer, loaded.
-        config: of the model.
-
-    Returns:
-        float32 [num_kv_heads, head_dim, head_dim], or None for a block without an output projection of that shape.
-
-    """
-    _, kv_heads, head_dim = kv_geometry(config)
-    heads = config.num_attention_heads
-    for module in block.modules():
-        for name, child in module.named_children():
-            if not hasattr(module, "layer_idx") or name not in OUTPUT_PROJECTIONS or not hasattr(child, "weight"):
-                continue
-            weight = child.weight.detach().float()
-            if weight.dim() == 2 and weight.shape[1] == heads * head_dim:
-                split = weight.view(len(weight), kv_heads, heads // kv_heads, head_dim)
-                return torch.einsum("ohgc,ohgd->hcd", split, split)
-    return None
+    frequencies = None
+    if hasattr(embedding, "inv_freq"):
+        # The decoder was built without weights; frequencies follow from the configuration alone.
+        frequencies = type(embedding)(config=config).inv_freq
+    interleaved = getattr(config, "model_type", "") in INTERLEAVED
+    return Rotary.over(head_dim, frequencies, config.max_position_embeddings, interleaved)
