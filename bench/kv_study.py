@@ -1,9 +1,9 @@
 """Runs a model whose attention reads its keys and values through a coder, and compares it with full precision.
 
-The model runs in float32. Each layer's attention shows its keys and values to the coder and attends to what that returns
-(kv_cache/simulate). Windows start at position 0, and all of a window's tokens are computed at once: a query at position
-t sees what a server would read from its cache in the step in which it computes token t, if that server had computed the
-tokens one after the other.
+The model runs in float32. Each layer's attention shows its keys and values to the coder and attends to what the coder
+returns (kv_cache/simulate). Windows start at position 0, and all tokens of a window are computed at once: a query at
+position t sees what a server would read from its cache in the step that computes token t, if that server had computed
+the tokens one after the other.
 """
 
 from __future__ import annotations
@@ -89,11 +89,8 @@ class _Collector:
 class _Coding:
     """Puts a coder between the model and its cache; an observer of the attention hook."""
 
-    def __init__(
-        self, coder: Coder, only: Collection[Side] | None, exact: list[tuple[Tensor, Tensor]] | None, tick: Tick
-    ):
-        self.coder, self.only, self.tick = coder, only, tick
-        self.run = Run(exact=exact)
+    def __init__(self, coder: Coder, only: Collection[Side] | None, run: Run, tick: Tick) -> None:
+        self.coder, self.only, self.run, self.tick = coder, only, run, tick
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to what the coder returns."""
@@ -128,8 +125,8 @@ class _Keeper:
 class StudiedModel:
     """A model in float32, its calibration samples, and what it says of the test windows in full precision.
 
-    Memory, on the device: the weights, and of each calibration token all layers' keys and values, 8 * layers * KV heads *
-    head_dim bytes (46 KB for SmolLM2-135M: 3 GB for 32 x 2,048 tokens).
+    Memory, on the device: the weights, and of each calibration token all layers' keys and values, 8 * layers * KV
+    heads * head_dim bytes (46 KB for SmolLM2-135M: 3 GB for 32 x 2,048 tokens).
     """
 
     def __init__(self, folder: Path, device: str, batch_tokens: int = 16384, tick: Tick = lambda: None) -> None:
@@ -185,11 +182,8 @@ class StudiedModel:
 
         self.decoder.forward = decoder
         try:
-            return (
-                self.model(input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device))
-                .logits[0]
-                .float()
-            )
+            ignored = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+            return self.model(input_ids=ignored).logits[0].float()
         finally:
             del self.decoder.forward
 
@@ -269,7 +263,7 @@ class StudiedModel:
                 with observing(keeper):
                     self._hidden(batch)
                 exact = keeper.kept
-            with observing(_Coding(coder, only, exact, self.tick)):
+            with observing(_Coding(coder, only, Run(exact=exact), self.tick)):
                 coded = self._hidden(batch)
             for hidden in coded:
                 self._compare(*next(reference), hidden, loss)

@@ -2,9 +2,9 @@
 
 The transform is made from the covariance of centred keys and from the mean cost of a key's error. An error e of the
 key at position s moves query t's logit by ``q . e``; to second order the attention output then moves by
-``p_s (v_s - o) q . e``, p being attention's weight and o its output. So the metric is the sum over queries and tokens of
-``(p_s |v_s - o|)^2 q q^T``. Both moments are averaged over the positions that the model serves, since rotary embedding
-turns keys, and queries with them.
+``p_s (v_s - o) q . e``, p being attention's weight and o its output. So the metric is the sum over queries and tokens
+of ``(p_s |v_s - o|)^2 q q^T``. Both moments are averaged over the positions that the model serves, since rotary
+embedding turns keys, and queries with them.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,29 +35,25 @@ class Entry:
 
 
 def _entries() -> dict[str, Entry]:
-    found = {"bf16": Entry(PLAIN, lambda: Plain(torch.bfloat16))}
-    for fmt in all_formats():
-        found[fmt.name] = Entry(OURS, lambda fmt=fmt: Ours(fmt))
+    found = {"bf16": Entry(PLAIN, partial(Plain, torch.bfloat16))}
+    found |= {fmt.name: Entry(OURS, partial(Ours, fmt)) for fmt in all_formats()}
     found |= {
-        "fp8": Entry(VLLM, lambda: Plain(torch.float8_e4m3fn)),
-        "fp8_per_token_head": Entry(VLLM, lambda: PerTokenHead(torch.float8_e4m3fn)),
-        "int8_per_token_head": Entry(VLLM, lambda: PerTokenHead(torch.int8)),
+        "fp8": Entry(VLLM, partial(Plain, torch.float8_e4m3fn)),
+        "fp8_per_token_head": Entry(VLLM, partial(PerTokenHead, torch.float8_e4m3fn)),
+        "int8_per_token_head": Entry(VLLM, partial(PerTokenHead, torch.int8)),
         "int4_per_token_head": Entry(VLLM, Int4PerTokenHead),
     }
-    for name, keys, values in (("k8v4", 8, 4), ("4bit_nc", 4, 4), ("k3v4_nc", 3, 4), ("3bit_nc", 3, 3)):
-        found[f"turboquant_{name}"] = Entry(VLLM, lambda k=keys, v=values: TurboQuant(k, v))
-        found[f"turboquant_{name}_every_layer"] = Entry(VLLM, lambda k=keys, v=values: TurboQuant(k, v, boundary=0))
+    for name, key_bits, value_bits in (("k8v4", 8, 4), ("4bit_nc", 4, 4), ("k3v4_nc", 3, 4), ("3bit_nc", 3, 3)):
+        found[f"turboquant_{name}"] = Entry(VLLM, partial(TurboQuant, key_bits, value_bits))
+        found[f"turboquant_{name}_all"] = Entry(VLLM, partial(TurboQuant, key_bits, value_bits, boundary=0))
     return found
 
 
 def all_formats() -> list[KVFormat]:
     """Return a format for each pair of bits, the served dtypes under their own names."""
     served = {(fmt.key_bits, fmt.value_bits): fmt for fmt in FORMATS.values()}
-    return [
-        served.get((key, value)) or KVFormat(f"k{key}v{value}_per_head", key, value)
-        for key in PLANES
-        for value in PLANES
-    ]
+    pairs = [(key, value) for key in PLANES for value in PLANES]
+    return [served.get(pair) or KVFormat("k{}v{}_per_head".format(*pair), *pair) for pair in pairs]
 
 
 ENTRIES: dict[str, Entry] = _entries()

@@ -6,8 +6,8 @@ rounded to the Lloyd-Max levels of a Gaussian of variance 1 / head_dim; read bac
 again ("norm correction") and the length in float16. Keys of 8 bits: e4m3 without scale. Values: uniform levels from a
 token's smallest to its largest channel, the first and the step in float16.
 
-vLLM keeps the first two and the last two layers of a model in its own dtype (``get_boundary_skip_layers``); that is part
-of what it serves, and these layers' bits are counted.
+vLLM keeps the first two and the last two layers of a model in its own dtype (``get_boundary_skip_layers``); that is
+part of what it serves, and these layers' bits are counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOUNDARY = 2
 
 
 class TurboQuant(Coder):
-    """One of the presets ``turboquant_k8v4``, ``turboquant_4bit_nc``, ``turboquant_k3v4_nc``, ``turboquant_3bit_nc``."""
+    """One of ``turboquant_k8v4``, ``turboquant_4bit_nc``, ``turboquant_k3v4_nc``, ``turboquant_3bit_nc``."""
 
     def __init__(self, key_bits: int, value_bits: int, boundary: int = BOUNDARY) -> None:
         """Choose the bits.
