@@ -50,8 +50,8 @@ class AttentionCall:
         query: [sequences, num_heads, tokens, head_dim], after rotary embedding.
         key: [sequences, num_kv_heads, tokens, head_dim], after rotary embedding; ``value`` likewise.
         value: see ``key``.
-        mask: bool, of a shape that broadcasts to [sequences, heads, tokens, tokens], which tokens each sees; None: all up
-            to its own.
+        mask: bool, which tokens each token sees, of a shape that broadcasts to [sequences, heads, tokens, tokens]; None:
+            all up to its own.
         scaling: what ``q . k`` is multiplied by.
         module: the layer's attention module.
         options: what else the model handed on.
