@@ -50,7 +50,7 @@ class AttentionCall:
         query: [sequences, num_heads, tokens, head_dim], after rotary embedding.
         key: [sequences, num_kv_heads, tokens, head_dim], after rotary embedding; ``value`` likewise.
         value: see ``key``.
-        mask: bool, which tokens each token sees, of a shape that broadcasts to [sequences, heads, tokens, tokens]; None:
+        mask: bool, what each token sees, of a shape that broadcasts to [sequences, heads, tokens, tokens]. None:
             all up to its own.
         scaling: what ``q . k`` is multiplied by.
         module: the layer's attention module.
