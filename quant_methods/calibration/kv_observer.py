@@ -2,7 +2,8 @@
 
 transformers lets a model's attention be any registered function, which it calls with the tensors after rotary
 embedding. The function here does what ``sdpa`` does and, while ``observing(...)`` is active, hands the tensors to the
-observer; models that use transformers' attention interface need nothing else.
+observer; models that use transformers' attention interface need nothing else. An observer with ``attend`` is asked for
+attention's output instead, and so can put other keys and values in the place of the model's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,11 +41,50 @@ class Observer(Protocol):
         """
 
 
-_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a layer's attention, on a batch of sequences that start at their first position.
+
+    Attributes:
+        layer: index of the decoder layer.
+        query: [sequences, num_heads, tokens, head_dim], after rotary embedding.
+        key: [sequences, num_kv_heads, tokens, head_dim], after rotary embedding; ``value`` likewise.
+        value: see ``key``.
+        mask: bool, what each token sees, of a shape that broadcasts to [sequences, heads, tokens, tokens]. None:
+            all up to its own.
+        scaling: what ``q . k`` is multiplied by.
+        module: the layer's attention module.
+        options: what else the model handed on.
+
+    """
+
+    layer: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    module: torch.nn.Module
+    options: dict[str, Any]
+
+    def sdpa(self, key: Tensor, value: Tensor) -> Tensor:
+        """Attend as the model would, but over these keys and values; [sequences, tokens, num_heads, head_dim]."""
+        return sdpa_attention_forward(self.module, self.query, key, value, self.mask, **self.options)[0]
+
+
+@runtime_checkable
+class Attention(Protocol):
+    """An observer that computes attention itself."""
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Return attention's output, [sequences, tokens, num_heads, head_dim]."""
+
+
+_observer: ContextVar[Observer | Attention | None] = ContextVar("observer", default=None)
 
 
 @contextlib.contextmanager
-def observing(observer: Observer | None) -> Iterator[None]:
+def observing(observer: Observer | Attention | None) -> Iterator[None]:
     """Show ``observer`` every attention call of models built with ``ATTENTION`` inside the block."""
     token = _observer.set(observer)
     try:
@@ -61,6 +102,10 @@ def _observed_attention(
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise ParetoError(f"{type(module).__name__} does not know its layer; KV scales cannot be calibrated")
+        if isinstance(observer, Attention):
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            call = AttentionCall(layer, query, key, value, attention_mask, scaling, module, kwargs)
+            return observer.attend(call), None
         for q, k, v in zip(query, key, value, strict=True):
             observer.observe(layer, *(x.transpose(0, 1).float() for x in (q, k, v)))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -98,3 +143,30 @@ def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary:
         frequencies = type(embedding)(config=config).inv_freq
     interleaved = getattr(config, "model_type", "") in INTERLEAVED
     return Rotary.over(head_dim, frequencies, config.max_position_embeddings, interleaved)
+
+
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
+
+
+def value_metric(block: torch.nn.Module, config: Any) -> Tensor | None:
+    """Return what errors of a block's values cost: ``W_o^T W_o``, summed over the query heads of each KV head.
+
+    Args:
+        block: a decoder layer, loaded.
+        config: of the model.
+
+    Returns:
+        float32 [num_kv_heads, head_dim, head_dim], or None for a block without an output projection of that shape.
+
+    """
+    _, kv_heads, head_dim = kv_geometry(config)
+    heads = config.num_attention_heads
+    for module in block.modules():
+        for name, child in module.named_children():
+            if not hasattr(module, "layer_idx") or name not in OUTPUT_PROJECTIONS or not hasattr(child, "weight"):
+                continue
+            weight = child.weight.detach().float()
+            if weight.dim() == 2 and weight.shape[1] == heads * head_dim:
+                split = weight.view(len(weight), kv_heads, heads // kv_heads, head_dim)
+                return torch.einsum("ohgc,ohgd->hcd", split, split)
+    return None

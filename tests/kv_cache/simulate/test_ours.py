@@ -1,0 +1,79 @@
+"""The study's coder of this project's formats against the specification, kv_cache/codec.py."""
+
+import pytest
+import torch
+
+from kv_cache import codec
+from kv_cache.layout import PageLayout
+from kv_cache.rotary import Rotary
+from kv_cache.simulate.coder import Run, Sample, Shape
+from kv_cache.simulate.ours import Ours
+from kv_cache.simulate.registry import all_formats
+from tests.kv_cache.random_scales import MAX_POSITION
+
+
+def random_sample(windows=3, tokens=300, kv_heads=2, dim=64, queries=40, heads_each=2) -> Sample:
+    """Keys with a mean that rotary embedding turns and with channels of uneven size, values of uneven tokens."""
+    rotary = Rotary.over(dim, 10000.0 ** (-torch.arange(0, dim, 2) / dim), MAX_POSITION)
+    spread = torch.rand(kv_heads, dim) * 3 + 0.1
+    base = torch.randn(windows, tokens, kv_heads, dim) * spread + torch.randn(kv_heads, dim) * 4
+    base[:, 0] += 20
+    key = rotary.turn(base, torch.arange(tokens))
+    positions = torch.randperm(tokens)[:queries].sort().values
+    return Sample(
+        query=torch.randn(windows, queries, kv_heads * heads_each, dim),
+        query_positions=positions,
+        key=key,
+        value=torch.randn(windows, tokens, kv_heads, dim) * (0.1 + torch.rand(windows, tokens, 1, 1) * 5),
+        first_key=key[:, 0],
+        scaling=dim**-0.5,
+        rotary=rotary,
+    )
+
+
+@pytest.mark.parametrize("fmt", [f for f in all_formats() if f.key_bits >= f.value_bits], ids=lambda f: f.name)
+def test_what_is_read_back_is_what_pages_hold(fmt):
+    sample = random_sample()
+    coder = Ours(fmt)
+    coder.fit(0, sample)
+    key, value = sample.key[:1, :48], sample.value[:1, :48]
+    decoded = coder.code(0, key, value, Run())
+    layout = PageLayout(fmt, 64, 16)
+    cache = torch.randint(0, 256, (3, 2, 16, layout.bytes_per_token), dtype=torch.uint8)
+    codec.write_pages(cache, key[0], value[0], torch.arange(48), layout, sample.scales, torch.arange(48))
+    for head in range(2):
+        pages = [codec.read_page(cache[b, head].reshape(-1), layout, sample.scales, head, b * 16) for b in range(3)]
+        for read, made in zip(zip(*pages, strict=True), (decoded.key, decoded.value), strict=True):
+            error = (torch.cat(read) - made[0, :, head]).abs().amax(-1)
+            # A sum in another order moves a number over the middle between two codes now and then.
+            assert error.median() < 1e-4
+            assert (error > 1e-2).float().mean() <= 0.05
+
+
+def test_eight_bits_are_near_identity_and_fewer_are_worse():
+    sample = random_sample()
+    errors = []
+    for bits in (8, 6, 4, 3, 2):
+        coder = Ours(next(f for f in all_formats() if f.key_bits == f.value_bits == bits))
+        coder.fit(0, sample)
+        decoded = coder.code(0, sample.key, sample.value, Run())
+        errors.append(((decoded.key - sample.key).norm() / sample.key.norm()).item())
+        assert decoded.value.shape == sample.value.shape
+    assert errors[0] < 0.005
+    assert errors == sorted(errors)
+
+
+def test_bits_are_those_of_the_page():
+    for fmt in all_formats():
+        bits = Ours(fmt).bits(Shape(layers=3, kv_heads=2, head_dim=64), 4096)
+        assert bits == PageLayout(fmt, 64, 16).bytes_per_token * 8 / 128
+
+
+def test_scales_balance_the_keys():
+    sample = random_sample(windows=6)
+    scales = sample.scales
+    residual = sample.key[:, 1:] - sample.centres(sample.key.shape[1])[1:]
+    even = torch.einsum("hcd,wthd->wthc", scales.key_transform, residual)
+    spread = even.flatten(0, 1).std(0)
+    assert spread.amax() / spread.amin() < 1.6
+    assert spread.mean() == pytest.approx(1, abs=0.15)
