@@ -24,8 +24,8 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import graph_seconds
 from bench.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices, sizes
-from kv_cache.cuda.launch import RESERVED_SHARED, compile_ahead
-from kv_cache.cuda.sides import device_limits
+from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
+from kv_cache.cuda.runtime.launch import compile_ahead
 from kv_cache.errors import ParetoError
 from quant_methods.kernels.low_bit_matrix import FOLDER, Arrangement, PackedMatrix, column_tiles
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_cache.errors import ParetoError
+from kv_cache.user_cache import cache_dir as cache_dir
 
 EMBEDDED = Path(__file__).parent / "models"
 DEFAULT_MODEL = "ref-7m"
@@ -253,12 +254,3 @@ def fingerprint(model_dir: Path) -> str:
 def digest(data: Any) -> str:
     """Return a SHA-256 (hex) over plain data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Return the folder of what is kept between runs: ``$PARETO_CACHE``, else ``pareto`` in the user's cache folder."""
-    named = os.environ.get("PARETO_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pareto"

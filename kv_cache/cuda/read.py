@@ -7,8 +7,10 @@ import ctypes
 
 import torch
 
-from kv_cache.cuda.launch import Kernel, load_kernel
-from kv_cache.cuda.sides import CENTRES, Side, aligned, device_limits, tile_macros
+from kv_cache.cuda.launch import load_kernel
+from kv_cache.cuda.runtime.launch import Kernel
+from kv_cache.cuda.runtime.device import device_limits
+from kv_cache.cuda.sides import CENTRES, Side, aligned, tile_macros
 from kv_cache.layout import PageLayout
 
 TOKENS, THREADS = 16, 128

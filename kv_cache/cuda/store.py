@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.cuda.launch import Kernel, load_kernel
-from kv_cache.cuda.sides import CENTRES, Side, aligned, device_limits, tile_macros
+from kv_cache.cuda.launch import load_kernel
+from kv_cache.cuda.runtime.launch import Kernel
+from kv_cache.cuda.runtime.device import device_limits
+from kv_cache.cuda.sides import CENTRES, Side, aligned, tile_macros
 from kv_cache.layout import PageLayout
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from kv_cache.cuda.sides import device_limits
+from kv_cache.cuda.runtime.device import device_limits
 from quant_methods.kernels.beside import BesideParts
 
 TOKENS = (8, 16, 32, 64)

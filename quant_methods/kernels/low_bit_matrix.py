@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
+from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
 from kv_cache.errors import ParetoError
-from kv_cache.cuda.launch import RESERVED_SHARED, Kernel, compile_ahead, load_kernel
-from kv_cache.cuda.sides import device_limits
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
 FOLDER = Path(__file__).parent / "csrc"
@@ -132,7 +132,7 @@ class PackedMatrix:
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
         macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
-        macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0} | others
+        macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
         return tuple(macros.items())
 
     def arrangement(self, tokens: int) -> Arrangement:

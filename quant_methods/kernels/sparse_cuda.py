@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kv_cache.cuda.launch import Kernel, compile_ahead, load_kernel
-from kv_cache.cuda.sides import device_limits
+from kv_cache.cuda.runtime.device import device_limits
+from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
 from quant_methods.kernels.low_bit_matrix import FOLDER
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64)
@@ -85,6 +85,7 @@ def macros(tokens: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     return (
         ("TOKENS", tokens), ("IN_BFLOAT", int(dtype == torch.bfloat16)), ("WARPS", a.warps), ("OWN", OWN_WEIGHTS),
         ("GATHERS", a.gathers), ("RESIDENT", a.resident), ("TURN_WARPS", TURN_WARPS), ("BULK_COPY", 0),
+        ("PARAMS_BYTES", ctypes.sizeof(_Params)),
     )  # fmt: skip
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from kv_cache import codec
-from kv_cache.formats import FORMATS, HEAD_SIZES, PLANES, KVFormat, mixed_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, PLANES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.transforms import hadamard_sums
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 FMTS = {fmt.name: fmt for fmt in FORMATS.values()} | {
-    f"k{k}v{v}": mixed_format(k, v) for k, v in ((2, 2), (8, 3), (2, 8))
+    f"k{k}v{v}": layer_format(k, v) for k, v in ((2, 2), (8, 3), (2, 8))
 }
 """Every dtype, and some layers that ``mixed_per_head`` may have."""
 SHAPES = [

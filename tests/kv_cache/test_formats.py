@@ -3,7 +3,7 @@ import re
 import pytest
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import DTYPES, FORMATS, HEAD_SIZES, META_BYTES, MIXED, PLANES, KVFormat, get_format, mixed_format
+from kv_cache.formats import DTYPES, FORMATS, HEAD_SIZES, META_BYTES, MIXED, PLANES, KVFormat, get_format, layer_format
 from kv_cache.layout import META, PageLayout
 
 
@@ -29,7 +29,7 @@ def test_bytes_of_a_token():
     assert get_format("int4_per_head").bytes_per_token(64) == 64 + 4
     assert get_format("int3_per_head").bytes_per_token(128) == 96 + 4
     assert get_format("k4v3_per_head").bytes_per_token(64) == 32 + 24 + 4
-    assert mixed_format(2, 8).bytes_per_token(80) == 20 + 80 + 4
+    assert layer_format(2, 8).bytes_per_token(80) == 20 + 80 + 4
 
 
 def test_planes_make_up_their_bits_with_widths_that_masks_unpack():
@@ -48,16 +48,16 @@ def test_the_mixed_dtype_has_no_bits_of_its_own():
     assert MIXED not in FORMATS
     with pytest.raises(ParetoError, match="bits of its own for each layer"):
         get_format(MIXED)
-    assert mixed_format(4, 2) == KVFormat(MIXED, 4, 2)
+    assert layer_format(4, 2) == KVFormat(MIXED, 4, 2)
 
 
 @pytest.mark.parametrize("pair", [(5, 4), (4, 1), (16, 8)])
 def test_bits_without_planes_are_refused(pair):
     with pytest.raises(ParetoError, match=r"bits are not served \(only 2, 3, 4, 6, 8\)"):
-        mixed_format(*pair)
+        layer_format(*pair)
 
 
-ALL = [*FORMATS.values(), *(mixed_format(k, v) for k in PLANES for v in PLANES)]
+ALL = [*FORMATS.values(), *(layer_format(k, v) for k in PLANES for v in PLANES)]
 
 
 def served(fmt: KVFormat, head_dim: int) -> bool:

@@ -11,7 +11,8 @@
 // order. Sums are float32; those of a group are scaled once.
 //
 // Macros: those of low_bit_codes.cuh, WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES,
-// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for).
+// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the
+// host takes `Params` to be).
 #include "low_bit_codes.cuh"
 
 constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
@@ -39,6 +40,7 @@ struct Params {
     int share;         // What each block gets at least, in grains.
     int larger;        // Blocks that get one more; the first ones.
 };
+static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters");
 
 DYNAMIC_SHARED __align__(128) u8 shared[];
 

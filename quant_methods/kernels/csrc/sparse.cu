@@ -10,7 +10,7 @@
 //
 // Macros: TOKENS (1, 2, 4, 8, 16, 32 or 64: at most so many), IN_BFLOAT, WARPS of a thread block (2, 4 or 8), OWN, GATHERS
 // (of a lane that are under way at once), both powers of 2, RESIDENT (thread blocks of a multiprocessor that registers are to
-// suffice for), TURN_WARPS of a thread block of `turn`.
+// suffice for), TURN_WARPS of a thread block of `turn`, PARAMS_BYTES (what the host takes `Params` to be).
 #include "numbers.cuh"
 
 constexpr int LANES = 8, ROWS = WARPS * 32 / LANES, THREADS = 32 * WARPS;
@@ -36,6 +36,7 @@ struct Params {
     int own;              // Weights of a row that its own lanes add.
     int early;            // Whether x and what is turned are complete before the kernel may start: see `sparse`.
 };
+static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters");
 
 // Weights of a row that a lane has loaded, of each LANE_COUNT in a row one. Past the end the channel is the one of zeros:
 // were loads of inputs conditional, as with one token, eight at once would need more predicates than there are.

@@ -85,8 +85,7 @@ def test_attention_beside_the_store(name):
         assert torch.equal(one, other)
 
 
-def test_the_emulator_tells_when_threads_wait_in_vain(tmp_path, monkeypatch):
-    from kv_cache.cuda import nvrtc
+def test_the_emulator_tells_when_threads_wait_in_vain(tmp_path):
     from tests.kv_cache.cuda import emulator
 
     (tmp_path / "bad.cu").write_text(
@@ -94,9 +93,6 @@ def test_the_emulator_tells_when_threads_wait_in_vain(tmp_path, monkeypatch):
         'extern "C" __global__ void bad(const __grid_constant__ Params p) {\n'
         "    if (threadIdx.x) __syncthreads(); else __syncwarp();\n}\n"
     )
-    for header in nvrtc.SOURCES.glob("*.cuh"):
-        (tmp_path / header.name).write_bytes(header.read_bytes())
-    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
-    kernel = emulator.EmulatedKernel("bad.cu", "bad", (), DEVICE)
+    kernel = emulator.EmulatedKernel("bad.cu", "bad", (), DEVICE, folder=tmp_path)
     with pytest.raises(AssertionError, match="in vain"):
         kernel.launch((1, 1, 1), 64, ctypes.c_int(0), DEVICE)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from kv_cache.cuda.runtime import nvrtc
 from kv_cache.errors import ParetoError
-from kv_cache.cuda import nvrtc
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from quant_methods.kernels.low_bit_layout import pack
 from quant_methods.kernels.low_bit_matrix import Arrangement
+from tests.kv_cache.cuda.devices import SHARED
 from tests.kv_cache.cuda.emulator import EmulatedKernel
-from tests.kv_cache.cuda.test_host_side import SHARED
 from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
 from tests.quant_methods.kernels.test_beside import apart
 from tests.quant_methods.kernels.test_beside import expected as expected_beside

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.cuda import launch, nvrtc
+from kv_cache.cuda.runtime import launch, nvrtc
 from quant_methods.formats.quantized import Sparse
 from quant_methods.kernels import beside_cuda, low_bit_matrix, sparse_cuda
 from quant_methods.kernels.beside import Beside, BesideParts

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.cuda import decode, nvrtc, read, store
+from kv_cache.cuda import decode, read, store
+from kv_cache.cuda.launch import SOURCES
+from kv_cache.cuda.runtime import nvrtc
 
 HERE = Path(__file__).parent
 PROCESSORS, SHARED_BYTES = 3, 227 << 10
@@ -30,7 +32,7 @@ def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...], folde
     target = _folder() / f"{name}-{abs(hash((source, macros)))}.so"
     command = [
         "g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DEMULATED",
-        f"-I{HERE}", f"-I{nvrtc.SOURCES}", f"-I{folder}", f'-DKERNEL_SOURCE="{source}"', f"-DKERNEL={name}",
+        f"-I{HERE}", f"-I{nvrtc.HEADERS}", f"-I{folder}", f'-DKERNEL_SOURCE="{source}"', f"-DKERNEL={name}",
         *(f"-D{key}={value}" for key, value in macros), str(HERE / "emulator.cpp"), "-o", str(target),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -39,9 +41,9 @@ def _compiled(source: str, name: str, macros: tuple[tuple[str, int], ...], folde
 
 
 class EmulatedKernel:
-    """In place of :class:`kv_cache.cuda.launch.Kernel`."""
+    """In place of :class:`kv_cache.cuda.runtime.launch.Kernel`."""
 
-    def __init__(self, source, name, macros, device, shared_bytes=0, one_block=False, folder=nvrtc.SOURCES):
+    def __init__(self, source, name, macros, device, shared_bytes=0, one_block=False, folder=SOURCES):
         assert shared_bytes <= SHARED_BYTES
         self.library = _compiled(source, name, tuple(macros), folder)
 

@@ -1,6 +1,6 @@
 """Compiles CUDA C++ at run time with the NVRTC library that PyTorch's CUDA builds bring along.
 
-The sources in ``csrc/`` include no CUDA header, so neither a toolkit nor a compiler has to be installed.
+The sources include no CUDA header but ``csrc/ptx.cuh``, so neither a toolkit nor a compiler has to be installed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from kv_cache.cuda.runtime.cubins import kept
 from kv_cache.errors import ParetoError
 
-SOURCES = Path(__file__).parent / "csrc"
+HEADERS = Path(__file__).parent / "csrc"
+"""The folder of the header that all kernels share."""
+_FLAGS = ("-std=c++17", "-default-device", "-lineinfo")
 
 
 def _candidates() -> Iterator[str]:
@@ -63,32 +66,42 @@ def version() -> tuple[int, int]:
 
 
 @functools.cache
-def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...], folder: Path = SOURCES) -> bytes:
-    """Compile one file of ``csrc/`` to machine code.
+def compile_cubin(source: str, arch: str, macros: tuple[tuple[str, int], ...], folder: Path) -> bytes:
+    """Return a file's machine code: of this process, of the user's cache folder, or compiled now.
 
     Args:
         source: the file's name.
         arch: ``sm_80``, ``sm_90``, ...
         macros: names and values to define.
-        folder: where it is; it finds the headers of ``csrc/`` from everywhere.
+        folder: where the file and the headers beside it are.
 
     Raises:
         ParetoError: NVRTC is missing or rejects the source; the message has its log.
 
     """
+    flags = (f"-arch={arch}", *_FLAGS, *(f"-D{name}={value}" for name, value in macros))
+    headers = [path for place in (HEADERS, folder) for path in sorted(place.glob("*.cuh"))]
+    parts = [repr((version(), source, flags)).encode()]
+    for path in (folder / source, *headers):
+        parts += [path.name.encode(), path.read_bytes()]
+    # Lengths keep the key apart from that of other parts with the same bytes in all.
+    key = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return kept(key, lambda: _compile(source, (*flags, f"-I{HEADERS}", f"-I{folder}"), folder))
+
+
+def _compile(source: str, flags: tuple[str, ...], folder: Path) -> bytes:
     library, program = _library(), ctypes.c_void_p()
     text = (folder / source).read_bytes()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None))
     try:
-        flags = [f"-arch={arch}", "-std=c++17", "-default-device", "-lineinfo", f"-I{SOURCES}", f"-I{folder}"]
-        options = [flag.encode() for flag in flags + [f"-D{name}={value}" for name, value in macros]]
+        options = [flag.encode() for flag in flags]
         status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         size = ctypes.c_size_t()
         if status:
             _check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
             log = ctypes.create_string_buffer(size.value)
             _check(library.nvrtcGetProgramLog(program, log))
-            raise ParetoError(f"{source} does not compile for {arch}:\n{log.value.decode()}")
+            raise ParetoError(f"{source} does not compile ({' '.join(flags)}):\n{log.value.decode()}")
         _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         cubin = ctypes.create_string_buffer(size.value)
         _check(library.nvrtcGetCUBIN(program, cubin))

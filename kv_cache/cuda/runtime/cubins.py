@@ -1,0 +1,52 @@
+"""Compiled kernels on disk, so that a second start of a server compiles nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from kv_cache.user_cache import cache_dir
+
+
+def kept(key: bytes, make: Callable[[], bytes]) -> bytes:
+    """Return the machine code under a key, made and kept if it is not there, or not as it was written.
+
+    A folder that cannot be read or written is done without.
+
+    Args:
+        key: all that the machine code depends on.
+        make: returns it.
+
+    """
+    path = cache_dir() / "kernels" / f"{hashlib.sha256(key).hexdigest()}.cubin"
+    with contextlib.suppress(OSError):
+        digest, code = _split(path.read_bytes())
+        if digest == hashlib.sha256(code).digest():
+            return code
+    code = make()
+    with contextlib.suppress(OSError):
+        _write(path, hashlib.sha256(code).digest() + code)
+    return code
+
+
+def _split(entry: bytes) -> tuple[bytes, bytes]:
+    """Return the digest of an entry's machine code, with which it starts, and the machine code."""
+    size = hashlib.sha256().digest_size
+    return entry[:size], entry[size:]
+
+
+def _write(path: Path, entry: bytes) -> None:
+    """Write a file that nobody ever sees in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(entry)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
