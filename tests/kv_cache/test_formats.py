@@ -48,7 +48,7 @@ def test_the_mixed_dtype_has_no_bits_of_its_own():
     assert MIXED not in FORMATS
     with pytest.raises(ParetoError, match="bits of its own for each layer"):
         get_format(MIXED)
-    assert layer_format(4, 2) == KVFormat(MIXED, 4, 2)
+    assert layer_format(4, 2) == KVFormat("mixed_k4v2", 4, 2) == get_format("mixed_k4v2")
 
 
 @pytest.mark.parametrize("pair", [(5, 4), (4, 1), (16, 8)])

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, MIXED, KVFormat
+from kv_cache.formats import FORMATS, MIXED, layer_format
 from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, TENSORS, KVScales
 from tests.kv_cache.random_scales import MAX_POSITION, random_rotary, random_scales
 
@@ -116,7 +116,7 @@ def test_bits_of_layers_are_those_of_the_dtype_or_their_own():
     scales = some_scales(bits=BITS)
     for index, bits in enumerate(BITS):
         assert scales.format("int4_per_head", index) is FORMATS["int4_per_head"]
-        assert scales.format(MIXED, index) == KVFormat(MIXED, *bits)
+        assert scales.format(MIXED, index) == layer_format(*bits)
     assert scales.bits_per_element("int4_per_head") == 4.25
     assert scales.bits_per_element(MIXED) == pytest.approx((3.5 + 2 + 5.5) / 3 + 0.25)
 
