@@ -14,18 +14,20 @@ import os
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.layout import PageLayout
+from kv_cache.formats import PLANES, RANGE_SHARE
+from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import SPAN, CentreTable
-from kv_cache.scales import TENSORS, LayerScales
+from kv_cache.scales import LayerScales
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("generic", "avx2", "avx512", "amx")
 ISA_VARIABLE = "VLLM_PARETO_CPU_ISA"
 """Environment variable that names an instruction set below the best one, for tests and for bug reports."""
 
+SCALES = ("key_first", "key_transform", "key_inverse", "value_encode", "value_decode")
 TURN_TABLES = ("pair_channels", "turn_fine", "turn_anchors", "turn_tiles")
 PAIRS = 32
-"""Pairs of channels that one tile of the table of centred keys holds."""
+"""Pairs of channels that one tile of the table of centres holds."""
 
 _i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -38,19 +40,11 @@ class _Cache(ctypes.Structure):
         ("block_size", _i32),
         ("num_kv_heads", _i32),
         ("head_dim", _i32),
-        ("key_bits", _i32),
-        ("value_bits", _i32),
-        ("group_size", _i32),
-        ("key_offset", _i32),
-        ("key_high_offset", _i32),
-        ("value_offset", _i32),
-        ("value_high_offset", _i32),
-        ("key_meta_offset", _i32),
-        ("value_meta_offset", _i32),
-        *((name, _ptr) for name in TENSORS),
-        *((name, _ptr) for name in ("key_decode", "key_mean", *TURN_TABLES)),
+        ("planes", _i32 * 8),
+        ("meta_offset", _i32),
         ("pairs", _i32),
         ("num_anchors", _i32),
+        *((name, _ptr) for name in ("key_inverse", "key_first", "value_decode", "key_mean", *TURN_TABLES)),
     )
 
 
@@ -86,11 +80,10 @@ class _Store(ctypes.Structure):
         ("key_head_stride", _i64),
         ("value_token_stride", _i64),
         ("value_head_stride", _i64),
-        ("key_inverse", _ptr),
-        ("value_inverse", _ptr),
-        ("key_encode", _ptr),
-        ("key_feedback", _ptr),
-        ("value_feedback", _ptr),
+        ("key_transform", _ptr),
+        ("value_encode", _ptr),
+        ("range_factor", _f32 * 2),
+        ("zero_factor", _f32 * 2),
         ("slots", _ptr),
         ("positions", _ptr),
         ("num_tokens", _i64),
@@ -153,6 +146,18 @@ def _turn_tables(table: CentreTable) -> dict[str, torch.Tensor]:
     }
 
 
+KINDS = ("key", "value")
+
+
+def _planes(layout: PageLayout) -> list[int]:
+    """Return offset and width of the two planes of keys and of values; of a plane that is not there, zeros."""
+    result = []
+    for kind in KINDS:
+        planes = [(layout.offsets[f"{kind}.{i}"], width) for i, width in enumerate(PLANES[layout.fmt.bits(kind)])]
+        result += [*planes, (0, 0)][:2]
+    return [number for plane in result for number in plane]
+
+
 class PagedCache:
     """One layer's pages with the format and scales that read them; holds what the kernels need between calls.
 
@@ -160,82 +165,70 @@ class PagedCache:
         cache: uint8 [blocks, KV heads, block_size, bytes per token] on CPU. Blocks and heads may have any stride
             (padded and hybrid pages exist); the bytes of one block and head are contiguous.
         layout: of a page; its block size is the cache's.
-        scales: the layer's scales; None for a ``group`` format.
-        max_tokens: of the longest sequence, for centred keys; None means what their rotary embedding says.
+        scales: the layer's scales.
+        max_tokens: of the longest sequence; None means what the scales' rotary embedding says.
+
+    Attributes:
+        max_tokens: positions that the pages serve, ``max_tokens`` rounded up to a multiple of SPAN.
 
     Raises:
-        ParetoError: the shape or strides do not fit the layout, or scales are missing.
+        ParetoError: the shape or strides do not fit the layout, or the scales do not fit the cache.
 
     """
 
     def __init__(
-        self, cache: torch.Tensor, layout: PageLayout, scales: LayerScales | None, max_tokens: int | None = None
+        self, cache: torch.Tensor, layout: PageLayout, scales: LayerScales, max_tokens: int | None = None
     ) -> None:
         _, heads, tokens, width = cache.shape
+        name, dim = layout.fmt.name, layout.head_dim
         if cache.dtype != torch.uint8 or (tokens, width) != (layout.block_size, layout.bytes_per_token):
             raise ParetoError(
-                f"{layout.fmt.name}: expected uint8 pages of {layout.block_size} tokens of {layout.bytes_per_token} "
+                f"{name}: expected uint8 pages of {layout.block_size} tokens of {layout.bytes_per_token} "
                 f"bytes, got {cache.dtype} {tuple(cache.shape)}"
             )
         if cache.stride(3) != 1 or cache.stride(2) != width:
-            raise ParetoError(f"{layout.fmt.name}: the bytes of one block and head must be contiguous")
-        if layout.fmt.static and scales is None:
-            raise ParetoError(f"{layout.fmt.name} needs calibrated scales")
+            raise ParetoError(f"{name}: the bytes of one block and head must be contiguous")
+        if tuple(scales.key_mean.shape) != (heads, dim):
+            raise ParetoError(
+                f"{name}: scales are for (heads, channels) {tuple(scales.key_mean.shape)}, not for {(heads, dim)}"
+            )
         self.cache, self.layout = cache, layout
         storage = cache.untyped_storage()
         _library().pareto_prefer_huge_pages(storage.data_ptr(), storage.nbytes())
-        self._scales = (
-            [getattr(scales, name).float().contiguous() for name in TENSORS]
-            if layout.fmt.static and scales is not None
-            else []
-        )
-        if any(tuple(t.shape) != (heads, layout.head_dim) for t in self._scales):
-            raise ParetoError(f"{layout.fmt.name}: scales must have shape {(heads, layout.head_dim)}")
-        self._inverses = [
-            1.0 / self._scales[TENSORS.index(f"{kind}_scale")] for kind in ("key", "value") if self._scales
-        ]
-        self._matrices = {
-            name: None if not self._scales or (part := getattr(scales, name)) is None else part.contiguous()
-            for name in ("key_encode", "key_feedback", "value_feedback", "key_decode")
+        table = scales.rotary.table(max_tokens or scales.rotary.max_position)
+        self.max_tokens = SPAN * len(table.anchor_cos)
+        self._tensors = {
+            "key_mean": torch.stack([_pad_pairs(scales.key_mean[:, part]) for part in scales.rotary.channels()], 1),
+            **{name: getattr(scales, name).float().contiguous() for name in SCALES},
+            **_turn_tables(table),
         }
-        self.max_tokens = None
-        turn: dict[str, torch.Tensor] = {}
-        if self._scales and scales is not None and scales.key_mean is not None and scales.rotary is not None:
-            table = scales.rotary.table(max_tokens or scales.rotary.max_position)
-            self.max_tokens = SPAN * len(table.anchor_cos)
-            mean = torch.stack([_pad_pairs(scales.key_mean[:, channels]) for channels in scales.rotary.channels()], 1)
-            turn = {"key_mean": mean} | _turn_tables(table)
-        self._turn = turn
-        offsets = layout.offsets()
         self._struct = _Cache(
             cache.data_ptr(),
             cache.stride(0),
             cache.stride(1),
             layout.block_size,
             heads,
-            layout.head_dim,
-            layout.fmt.key_bits,
-            layout.fmt.value_bits,
-            layout.fmt.group_size,
-            *(offsets[k] for k in ("key", "key_high", "value", "value_high", "key_meta", "value_meta")),
-            *([t.data_ptr() for t in self._scales] or [None] * len(TENSORS)),
-            _address(self._matrices["key_decode"]),
-            *(_address(turn.get(name)) for name in ("key_mean", *TURN_TABLES)),
-            turn["key_mean"].shape[-1] if turn else 0,
-            len(turn["turn_anchors"]) if turn else 0,
+            dim,
+            (_i32 * 8)(*_planes(layout)),
+            layout.offsets[META],
+            self._tensors["key_mean"].shape[-1],
+            len(table.anchor_cos),
+            *map(self._address, ("key_inverse", "key_first", "value_decode", "key_mean", *TURN_TABLES)),
         )
+        # What codec.fit multiplies by, in the order of its operations.
+        bits = [layout.fmt.bits(kind) for kind in KINDS]
+        self._range_factor = (_f32 * 2)(*(RANGE_SHARE[b] * 2.0 ** (b - 2) / (2**b - 1) for b in bits))
+        self._zero_factor = (_f32 * 2)(*(RANGE_SHARE[b] * 2.0 ** (8 - b) for b in bits))
 
-    @property
-    def centred(self) -> bool:
-        """Whether storing needs the tokens' positions."""
-        return self.max_tokens is not None
+    def _address(self, name: str) -> int:
+        return self._tensors[name].data_ptr()
 
     def store(
         self,
         key: torch.Tensor,
         value: torch.Tensor,
         slots: torch.Tensor,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor,
         isa: str | None = None,
     ) -> None:
         """Quantize tokens and write them into their slots, bit for bit as :func:`kv_cache.codec.write_pages`.
@@ -245,7 +238,7 @@ class PagedCache:
             value: likewise.
             slots: int64 [at most tokens], ``block * block_size + offset``; negative ones are skipped. Tokens beyond
                 its length are padding.
-            positions: int64, as many as slots: of each token in its sequence; needed for centred keys.
+            positions: int64, as many as slots: of each token in its sequence.
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
 
         Raises:
@@ -253,8 +246,8 @@ class PagedCache:
 
         """
         count = min(slots.shape[0], key.shape[0])
-        if self.centred and (positions is None or positions.shape[0] < count):
-            raise ParetoError(f"{self.layout.fmt.name}: centred keys need the position of every token")
+        if positions.shape[0] < count:
+            raise ParetoError(f"{self.layout.fmt.name}: positions of {positions.shape[0]} tokens for {count} tokens")
         args = _Store(
             self._struct,
             key.data_ptr(),
@@ -263,10 +256,12 @@ class PagedCache:
             key.stride(1),
             value.stride(0),
             value.stride(1),
-            *([t.data_ptr() for t in self._inverses] or [None, None]),
-            *(_address(self._matrices[name]) for name in ("key_encode", "key_feedback", "value_feedback")),
+            self._address("key_transform"),
+            self._address("value_encode"),
+            self._range_factor,
+            self._zero_factor,
             slots.data_ptr(),
-            _address(positions),
+            positions.data_ptr(),
             count,
             DTYPES[key.dtype],
             torch.get_num_threads(),
@@ -335,7 +330,3 @@ class PagedCache:
             soft_cap,
         )
         self._check(_library().pareto_attention(ctypes.byref(args), ISAS.index(isa or _default_isa())), isa)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

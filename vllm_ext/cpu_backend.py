@@ -116,14 +116,11 @@ class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Quantize the step's keys and values ([tokens, KV heads, head size]) and write their codes into the pages."""
-        pages, positions = self._paged(layer, kv_cache), None
-        if pages.centred:
-            metadata = get_forward_context().attn_metadata
-            if not isinstance(metadata, dict):  # a warm-up run has no batch
-                return
-            positions = metadata[str(layer.layer_name)].positions
-            slot_mapping = slot_mapping[: len(positions)]
-        pages.store(key, value, slot_mapping, positions)
+        metadata = get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):  # a warm-up run has no batch
+            return
+        positions = metadata[str(layer.layer_name)].positions
+        self._paged(layer, kv_cache).store(key, value, slot_mapping[: len(positions)], positions)
 
     def forward(
         self,

@@ -3,16 +3,16 @@
 // Query rows, (token, head of the group) pairs, are handled up to eight at a time (a unit, unit.h), tokens 256 at a time
 // (a chunk), unpacked once for all units of a work item (pages.h). Both products are exact integers (product.h):
 //
-//   score[r][t] = step[r] * sum_c q[r][c] * (code[t][c] - zero[c])      q: 16-bit fixed point of query * key scale
-//   out[r][c]   = sum_t p[r][t] * code[t][c]                            p: 16-bit fixed point of exp2(score - max)
+//   score[r][t] = step[t] * (q[r] . code[t] - zero[t] * sum(q[r])) + bias[r][position]    q: query in 16-bit fixed point
+//   out[r][c]   = sum_t p[r][t] * step[t] * (code[t][c] - zero[t])        p * step: 16-bit fixed point (softmax.h)
 //
-// so scales and zeros never touch a code: the key's scales fold into the query, its zeros shift all scores of a row and
-// cancel, the value's scales and zeros fold into the output. Formats with scales in the page multiply each group's
-// integers by the token's scale, and quantize p * value scale instead of p.
+// where q has the keys' inverse transform folded in, and the output still has to be mixed back. Scales and zeros are a
+// token's, for all channels of a head, so that they never touch a code.
 //
-// Centred keys (kv_cache/rotary.py) add q . centre(position) to a score. In one chunk that is a sum over pairs of channels
-// of a cosine and a sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more
-// product, of the coefficients and tiles that are the same for everything, with the query's own fixed point.
+// bias is q . centre(position) (kv_cache/rotary.py). In one chunk that is a sum over pairs of channels of a cosine and a
+// sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more product, of the
+// coefficients and tiles that are the same for everything, with the coefficients' own fixed point. Position 0 has q .
+// key_first instead.
 //
 // Every row's result is a function of its query and the codes alone: chunks start at multiples of 256 tokens, a chunk's
 // partial result starts from nothing, chunks merge in order, and tokens that are hidden from a row leave its numbers
@@ -36,7 +36,7 @@ static void deliver(walk_t *w, int n, const partial_t *p, float *partials) {
     const pareto_cache *c = &w->a->cache;
     const item_t *item = w->item;
     if (item->partial < 0) {
-        unit_merge(w->s->units + n, p, c->head_dim, integer_scores(w->a));
+        unit_merge(w->s->units + n, p, c->head_dim);
         return;
     }
     const int64_t chunk = w->chunk / CHUNK - item->first_chunk;
@@ -56,32 +56,28 @@ static void finish_values(walk_t *w, int n, int count, view_t v, float *partials
 static void run_item(const pareto_attention_args *a, const item_t *item, const item_t *next, scratch_t *s,
                      float *partials) {
     prepare_units(a, item, s);
-    walk_t w = {.a = a, .item = item, .next = next, .s = s,
-                .table = a->block_table + item->request * a->table_stride, .tokens = a->seq_lens[item->request]};
+    walk_t w = {.a = a, .item = item, .next = next, .s = s};
     for (int n = 0; n < item->units; n++)
         if (s->units[n].highest_last > w.last) w.last = s->units[n].highest_last;
     for (int k = item->first_chunk; k < item->first_chunk + item->chunks; k++) {
-        w.chunk = k * CHUNK;
-        w.packed[0] = w.packed[1] = 0;
+        walk_to(&w, k);
         // Units go through in pairs. A pair's scores come before the pair before it meets the values, so that no product
-        // waits for the weights that it reads to be written. Groups weigh in between, and take one unit at a time.
-        const int step = a->cache.group_size ? 1 : 2;
+        // waits for the weights that it reads to be written.
         int pending = -1, pending_count = 0;
         view_t pending_view = {0, 0};
         partial_t *p = s->partial;
-        for (int n = 0; n < item->units; n += step) {
+        for (int n = 0; n < item->units; n += 2) {
             unit_t *u = s->units + n;
-            const int count = item->units - n < step ? 1 : step;
+            const int count = item->units - n < 2 ? 1 : 2;
             const view_t v = view_chunk(&w, u, count);
-            if (v.blocks && !a->cache.group_size) unit_scores(&w, u, count, v);
+            if (v.blocks) unit_scores(&w, u, count, v);
             if (pending >= 0) finish_values(&w, pending, pending_count, pending_view, partials);
             pending = -1;
             for (int i = 0; i < count; i++) {
-                store16(p[i].max, nothing_seen(a));
+                store16(p[i].max, splat(-INFINITY));
                 store16(p[i].sum, splat(0));
             }
             if (v.blocks) {
-                if (a->cache.group_size) unit_scores(&w, u, count, v);
                 for (int i = 0; i < count; i++) unit_weights(&w, u + i, i, v, p + i);
                 pending = n, pending_count = count, pending_view = v;
             } else if (item->partial >= 0) {
@@ -106,7 +102,7 @@ static void merge_item(const pareto_attention_args *a, const item_t *item, scrat
             partial_t p = {.values = (float *)at + 32};
             memcpy(p.max, at, 64);
             memcpy(p.sum, at + 16, 64);
-            unit_merge(s->units + n, &p, a->cache.head_dim, integer_scores(a));
+            unit_merge(s->units + n, &p, a->cache.head_dim);
         }
         unit_finish(s->units + n, a, item->request, item->kv_head);
     }
@@ -139,7 +135,7 @@ static int64_t list_items(const pareto_attention_args *a, item_t *items) {
 int PARETO_ENTRY(const pareto_attention_args *a) {
     const int64_t count = list_items(a, NULL);
     if (!count) return 0;
-    for (int request = 0; a->cache.pairs && request < a->num_reqs; request++)
+    for (int request = 0; request < a->num_reqs; request++)
         if (a->seq_lens[request] > a->cache.num_anchors * TURN_SPAN) return -3;
     item_t *items = malloc(sizeof(item_t) * count), *parts = items;
     if (!items) return -1;

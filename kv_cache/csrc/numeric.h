@@ -60,4 +60,11 @@ static inline void store_float(void *data, int64_t index, int dtype, float value
     else ((float *)data)[index] = value;
 }
 
+// A token's scale is a byte 16 * e + m (kv_cache/codec.py): the bits of the float (1 + m / 16) * 2**(e + exponent), from
+// the byte or from a vector of bytes. A step has the exponent STEP_EXPONENT(bits).
+#define SCALE_SHIFT 19
+#define SCALE_FLOAT(byte, exponent) (((byte) + ((127 + (exponent)) << 4)) << SCALE_SHIFT)
+#define SCALE_EXPONENT (-10)
+#define STEP_EXPONENT(bits) (SCALE_EXPONENT + 2 - (bits))
+
 #endif

@@ -1,4 +1,4 @@
-// Reading pages: planes of packed codes to the tiles of product.h, and the scales that a page holds.
+// Reading pages: planes of packed codes to the tiles of product.h, and the scales and zeros of tokens.
 //
 // Pages hold a multiple of 16 tokens, so 16 tokens at a multiple of 16 lie in one page, one plane row after the other.
 // Packed bytes are brought into a tile's order first and split into codes after, which moves the fewest bytes. Nothing
@@ -10,72 +10,84 @@
 #include "pareto_cpu.h"
 #include "product.h"
 
-// One side (keys or values) of 64 tokens: four times sixteen rows, which may lie in different pages.
-typedef struct {
-    const uint8_t *plane[4], *high[4], *meta[4];
-    int stride, high_stride, meta_stride, bits, dim;
-} rows_t;
+#define BLOCK 64
+#define CHUNK 256  // tokens; sums of weights times codes over a chunk fit in int32
+#define CHUNK_BLOCKS (CHUNK / BLOCK)
 
-// The rows of tokens from .. from + 63. Sixteens past the end are never seen, and repeat the first.
-static void find_rows(rows_t *rows, const pareto_cache *c, const int32_t *table, int tokens, int kv_head, int side,
-                      int from) {
-    const int bits = side ? c->value_bits : c->key_bits, dim = c->head_dim;
-    const int groups = c->group_size ? (dim + c->group_size - 1) / c->group_size : 0;
+static int side_bits(const pareto_cache *c, int side) { return c->planes[side][0].width + c->planes[side][1].width; }
+
+// Where the sixteens of a chunk lie: the page of the head, or null past the end, and the first token in it.
+typedef struct {
+    const uint8_t *page[CHUNK / 16];
+    int token[CHUNK / 16];
+} places_t;
+
+static void find_places(places_t *p, const pareto_cache *c, const int32_t *table, int kv_head, int chunk, int end) {
     // Divisions cost more than all the rest here.
     const int shift = __builtin_ctz(c->block_size), power = c->block_size == 1 << shift;
-    rows->stride = bits == 8 ? dim : dim / 2;
-    rows->high_stride = dim / 4;
-    rows->meta_stride = groups * 4;
-    rows->bits = bits;
-    rows->dim = dim;
-    for (int j = 0, token = from; j < 4; j++, token += 16) {
-        if (token >= tokens) {
-            rows->plane[j] = rows->plane[0], rows->high[j] = rows->high[0], rows->meta[j] = rows->meta[0];
-            continue;
-        }
+    for (int j = 0, token = chunk; j < CHUNK / 16; j++, token += 16) {
+        p->page[j] = NULL;
+        if (token >= end) continue;
         const int block = power ? token >> shift : token / c->block_size;
-        const int64_t offset = token - block * c->block_size;
-        const uint8_t *page = c->base + table[block] * c->block_stride + kv_head * c->head_stride;
-        rows->plane[j] = page + (side ? c->value_offset : c->key_offset) + offset * rows->stride;
-        rows->high[j] = page + (side ? c->value_high_offset : c->key_high_offset) + offset * rows->high_stride;
-        rows->meta[j] = page + (side ? c->value_meta_offset : c->key_meta_offset) + offset * rows->meta_stride;
+        p->page[j] = c->base + table[block] * c->block_stride + kv_head * c->head_stride;
+        p->token[j] = token - block * c->block_size;
+    }
+}
+
+// One side (keys or values) of 64 tokens: four times sixteen rows, which may lie in different pages.
+typedef struct {
+    const uint8_t *plane[2][4];  // null where nobody sees the sixteen
+    int row[2], width[2], dim;   // bytes of a token's row in a plane, and bits of a channel there
+} rows_t;
+
+// The rows of the block's tokens. Sixteens that nobody sees repeat the first if they `repeat`.
+static void find_rows(rows_t *rows, const pareto_cache *c, const places_t *places, int side, int block, int repeat) {
+    rows->dim = c->head_dim;
+    for (int p = 0; p < 2; p++) {
+        const pareto_plane *plane = c->planes[side] + p;
+        rows->width[p] = plane->width;
+        rows->row[p] = c->head_dim * plane->width / 8;
+        for (int j = 0; j < 4; j++) {
+            const int at = 4 * block + j, from = repeat && !places->page[at] ? 4 * block : at;
+            const uint8_t *page = places->page[from];
+            rows->plane[p][j] = page ? page + plane->offset + (int64_t)places->token[from] * rows->row[p] : NULL;
+        }
     }
 }
 
 // Ask for the i-th sixteenth of rows to come, into the second-level cache, which has more requests in flight than the
 // first. Spread over the unpacking of rows that are there, requests do not wait for each other.
 INLINE void prefetch_part(const rows_t *rows, int i) {
-    if (!rows) return;
-    const int j = i / 4, token = i % 4 * 4;
-    for (int at = token * rows->stride; at < (token + 4) * rows->stride; at += 64)
-        __builtin_prefetch(rows->plane[j] + at, 0, 2);
-    if (rows->bits == 6)
-        for (int at = token * rows->high_stride; at < (token + 4) * rows->high_stride; at += 64)
-            __builtin_prefetch(rows->high[j] + at, 0, 2);
-    for (int at = token * rows->meta_stride; at < (token + 4) * rows->meta_stride; at += 64)
-        __builtin_prefetch(rows->meta[j] + at, 0, 2);
+    if (!rows || !rows->plane[0][i / 4]) return;
+    for (int p = 0; p < 2; p++) {
+        const uint8_t *from = rows->plane[p][i / 4] + i % 4 * 4 * rows->row[p];
+        for (int at = 0; at < 4 * rows->row[p]; at += 64) __builtin_prefetch(from + at, 0, 2);
+    }
 }
 
-// Head sizes whose packed rows are no multiple of 16 bytes (80, and 96 at 6 bits) go through one byte a code.
-static int needs_bytes(int bits, int dim) { return bits == 6 ? dim % 64 != 0 : bits == 4 && dim % 32 != 0; }
+// The packing below takes rows by 16 bytes, and rows of 8 bytes (3-bit codes of heads of 64) as if they were 16: byte
+// 8 + j is then byte j moved by one bit, so that channel j + 16 * k is bit 2 * k of byte j. Other rows (head size 80, and
+// 96 under 8 bits) go through one byte a code.
+#define SHORT_ROW 8
+static int fits_packing(int row) { return row % 16 == 0 || row == SHORT_ROW; }
 
-// codes: [4][16][256].
+// Rows to one byte a code; codes: [4][16][256].
 static void expand_rows(rows_t *rows, uint8_t *codes) {
-    const int dim = rows->dim;
-    for (int t = 0; t < 64; t++) {
-        const uint8_t *source = rows->plane[t / 16] + (int64_t)(t % 16) * rows->stride;
-        const uint8_t *pairs = rows->high[t / 16] + (int64_t)(t % 16) * rows->high_stride;
+    for (int t = 0; t < BLOCK; t++) {
         uint8_t *out = codes + 256 * t;
-        for (int j = 0; j < dim / 2; j++) {
-            out[j] = source[j] & 15;
-            out[j + dim / 2] = source[j] >> 4;
+        for (int p = 0, low = 0; p < 2 && rows->width[p]; low += rows->width[p++]) {
+            const int row = rows->row[p], width = rows->width[p], mask = (1 << width) - 1;
+            const uint8_t *source = rows->plane[p][t / 16] + (int64_t)(t % 16) * row;
+            for (int k = 0; k < 8 / width; k++)
+                for (int j = 0; j < row; j++) {
+                    const uint8_t bits = (uint8_t)((source[j] >> (k * width) & mask) << low);
+                    out[k * row + j] = p ? out[k * row + j] | bits : bits;
+                }
         }
-        if (rows->bits == 6)
-            for (int j = 0; j < dim; j++) out[j] |= (pairs[j % (dim / 4)] >> (2 * (j / (dim / 4))) & 3) << 4;
     }
-    for (int j = 0; j < 4; j++) rows->plane[j] = codes + 4096 * j;
-    rows->stride = 256;
-    rows->bits = 8;
+    for (int j = 0; j < 4; j++) rows->plane[0][j] = codes + 4096 * j;
+    rows->row[0] = 256, rows->row[1] = 0;
+    rows->width[0] = 8, rows->width[1] = 0;
 }
 
 // Four int32 columns of 16 rows: out[w][t] = the w-th int32 of row t.
@@ -109,150 +121,175 @@ INLINE void columns_of_16(const uint8_t *rows, int64_t stride, v16i out[4]) {
 #endif
 }
 
-// Byte i of four rows of 16 bytes, as int32 lane i.
-INLINE v16i interleave_4(const uint8_t *p0, const uint8_t *p1, const uint8_t *p2, const uint8_t *p3) {
+// The same for 16 rows of 8 bytes, one after the other, taken as 16.
+INLINE void columns_of_8(const uint8_t *rows, v16i out[4]) {
+    const v16i a = load16i(rows), b = load16i(rows + 64);
+    out[0] = __builtin_shuffle(a, b, (v16i){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
+    out[1] = __builtin_shuffle(a, b, (v16i){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+    out[2] = (v16i)((v16u)out[0] >> 1);
+    out[3] = (v16i)((v16u)out[1] >> 1);
+}
+
+typedef uint8_t v16b __attribute__((vector_size(16)));
+
+INLINE v16b load_bytes(const uint8_t *row, const int is_short) {
+    typedef uint64_t v2q __attribute__((vector_size(16)));
+    v16b v;
+    if (is_short) {
+        uint64_t bytes;
+        memcpy(&bytes, row, 8);
+        v = (v16b)(bytes - (v2q){0});
+    } else {
+        memcpy(&v, row, 16);
+    }
+    return v;
+}
+
+// Byte i of four rows, as int32 lane i.
+INLINE v16i interleave_4(v16b a, v16b b, v16b c, v16b d) {
     v16i out;
 #if defined(__AVX512BW__)
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)p0));
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)p1), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)p2), 2);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)p3), 3);
+    __m512i v = _mm512_castsi128_si512((__m128i)a);
+    v = _mm512_inserti32x4(v, (__m128i)b, 1);
+    v = _mm512_inserti32x4(v, (__m128i)c, 2);
+    v = _mm512_inserti32x4(v, (__m128i)d, 3);
     v = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
     const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     out = (v16i)_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(bytes));
 #elif defined(__SSE2__)
-    const __m128i a = _mm_loadu_si128((const __m128i *)p0), b = _mm_loadu_si128((const __m128i *)p1);
-    const __m128i c = _mm_loadu_si128((const __m128i *)p2), d = _mm_loadu_si128((const __m128i *)p3);
-    const __m128i even_low = _mm_unpacklo_epi8(a, c), even_high = _mm_unpackhi_epi8(a, c);
-    const __m128i odd_low = _mm_unpacklo_epi8(b, d), odd_high = _mm_unpackhi_epi8(b, d);
+    const __m128i even_low = _mm_unpacklo_epi8((__m128i)a, (__m128i)c), even_high = _mm_unpackhi_epi8((__m128i)a, (__m128i)c);
+    const __m128i odd_low = _mm_unpacklo_epi8((__m128i)b, (__m128i)d), odd_high = _mm_unpackhi_epi8((__m128i)b, (__m128i)d);
     const __m128i parts[4] = {_mm_unpacklo_epi8(even_low, odd_low), _mm_unpackhi_epi8(even_low, odd_low),
                               _mm_unpacklo_epi8(even_high, odd_high), _mm_unpackhi_epi8(even_high, odd_high)};
     memcpy(&out, parts, 64);
 #else
     for (int i = 0; i < 16; i++) {
-        const uint8_t four[4] = {p0[i], p1[i], p2[i], p3[i]};
+        const uint8_t four[4] = {a[i], b[i], c[i], d[i]};
         memcpy((uint8_t *)&out + 4 * i, four, 4);
     }
 #endif
     return out;
 }
 
-INLINE v16i low_nibbles(v16i v) { return v & splati(0x0f0f0f0f); }
-INLINE v16i high_nibbles(v16i v) { return (v16i)((v16u)v >> 4) & splati(0x0f0f0f0f); }
-// Channels of quarter k in the 2-bit plane, at their place in the code.
-INLINE v16i pair_bits(v16i v, int k) { return (v16i)(((v16u)v >> (2 * k) & (v16u)splati(0x03030303)) << 4); }
+#define SECOND_HALF ((v16u){0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1})
+
+// `width` bits from bit `from` of every byte on, moved to bit `to`.
+INLINE v16i take_bits(v16i v, int from, int width, int to) {
+    const v16i mask = splati((((1 << width) - 1) << to) * 0x01010101);
+    return (from >= to ? (v16i)((v16u)v >> (from - to)) : (v16i)((v16u)v << (to - from))) & mask;
+}
+
+// Walks over the planes of a row of codes by 16 channels: LOAD(p, from, v) brings 16 bytes of plane p, COUNT vectors of
+// them, and STORE(channel, i, code) takes the codes of 16 channels. The widths and `dim` are constants where it matters.
+#define UNPACK_ROW(low, high, dim, COUNT, LOAD, STORE)                                                                 \
+    do {                                                                                                               \
+        const int row = (dim) * (low) / 8, short_row = (high) && (dim) * (high) / 8 == SHORT_ROW;                      \
+        const int above = !(high) ? row : short_row ? 16 : (dim) * (high) / 8, step = short_row ? 2 : (high);          \
+        for (int from = 0; from < above; from += 16) {                                                                 \
+            v16i low_bytes[COUNT], high_bytes[COUNT] = {{0}};                                                              \
+            if (high) LOAD(1, from, short_row, high_bytes);                                                            \
+            for (int run = 0; run < row / above; run++) {                                                              \
+                LOAD(0, run * above + from, 0, low_bytes);                                                             \
+                for (int k = 0; k < 8 / (low); k++)                                                                    \
+                    for (int i = 0; i < COUNT; i++) {                                                                  \
+                        v16i code = (low) == 8 ? low_bytes[i] : take_bits(low_bytes[i], k * (low), low, 0);            \
+                        if (high) code |= take_bits(high_bytes[i], (k * (row / above) + run) * step, high, low);       \
+                        STORE(k * row + run * above + from, i, code);                                                  \
+                    }                                                                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+    } while (0)
 
 // The j-th sixteen's keys to tiles; int32 w of a row (4 channels) goes to row w % 16 of the tile of chunk w / 16.
-INLINE void pack_keys_of(const rows_t *rows, int j, uint8_t *tile, int64_t chunk_stride, const int bits, const int dim) {
-#define KEY_ROW(w) (tile + (w) / 16 * chunk_stride + (w) % 16 * 64)
-    v16i code[4], pairs[4];
-    if (bits == 8) {
-        for (int w = 0; w < dim / 4; w += 4) {
-            columns_of_16(rows->plane[j] + 4 * w, rows->stride, code);
-            for (int i = 0; i < 4; i++) store16i(KEY_ROW(w + i), code[i]);
-        }
-        return;
-    }
-    const int quarters = bits == 6 ? dim / 4 : dim / 2;
-    for (int from = 0; from < quarters; from += 16) {
-        if (bits == 6) columns_of_16(rows->high[j] + from, rows->high_stride, pairs);
-        for (int k = 0; k < dim / 2 / quarters; k++) {
-            const int w = (k * quarters + from) / 4;
-            columns_of_16(rows->plane[j] + 4 * w, rows->stride, code);
-            for (int i = 0; i < 4; i++) {
-                v16i low = low_nibbles(code[i]), high = high_nibbles(code[i]);
-                if (bits == 6) low |= pair_bits(pairs[i], k), high |= pair_bits(pairs[i], k + 2);
-                store16i(KEY_ROW(w + i), low);
-                store16i(KEY_ROW(dim / 8 + w + i), high);
-            }
-        }
-    }
-#undef KEY_ROW
+INLINE void pack_keys_of(const rows_t *rows, int j, uint8_t *tile, int64_t chunk_stride, const int low, const int high,
+                         const int dim) {
+#define LOAD(p, from, is_short, v)                                                                                     \
+    do {                                                                                                               \
+        if (is_short) columns_of_8(rows->plane[p][j], v);                                                              \
+        else columns_of_16(rows->plane[p][j] + (from), rows->row[p], v);                                               \
+    } while (0)
+#define STORE(channel, i, code)                                                                                        \
+    store16i(tile + ((channel) / 4 + i) / 16 * chunk_stride + ((channel) / 4 + i) % 16 * 64, code)
+    UNPACK_ROW(low, high, dim, 4, LOAD, STORE);
+#undef LOAD
+#undef STORE
 }
 
 // 64 tokens' values to tiles of 16 channels each; row i holds tokens i, 16 + i, 32 + i and 48 + i.
-INLINE void pack_values_of(const rows_t *rows, const rows_t *ahead, uint8_t *tiles, const int bits, const int dim) {
-    const int64_t stride = rows->stride, high_stride = rows->high_stride;
-    for (int i = 0; i < 16; i++, tiles += 64) {
-        prefetch_part(ahead, i);
-#define VALUE_BYTES(at)                                                                                                \
-    interleave_4(rows->plane[0] + i * stride + (at), rows->plane[1] + i * stride + (at),                                 \
-                 rows->plane[2] + i * stride + (at), rows->plane[3] + i * stride + (at))
-        if (bits == 8) {
-            for (int at = 0; at < dim; at += 16) store16i(tiles + at / 16 * TILE_BYTES, VALUE_BYTES(at));
-            continue;
-        }
-        const int quarters = bits == 6 ? dim / 4 : dim / 2;
-        for (int from = 0; from < quarters; from += 16) {
-            v16i pairs = splati(0);
-            if (bits == 6)
-                pairs = interleave_4(rows->high[0] + i * high_stride + from, rows->high[1] + i * high_stride + from,
-                                     rows->high[2] + i * high_stride + from, rows->high[3] + i * high_stride + from);
-            for (int k = 0; k < dim / 2 / quarters; k++) {
-                const int at = k * quarters + from;
-                const v16i code = VALUE_BYTES(at);
-                v16i low = low_nibbles(code), high = high_nibbles(code);
-                if (bits == 6) low |= pair_bits(pairs, k), high |= pair_bits(pairs, k + 2);
-                store16i(tiles + at / 16 * TILE_BYTES, low);
-                store16i(tiles + (dim / 2 + at) / 16 * TILE_BYTES, high);
-            }
-        }
-#undef VALUE_BYTES
+INLINE void pack_values_of(const rows_t *rows, const rows_t *ahead, uint8_t *tiles, const int low, const int high,
+                           const int dim) {
+#define LOAD(p, from, is_short, v)                                                                                     \
+    do {                                                                                                               \
+        const int64_t at = (int64_t)token * rows->row[p] + (from);                                                     \
+        v16b four[4];                                                                                                  \
+        for (int j = 0; j < 4; j++) four[j] = load_bytes(rows->plane[p][j] + at, is_short);                            \
+        (v)[0] = interleave_4(four[0], four[1], four[2], four[3]);                                                     \
+        if (is_short) (v)[0] = (v16i)((v16u)(v)[0] >> SECOND_HALF);                                                    \
+    } while (0)
+#define STORE(channel, i, code) store16i(tiles + (channel) / 16 * TILE_BYTES + 64 * token, code)
+    for (int token = 0; token < 16; token++) {
+        prefetch_part(ahead, token);
+        UNPACK_ROW(low, high, dim, 1, LOAD, STORE);
     }
+#undef LOAD
+#undef STORE
 }
 
-// Constant bits and head sizes for the common cases, so that the compiler unrolls them.
-#define BY_SHAPE(bits, dim, call)                                                                                      \
+// Constant widths and head sizes for the common cases, so that the compiler unrolls them.
+#define BY_WIDTHS(dim, call)                                                                                           \
     do {                                                                                                               \
-        if (dim == 64 && bits == 4) { call(4, 64); }                                                                   \
-        else if (dim == 64 && bits == 6) { call(6, 64); }                                                              \
-        else if (dim == 64) { call(8, 64); }                                                                           \
-        else if (dim == 128 && bits == 4) { call(4, 128); }                                                            \
-        else if (dim == 128 && bits == 6) { call(6, 128); }                                                            \
-        else if (dim == 128) { call(8, 128); }                                                                         \
-        else { call(bits, dim); }                                                                                      \
+        const int low = rows->width[0], high = rows->width[1];                                                         \
+        if (low == 8 && !high) { call(8, 0, dim); }                                                                    \
+        else if (low == 4 && !high) { call(4, 0, dim); }                                                               \
+        else if (low == 4 && high == 2) { call(4, 2, dim); }                                                           \
+        else if (low == 2 && !high) { call(2, 0, dim); }                                                               \
+        else if (low == 2 && high == 1) { call(2, 1, dim); }                                                           \
+        else { call(low, high, dim); }                                                                                 \
+    } while (0)
+#define BY_SHAPE(call)                                                                                                 \
+    do {                                                                                                               \
+        if (rows->dim == 64) BY_WIDTHS(64, call);                                                                      \
+        else if (rows->dim == 128) BY_WIDTHS(128, call);                                                               \
+        else call(rows->width[0], rows->width[1], rows->dim);                                                          \
     } while (0)
 
 // Four tiles of sixteen tokens; `ahead`: rows to ask for meanwhile, or null. scratch: [4][16][256] bytes.
 static void pack_keys(rows_t *rows, const rows_t *ahead, uint8_t *tiles, int64_t chunk_stride, uint8_t *scratch) {
-    if (needs_bytes(rows->bits, rows->dim)) expand_rows(rows, scratch);
+    if (!fits_packing(rows->row[0]) || !fits_packing(rows->row[1])) expand_rows(rows, scratch);
     for (int j = 0; j < 4; j++) {
         for (int i = 0; i < 4; i++) prefetch_part(ahead, 4 * j + i);
-#define CALL(bits, dim) pack_keys_of(rows, j, tiles + j * TILE_BYTES, chunk_stride, bits, dim)
-        BY_SHAPE(rows->bits, rows->dim, CALL);
+#define CALL(low, high, dim) pack_keys_of(rows, j, tiles + j * TILE_BYTES, chunk_stride, low, high, dim)
+        BY_SHAPE(CALL);
 #undef CALL
     }
 }
 
 static void pack_values(rows_t *rows, const rows_t *ahead, uint8_t *tiles, uint8_t *scratch) {
-    if (needs_bytes(rows->bits, rows->dim)) expand_rows(rows, scratch);
-#define CALL(bits, dim) pack_values_of(rows, ahead, tiles, bits, dim)
-    BY_SHAPE(rows->bits, rows->dim, CALL);
+    if (!fits_packing(rows->row[0]) || !fits_packing(rows->row[1])) expand_rows(rows, scratch);
+#define CALL(low, high, dim) pack_values_of(rows, ahead, tiles, low, high, dim)
+    BY_SHAPE(CALL);
 #undef CALL
 }
 
-// The j-th sixteen's scales and minima: scales[group * group_stride + token], of which the first `count` are tokens. What
-// stands beyond them in the page may be no number, and becomes 0.
-static void read_meta(const rows_t *rows, int j, int count, float *scales, float *minima, int group_stride) {
-    const int groups = rows->meta_stride / 4;
-    const v16i valid = iota() < splati(count);
-    for (int g = 0; g < groups; g++) {
-        v16f scale, minimum;
-#if defined(__AVX512F__)
-        const __m512i at = _mm512_mullo_epi32((__m512i)iota(), _mm512_set1_epi32(groups));
-        const __m512i both = _mm512_i32gather_epi32(at, rows->meta[j] + 4 * g, 4);
-        scale = (v16f)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(both));
-        minimum = (v16f)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
-#else
-        uint16_t half[2][16];
-        for (int t = 0; t < 16; t++) {
-            memcpy(&half[0][t], rows->meta[j] + 4 * (t * groups + g), 2);
-            memcpy(&half[1][t], rows->meta[j] + 4 * (t * groups + g) + 2, 2);
-        }
-        for (int t = 0; t < 16; t++) scale[t] = f16_to_float(half[0][t]), minimum[t] = f16_to_float(half[1][t]);
-#endif
-        store16(scales + g * group_stride, (v16f)((v16i)scale & valid));
-        store16(minima + g * group_stride, (v16f)((v16i)minimum & valid));
+// What a chunk's tokens are read with, one number a token. Softmax.h says what units and sizes of values are.
+typedef struct {
+    float key_step[CHUNK], key_zero[CHUNK];  // of a code; the zero's byte
+    float value_unit[CHUNK], value_size[CHUNK], value_zero[CHUNK];
+} meta_t;
+
+#define WEIGHT_ONE 30600.0f
+
+// One sixteen's scales and zeros, whatever stands there, to place `at`.
+static void read_meta(const pareto_cache *c, const uint8_t *page, int token, meta_t *m, int at) {
+    const uint8_t *from = page + c->meta_offset + 4 * (int64_t)token;
+    const int bits = side_bits(c, 0);
+    for (int l = 0; l < 16; l += PART) {
+        const vu four = (vu)part_load_i(from + 4 * l), scale = four >> 16 & 255;
+        part_store(m->key_step + at + l, (vf)SCALE_FLOAT(four & 255, STEP_EXPONENT(bits)));
+        part_store(m->key_zero + at + l, part_float((vi)(four >> 8 & 255)));
+        part_store(m->value_unit + at + l, (vf)SCALE_FLOAT(scale, 0) * WEIGHT_ONE);
+        part_store(m->value_zero + at + l, part_float((vi)(four >> 24)));
+        part_store(m->value_size + at + l, part_float((vi)scale) * 0.0625f);
     }
 }
 

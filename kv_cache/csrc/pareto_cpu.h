@@ -10,7 +10,12 @@ enum pareto_dtype { PARETO_F32 = 0, PARETO_BF16 = 1, PARETO_F16 = 2 };
 
 enum pareto_isa { PARETO_GENERIC = 0, PARETO_AVX2 = 1, PARETO_AVX512 = 2, PARETO_AMX = 3 };
 
-// One layer's pages and how to read them. Strides and offsets are in bytes.
+// A plane of a page: where it starts, in bytes, and the bits of a channel in it; width 0: no such plane.
+typedef struct {
+    int32_t offset, width;
+} pareto_plane;
+
+// One layer's pages and how to read them. Strides are in bytes.
 typedef struct {
     uint8_t *base;          // page of block b and KV head h: base + b * block_stride + h * head_stride
     int64_t block_stride;
@@ -18,30 +23,19 @@ typedef struct {
     int32_t block_size;     // tokens of a page
     int32_t num_kv_heads;
     int32_t head_dim;
-    int32_t key_bits;       // 4, 6 or 8
-    int32_t value_bits;
-    int32_t group_size;     // channels that share a scale kept in the page; 0: scales below
-    int32_t key_offset;     // planes within the page of one head
-    int32_t key_high_offset;    // 2-bit plane of 6-bit codes
-    int32_t value_offset;
-    int32_t value_high_offset;
-    int32_t key_meta_offset;    // float16 (scale, minimum) of each group, token-major
-    int32_t value_meta_offset;
-    const float *key_scale;     // [num_kv_heads][head_dim] each, null when group_size > 0
-    const float *key_zero;
-    const float *value_scale;
-    const float *value_zero;
-    // A transform of the keys: the kernels take query times this matrix, which holds the key scales, [heads][dim][dim],
-    // instead of query * key_scale; null: none.
-    const float *key_decode;
-    // Centred keys (kv_cache/rotary.py); `pairs`, a multiple of 32, counts channel pairs, padded with zero means; 0: none.
+    pareto_plane planes[2][2];      // of keys and of values: their lowest bits, and those above
+    int32_t meta_offset;            // four bytes a token: key scale, key zero, value scale, value zero
+    int32_t pairs;                  // of channels, padded with zero means to a multiple of 32
+    int32_t num_anchors;
+    const float *key_inverse;       // [num_kv_heads][head_dim][head_dim]
+    const float *key_first;         // [num_kv_heads][head_dim]
+    const float *value_decode;      // [num_kv_heads]
+    // Centres of keys (kv_cache/rotary.py).
     const float *key_mean;          // [num_kv_heads][2][pairs]: first, second channel
     const int32_t *pair_channels;   // [2][pairs]
     const float *turn_fine;         // [TURN_SPAN][2][pairs]: cosine, sine, as the bytes read
     const float *turn_anchors;      // [num_anchors][2][pairs]
     const uint8_t *turn_tiles;      // the bytes, in tiles of product.h: [pairs / 32][16 tiles of 16 positions][1024]
-    int32_t pairs;
-    int32_t num_anchors;
 } pareto_cache;
 
 typedef struct {
@@ -69,13 +63,12 @@ typedef struct {
     const void *value;
     int64_t key_token_stride, key_head_stride;
     int64_t value_token_stride, value_head_stride;
-    const float *key_inverse;   // 1 / key_scale and 1 / value_scale, [num_kv_heads][head_dim]; null with groups
-    const float *value_inverse;
-    const float *key_encode;    // [num_kv_heads][head_dim][head_dim], key_transform / key_scale; null: none
-    const float *key_feedback;  // [num_kv_heads][head_dim][head_dim], strictly lower; null: none
-    const float *value_feedback;
+    const float *key_transform; // [num_kv_heads][head_dim][head_dim]
+    const float *value_encode;  // [num_kv_heads]
+    // Of keys and of values: what a token's range and what -lowest / step are multiplied by (kv_cache/codec.py, fit).
+    float range_factor[2], zero_factor[2];
     const int64_t *slots;       // [num_tokens] block * block_size + offset; negative: not stored
-    const int64_t *positions;   // [num_tokens] in the sequence; read for centred keys only
+    const int64_t *positions;   // [num_tokens] in the sequence; not read where a slot is negative
     int64_t num_tokens;
     int32_t dtype;
     int32_t num_threads;

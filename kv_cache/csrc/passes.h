@@ -9,13 +9,14 @@
 #define MAX_UNITS 16
 
 typedef struct {
-    uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]; behind them the table of centred keys
+    uint8_t *keys;      // [64 channels][16 tiles of 16 tokens]
     uint8_t *values;    // [block][tiles of 16 channels]
     // For each unit of a pair:
     uint8_t *weights;   // [2][block] activation chunks
-    int32_t *scores;    // [2][8][CHUNK], int32 or float
-    int32_t *products;  // [2][8][CHUNK]: one group's scores, or the weighted values [8][dim]
-    float *meta;        // key scale, key minimum, value scale, value minimum: [4][groups][CHUNK]
+    int32_t *scores;    // [2][8][CHUNK], int32 and then float
+    int32_t *turns;     // [2][8][CHUNK], the product with the turn table
+    int32_t *products;  // [2][8][dim], the weighted values
+    meta_t *meta;
     uint8_t *bytes;     // for pages.h
     partial_t partial[2];
     unit_t *units;
@@ -31,67 +32,69 @@ typedef struct {
 static int64_t partial_floats(const pareto_cache *c) { return 32 + UNIT_ROWS * c->head_dim; }
 
 static int scratch_make(scratch_t *s, const pareto_cache *c) {
-    const size_t dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
-    const size_t turned = turned_chunks(c), query_bytes = (groups ? groups : chunks + turned) * CHUNK_BYTES;
-    const size_t row_bytes = UNIT_ROWS * dim * sizeof(float);
+    const size_t dim = c->head_dim, chunks = channel_chunks(c), turned = turned_chunks(c);
+    const size_t query_bytes = (chunks + turned) * CHUNK_BYTES, row_bytes = UNIT_ROWS * dim * sizeof(float);
+    const size_t score_bytes = UNIT_ROWS * CHUNK * sizeof(int32_t);
     const size_t sizes[] = {
-        (chunks + turned) * CHUNK * 64, dim * CHUNK, 2 * CHUNK_BLOCKS * CHUNK_BYTES, 2 * UNIT_ROWS * CHUNK * 4,
-        2 * UNIT_ROWS * CHUNK * 4, groups * 4 * CHUNK * sizeof(float), 4 * 16 * 256, 2 * row_bytes,
-        MAX_UNITS * sizeof(unit_t),
-        MAX_UNITS * query_bytes, MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
+        chunks * CHUNK * 64, dim * CHUNK, 2 * CHUNK_BLOCKS * CHUNK_BYTES, 2 * score_bytes, 2 * score_bytes,
+        2 * row_bytes, sizeof(meta_t), BLOCK * 256, 2 * row_bytes, MAX_UNITS * sizeof(unit_t), MAX_UNITS * query_bytes,
+        MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
     };
-    enum { PARTS = sizeof sizes / sizeof *sizes };
-    uint8_t *parts[PARTS];
+    enum { PARTS_OF_SCRATCH = sizeof sizes / sizeof *sizes };
+    uint8_t *parts[PARTS_OF_SCRATCH];
     size_t bytes = 0;
-    for (int i = 0; i < PARTS; i++) bytes += (sizes[i] + 63) / 64 * 64;
+    for (int i = 0; i < PARTS_OF_SCRATCH; i++) bytes += (sizes[i] + 63) / 64 * 64;
     s->memory = aligned_alloc(64, bytes);
     if (!s->memory) return -1;
     // Stale codes and activations are harmless, but tiles that no row fills (head sizes off 64) must be numbers.
     memset(s->memory, 0, bytes);
     parts[0] = s->memory;
-    for (int i = 1; i < PARTS; i++) parts[i] = parts[i - 1] + (sizes[i - 1] + 63) / 64 * 64;
+    for (int i = 1; i < PARTS_OF_SCRATCH; i++) parts[i] = parts[i - 1] + (sizes[i - 1] + 63) / 64 * 64;
     s->keys = parts[0];
     s->values = parts[1];
     s->weights = parts[2];
     s->scores = (int32_t *)parts[3];
-    s->products = (int32_t *)parts[4];
-    s->meta = (float *)parts[5];
-    s->bytes = parts[6];
-    for (int i = 0; i < 2; i++) s->partial[i].values = (float *)(parts[7] + i * row_bytes);
-    s->units = (unit_t *)parts[8];
+    s->turns = (int32_t *)parts[4];
+    s->products = (int32_t *)parts[5];
+    s->meta = (meta_t *)parts[6];
+    s->bytes = parts[7];
+    for (int i = 0; i < 2; i++) s->partial[i].values = (float *)(parts[8] + i * row_bytes);
+    s->units = (unit_t *)parts[9];
     for (int u = 0; u < MAX_UNITS; u++) {
-        s->units[u].query = parts[9] + u * query_bytes;
-        s->units[u].total = (float *)(parts[10] + u * row_bytes);
-        s->units[u].turn = (float *)parts[11] + u * turn_floats(c);
+        s->units[u].query = parts[10] + u * query_bytes;
+        s->units[u].turned_query = s->units[u].query + chunks * CHUNK_BYTES;
+        s->units[u].total = (float *)(parts[11] + u * row_bytes);
+        s->units[u].turn = (float *)parts[12] + u * turn_floats(c);
     }
-    if (turned) memcpy(s->keys + chunks * CHUNK * 64, c->turn_tiles, turned * CHUNK * 64);
     return 0;
 }
-
-static float *s_meta(const scratch_t *s, int kind, int groups) { return s->meta + kind * groups * CHUNK; }
 
 // One work item's way through the pages.
 typedef struct {
     const pareto_attention_args *a;
     const item_t *item, *next;  // next: what this thread will probably do after it, or null
     scratch_t *s;
-    const int32_t *table;
-    int tokens, last;    // of the sequence; the last position that any row sees
-    int chunk;           // first token of the current chunk
-    unsigned packed[2];  // blocks of the chunk whose keys, values are unpacked
+    int last;                // the last position that any row sees
+    int chunk;               // first token of the current chunk
+    places_t places, ahead;  // of the current chunk, and of the one after it, here or in the next item
+    unsigned packed[2];      // blocks of the chunk whose keys, values are unpacked
 } walk_t;
 
-// The rows that follow those at `token` by a chunk, here or in the item after this one; 0 if there are none.
-static int find_ahead(const walk_t *w, int side, int token, rows_t *rows) {
+static void places_of(const walk_t *w, places_t *places, const item_t *item, int chunk, int end) {
     const pareto_attention_args *a = w->a;
+    find_places(places, &a->cache, a->block_table + item->request * a->table_stride, item->kv_head, chunk, end);
+}
+
+// Enter chunk k of the item.
+static void walk_to(walk_t *w, int k) {
     const item_t *item = w->item;
-    if (token + CHUNK <= w->last) token += CHUNK;
-    else if (!w->next) return 0;
-    else item = w->next, token += item->first_chunk * CHUNK - w->chunk;
-    const int tokens = a->seq_lens[item->request];
-    if (token >= tokens) return 0;
-    find_rows(rows, &a->cache, a->block_table + item->request * a->table_stride, tokens, item->kv_head, side, token);
-    return 1;
+    w->chunk = k * CHUNK;
+    w->packed[0] = w->packed[1] = 0;
+    if (k > item->first_chunk) w->places = w->ahead;
+    else places_of(w, &w->places, item, w->chunk, w->last + 1);
+    if (k + 1 < item->first_chunk + item->chunks) places_of(w, &w->ahead, item, w->chunk + CHUNK, w->last + 1);
+    else if (w->next) places_of(w, &w->ahead, w->next, w->next->first_chunk * CHUNK, w->a->seq_lens[w->next->request]);
+    else memset(&w->ahead, 0, sizeof w->ahead);
 }
 
 // Unpack keys (side 0) or values (side 1) of a block of the current chunk, unless an earlier unit did.
@@ -100,74 +103,31 @@ static void need_block(walk_t *w, int side, int block) {
     w->packed[side] |= 1u << block;
     const pareto_cache *c = &w->a->cache;
     scratch_t *s = w->s;
-    const int groups = group_count(c), token = w->chunk + BLOCK * block;
-    rows_t rows, later;
-    find_rows(&rows, c, w->table, w->tokens, w->item->kv_head, side, token);
-    const rows_t *ahead = find_ahead(w, side, token, &later) ? &later : NULL;
-    for (int j = 0; j < 4 && groups; j++)
-        read_meta(&rows, j, w->tokens - token - 16 * j, s_meta(s, 2 * side, groups) + 16 * (4 * block + j),
-                  s_meta(s, 2 * side + 1, groups) + 16 * (4 * block + j), CHUNK);
-    if (side) pack_values(&rows, ahead, s->values + (int64_t)block * BLOCK * c->head_dim, s->bytes);
-    else pack_keys(&rows, ahead, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
+    rows_t rows, ahead;
+    find_rows(&rows, c, &w->places, side, block, 1);
+    find_rows(&ahead, c, &w->ahead, side, block, 0);
+    if (side) {
+        pack_values(&rows, &ahead, s->values + (int64_t)block * BLOCK * c->head_dim, s->bytes);
+        return;
+    }
+    for (int j = 4 * block; j < 4 * block + 4; j++) {
+        if (w->places.page[j]) read_meta(c, w->places.page[j], w->places.token[j], s->meta, 16 * j);
+        if (w->ahead.page[j]) __builtin_prefetch(w->ahead.page[j] + c->meta_offset + 4 * w->ahead.token[j], 0, 2);
+    }
+    pack_keys(&rows, &ahead, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
 }
 
 // The i-th unit's part of a buffer that both units of a pair have.
 static int32_t *scores_of(const scratch_t *s, int i) { return s->scores + i * UNIT_ROWS * CHUNK; }
-static int32_t *products_of(const scratch_t *s, int i) { return s->products + i * UNIT_ROWS * CHUNK; }
+static int32_t *turns_of(const scratch_t *s, int i) { return s->turns + i * UNIT_ROWS * CHUNK; }
+static int32_t *products_of(const scratch_t *s, int i, int dim) { return s->products + i * UNIT_ROWS * dim; }
 static uint8_t *weights_of(const scratch_t *s, int i) { return s->weights + i * CHUNK_BLOCKS * CHUNK_BYTES; }
 
-// Scores of `blocks` blocks as int32 [rows][CHUNK], of one unit or of two.
-static void scores_integers(walk_t *w, const unit_t *u, int count, int first_block, int blocks, int32_t *scores) {
-    const pareto_cache *c = &w->a->cache;
-    const uint8_t *keys = w->s->keys + 4 * first_block * TILE_BYTES;
-    const int chunks = channel_chunks(c) + turned_chunks(c);
-    if (count == 1) {
-        product(u->query, keys, CHUNK * 64, chunks, 4 * blocks, u->padded_rows, scores, CHUNK);
-    } else {
-        const uint8_t *queries[2] = {u[0].query, u[1].query};
-        int32_t *both[2] = {scores, scores + UNIT_ROWS * CHUNK};
-        product_pair(queries, keys, CHUNK * 64, chunks, 4 * blocks, both, CHUNK);
-    }
-}
-
-// The same as floats in base 2, -infinity where a row does not see.
-static void scores_floats(walk_t *w, const unit_t *u, int first_block, int blocks, int32_t *integers) {
-    const pareto_attention_args *a = w->a;
-    scratch_t *s = w->s;
-    const int groups = group_count(&a->cache), from = w->chunk + BLOCK * first_block, count = BLOCK * blocks;
-    float *scores = (float *)integers;
-    if (!groups) {
-        scores_integers(w, u, 1, first_block, blocks, integers);
-        for (int r = 0; r < u->rows; r++) {
-            const v16f bias = splat(u->bias[r] - u->step[r] * (float)u->offset[r]);
-            for (int t = 0; t < count; t += 16) {
-                int32_t *at = integers + r * CHUNK + t;
-                store16((float *)at, fma16(to_float(load16i(at)), splat(u->step[r]), bias));
-            }
-        }
-    }
-    for (int g = 0; g < groups; g++) {
-        const uint8_t *keys = s->keys + g * a->cache.group_size / 64 * CHUNK * 64 + 4 * first_block * TILE_BYTES;
-        const float *scales = s_meta(s, 0, groups) + g * CHUNK + BLOCK * first_block;
-        const float *minima = s_meta(s, 1, groups) + g * CHUNK + BLOCK * first_block;
-        product(u->query + g * CHUNK_BYTES, keys, 0, 1, 4 * blocks, u->padded_rows, s->products, CHUNK);
-        for (int r = 0; r < u->rows; r++) {
-            const v16f step = splat(u->step[r]), sum = splat(u->group_query[g][r]);
-            for (int t = 0; t < count; t += 16) {
-                const v16f dot = to_float(load16i(s->products + r * CHUNK + t)) * step;
-                const v16f before = g ? load16(scores + r * CHUNK + t) : splat(0);
-                store16(scores + r * CHUNK + t, fma16(dot, load16(scales + t), fma16(sum, load16(minima + t), before)));
-            }
-        }
-    }
-    const int masked = is_masked(u, from, from + count);
-    for (int r = 0; r < u->rows; r++)
-        for (int t = 0; t < count; t += 16) {
-            v16f score = load16(scores + r * CHUNK + t);
-            if (a->soft_cap > 0) score = soft_cap(score, a->soft_cap);
-            if (masked) score = select16(seen_tokens(u, r, from + t), score, splat(-INFINITY));
-            if (masked || a->soft_cap > 0) store16(scores + r * CHUNK + t, score);
-        }
+// The product of one unit's activations, or of two units', with the same tiles.
+static void multiply(int count, int rows, const uint8_t *const activations[2], const uint8_t *tiles, int64_t stride,
+                     int chunks, int num_tiles, int32_t *const out[2], int64_t out_stride) {
+    if (count == 1) product(activations[0], tiles, stride, chunks, num_tiles, rows, out[0], out_stride);
+    else product_pair(activations, tiles, stride, chunks, num_tiles, out, out_stride);
 }
 
 // What one or two units see of the current chunk together: `blocks` blocks from block `first` on; 0 if nothing.
@@ -183,66 +143,51 @@ static view_t view_chunk(const walk_t *w, const unit_t *u, int count) {
     return (view_t){first, from < to ? (to - w->chunk + BLOCK - 1) / BLOCK - first : 0};
 }
 
+// Products of queries with keys and with the turn table, as integers.
 static void unit_scores(walk_t *w, const unit_t *u, int count, view_t v) {
+    const pareto_cache *c = &w->a->cache;
+    scratch_t *s = w->s;
     for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 0, b);
-    if (integer_scores(w->a)) scores_integers(w, u, count, v.first, v.blocks, w->s->scores);
-    else
-        for (int i = 0; i < count; i++) scores_floats(w, u + i, v.first, v.blocks, scores_of(w->s, i));
+    const uint8_t *const queries[2] = {u[0].query, u[count - 1].query};
+    const uint8_t *const turned[2] = {u[0].turned_query, u[count - 1].turned_query};
+    int32_t *const scores[2] = {scores_of(s, 0), scores_of(s, 1)}, *const turns[2] = {turns_of(s, 0), turns_of(s, 1)};
+    const int64_t from = 4 * v.first * TILE_BYTES;
+    multiply(count, u->padded_rows, queries, s->keys + from, CHUNK * 64, channel_chunks(c), 4 * v.blocks, scores, CHUNK);
+    multiply(count, u->padded_rows, turned, c->turn_tiles + from, CHUNK * 64, turned_chunks(c), 4 * v.blocks, turns, CHUNK);
 }
 
-// The i-th unit's scores to weights (or, for groups, to exponentials), with their maximum and sum.
+// The i-th unit's scores to weights, with their maximum and sums.
 static void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
     scratch_t *s = w->s;
-    const int start = w->chunk + v.first * BLOCK, masked = is_masked(u, start, start + v.blocks * BLOCK);
-    uint8_t *weights = weights_of(s, i);
+    const int at = v.first * BLOCK, token = w->chunk + at, masked = is_masked(u, token, token + v.blocks * BLOCK);
+    const float cap = w->a->soft_cap;
     for (int r = 0; r < u->rows; r++) {
         int32_t *scores = scores_of(s, i) + r * CHUNK;
-        if (integer_scores(w->a)) {
-            int32_t top = masked ? weigh_integers(u, r, scores, start, v.blocks, weights, p->sum + r, 1)
-                                 : weigh_integers(u, r, scores, start, v.blocks, weights, p->sum + r, 0);
-            // The offset is the chunk's own: it cancels within, and counts between chunks.
-            if (top != INT32_MIN) top -= u->offset[r];
-            memcpy(p->max + r, &top, 4);
-        } else if (!w->a->cache.group_size) {
-            p->max[r] = weigh_floats(u, r, (float *)scores, v.blocks, weights, p->sum + r);
-        } else {
-            p->max[r] = exponentials((float *)scores, 4 * v.blocks, p->sum + r);
-        }
+        const int32_t *turns = turns_of(s, i) + r * CHUNK;
+#define SCORES(cap, masked) score_row(u, r, scores, turns, s->meta, at, token, 4 * v.blocks, cap, masked)
+        p->max[r] = cap > 0 ? SCORES(cap, 1) : masked ? SCORES(0, 1) : SCORES(0, 0);
+#undef SCORES
+        weigh_row(u, r, (const float *)scores, s->meta, at, v.blocks, p->max[r], weights_of(s, i), p->sum + r,
+                  p->shift + r);
     }
 }
 
 static void unit_values(walk_t *w, const unit_t *u, int count, view_t v, partial_t *partials) {
     const pareto_cache *c = &w->a->cache;
     scratch_t *s = w->s;
-    const int dim = c->head_dim, groups = group_count(c);
+    const int dim = c->head_dim;
     const int64_t block_bytes = (int64_t)BLOCK * dim;
-    const uint8_t *values = s->values + v.first * block_bytes;
     for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 1, b);
-    if (!groups) {
-        if (count == 1) {
-            product(s->weights, values, block_bytes, v.blocks, dim / 16, u->padded_rows, s->products, dim);
-        } else {
-            const uint8_t *weights[2] = {s->weights, weights_of(s, 1)};
-            int32_t *both[2] = {s->products, products_of(s, 1)};
-            product_pair(weights, values, block_bytes, v.blocks, dim / 16, both, dim);
-        }
-        for (int n = 0; n < count; n++)
-            for (int i = 0; i < u[n].rows * dim; i += 16)
-                store16(partials[n].values + i, to_float(load16i(products_of(s, n) + i)));
-    }
-    for (int g = 0; g < groups; g++) {  // one unit
-        float unit[UNIT_ROWS], offset[UNIT_ROWS];
-        const int channel = g * c->group_size, width = dim - channel < c->group_size ? dim - channel : c->group_size;
-        for (int r = 0; r < u->rows; r++)
-            weigh_group(u, r, (const float *)s->scores + r * CHUNK, s_meta(s, 2, groups) + g * CHUNK + v.first * BLOCK,
-                        s_meta(s, 3, groups) + g * CHUNK + v.first * BLOCK, v.blocks, s->weights, unit + r, offset + r);
-        product(s->weights, values + channel * BLOCK, block_bytes, v.blocks, width / 16, u->padded_rows, s->products,
-                width);
-        for (int r = 0; r < u->rows; r++)
-            for (int i = 0; i < width; i += 16)
-                store16(partials->values + r * dim + channel + i,
-                        fma16(to_float(load16i(s->products + r * width + i)), splat(unit[r]), splat(offset[r])));
-    }
+    const uint8_t *const weights[2] = {weights_of(s, 0), weights_of(s, 1)};
+    int32_t *const products[2] = {products_of(s, 0, dim), products_of(s, 1, dim)};
+    multiply(count, u->padded_rows, weights, s->values + v.first * block_bytes, block_bytes, v.blocks, dim / 16, products,
+             dim);
+    const float zero = (float)(1 << side_bits(c, 1)) / 256;  // a zero's byte counts 256ths of the codes' range
+    for (int n = 0; n < count; n++)
+        for (int r = 0; r < u[n].rows; r++)
+            for (int i = r * dim; i < (r + 1) * dim; i += PART)
+                part_store(partials[n].values + i,
+                           part_float(part_load_i(products[n] + i)) - part_splat(partials[n].shift[r] * zero));
 }
 
 #endif

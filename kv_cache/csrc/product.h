@@ -1,7 +1,7 @@
 // The integer product under both halves of attention: activations [rows][64 k] times codes [64 k][16 lanes], exact.
 //
 // Activations are 16-bit fixed-point numbers of magnitude at most PARETO_ONE: query channels against keys, weights of
-// tokens against values. Codes come in tiles of 1 KB: int32 lane i of row j holds the four one-byte codes 4j .. 4j + 3
+// tokens against values, and coefficients of turned pairs against a table. Codes come in tiles of 1 KB: int32 lane i of row j holds the four one-byte codes 4j .. 4j + 3
 // of column i (keys: four channels of token i; values: four tokens of channel i), which is what AMX multiplies.
 //
 // Two forms, chosen at compile time:
@@ -20,26 +20,26 @@
 #define TILE_BYTES 1024
 #define CHUNK_BYTES 1024  // activations of 64 k and up to 8 rows, in either form
 
+// Activations of 64 k to their place in a chunk, for lanes lane .. lane + PART - 1 of a row. Lane i of x[j] holds the
+// activation (its low 16 bits) at 4i + j.
 #if defined(__AVX512VNNI__)
 
-// Activations of 64 k to their bytes. On entry lane i of even0, odd0, even1, odd1 holds the activation (its low 16 bits)
-// at 4i, 4i + 1, 4i + 2, 4i + 3.
-INLINE void put_activations(uint8_t *chunk, int rows, int r, v16i even0, v16i odd0, v16i even1, v16i odd1) {
-    const v16i word = splati(0xffff), mask = splati(0x00ff00ff);
+INLINE void put_activations(uint8_t *chunk, int rows, int r, int lane, const vi x[4]) {
+    const vi mask = part_splat_i(0x00ff00ff), word = part_splat_i(0xffff);
     const v32h half = (v32h)splati(0x00800080);
-    const v16i even = (even0 & word) | (v16i)((v16u)even1 << 16), odd = (odd0 & word) | (v16i)((v16u)odd1 << 16);
-    const v16i even_up = (v16i)(((v32h)even + half) >> 8), odd_up = (v16i)((v32h)odd + half);
-    store16i(chunk + 64 * r, (even_up & mask) | (odd_up & ~mask));
-    store16i(chunk + 64 * (rows + r), (even & mask) | ((v16i)((v16u)odd << 8) & ~mask));
+    const vi even = (x[0] & word) | (vi)((vu)x[2] << 16), odd = (x[1] & word) | (vi)((vu)x[3] << 16);
+    const vi even_up = (vi)(((v32h)even + half) >> 8), odd_up = (vi)((v32h)odd + half);
+    part_store_i(chunk + 64 * r + 4 * lane, (even_up & mask) | (odd_up & ~mask));
+    part_store_i(chunk + 64 * (rows + r) + 4 * lane, (even & mask) | ((vi)((vu)odd << 8) & ~mask));
 }
 
 #else
 
-INLINE void put_activations(uint8_t *chunk, int rows, int r, v16i even0, v16i odd0, v16i even1, v16i odd1) {
-    const v16i word = splati(0xffff);
+INLINE void put_activations(uint8_t *chunk, int rows, int r, int lane, const vi x[4]) {
+    const vi word = part_splat_i(0xffff);
     (void)rows;
-    store16i(chunk + 128 * r, (even0 & word) | (v16i)((v16u)even1 << 16));
-    store16i(chunk + 128 * r + 64, (odd0 & word) | (v16i)((v16u)odd1 << 16));
+    part_store_i(chunk + 128 * r + 4 * lane, (x[0] & word) | (vi)((vu)x[2] << 16));
+    part_store_i(chunk + 128 * r + 64 + 4 * lane, (x[1] & word) | (vi)((vu)x[3] << 16));
 }
 
 #endif

@@ -4,10 +4,6 @@
 
 #include "pages.h"
 
-#define BLOCK 64
-#define CHUNK 256  // tokens; sums of weights times codes over a chunk fit in int32
-#define CHUNK_BLOCKS (CHUNK / BLOCK)
-#define MAX_GROUPS 8  // 256 channels in groups of 32
 #define LOG2E 1.4426950408889634f
 
 typedef struct {
@@ -16,38 +12,27 @@ typedef struct {
     int32_t first[UNIT_ROWS], last[UNIT_ROWS];  // positions that a row sees, inclusive
     int32_t lowest_first, highest_first, lowest_last, highest_last;
     float step[16];  // of the fixed-point query
-    float bias[16];  // the key zeros' part of the score, where it matters
-    // Centred keys: the coefficients at position 0 in steps, [8][2][pairs], and 128 times the sum of the current ones.
+    float zero[16];  // what a key's zero byte adds to a product, in these steps
+    float first_bias[16];  // query . centre of the first token's key
+    // Other centres: the coefficients at position 0 in steps, [8][2][pairs]; a step; what the current ones' sum adds.
     float *turn;
-    int32_t offset[16];
-    float group_query[MAX_GROUPS][16];  // step * sum of the group's fixed-point query
-    uint8_t *query;  // activation chunks: one for 64 channels, or one for each group; then one for 32 turned pairs
-    // Softmax so far: maximum in base 2 (the bits of an int32 where scores are integers), sum, sum of weighted values.
+    float turn_step[16], turn_offset[16];
+    uint8_t *query;  // activation chunks: one for 64 channels
+    uint8_t *turned_query;  // one for 32 turned pairs
+    // Softmax so far: maximum in base 2, sum, sum of weighted values.
     float max[16], sum[16];
     float *total;  // [8][dim]
 } unit_t;
 
 typedef struct {
     float max[16], sum[16];
-    float *values;  // [8][dim]
+    float shift[16];  // what the values' zeros take off every channel
+    float *values;    // [8][dim]
 } partial_t;
-
-static int group_count(const pareto_cache *c) {
-    return c->group_size ? (c->head_dim + c->group_size - 1) / c->group_size : 0;
-}
 
 static int channel_chunks(const pareto_cache *c) { return (c->head_dim + 63) / 64; }
 static int turned_chunks(const pareto_cache *c) { return c->pairs / 32; }
 static int turn_floats(const pareto_cache *c) { return UNIT_ROWS * 2 * c->pairs; }
-
-// Scores stay integers when nothing but one factor a row stands between them and the exponent: the key zeros' part
-// shifts a whole row and cancels, unless a soft cap follows.
-static int integer_scores(const pareto_attention_args *a) { return !a->cache.group_size && !(a->soft_cap > 0); }
-
-// The maximum of rows that saw nothing.
-static v16f nothing_seen(const pareto_attention_args *a) {
-    return integer_scores(a) ? (v16f)splati(INT32_MIN) : splat(-INFINITY);
-}
 
 // 16 floats of a row of any dtype, widened.
 INLINE v16f load_row16(const void *data, int64_t at, int dtype) {
@@ -73,12 +58,15 @@ INLINE void store_row16(void *data, int64_t at, int dtype, v16f x) {
     }
 }
 
-// Write the activations (their low 16 bits) of 64 channels, in channel order, skipping those outside from .. to - 1.
-static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x, int from, int to) {
+// Write the activations (their low 16 bits) of 64 channels, in channel order.
+static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x) {
     int32_t parts[4][16];
-    for (int i = 0; i < 16; i++)
-        for (int k = 0; k < 4; k++) parts[k][i] = 4 * i + k >= from && 4 * i + k < to ? x[4 * i + k] : 0;
-    put_activations(chunk, rows, r, load16i(parts[0]), load16i(parts[1]), load16i(parts[2]), load16i(parts[3]));
+    for (int i = 0; i < 64; i++) parts[i % 4][i / 4] = x[i];
+    for (int lane = 0; lane < 16; lane += PART) {
+        const vi four[4] = {part_load_i(parts[0] + lane), part_load_i(parts[1] + lane), part_load_i(parts[2] + lane),
+                            part_load_i(parts[3] + lane)};
+        put_activations(chunk, rows, r, lane, four);
+    }
 }
 
 // `n` vectors of q times a matrix [dim][dim], even and odd rows summed apart: 2 * n sums, none of which waits for another.
@@ -118,78 +106,70 @@ static float prepare_turn(const float *q, const pareto_cache *c, int kv_head, fl
 // Set the activations that meet the table to those of a chunk. A table's tile row i holds the cosines of pairs i and
 // 16 + i and their sines, so that the vectors below are already in order.
 static void unit_turn(unit_t *u, const pareto_cache *c, int chunk) {
-    const int pairs = c->pairs, chunks = channel_chunks(c);
-    if (!pairs) return;
-    v16u sums[UNIT_ROWS];
-    for (int r = 0; r < u->rows; r++) sums[r] = (v16u)splati(0);
-    for (int k = 0; k < pairs / 32; k++) {
-        const float *anchor = c->turn_anchors + (int64_t)chunk * 2 * pairs + 32 * k;
-        const v16f cos[2] = {load16(anchor), load16(anchor + 16)};
-        const v16f sin[2] = {load16(anchor + pairs), load16(anchor + pairs + 16)};
-        for (int r = 0; r < u->rows; r++) {
+    const int pairs = c->pairs;
+    for (int r = 0; r < u->rows; r++) {
+        vu sums[PARTS] = {{0}};
+        for (int k = 0; k < pairs / 32; k++) {
+            const float *anchor = c->turn_anchors + (int64_t)chunk * 2 * pairs + 32 * k;
             const float *turn = u->turn + r * 2 * pairs + 32 * k;
-            v16i x[2][2];
-            for (int i = 0; i < 2; i++) {
-                const v16f even = load16(turn + 16 * i), odd = load16(turn + pairs + 16 * i);
-                x[0][i] = (v16i)(fma16(even, cos[i], odd * sin[i]) + splat(ROUND_MAGIC));
-                x[1][i] = (v16i)(fma16(odd, cos[i], -(even * sin[i])) + splat(ROUND_MAGIC));
+            for (int lane = 0; lane < 16; lane += PART) {
+                vi x[4];
+                for (int i = 0; i < 2; i++) {
+                    const int at = 16 * i + lane;
+                    const vf cos = part_load(anchor + at), sin = part_load(anchor + pairs + at);
+                    const vf even = part_load(turn + at), odd = part_load(turn + pairs + at);
+                    x[i] = (vi)(part_fma(even, cos, odd * sin) + part_splat(ROUND_MAGIC));
+                    x[2 + i] = (vi)(part_fma(odd, cos, -(even * sin)) + part_splat(ROUND_MAGIC));
+                }
+                put_activations(u->turned_query + k * CHUNK_BYTES, u->padded_rows, r, lane, x);
+                sums[lane / PART] += (vu)x[0] + (vu)x[1] + (vu)x[2] + (vu)x[3];
             }
-            put_activations(u->query + (chunks + k) * CHUNK_BYTES, u->padded_rows, r, x[0][0], x[0][1], x[1][0], x[1][1]);
-            sums[r] += (v16u)x[0][0] + (v16u)x[0][1] + (v16u)x[1][0] + (v16u)x[1][1];
         }
+        v16u all;
+        memcpy(&all, sums, 64);
+        // ROUND_BITS was added twice for each pair, modulo 2**32.
+        const int32_t sum = (int32_t)(lanes_sum_u(all) - (uint32_t)(2 * pairs) * ROUND_BITS);
+        u->turn_offset[r] = (float)sum * -128 * u->turn_step[r];
     }
-    // ROUND_BITS was added twice for each pair, modulo 2**32.
-    for (int r = 0; r < u->rows; r++)
-        u->offset[r] = 128 * (int32_t)(lanes_sum_u(sums[r]) - (uint32_t)(2 * pairs) * ROUND_BITS);
 }
 
-// One query row as fixed-point activations: q[i] * key scale[i] = step * x[i].
+// The step of fixed-point numbers of that largest size, and its inverse.
+static float fixed_point(float largest, float *inverse) {
+    *inverse = largest > 1e-30f ? PARETO_ONE / largest : 0.0f;
+    return largest / PARETO_ONE;
+}
+
+// One query row as fixed-point activations: the inverse transform times the query is step * x, and likewise its products
+// with the centres' pairs.
 static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, int r, int64_t at) {
     const pareto_cache *c = &a->cache;
-    const int dim = c->head_dim, groups = group_count(c), chunks = channel_chunks(c);
-    const float *scale = groups || c->key_decode ? NULL : c->key_scale + (int64_t)kv_head * dim;
+    const int dim = c->head_dim;
+    const float *first = c->key_first + (int64_t)kv_head * dim;
     const v16f factor = splat(a->soft_cap > 0 ? a->scale : a->scale * LOG2E);
-    float q[256], plain[256];
+    float q[256], plain[256], inverse;
     int32_t x[256] = {0};
-    v16f largest16 = splat(0);
+    v16f largest = splat(0), bias = splat(0);
     for (int i = 0; i < dim; i += 16) {
-        v16f v = load_row16(a->query, at + i, a->dtype);
-        v *= scale ? factor * load16(scale + i) : factor;
-        store16(c->key_decode ? plain + i : q + i, v);
+        const v16f v = load_row16(a->query, at + i, a->dtype) * factor;
+        store16(plain + i, v);
+        bias = fma16(v, load16(first + i), bias);
     }
-    if (c->key_decode) transform_query(plain, c->key_decode + (int64_t)kv_head * dim * dim, dim, q);
-    for (int i = 0; i < dim; i += 16) largest16 = max16(largest16, (v16f)((v16i)load16(q + i) & splati(0x7fffffff)));
-    float largest = lanes_max(largest16);
-    if (c->pairs) {
-        const float turned = prepare_turn(plain, c, kv_head, u->turn + r * 2 * c->pairs);
-        largest = turned > largest ? turned : largest;
+    u->first_bias[r] = lanes_sum(bias);
+    transform_query(plain, c->key_inverse + (int64_t)kv_head * dim * dim, dim, q);
+    for (int i = 0; i < dim; i += 16) largest = max16(largest, (v16f)((v16i)load16(q + i) & splati(0x7fffffff)));
+    u->step[r] = fixed_point(lanes_max(largest), &inverse);
+    v16u sums = (v16u)splati(0);
+    for (int i = 0; i < dim; i += 16) {
+        const v16u bits = (v16u)(load16(q + i) * splat(inverse) + splat(ROUND_MAGIC));
+        store16i(x + i, (v16i)(bits - ROUND_BITS));
+        sums += bits - ROUND_BITS;
     }
-    const float step = largest / PARETO_ONE;
-    const v16f inverse = splat(largest > 1e-30f ? PARETO_ONE / largest : 0.0f);
-    for (int i = 0; i < dim; i += 16)
-        store16i(x + i, (v16i)(load16(q + i) * inverse + splat(ROUND_MAGIC)) - splati(ROUND_BITS));
-    u->step[r] = step;
-    for (int i = 0; i < 2 * c->pairs; i += 16) {
-        float *turn = u->turn + r * 2 * c->pairs + i;
-        store16(turn, load16(turn) * inverse);
-    }
-    u->offset[r] = 0;
-    u->bias[r] = 0;
-    for (int g = 0; g < groups; g++) {
-        // A group's chunk holds the whole 64 channels around it, zero outside the group.
-        const int from = g * c->group_size, to = from + c->group_size < dim ? from + c->group_size : dim;
-        int64_t sum = 0;
-        for (int i = from; i < to; i++) sum += x[i];
-        u->group_query[g][r] = step * (float)sum;
-        put_query(u->query + g * CHUNK_BYTES, u->padded_rows, r, x + from / 64 * 64, from % 64, from % 64 + to - from);
-    }
-    if (groups) return;
-    for (int k = 0; k < chunks; k++) put_query(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k, 0, 64);
-    if (a->soft_cap > 0) {
-        double dot = 0;
-        for (int i = 0; i < dim; i++) dot += (double)x[i] * c->key_zero[(int64_t)kv_head * dim + i];
-        u->bias[r] = (float)(-dot * step);
-    }
+    // A zero's byte counts 256ths of the codes' range.
+    u->zero[r] = -(float)(int32_t)lanes_sum_u(sums) * (float)(1 << side_bits(c, 0)) / 256;
+    for (int k = 0; k < channel_chunks(c); k++) put_query(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k);
+    float *turn = u->turn + r * 2 * c->pairs;
+    u->turn_step[r] = fixed_point(prepare_turn(plain, c, kv_head, turn), &inverse);
+    for (int i = 0; i < 2 * c->pairs; i += 16) store16(turn + i, load16(turn + i) * splat(inverse));
 }
 
 // Query rows first_row.. of one KV head: their activations, what each row sees, and an empty result.
@@ -214,56 +194,73 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
                                           + (kv_head * group + (first_row + r) % group) * a->query_head_stride);
     }
     unit_turn(u, c, first_chunk);
-    store16(u->max, nothing_seen(a));
+    store16(u->max, splat(-INFINITY));
     store16(u->sum, splat(0));
     memset(u->total, 0, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));
 }
 
 // Merge a chunk's result into the total. The larger maximum's factor is exactly 1, and a row that saw nothing in the
 // chunk keeps its bits.
-static void unit_merge(unit_t *u, const partial_t *p, int dim, int integers) {
-    const v16f old = load16(u->max), new = load16(p->max), step = load16(u->step);
-    v16f keep, add;
-    if (integers) {
-        const v16i a = (v16i)old, b = (v16i)new, top = max16i(a, b), none = splati(INT32_MIN);
-        // Differences of two scores fit; those with a row that saw nothing wrap, and are not used.
-        keep = exp2_16(to_float((v16i)((v16u)a - (v16u)top)) * step);
-        keep = select16(a == top, splat(1), select16(a == none, splat(0), keep));
-        add = exp2_16(to_float((v16i)((v16u)b - (v16u)top)) * step);
-        add = select16(b == none, splat(0), select16(b == top, splat(1), add));
-        store16i(u->max, top);
-    } else {
-        const v16f top = max16(old, new);
-        keep = select16(old == top, splat(1), exp2_or_0(old - top));
-        add = select16(new == splat(-INFINITY), splat(0), select16(new == top, splat(1), exp2_or_0(new - top)));
-        store16(u->max, top);
-    }
+static void unit_merge(unit_t *u, const partial_t *p, int dim) {
+    const v16f old = load16(u->max), new = load16(p->max), top = max16(old, new);
+    const v16f keep = select16(old == top, splat(1), exp2_or_0(old - top));
+    v16f add = select16(new == top, splat(1), exp2_or_0(new - top));
+    add = select16(new == splat(-INFINITY), splat(0), add);
+    store16(u->max, top);
     store16(u->sum, fma16(load16(u->sum), keep, load16(p->sum) * add));
     float keeps[16], adds[16];
     store16(keeps, keep);
     store16(adds, add);
     for (int r = 0; r < u->rows; r++) {
         float *total = u->total + r * dim;
-        for (int i = 0; i < dim; i += 16)
-            store16(total + i, fma16(load16(total + i), splat(keeps[r]), load16(p->values + r * dim + i) * splat(adds[r])));
+        const float *values = p->values + r * dim;
+        for (int i = 0; i < dim; i += PART) {
+            const vf new_part = part_load(values + i) * part_splat(adds[r]);
+            part_store(total + i, part_fma(part_load(total + i), part_splat(keeps[r]), new_part));
+        }
     }
+}
+
+// What a unit of weight * code counts in the output (softmax.h).
+static float value_factor(const pareto_cache *c, int kv_head) {
+    const uint32_t unit = SCALE_FLOAT(0u, STEP_EXPONENT(side_bits(c, 1)));
+    return c->value_decode[kv_head] * bits_to_float(unit) / WEIGHT_ONE;
+}
+
+// Sums and differences of lanes whose numbers differ in the bit `stride`.
+INLINE v16f lanes_hadamard(v16f v, const int stride) {
+    const v16i lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, second = (lane & stride) != 0;
+    return __builtin_shuffle(v, lane ^ stride) + (v16f)((v16i)v ^ (second & INT32_MIN));
+}
+
+// kv_cache/transforms.py, hadamard_sums, times a factor.
+static void mix_channels(float *x, int dim, float factor) {
+    const int run = dim & -dim;
+    for (int i = 0; i < dim; i += 16) {
+        v16f v = lanes_hadamard(load16(x + i), 1);
+        v = lanes_hadamard(v, 2);
+        v = lanes_hadamard(v, 4);
+        store16(x + i, lanes_hadamard(v, 8) * splat(factor));
+    }
+    for (int stride = 16; stride < run; stride *= 2)
+        for (int i = 0; i < dim; i += 16) {
+            if (i & stride) continue;
+            const v16f a = load16(x + i), b = load16(x + i + stride);
+            store16(x + i, a + b);
+            store16(x + i + stride, a - b);
+        }
 }
 
 static void unit_finish(const unit_t *u, const pareto_attention_args *a, int request, int kv_head) {
     const pareto_cache *c = &a->cache;
     const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads;
-    const float *scale = c->group_size ? NULL : c->value_scale + (int64_t)kv_head * dim;
-    const float *zero = c->group_size ? NULL : c->value_zero + (int64_t)kv_head * dim;
     for (int r = 0; r < u->rows; r++) {
         const int row = u->first_row + r;
         const int64_t at = ((int64_t)a->query_start[request] + row / group) * a->out_token_stride
             + (kv_head * group + row % group) * a->out_head_stride;
-        const v16f inverse = splat(u->sum[r] > 0 ? 1.0f / u->sum[r] : 0.0f);
-        for (int i = 0; i < dim; i += 16) {
-            v16f mean = load16(u->total + r * dim + i) * inverse;
-            if (scale) mean = (mean - load16(zero + i)) * load16(scale + i);
-            store_row16(a->out, at + i, a->dtype, mean);
-        }
+        float *total = u->total + r * dim;
+        mix_channels(total, dim, u->sum[r] > 0 ? value_factor(c, kv_head) / u->sum[r] : 0.0f);
+        for (int i = 0; i < dim; i += 16) store_row16(a->out, at + i, a->dtype, load16(total + i));
     }
 }
 

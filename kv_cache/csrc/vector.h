@@ -1,7 +1,9 @@
-// Sixteen-lane vectors in GCC's portable form: one source, lowered to AVX-512, AVX2, NEON or plain code.
+// Vectors in GCC's portable form: one source, lowered to AVX-512, AVX2, NEON or plain code.
 //
-// Multiply-adds are fused everywhere, explicitly (the compiler itself may not contract), so every instruction set
-// rounds alike.
+// Data go in rows of sixteen lanes (v16f, v16i), whatever the instruction set. Long loops take a row in parts of the size
+// of a register (vf, vi), because GCC takes vectors wider than that through memory at each step. A lane's numbers are the
+// same either way, and multiply-adds are fused everywhere, explicitly (the compiler itself may not contract), so every
+// instruction set rounds alike.
 #ifndef PARETO_VECTOR_H
 #define PARETO_VECTOR_H
 
@@ -20,6 +22,74 @@ typedef int32_t v16i __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
 typedef uint16_t v32h __attribute__((vector_size(64)));
 
+#if defined(__AVX512F__)
+#define PART 16
+#elif defined(__AVX2__)
+#define PART 8
+#else
+#define PART 4
+#endif
+#define PARTS (16 / PART)
+typedef float vf __attribute__((vector_size(4 * PART)));
+typedef int32_t vi __attribute__((vector_size(4 * PART)));
+typedef uint32_t vu __attribute__((vector_size(4 * PART)));
+
+INLINE vf part_load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vi part_load_i(const void *p) {
+    vi v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void part_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE void part_store_i(void *p, vi v) { memcpy(p, &v, sizeof v); }
+INLINE vf part_splat(float x) { return x - (vf){0}; }
+INLINE vi part_splat_i(int32_t x) { return x - (vi){0}; }
+INLINE vf part_float(vi v) { return __builtin_convertvector(v, vf); }
+INLINE vf part_select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+// The lanes' numbers from `first` on.
+INLINE vi part_iota(int first) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return part_load_i(lanes) + first;
+}
+
+INLINE vf part_fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    for (int i = 0; i < PART; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+INLINE vf part_max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return part_select(a > b, a, b);
+#endif
+}
+
+INLINE vf part_min(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return part_select(a < b, a, b);
+#endif
+}
+
 INLINE v16f load16(const float *p) {
     v16f v;
     memcpy(&v, p, 64);
@@ -34,48 +104,25 @@ INLINE v16i load16i(const void *p) {
 
 INLINE void store16(float *p, v16f v) { memcpy(p, &v, 64); }
 INLINE void store16i(void *p, v16i v) { memcpy(p, &v, 64); }
-INLINE v16f splat(float x) { return (v16f){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-INLINE v16i splati(int32_t x) { return (v16i){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-INLINE v16i iota(void) { return (v16i){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE v16f splat(float x) { return x - (v16f){0}; }
+INLINE v16i splati(int32_t x) { return x - (v16i){0}; }
 INLINE v16f to_float(v16i v) { return __builtin_convertvector(v, v16f); }
 INLINE v16f select16(v16i mask, v16f yes, v16f no) { return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no)); }
-INLINE v16i select16i(v16i mask, v16i yes, v16i no) { return (mask & yes) | (~mask & no); }
 
 INLINE v16f fma16(v16f a, v16f b, v16f c) {
-#if defined(__AVX512F__)
-    return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    __m256 x[2], y[2], z[2];
+    vf x[PARTS], y[PARTS], z[PARTS];
     memcpy(x, &a, 64), memcpy(y, &b, 64), memcpy(z, &c, 64);
-    for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+    for (int i = 0; i < PARTS; i++) z[i] = part_fma(x[i], y[i], z[i]);
     memcpy(&c, z, 64);
     return c;
-#else
-    for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#endif
 }
 
 INLINE v16f max16(v16f a, v16f b) {
-#if defined(__AVX512F__)
-    return (v16f)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    return select16(a > b, a, b);
-#endif
-}
-
-INLINE v16i max16i(v16i a, v16i b) {
-#if defined(__AVX512F__)
-    return (v16i)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-    __m256i x[2], y[2];
+    vf x[PARTS], y[PARTS];
     memcpy(x, &a, 64), memcpy(y, &b, 64);
-    for (int i = 0; i < 2; i++) x[i] = _mm256_max_epi32(x[i], y[i]);
+    for (int i = 0; i < PARTS; i++) x[i] = part_max(x[i], y[i]);
     memcpy(&a, x, 64);
     return a;
-#else
-    return select16i(a > b, a, b);
-#endif
 }
 
 // Reductions over the lanes, always in this order.
@@ -95,11 +142,6 @@ INLINE float lanes_max(v16f v) {
     return v[0];
 }
 
-INLINE int32_t lanes_max_i(v16i v) {
-    REDUCE16(v, v16i, max16i);
-    return v[0];
-}
-
 INLINE float lanes_sum(v16f v) {
     REDUCE16(v, v16f, add16);
     return v[0];
@@ -113,27 +155,33 @@ INLINE uint32_t lanes_sum_u(v16u v) {
 #define ROUND_MAGIC 12582912.0f  // 1.5 * 2**23: adding it rounds to an integer, which the low bits then hold
 #define ROUND_BITS 0x4b400000
 
-#define EXP2_1 6.931470037e-01f
-#define EXP2_2 2.402224243e-01f
-#define EXP2_3 5.550733581e-02f
-#define EXP2_4 9.671512991e-03f
-#define EXP2_5 1.326472731e-03f
+#define EXP2_1 6.931241934e-01f
+#define EXP2_2 2.402409861e-01f
+#define EXP2_3 5.590642504e-02f
+#define EXP2_4 9.582853169e-03f
 
-// 2**x for x <= 0, relative error below 2.5e-7; exactly 1 at 0. Below -100, minus infinity included, about 2**-100.
-// Polynomial: least relative error, degree 5, on [-1/2, 1/2] with the constant term held at 1.
-INLINE v16f exp2_16(v16f x) {
-    const v16f magic = splat(ROUND_MAGIC), clipped = max16(x, splat(-100.0f));
-    const v16f shifted = clipped + magic, f = clipped - (shifted - magic);
-    v16f p = fma16(splat(EXP2_5), f, splat(EXP2_4));
-    p = fma16(p, f, splat(EXP2_3));
-    p = fma16(p, f, splat(EXP2_2));
-    p = fma16(p, f, splat(EXP2_1));
-    p = fma16(p, f, splat(1.0f));
+// 2**x for x <= 0, relative error below 3e-6, a tenth of what weights of 16 bits lose; exactly 1 at 0. Below -100, minus
+// infinity included, about 2**-100. Polynomial: least relative error, degree 4, on [-1/2, 1/2] with the constant term
+// held at 1.
+INLINE vf part_exp2(vf x) {
+    const vf magic = part_splat(ROUND_MAGIC), clipped = part_max(x, part_splat(-100.0f));
+    const vf shifted = clipped + magic, f = clipped - (shifted - magic);
+    vf p = part_fma(part_splat(EXP2_4), f, part_splat(EXP2_3));
+    p = part_fma(p, f, part_splat(EXP2_2));
+    p = part_fma(p, f, part_splat(EXP2_1));
+    p = part_fma(p, f, part_splat(1.0f));
     // The magic number's bits vanish in the shift.
-    return (v16f)((v16u)p + ((v16u)shifted << 23));
+    return (vf)((vu)p + ((vu)shifted << 23));
 }
 
-// As exp2_16, but exactly 0 below -100.
-INLINE v16f exp2_or_0(v16f x) { return (v16f)((v16i)exp2_16(x) & (x >= splat(-100.0f))); }
+// As part_exp2, but exactly 0 below -100.
+INLINE v16f exp2_or_0(v16f x) {
+    vf parts[PARTS];
+    memcpy(parts, &x, 64);
+    for (int i = 0; i < PARTS; i++)
+        parts[i] = (vf)((vi)part_exp2(parts[i]) & (parts[i] >= part_splat(-100.0f)));
+    memcpy(&x, parts, 64);
+    return x;
+}
 
 #endif

@@ -12,16 +12,27 @@ import torch
 from kv_cache import codec, cpu_kernels, reference
 from kv_cache.cpu_kernels import ISAS, PagedCache
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS
+from kv_cache.formats import FORMATS, PLANES, mixed_format
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
 from tests.kv_cache.empty_pages import empty_pages
-from tests.kv_cache.random_scales import CODINGS, MAX_POSITION, coding, random_scales
+from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 try:
     AVAILABLE = ISAS[: ISAS.index(cpu_kernels.best_isa()) + 1]
 except ParetoError as missing:  # pragma: no cover
     pytest.skip(str(missing), allow_module_level=True)
+
+# Every dtype, and some layers that mixed_per_head may have.
+FMTS = FORMATS | {f"k{k}v{v}": mixed_format(k, v) for k, v in ((2, 2), (8, 3), (2, 8), (3, 6))}
+SIZES = (64, 80, 96, 128, 256)
+
+
+def shapes(names):
+    """Pairs of format and head size that there are."""
+    three = {name for name in names if 3 in (FMTS[name].key_bits, FMTS[name].value_bits)}
+    return [(name, dim) for name in names for dim in SIZES if dim % 32 == 0 or name not in three]
+
 
 # Relative error of the whole output in float32; quantizing queries and weights to 16 bits leaves 5e-5 to 3e-4.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 1.2e-3}
@@ -49,7 +60,7 @@ class Batch:
     """Requests over one layer's pages; everything beyond their tokens is poison."""
 
     layout: PageLayout
-    scales: LayerScales | None
+    scales: LayerScales
     cache: torch.Tensor
     table: torch.Tensor
     lens: list[int]
@@ -108,8 +119,7 @@ def make(
     padded=False,
     **more,
 ) -> Batch:
-    layout = PageLayout(coding(name)[0], dim, block)
-    scales = random_scales(name, kv_heads, dim)
+    layout, scales = PageLayout(FMTS[name], dim, block), random_scales(kv_heads, dim)
     counts = [-(-n // block) for n in lens]
     cache = empty_pages(layout, sum(counts) + 1, kv_heads, padded)
     order = torch.randperm(sum(counts) + 1).tolist()
@@ -122,6 +132,7 @@ def make(
     # Keys and values are slices of one projection, as vLLM passes them.
     qkv = torch.randn(len(slots), (group + 2) * kv_heads, dim).to(dtype)
     key, value = qkv[:, group * kv_heads : -kv_heads], qkv[:, -kv_heads:]
+    value *= 10 ** torch.rand(len(slots), 1, 1)  # tokens' values differ in size
     positions = torch.cat([torch.arange(n) for n in lens])
     PagedCache(cache, layout, scales).store(key, value, torch.tensor(slots), positions)
     query = (torch.randn(sum(query_lens), (group + 2) * kv_heads, dim) * 2).to(dtype)[:, : group * kv_heads]
@@ -139,19 +150,21 @@ def check(batch: Batch, isas=AVAILABLE) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("name", CODINGS)
+@pytest.mark.parametrize(("name", "dim"), shapes(FMTS))
 def test_store_equals_the_codec(name, dim, padded):
-    layout = PageLayout(coding(name)[0], dim, 16)
-    scales = random_scales(name, 2, dim)
+    layout, scales = PageLayout(FMTS[name], dim, 16), random_scales(2, dim)
     want = empty_pages(layout, 3, 2, padded)
     key, value = (torch.randn(24, 4, dim)[:, 1:3] * 2 for _ in range(2))
-    key[3, 0, 5], key[4, 1, 7], value[5, 0, 0], value[6, 1, -1] = float("nan"), 1e30, float("-inf"), 7e4
+    key[3, 0, 5], key[4, 1, 7], key[9, 0, 1], value[5, 0, 0] = float("nan"), 1e30, float("inf"), float("-inf")
+    value[6, 1, -1], value[10, 0, 2:4], value[12, 1, 3] = 7e4, float("inf"), float("nan")
     key[7], value[8] = 0, 1.5
     slots = torch.randperm(48)[:20]
     slots[[2, 11]] = -1
     positions = torch.randint(MAX_POSITION, (20,))
+    positions[[1, 4, 17]] = 0
+    key[17] = scales.key_first  # nothing is left of it
     codec.write_pages(want, key[:20], value[:20], slots, layout, scales, positions)
+    positions[2] = 2**40  # of a token that is not stored
     for isa in AVAILABLE:
         cache = empty_pages(layout, 3, 2, padded)
         PagedCache(cache, layout, scales).store(key, value, slots, positions, isa)  # tokens past the slots are padding
@@ -163,9 +176,8 @@ def test_store_equals_the_codec(name, dim, padded):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_store_takes_every_dtype(dtype):
-    for name in ("int6_per_head", "int4_per_group", "int4_per_head+centred"):
-        layout = PageLayout(coding(name)[0], 64, 16)
-        scales = random_scales(name, 1, 64)
+    for name in ("int6_per_head", "k4v3_per_head"):
+        layout, scales = PageLayout(FMTS[name], 64, 16), random_scales(1, 64)
         cache, want = (empty_pages(layout, 2, 1, False) for _ in range(2))
         key, value = (torch.randn(32, 1, 64).to(dtype) for _ in range(2))
         PagedCache(cache, layout, scales).store(key, value, torch.arange(32), torch.arange(32))
@@ -174,7 +186,7 @@ def test_store_takes_every_dtype(dtype):
 
 
 def test_store_bits_do_not_depend_on_the_batch():
-    layout, scales = PageLayout(FORMATS["int4_per_head"], 64, 16), random_scales("int4_per_head+centred", 2, 64)
+    layout, scales = PageLayout(FMTS["int3_per_head"], 64, 16), random_scales(2, 64)
     key, value, at = torch.randn(45, 2, 64), torch.randn(45, 2, 64), torch.arange(45)
     whole, parts = (empty_pages(layout, 3, 2, False) for _ in range(2))
     torch.set_num_threads(2)
@@ -186,69 +198,106 @@ def test_store_bits_do_not_depend_on_the_batch():
 
 
 def test_positions_beyond_the_table_are_refused():
-    batch = make("int4_per_head+centred", lens=(300,))
+    batch = make("int4_per_head", lens=(300,))
     pages = PagedCache(batch.cache, batch.layout, batch.scales, max_tokens=200)
     assert pages.max_tokens == 256
-    key = torch.randn(1, 2, 64)
-    with pytest.raises(ParetoError, match="beyond the 256 positions"):
-        pages.store(key, key, torch.tensor([0]), torch.tensor([256]))
-    with pytest.raises(ParetoError, match="position of every token"):
-        pages.store(key, key, torch.tensor([0]))
+    key, before = torch.randn(1, 2, 64), batch.cache.clone()
+    for position in (256, -1):
+        with pytest.raises(ParetoError, match="beyond the 256 positions"):
+            pages.store(key, key, torch.tensor([0]), torch.tensor([position]))
+    with pytest.raises(ParetoError, match="positions of 0 tokens for 1"):
+        pages.store(key, key, torch.tensor([0]), torch.tensor([], dtype=torch.int64))
+    assert torch.equal(batch.cache, before)
     with pytest.raises(ParetoError, match="beyond the 256 positions"):
         pages.attend(
             batch.query, batch.query, batch.table, torch.tensor([300], dtype=torch.int32), batch.query_start, 1.0
         )
 
 
-@pytest.mark.parametrize("name", CODINGS)
+@pytest.mark.parametrize("name", FMTS)
 def test_every_format(name):
     check(make(name, block=32, group=4, lens=(1, 67, 300, 583), query_lens=(1, 1, 3, 37), padded=True))
 
 
-@pytest.mark.parametrize(
-    "name", ["int8_per_head", "int6_per_head", "int4_per_head", "int4_per_group", "int4_per_head+centred"]
-)
-@pytest.mark.parametrize("dim", [80, 96, 128, 256])
+@pytest.mark.parametrize(("name", "dim"), shapes(FMTS))
 def test_every_head_size(dim, name):
     check(make(name, dim=dim, lens=(65, 270), query_lens=(9, 1)))
 
 
+@pytest.mark.parametrize("bits", PLANES)
+def test_every_number_of_bits_for_keys_with_every_one_for_values(bits):
+    for value_bits in PLANES:
+        layer = {f"k{bits}v{value_bits}": mixed_format(bits, value_bits)}
+        FMTS.update(layer)
+        check(make(*layer, lens=(75, 18), query_lens=(3, 1)))
+
+
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
-@pytest.mark.parametrize("name", ["k8v4_per_head", "int4_per_head", "int8_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["k4v3_per_head", "int8_per_head"])
 def test_every_group(name, group):
     check(make(name, group=group, lens=(33, 140), query_lens=(1, 5)))
 
 
 @pytest.mark.parametrize("block", [16, 48, 128])
-@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_head", "int3_per_head"])
 def test_every_block_size(name, block):
     check(make(name, block=block, lens=(block, 3 * block + 5, 1), query_lens=(4, 1, 1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_head"])
 def test_every_dtype(name, dtype):
     check(make(name, lens=(130, 19), query_lens=(17, 1), dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [1, 20, 64, 100, 1000])
-@pytest.mark.parametrize("name", ["int4_per_head", "int8_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int4_per_head", "int3_per_head"])
 def test_window(name, window):
     check(make(name, group=3, lens=(420, 90), query_lens=(1, 70), window=window))
 
 
 @pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int8_per_head", "k4v3_per_head"])
 def test_soft_cap(name, window):
     batch = make(name, lens=(300, 40), query_lens=(2, 30), soft_cap=3.0, window=window)
     capped = check(batch)
     assert not torch.allclose(capped, replace(batch, soft_cap=0.0).run(), rtol=0.01)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 30.0])
+def test_the_first_position_in_and_out_of_the_window(soft_cap):
+    """Its key has a centre of its own, and much of a row's weight here."""
+    batch = make("int8_per_head", kv_heads=1, lens=(290, 30), query_lens=(6, 30), soft_cap=soft_cap)
+    first = batch.scales.key_first
+    slot = batch.table[:1, 0].long() * 16
+    value = torch.randn(1, 1, 64) * 10
+    PagedCache(batch.cache, batch.layout, batch.scales).store(first[None], value, slot, torch.tensor([0]))
+    batch.query = batch.query / 4 + first * (12 / batch.factor / first.norm() ** 2)
+    seen = [check(replace(batch, window=window)) for window in (0, 290, 288, 284)]
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0][:4], seen[2][:4])  # positions 284 to 287 see 288 tokens or less
+    for out, rows in ((seen[2], slice(4, 6)), (seen[3], slice(0, 6))):
+        assert ((out[rows] - seen[0][rows]).norm(dim=-1) > 0.1 * seen[0][rows].norm(dim=-1)).all()
+
+
 def test_strong_scores_pick_their_token():
     batch = make("int8_per_head", group=1, kv_heads=1, lens=(600,), query_lens=(1,))
     batch.query = batch.query * 5
     check(batch)
+
+
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_head"])
+def test_a_token_of_tiny_values_may_have_all_of_the_weight(name):
+    """The weights are rounded beside those of large values, and still sum up to what they are."""
+    batch = make(name, group=1, kv_heads=1, lens=(300,), query_lens=(1,))
+    key, value = torch.zeros(300, 1, 64), torch.randn(300, 1, 64) * 100
+    key[:] = codec.centres(batch.scales, torch.arange(300))
+    value[7] *= 1e-5
+    key[7] += batch.query[0] / batch.query[0].norm() * 100
+    slots = (batch.table[0, :19].long()[:, None] * 16 + torch.arange(16)).view(-1)[:300]
+    PagedCache(batch.cache, batch.layout, batch.scales).store(key, value, slots, torch.arange(300))
+    out = check(batch)
+    assert out.norm() < 0.1 * value[:7].norm()
 
 
 def test_queries_of_zeros_average_the_values():
@@ -258,7 +307,22 @@ def test_queries_of_zeros_average_the_values():
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_group", "int4_per_head+centred"])
+def test_what_is_not_a_number_stays_with_its_token(isa):
+    """Codes of NaN and infinity are codes, and a query that is not finite spoils its own row only."""
+    batch = make("int4_per_head", kv_heads=1, lens=(100,), query_lens=(3,))
+    layout, scales = batch.layout, batch.scales
+    bad = torch.full((2, 1, 64), float("nan"))
+    bad[1] = float("inf")
+    slots = batch.table[0, :1].long() * 16 + torch.tensor([3, 9])
+    PagedCache(batch.cache, layout, scales).store(bad, bad, slots, torch.tensor([3, 9]), isa)
+    check(batch, [isa])
+    before = batch.run(isa)
+    batch.query[1] = float("nan")
+    assert torch.equal(batch.run(isa)[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("name", ["int6_per_head", "int4_per_head", "k8v3"])
 def test_bits_do_not_depend_on_batching(name, isa):
     batch = make(name, group=3, lens=(700, 5, 66, 300), query_lens=(1, 5, 40, 2))
     whole = batch.run(isa).split(batch.query_lens)
@@ -268,7 +332,7 @@ def test_bits_do_not_depend_on_batching(name, isa):
 
 @pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("more", [{}, {"window": 90}, {"soft_cap": 20.0}], ids=str)
-@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int8_per_head", "k4v3_per_head"])
 def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
     batch = make(name, group=2, kv_heads=1, lens=(340,), query_lens=(340,), **more)
     whole = batch.run(isa)
@@ -278,7 +342,7 @@ def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("name", ["k8v4_per_head", "int8_per_group", "int4_per_head+centred"])
+@pytest.mark.parametrize("name", ["int3_per_head", "int8_per_head"])
 def test_bits_do_not_depend_on_threads(name, isa):
     # One request: its chunks are handed out singly and merged. Many: they are whole items.
     for lens, query_lens in (((1500,), (1,)), ((600,), (70,)), ((40, 300, 90, 17, 600, 3), (1, 40, 2, 1, 1, 3))):
@@ -290,7 +354,7 @@ def test_bits_do_not_depend_on_threads(name, isa):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", CODINGS)
+@pytest.mark.parametrize("name", FMTS)
 def test_bits_do_not_depend_on_what_lies_past_the_end(name):
     batch = make(name, lens=(75, 300), query_lens=(2, 1))
     before = [batch.run(isa) for isa in AVAILABLE]
@@ -299,12 +363,11 @@ def test_bits_do_not_depend_on_what_lies_past_the_end(name):
         for t in range(length):
             used[batch.table[request, t // 16], t % 16] = True
     for page, mask in zip(batch.cache, used, strict=True):
-        offset = 0
-        for row in batch.layout.row_bytes().values():
+        for plane_name, row in batch.layout.row_bytes.items():
+            offset = batch.layout.offsets[plane_name]
             for head in page:
                 plane = head.view(-1)[offset : offset + row * 16].view(16, row)
                 plane[~mask] = torch.randint(0, 256, (int((~mask).sum()), row), dtype=torch.uint8)
-            offset += row * 16
     for isa, out in zip(AVAILABLE, before, strict=True):
         assert torch.equal(batch.run(isa), out)
 
@@ -325,10 +388,10 @@ def test_rows_depend_on_their_codes():
     batch = make("int8_per_head", kv_heads=1, lens=(90,), query_lens=(10,))
     before = batch.run()
     block, offset = int(batch.table[0, 85 // 16]), 85 % 16
-    batch.cache[block, 0].view(-1)[16 * 64 + offset * 64 + 3] ^= 128  # channel 3 of token 85's value
+    batch.cache[block, 0].view(-1)[batch.layout.offsets["value.0"] + offset * 64 + 3] ^= 128
     after = batch.run()
     assert torch.equal(after[:5], before[:5])
-    assert (after[5:, :, 3] != before[5:, :, 3]).any(0).all()
+    assert (after[5:] != before[5:]).any(0).all()  # a mixed channel is in every channel
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
@@ -341,12 +404,9 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
 
 
 def test_wrong_pages_are_refused():
-    layout = PageLayout(FORMATS["int4_per_head"], 64, 16)
-    scales = random_scales("int4_per_head", 2, 64)
+    layout, scales = PageLayout(FMTS["int4_per_head"], 64, 16), random_scales(2, 64)
     pages = empty_pages(layout, 2, 2, False)
-    with pytest.raises(ParetoError, match="calibrated"):
-        PagedCache(pages, layout, None)
     with pytest.raises(ParetoError, match="bytes"):
         PagedCache(pages[..., 1:], layout, scales)
-    with pytest.raises(ParetoError, match="scales"):
+    with pytest.raises(ParetoError, match=r"scales are for \(heads, channels\) \(2, 64\), not for \(1, 64\)"):
         PagedCache(pages[:, :1], layout, scales)
