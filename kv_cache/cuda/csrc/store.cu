@@ -1,217 +1,304 @@
-// Quantizes new keys and values and scatters them into pages: kv_cache/codec.py, write_pages, bit for bit. It serves
-// scales inside the page, and heads that are too large for store_tiles.cu.
+// Quantizes new keys and values and scatters them into pages, both in one launch: kv_cache/codec.py, write_pages. Values
+// are the specification's bit for bit. Keys are transformed on the tensor cores, split into two bfloat16 numbers each, so
+// that a byte may differ where a number lies next to a tie.
 //
-// A block codes one side (keys or values) of one KV head for up to TOKENS tokens. Without feedback a thread codes channels
-// by themselves. With it the block first brings all channels into code units (a matrix product, for transformed keys),
-// then rounds BAND channels at a time, from the last to the first: a thread for each token goes through the band, and all
-// threads add the band's errors to the channels below it.
+// A thread block takes the tokens of one KV head 16 at a time. Each warp keeps its columns of the transform in registers,
+// asked for before the kernels ahead have ended; all share the tokens' operands. Few tokens, which are waited for, have
+// blocks of their own for keys and for values. Code is small: fetched once a layer, instructions cost more than their
+// execution.
 //
-// Macros: HEAD_DIM, BLOCK_SIZE, BITS, GROUP_SIZE (0: scales are the layer's), FEEDBACK, TRANSFORM, PAIRS (0: keys are not
-// centred), INTERLEAVED, INPUT (0 float32, 1 bfloat16, 2 float16).
+// Macros: HEAD_DIM, BLOCK_SIZE, KEY_BITS, VALUE_BITS, PAIRS_APART (pairs of channels i and i + PAIRS_APART; the others are
+// neighbours), INPUT (0 float32, 1 bfloat16, 2 float16), WARPS of a block, RESIDENT (blocks of a multiprocessor that
+// registers are to suffice for), SHARED_BYTES, PARAMS_BYTES (what the host takes `Scratch` and `Params` to be).
 #include "centre.cuh"
-#include "rounding.cuh"
+#include "rows.cuh"
 
-constexpr int TOKENS = 16, THREADS = 128;
-constexpr int STRIDE = TOKENS + 4;  // Of a channel's tokens; 16-byte rows, fewer bank conflicts.
-constexpr float TOP = (1 << BITS) - 1;
-constexpr int GROUPS = GROUP_SIZE ? (HEAD_DIM + GROUP_SIZE - 1) / (GROUP_SIZE ? GROUP_SIZE : 1) : 1;
+constexpr int TOKENS = 16, THREADS = 32 * WARPS;
+constexpr int STEPS = HEAD_DIM / 16, TILES = HEAD_DIM / 8, WARP_TILES = TILES / WARPS;
+static_assert(TILES % WARPS == 0 && WARPS * WARP_TOKENS >= TOKENS);
+
+struct Side {
+    const void* x;      // [tokens, KV heads, HEAD_DIM]
+    i64 token_stride;   // Elements.
+    i64 head_stride;    // Elements.
+    int planes[2];      // Offsets in bytes in the page of one head.
+    float range_scale;  // From a token's range to its scale, and from the range below 0 in steps to its zero:
+    float range_zero;   // kv_cache/codec.py, fit.
+};
 
 struct Params {
     u8* cache;
     i64 block_stride;
     i64 head_stride;
-    const void* x;            // [tokens, KV heads, HEAD_DIM]
-    i64 token_stride;         // Elements.
-    i64 x_head_stride;        // Elements.
-    const i64* slots;         // [tokens] block * BLOCK_SIZE + offset; negative: not stored.
-    const i64* positions;     // [tokens], for centred keys.
-    const float* inverse;     // [KV heads, HEAD_DIM] 1 / scale.
-    const float* zero;        // [KV heads, HEAD_DIM]
-    const float* encode;      // TRANSFORM: [KV heads, HEAD_DIM (of x), HEAD_DIM (of the codes)].
-    const float* feedback;    // FEEDBACK: [KV heads, HEAD_DIM, HEAD_DIM].
+    const i64* slots;           // [tokens] block * BLOCK_SIZE + offset; negative: not stored.
+    const i64* positions;       // [tokens]
     Centres centres;
+    const uint2* transform;     // [KV heads, STEPS, TILES, 32] operands.
+    const float* value_encode;  // [KV heads]
+    Side sides[2];
     int tokens;
-    int plane;                // Offsets in bytes in the page of one head.
-    int high_plane;
-    int meta_plane;
+    int meta;                   // Offset in bytes in the page of one head.
+};
+static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters");
+
+// Strides without bank conflicts, in words.
+constexpr int OPERAND_STRIDE = HEAD_DIM / 2 + 4, ROW_STRIDE = HEAD_DIM + 8, CODE_STRIDE = 5 * LANES;
+
+struct Scratch {
+    u32 operands[2][TOKENS * OPERAND_STRIDE];  // Pairs of bfloat16 numbers: heads, then tails of keys less their centres.
+    float y[TOKENS * ROW_STRIDE];              // Transformed keys.
+    u32 codes[TOKENS * CODE_STRIDE];           // Quads, a byte each.
+};
+static_assert(sizeof(Scratch) == SHARED_BYTES, "the host asks for other shared memory");
+
+DYNAMIC_SHARED __align__(16) u8 shared[];
+
+// COUNT neighbouring elements as they come, and as numbers.
+template <int COUNT>
+struct Elements {
+    static constexpr int BYTES = COUNT * (INPUT == 0 ? 4 : 2);
+    u32 words[(BYTES + 3) / 4];
+
+    DEVICE void load(const Side& side, i64 token, int head, int channel) {
+        const i64 at = token * side.token_stride + head * side.head_stride + channel;
+        const u8* from = static_cast<const u8*>(side.x) + at * (INPUT == 0 ? 4 : 2);
+        if constexpr (BYTES == 16) {
+            const uint4 v = *reinterpret_cast<const uint4*>(from);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+        } else if constexpr (BYTES == 8) {
+            const uint2 v = *reinterpret_cast<const uint2*>(from);
+            words[0] = v.x, words[1] = v.y;
+        } else if constexpr (BYTES == 4) {
+            words[0] = *reinterpret_cast<const u32*>(from);
+        } else {
+            words[0] = *reinterpret_cast<const u16*>(from);
+        }
+    }
+
+    DEVICE float operator[](int i) const {
+        if (INPUT == 0) return __uint_as_float(words[i]);
+        const u16 bits = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
+        return INPUT == 1 ? from_bfloat(bits) : from_half(bits);
+    }
 };
 
-DEVICE float load(const void* data, i64 at) {
-    if (INPUT == 0) return static_cast<const float*>(data)[at];
-    const u16 bits = static_cast<const u16*>(data)[at];
-    return INPUT == 1 ? from_bfloat(bits) : from_half(bits);
-}
+// A token of the lane, where there is one.
+struct Place {
+    i64 slot = -1;
 
-// The matrix product and the rounding of errors fuse multiply-adds, all else must not.
-DEVICE void subtract_centre(const Params& p, int head, i64 position, float* x) {
-    for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
-        const float2 centre = centre_of<PAIRS>(p.centres, head, position, i);
-        float& first = x[(INTERLEAVED ? 2 * i : i) * STRIDE];
-        float& second = x[(INTERLEAVED ? 2 * i + 1 : i + PAIRS) * STRIDE];
-        first = __fsub_rn(first, centre.x), second = __fsub_rn(second, centre.y);
+    DEVICE Place(const Params& p, int first) {
+        const int token = threadIdx.x / LANES;
+        if (token < TOKENS && first + token < p.tokens) slot = p.slots[first + token];
     }
-}
 
-SHARED __align__(16) float scaled[HEAD_DIM * STRIDE];
-SHARED u8 codes[TOKENS][HEAD_DIM];
-
-// scaled = zero + encode^T x, sums from the first channel on.
-DEVICE void transform(const Params& p, int head, const float* x) {
-    const float* matrix = p.encode + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM;
-    for (int c = threadIdx.x; c < HEAD_DIM; c += THREADS) {
-        const float zero = p.zero[head * HEAD_DIM + c];
-        float sum[TOKENS];
+    // Codes what the lane has of its token, which is even, and writes it. All lanes of a warp come here.
+    template <int BITS>
+    DEVICE void code(const Params& p, int kind, int head, float (&y)[OWN][4]) const {
+        constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added, it rounds to an integer, ties to even, in the lowest bits.
+        const Side& side = p.sides[kind];
+        float low = 0, high = 0;
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) sum[t] = zero;
-#pragma unroll 4
-        for (int j = 0; j < HEAD_DIM; ++j) {
-            const float m = matrix[j * HEAD_DIM + c];
-            const float4* row = reinterpret_cast<const float4*>(x + j * STRIDE);
+        for (int i = 0; i < OWN; ++i) {
 #pragma unroll
-            for (int t = 0; t < TOKENS; t += 4) {
-                const float4 v = row[t / 4];
-                sum[t] = __fmaf_rn(m, v.x, sum[t]);
-                sum[t + 1] = __fmaf_rn(m, v.y, sum[t + 1]);
-                sum[t + 2] = __fmaf_rn(m, v.z, sum[t + 2]);
-                sum[t + 3] = __fmaf_rn(m, v.w, sum[t + 3]);
+            for (int k = 0; k < 4; ++k) {
+                if (y[i][k] != y[i][k]) y[i][k] = 0;
+                low = fminf(low, y[i][k]), high = fmaxf(high, y[i][k]);
             }
         }
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) scaled[c * STRIDE + t] = sum[t];
-    }
-}
+        for (int apart = LANES / 2; apart; apart /= 2) {
+            low = fminf(low, __shfl_xor_sync(ALL_LANES, low, apart));
+            high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, apart));
+        }
+        const u32 bits = __float_as_uint(__fmul_rn(__fsub_rn(high, low), side.range_scale)) + (1 << (MANTISSA_SHIFT - 1));
+        const int scale = min(max(static_cast<int>(bits >> MANTISSA_SHIFT) - UNIT_BYTE, 0), 255);
+        const float inverse = __frcp_rn(step_of<BITS>(scale));
+        const float below = __fmul_rn(__fmul_rn(-low, inverse), side.range_zero);
+        const float zero = __fadd_rn(fminf(fmaxf(below, 0.0f), 255.0f), MAGIC);
+        const float shift = shift_of<BITS>(__fsub_rn(zero, MAGIC));
 
-DEVICE void round_with_feedback(const Params& p, int head) {
-    SHARED __align__(16) float errors[BAND * STRIDE];
-    SHARED float own[BAND * BAND];
-    const float* matrix = p.feedback + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM;
-    for (int band = HEAD_DIM - BAND; band >= 0; band -= BAND) {
-        for (int i = threadIdx.x; i < BAND * BAND; i += THREADS)
-            own[i] = matrix[(band + i / BAND) * HEAD_DIM + band + i % BAND];
-        __syncthreads();
-        if (threadIdx.x < TOKENS) {
-            float u[BAND];
+        u32* codes = reinterpret_cast<Scratch*>(shared)->codes + threadIdx.x / LANES % TOKENS * CODE_STRIDE;
+        const bool stored = slot >= 0;
+        if (stored) {
 #pragma unroll
-            for (int i = 0; i < BAND; ++i) u[i] = scaled[(band + i) * STRIDE + threadIdx.x];
+            for (int i = 0; i < OWN; ++i) {
+                u32 sums[4];
 #pragma unroll
-            for (int i = BAND - 1; i >= 0; --i) {
-                const float code = nearest<BITS>(u[i]), error = __fsub_rn(u[i], code);
-                codes[threadIdx.x][band + i] = static_cast<u8>(code);
-                errors[i * STRIDE + threadIdx.x] = error;
-#pragma unroll
-                for (int j = 0; j < i; ++j) u[j] = __fmaf_rn(own[i * BAND + j], error, u[j]);
+                for (int k = 0; k < 4; ++k) {
+                    const float scaled = __fmaf_rn(y[i][k], inverse, shift);
+                    sums[k] = __float_as_uint(__fadd_rn(fminf(fmaxf(scaled, 0.0f), (1 << BITS) - 1), MAGIC));
+                }
+                const u32 pairs[2] = {__byte_perm(sums[0], sums[1], 0x0040), __byte_perm(sums[2], sums[3], 0x0040)};
+                if (has_quad(i)) codes[quad(i)] = __byte_perm(pairs[0], pairs[1], 0x5410);
             }
         }
-        __syncthreads();
-        for (int c = threadIdx.x; c < band; c += THREADS) {
-            float4* mine = reinterpret_cast<float4*>(scaled + c * STRIDE);
-            float4 sum[TOKENS / 4];
+        __syncwarp();
+        if (stored) {
+            u8* page = p.cache + slot / BLOCK_SIZE * p.block_stride + head * p.head_stride;
+            const int offset = static_cast<int>(slot % BLOCK_SIZE);
+            write_planes<BITS>(page, side.planes, offset, codes);
+            if (threadIdx.x % LANES == 0)
+                reinterpret_cast<u16*>(page + p.meta)[2 * offset + kind] = static_cast<u16>(scale | (__float_as_uint(zero) & 255) << 8);
+        }
+        __syncwarp();
+    }
+};
+
+// Two numbers as the sum of two pairs of bfloat16: 16 bits of each. Infinity and NaN stay what they are.
+DEVICE void split(float low, float high, u32& head, u32& tail) {
+    head = pack_bfloat2(low, high);
+    const auto finite = [](float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0.0f; };
+    tail = pack_bfloat2(finite(low - __uint_as_float(head << 16)), finite(high - __uint_as_float(head & 0xffff0000u)));
+}
+
+// What a block keeps to transform one head's keys.
+struct Keys {
+    using Pairs = PairRuns<PAIRS_APART>;
+    static constexpr int WIDTH = Pairs::WIDTH, SHARE = TOKENS * Pairs::COUNT / THREADS;  // Of a thread: runs of pairs.
+    static_assert(THREADS % Pairs::COUNT == 0 && TOKENS * Pairs::COUNT % THREADS == 0);
+    // A thread has the same channels of several tokens.
+    const Pairs pairs{static_cast<int>(threadIdx.x % Pairs::COUNT)};
+    Pairs::Runs mean;
+    uint2 transform[STEPS][WARP_TILES];
+
+    // Constants of the model: there is no need to wait for them.
+    DEVICE void load(const Params& p, int head) {
+        const uint2* from = p.transform + (head * STEPS * TILES + threadIdx.x / 32 * WARP_TILES) * 32 + threadIdx.x % 32;
 #pragma unroll
-            for (int t = 0; t < TOKENS / 4; ++t) sum[t] = mine[t];
+        for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-            for (int i = BAND - 1; i >= 0; --i) {
-                const float m = matrix[(band + i) * HEAD_DIM + c];
-                const float4* row = reinterpret_cast<const float4*>(errors + i * STRIDE);
+            for (int n = 0; n < WARP_TILES; ++n) transform[step][n] = load_constant(from + (step * TILES + n) * 32);
+        }
+        pairs.load(p.centres.mean, head, mean);
+    }
+
+    // Brings the tokens less their centres into shared memory, each number as the sum of two of bfloat16.
+    DEVICE void stage(const Params& p, int head, int first) const {
+        Scratch& scratch = *reinterpret_cast<Scratch*>(shared);
+        const Side& side = p.sides[0];
+        const int start = threadIdx.x / Pairs::COUNT;
+        constexpr int TOKEN_STEP = THREADS / Pairs::COUNT;  // Tokens of a thread.
+        Elements<WIDTH> raw[SHARE][2];
+        i64 slots[SHARE];
+        int positions[SHARE];
 #pragma unroll
-                for (int t = 0; t < TOKENS / 4; ++t) {
-                    const float4 e = row[t];
-                    sum[t].x = __fmaf_rn(m, e.x, sum[t].x);
-                    sum[t].y = __fmaf_rn(m, e.y, sum[t].y);
-                    sum[t].z = __fmaf_rn(m, e.z, sum[t].z);
-                    sum[t].w = __fmaf_rn(m, e.w, sum[t].w);
+        for (int i = 0; i < SHARE; ++i) {
+            const int token = first + start + i * TOKEN_STEP;
+            slots[i] = -1;
+            if (token >= p.tokens) continue;
+            slots[i] = p.slots[token], positions[i] = static_cast<int>(p.positions[token]);
+#pragma unroll
+            for (int run = 0; run < 2; ++run) raw[i][run].load(side, token, head, pairs.channel(run));
+        }
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            if (slots[i] < 0) continue;  // Nobody reads what its row leaves then, and its position may be any.
+            Pairs::Runs own = mean;
+            if (!positions[i]) pairs.load(p.centres.first, head, own);
+            const Pairs::Runs centre = pairs.centre(p.centres, own, positions[i]);
+            const int row = (start + i * TOKEN_STEP) * OPERAND_STRIDE;
+#pragma unroll
+            for (int run = 0; run < 2; ++run) {
+                u32 parts[2][(WIDTH + 1) / 2];
+#pragma unroll
+                for (int k = 0; k < WIDTH; k += 2) {
+                    const auto x = [&](int j) { return j < WIDTH ? __fsub_rn(raw[i][run][j], centre.x[run][j]) : 0.0f; };
+                    split(x(k), x(k + 1), parts[0][k / 2], parts[1][k / 2]);
+                }
+#pragma unroll
+                for (int part = 0; part < 2; ++part) {
+                    u16* to = reinterpret_cast<u16*>(scratch.operands[part] + row) + pairs.channel(run);
+                    if constexpr (WIDTH == 4) *reinterpret_cast<uint2*>(to) = {parts[part][0], parts[part][1]};
+                    else if constexpr (WIDTH == 2) *reinterpret_cast<u32*>(to) = parts[part][0];
+                    else *to = static_cast<u16>(parts[part][0]);
                 }
             }
+        }
+    }
+
+    DEVICE void multiply() const {
+        Scratch& scratch = *reinterpret_cast<Scratch*>(shared);
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        // Of few columns, heads and tails have sums of their own, so that fewer products wait for each other.
+        constexpr int SUMS = WARP_TILES <= 2 ? 2 : 1;
+        float sums[SUMS][WARP_TILES][4] = {};
 #pragma unroll
-            for (int t = 0; t < TOKENS / 4; ++t) mine[t] = sum[t];
+        for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                const u32* at = scratch.operands[part] + g * OPERAND_STRIDE + 8 * step + t;
+                const u32 a[4] = {at[0], at[8 * OPERAND_STRIDE], at[4], at[8 * OPERAND_STRIDE + 4]};
+#pragma unroll
+                for (int n = 0; n < WARP_TILES; ++n)
+                    mma_bfloat(sums[part % SUMS][n], a, transform[step][n].x, transform[step][n].y);
+            }
         }
-        // The next band reads what these threads wrote, after its own barrier.
+#pragma unroll
+        for (int n = 0; n < WARP_TILES; ++n) {
+            float(&sum)[4] = sums[0][n];
+            if constexpr (SUMS > 1) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[i] += sums[1][n][i];
+            }
+            float* to = scratch.y + g * ROW_STRIDE + 8 * (threadIdx.x / 32 * WARP_TILES + n) + 2 * t;
+            *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
+            *reinterpret_cast<float2*>(to + 8 * ROW_STRIDE) = {sum[2], sum[3]};
+        }
     }
-}
 
-// One token's group of channels, by one thread: a scale and a minimum of its own.
-DEVICE void code_group(const Params& p, const float* x, int token, int group, u8* meta) {
-    const int from = group * GROUP_SIZE, to = min(from + GROUP_SIZE, HEAD_DIM);
-    float low = __int_as_float(0x7f800000), high = NEG_INF;
-    auto clean = [&](int i) {
-        const float v = x[i * STRIDE + token];
-        return v != v ? 0.0f : fminf(fmaxf(v, -65504.0f), 65504.0f);
-    };
-    for (int i = from; i < to; ++i) low = fminf(low, clean(i)), high = fmaxf(high, clean(i));
-    const u16 minimum = to_half(low);
-    const float base = from_half(minimum);
-    float spread = __fmul_rn(__fsub_rn(high, base), 1.0f / TOP);
-    spread = fminf(fmaxf(spread, 0.0f), 65504.0f);
-    const u16 scale = to_half(spread);
-    const float step = from_half(scale), inverse = step > 0 ? __frcp_rn(step) : 0.0f;
-    for (int i = from; i < to; ++i)
-        codes[token][i] = static_cast<u8>(nearest<BITS>(__fmul_rn(__fsub_rn(clean(i), base), inverse)));
-    reinterpret_cast<u16*>(meta)[2 * group] = scale;
-    reinterpret_cast<u16*>(meta)[2 * group + 1] = minimum;
-}
+    DEVICE static void transformed(float (&y)[OWN][4]) {
+        const float* row = reinterpret_cast<Scratch*>(shared)->y + threadIdx.x / LANES * ROW_STRIDE;
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            float4 v = {};
+            if (has_quad(i)) v = *reinterpret_cast<const float4*>(row + 4 * quad(i));
+            y[i][0] = v.x, y[i][1] = v.y, y[i][2] = v.z, y[i][3] = v.w;
+        }
+    }
+};
 
-extern "C" __global__ __launch_bounds__(THREADS) void store(const __grid_constant__ Params p) {
-    SHARED __align__(16) float x[TRANSFORM || GROUP_SIZE ? HEAD_DIM * STRIDE : 4];
-    SHARED u8* pages[TOKENS];
-    SHARED int offsets[TOKENS];
-    const int head = blockIdx.y, first = blockIdx.x * TOKENS, count = min(TOKENS, p.tokens - first);
+extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void store(const __grid_constant__ Params p) {
+    const int head = blockIdx.y;
+    const bool codes_keys = gridDim.z == 1 || blockIdx.z == 0, codes_values = gridDim.z == 1 || blockIdx.z == 1;
+    // So told, the compiler knows that a warp does not part over it.
+    const bool warp_codes = __shfl_sync(ALL_LANES, threadIdx.x / 32, 0) * WARP_TOKENS < TOKENS;
+    Keys keys;
+    if (codes_keys) keys.load(p, head);
+    const float encode = load_constant(p.value_encode + head);
     wait_for_previous_kernel();
-    if (threadIdx.x < TOKENS) {
-        const i64 slot = threadIdx.x < count ? p.slots[first + threadIdx.x] : -1;
-        pages[threadIdx.x] = slot < 0 ? nullptr : p.cache + slot / BLOCK_SIZE * p.block_stride + head * p.head_stride;
-        offsets[threadIdx.x] = static_cast<int>(slot % BLOCK_SIZE);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * HEAD_DIM; i += THREADS) {
-        const int t = i / HEAD_DIM, c = i % HEAD_DIM;
-        float v = 0;
-        if (pages[t]) v = load(p.x, (first + t) * p.token_stride + head * p.x_head_stride + c);
-        if (TRANSFORM || GROUP_SIZE) {
-            x[c * STRIDE + t] = v;
-            continue;
+    let_next_kernel_start();
+    for (int first = blockIdx.x * TOKENS; first < p.tokens; first += gridDim.x * TOKENS) {
+        const Place place(p, first);
+        Elements<4> values[OWN] = {};
+        if (codes_values && warp_codes) {
+#pragma unroll
+            for (int i = 0; i < OWN; ++i)
+                if (place.slot >= 0 && has_quad(i)) values[i].load(p.sides[1], first + threadIdx.x / LANES, head, 4 * quad(i));
         }
-        v = __fadd_rn(__fmul_rn(v, p.inverse[head * HEAD_DIM + c]), p.zero[head * HEAD_DIM + c]);
-        if (FEEDBACK) scaled[c * STRIDE + t] = v;
-        else codes[t][c] = static_cast<u8>(nearest<BITS>(v));
-    }
-    __syncthreads();
-    if (GROUP_SIZE) {
-        for (int i = threadIdx.x; i < TOKENS * GROUPS; i += THREADS)
-            if (const int t = i / GROUPS; pages[t])
-                code_group(p, x, t, i % GROUPS, pages[t] + p.meta_plane + offsets[t] * GROUPS * 4);
-    }
-    if (PAIRS) {
-        for (int t = 0; t < count; ++t)
-            if (pages[t]) subtract_centre(p, head, p.positions[first + t], x + t);
-        __syncthreads();
-    }
-    if (TRANSFORM) {
-        transform(p, head, x);
-        __syncthreads();
-    }
-    if (FEEDBACK) round_with_feedback(p, head);
-    __syncthreads();
-
-    // Four bytes of a row at a time.
-    constexpr int ROW = BITS == 8 ? HEAD_DIM : HEAD_DIM / 2, WORDS = ROW / 4;
-    for (int i = threadIdx.x; i < TOKENS * WORDS; i += THREADS) {
-        const int t = i / WORDS, at = i % WORDS * 4;
-        if (!pages[t]) continue;
-        u32 word = 0;
-        for (int k = 0; k < 4; ++k) {
-            const u32 low = codes[t][at + k];
-            word |= (BITS == 8 ? low : (low & 15) | (codes[t][(at + k + HEAD_DIM / 2) % HEAD_DIM] & 15) << 4) << 8 * k;
+        float y[OWN][4];
+        if (codes_keys) {
+            keys.stage(p, head, first);
+            __syncthreads();
+            keys.multiply();
+            __syncthreads();
+            if (warp_codes) {
+                Keys::transformed(y);
+                place.code<KEY_BITS>(p, 0, head, y);
+            }
         }
-        *reinterpret_cast<u32*>(pages[t] + p.plane + offsets[t] * ROW + at) = word;
-    }
-    if (BITS != 6) return;
-    constexpr int QUARTER = HEAD_DIM / 4, HIGH_WORDS = QUARTER / 4;
-    for (int i = threadIdx.x; i < TOKENS * HIGH_WORDS; i += THREADS) {
-        const int t = i / HIGH_WORDS, at = i % HIGH_WORDS * 4;
-        if (!pages[t]) continue;
-        u32 word = 0;
-        for (int k = 0; k < 4; ++k)
-            for (int quarter = 0; quarter < 4; ++quarter)
-                word |= static_cast<u32>(codes[t][at + k + quarter * QUARTER] >> 4) << (8 * k + 2 * quarter);
-        *reinterpret_cast<u32*>(pages[t] + p.high_plane + offsets[t] * QUARTER + at) = word;
+        if (codes_values && warp_codes) {
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) y[i][k] = values[i][k];
+            }
+            hadamard_sums(y);
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) y[i][k] = __fmul_rn(y[i][k], encode);
+            }
+            place.code<VALUE_BITS>(p, 1, head, y);
+        }
     }
 }

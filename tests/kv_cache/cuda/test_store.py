@@ -1,169 +1,276 @@
-"""The CUDA kernels that write and read pages against the specification: codes bit for bit, or where they are rounded
-with feedback each the nearest to what the specification rounds after the codes before it."""
+"""The CUDA kernels that write and read pages against the specification.
+
+Values are coded bit for bit. A key's bytes may differ where a number lies next to a tie, as products are rounded in
+another way: each byte is checked to be the nearest, in float64, given those that it depends on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
 from kv_cache import codec
+from kv_cache.cuda.constants import LayerConstants
+from kv_cache.cuda.read import gather, plan
+from kv_cache.cuda.store import store
 from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES
-from kv_cache.layout import PageLayout
+from kv_cache.formats import FORMATS, HEAD_SIZES, RANGE_SHARE, KVFormat, mixed_format
+from kv_cache.layout import META, PageLayout
+from kv_cache.rotary import Rotary
+from kv_cache.scales import LayerScales
 from tests.kv_cache.empty_pages import empty_pages
-from tests.kv_cache.random_scales import CODINGS, MAX_POSITION, coding, random_scales
+from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
-pytestmark = [
+gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+CPU = torch.device("cpu")
+BITS = ((8, 8), (6, 6), (4, 4), (4, 3), (3, 3), (2, 8), (8, 2), (3, 6))
+"""Of keys and of values; every number of bits on both sides."""
+SLACK = 2.0**-13
+"""Of a transformed key, in parts of its largest channel: 16 bits of each key, sums of float32."""
+HEADS, BLOCKS, BLOCK = 3, 5, 16
 
-DEVICE = torch.device("cuda", 0)
+
+def served(bits: tuple[int, int], dim: int) -> bool:
+    return dim % 32 == 0 or 3 not in bits
+
+
+def seeded() -> None:
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
 
 
 def moved(cache: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of pages on another device, with what lies between them."""
     size = cache.untyped_storage().nbytes()
     flat = cache.as_strided((size,), (1,)).to(device, copy=True)
     return flat.as_strided(cache.shape, cache.stride())
 
 
-@pytest.mark.parametrize("dim", HEAD_SIZES)
-@pytest.mark.parametrize("name", CODINGS)
-@pytest.mark.parametrize("alone", [False, True])
-def test_store_and_gather_are_the_codec(name, dim, alone, monkeypatch):
-    from kv_cache.cuda import store as module
-
-    if alone:  # Each warp has tokens of its own, as in a long prompt.
-        _, shared, overlap = module.device_limits(DEVICE)
-        monkeypatch.setattr(module, "device_limits", lambda device: (1, shared, overlap))
-    check_store_and_gather(name, dim, DEVICE)
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    size = one.untyped_storage().nbytes()
+    return torch.equal(one.as_strided((size,), (1,)).cpu(), other.as_strided((size,), (1,)).cpu())
 
 
-def check_store_and_gather(name: str, dim: int, device: torch.device) -> None:
-    """Store random tokens, and gather others, in any coding that random_scales knows."""
-    from kv_cache.cuda.read import gather, plan
-    from kv_cache.cuda.store import store
+def rows_at(cache: torch.Tensor, layout: PageLayout, slots: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What lies in each plane at some slots, [slots, heads, row bytes], as codec.encode returns it."""
+    rows = {}
+    for name, row in layout.row_bytes.items():
+        found = torch.empty(len(slots), cache.shape[1], row, dtype=torch.uint8)
+        for index, slot in enumerate(slots.tolist()):
+            for head in range(cache.shape[1]):
+                page = cache[slot // layout.block_size, head].reshape(-1)
+                found[index, head] = codec._plane_view(page, layout, name)[slot % layout.block_size]
+        rows[name] = found
+    return rows
 
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    layout, scales = PageLayout(coding(name)[0], dim, 16), random_scales(name, 3, dim)
-    sides = sides_of(layout, 3, scales, device)
-    for dtype, padded, tokens in ((torch.bfloat16, True, 50), (torch.float16, False, 16), (torch.float32, False, 1)):
-        want = empty_pages(layout, 5, 3, padded)
-        cache = moved(want, device)
-        key, value = (torch.randn(tokens + 4, 5, dim).mul(2).to(dtype)[:, 1:4] for _ in range(2))
-        if dtype == torch.float32:
-            key[0, 0, 5], key[0, 1, 7], value[0, 0, 0], value[0, 2, -1] = float("nan"), 1e30, float("-inf"), 7e4
-        slots, positions = torch.randperm(80)[:tokens], torch.randint(MAX_POSITION, (tokens,))
-        slots[1:][torch.rand(tokens - 1) < 0.1] = -1
-        codec.write_pages(want, key[:tokens], value[:tokens], slots, layout, scales, positions)
-        store(layout, sides, cache, *(x.to(device) for x in (key, value, slots, positions)))
-        if tokens and sides[1].tiled and "feedback" in sides[1].tensors:
-            stored = slots >= 0
-            flat = cache.as_strided((want.untyped_storage().nbytes(),), (1,)).cpu()
-            got = flat.as_strided(cache.shape, cache.stride())
-            x = {"key": key[:tokens][stored], "value": value[:tokens][stored]}
-            for kind, side in zip(x, sides, strict=True):
-                codes = codes_at(got, layout, slots[stored], kind)
-                if "feedback" in side.tensors:
-                    assert_nearest(codes, x[kind], scales, kind, positions[stored])
-                else:
-                    bits = layout.fmt.key_bits if kind == "key" else layout.fmt.value_bits
-                    assert torch.equal(codes, codec.quantize_side(x[kind], scales, kind, bits, None))
-            # Nothing else was touched: with the right codes written over them, all bytes are the specification's.
-            codec.write_pages(got, key[:tokens], value[:tokens], slots, layout, scales, positions)
-            cache = got
-        size = want.untyped_storage().nbytes()
-        different = (cache.as_strided((size,), (1,)).cpu() != want.as_strided((size,), (1,))).sum().item()
-        assert different == 0, f"{different} of {size} bytes differ for {dtype}"
 
-    # Gather what lies in the pages and some fresh tokens, of three requests.
-    page_codes = empty_pages(layout, 5, 3, True)
-    earlier, new, table = [37, 0, 33], [5, 40, 1], torch.tensor([[3, 0, 4], [0, 0, 0], [1, 2, 0]], dtype=torch.int32)
+def codes_of(rows: dict[str, torch.Tensor], kind: str, bits: int) -> torch.Tensor:
+    return codec.join_planes([rows[name] for name in rows if name.startswith(kind)], bits)
+
+
+def assert_codes_are_nearest(y: torch.Tensor, codes: torch.Tensor, meta: torch.Tensor, bits: int) -> None:
+    """What keys are coded as, for y as it is in float64.
+
+    Args:
+        y: float64 [tokens, heads, channels].
+        codes: uint8 of y's shape.
+        meta: uint8 [tokens, heads, 2], scale and zero.
+        bits: of a code.
+
+    """
+    scale, zero = meta.unbind(-1)
+    low, high = y.amin(-1).clamp_max(0), y.amax(-1).clamp_min(0)
+    slack = SLACK * y.abs().amax(-1)
+    factor = RANGE_SHARE[bits] * 2.0 ** (bits - 2) / (2**bits - 1)
+    least, most = (codec.encode_scale(((high - low + sign * 2 * slack) * factor).float()) for sign in (-1, 1))
+    assert ((least <= scale) & (scale <= most)).all()
+    inverse = codec.inverse_step(scale, bits).double()
+    wanted = (-low * inverse * RANGE_SHARE[bits] * 2.0 ** (8 - bits)).clamp(0, 255)
+    off = (wanted - zero).abs()
+    assert (off <= 0.5 + slack * inverse * 2.0 ** (8 - bits)).all()
+    scaled = (y * inverse[..., None] + (zero.double() * 2.0 ** (bits - 8))[..., None]).clamp(0, 2**bits - 1)
+    off = (scaled - codes).abs()
+    assert (off <= 0.5 + (slack * inverse)[..., None]).all()
+
+
+def check_store(
+    fmt: KVFormat, dim: int, device: torch.device, tokens: int, dtype: torch.dtype, rotary: Rotary | None = None
+) -> None:
+    """Store random tokens among others, some of them nowhere, some at position 0, and one that is not finite."""
+    layout, scales = PageLayout(fmt, dim, BLOCK), random_scales(HEADS, dim)
+    scales = dataclasses.replace(scales, rotary=rotary or scales.rotary)
+    layer = LayerConstants.of(layout, scales, device, MAX_POSITION)
+    want = empty_pages(layout, BLOCKS, HEADS, padded=tokens % 2 == 1)
+    cache = moved(want, device)
+    key, value = (torch.randn(tokens + 4, HEADS + 2, dim).mul(2).to(dtype)[:, 1 : 1 + HEADS] for _ in range(2))
+    key *= torch.rand(tokens + 4, HEADS, 1) * 3
+    value *= torch.rand(tokens + 4, HEADS, 1) * 3
+    key[0, 0, 5], key[0, 1, 7], value[0, 0, 0], value[0, 2, -1] = torch.nan, torch.inf, -torch.inf, torch.nan
+    if dtype == torch.float32:
+        key[0, 2, 3] = -1e30
+    slots, positions = torch.randperm(BLOCKS * BLOCK)[:tokens], torch.randint(MAX_POSITION, (tokens,))
+    slots[1:][torch.rand(tokens - 1) < 0.1] = -1
+    positions[torch.rand(tokens) < 0.2] = 0
+    on_device = [x.to(device) for x in (key, value, slots, torch.where(slots < 0, 2**40, positions))]
+    store(layer, cache, *on_device)
+
+    codec.write_pages(want, key[:tokens], value[:tokens], slots, layout, scales, positions)
+    stored = slots >= 0
+    got = moved(cache, CPU)
+    rows, expected = (rows_at(pages, layout, slots[stored]) for pages in (got, want))
+    for name in rows:
+        if name.startswith("value"):
+            assert torch.equal(rows[name], expected[name]), name
+        # Whatever is not finite, or swamps all else.
+        assert torch.equal(rows[name][0], expected[name][0]), name
+    assert torch.equal(rows[META][..., 2:], expected[META][..., 2:])
+    centred = (key[:tokens].float() - codec.centres(scales, positions))[stored][1:].double()
+    y = torch.einsum("hcd,thd->thc", scales.key_transform.double(), centred)
+    codes = [codes_of(x, "key", fmt.key_bits)[1:] for x in (rows, expected)]
+    meta = [x[META][1:, :, :2] for x in (rows, expected)]
+    assert_codes_are_nearest(y, codes[0], meta[0], fmt.key_bits)
+    errors = [
+        (codec.dequantize(c, *m.unbind(-1), fmt.key_bits, torch.float64) - y).norm()
+        for c, m in zip(codes, meta, strict=True)
+    ]
+    assert errors[0] <= errors[1] * 1.01
+    # Nothing else was touched: with the specification's bytes in these slots all are the same.
+    codec.write_pages(got, key[:tokens], value[:tokens], slots, layout, scales, positions)
+    assert same_bytes(got, want)
+
+
+def check_gather(
+    fmt: KVFormat, dim: int, device: torch.device, dtype: torch.dtype, rotary: Rotary | None = None, block: int = BLOCK
+) -> None:
+    """Gather what lies in pages beside fresh tokens, of four requests."""
+    layout, scales = PageLayout(fmt, dim, block), random_scales(HEADS, dim)
+    scales = dataclasses.replace(scales, rotary=rotary or scales.rotary)
+    layer = LayerConstants.of(layout, scales, device, MAX_POSITION)
+    earlier, new = [2 * block + 5, 0, 1, 3 * block], [5, 40, 1, 0]
+    table = torch.tensor([[3, 0, 4], [99, 99, 99], [1, 99, 99], [7, 2, 6]], dtype=torch.int32)
+    pages = empty_pages(layout, 8, HEADS, True)
     for request, length in enumerate(earlier):
-        if length:
-            key, value = torch.randn(length, 3, dim), torch.randn(length, 3, dim)
-            at = torch.arange(length)
-            slots = table[request].long()[at // 16] * 16 + at % 16
-            codec.write_pages(page_codes, key, value, slots, layout, scales, at)
-    cache, tiles = moved(page_codes, device), plan(earlier, new).to(device)
-    for dtype in (torch.bfloat16, torch.float16):
-        fresh = torch.randn(sum(new) + 2, 7, dim, device=device).to(dtype)[:, 1:7].split(3, 1)
-        out = [
-            torch.full((sum(earlier) + sum(new) + 3, 3, dim), float("nan"), dtype=dtype, device=device) for _ in "kv"
-        ]
-        gather(layout, sides, cache, (out[0], out[1]), fresh, table.to(device), tiles)
+        at = torch.arange(length)
+        slots = table[request].long()[at // block] * block + at % block
+        key, value = torch.randn(2, length, HEADS, dim).mul(torch.rand(2, length, HEADS, 1) * 3)
+        codec.write_pages(pages, key, value, slots, layout, scales, at)
+    cache, tiles = moved(pages, device), plan(earlier, new).to(device)
+    fresh = torch.randn(sum(new) + 2, 7, dim, device=device).to(dtype)[:, 1 : 1 + 2 * HEADS].split(HEADS, 1)
+    shape = (sum(earlier) + sum(new) + 3, HEADS, dim)
+    out = tuple(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in "kv")
+    gather(layer, cache, out, fresh, table.to(device), tiles)
+    keys, values = (x.cpu() for x in out)
+    row = taken = 0
+    for request, (before, count) in enumerate(zip(earlier, new, strict=True)):
+        for head in range(HEADS):
+            for index in range(before):
+                pass
+            read = [
+                codec.read_page(pages[b, head].reshape(-1), layout, scales, head, block * i)
+                for i, b in enumerate(table[request, : -(-before // block)].tolist())
+            ]
+            exact = [
+                codec.read_page(pages[b, head].reshape(-1), layout, scales, head, block * i, torch.float64)[0]
+                for i, b in enumerate(table[request, : -(-before // block)].tolist())
+            ]
+            if before:
+                assert torch.equal(values[row : row + before, head], torch.cat([x[1] for x in read])[:before].to(dtype))
+                want = torch.cat(exact)[:before]
+                error = (keys[row : row + before, head].double() - want).norm(dim=-1) / want.norm(dim=-1)
+                assert error.max() < (4e-3 if dtype == torch.bfloat16 else 6e-4)
+        row += before
         for index in range(2):
-            row = taken = 0
-            for request, (before, count) in enumerate(zip(earlier, new, strict=True)):
-                for head in range(3):
-                    pages = [
-                        codec.read_page(page_codes[b, head].reshape(-1), layout, scales, head, torch.float64, 16 * i)
-                        for i, b in enumerate(table[request].tolist())
-                    ]
-                    want = torch.cat([both[index] for both in pages])[:before]
-                    got = out[index][row : row + before, head].double().cpu()
-                    assert before == 0 or (got - want).norm() / want.norm() < (
-                        3e-3 if dtype == torch.bfloat16 else 4e-4
-                    )
-                row += before
-                assert torch.equal(out[index][row : row + count], fresh[index][taken : taken + count])
-                row, taken = row + count, taken + count
-            assert out[index][row:].isnan().all()
+            assert torch.equal(out[index][row : row + count], fresh[index][taken : taken + count])
+        row, taken = row + count, taken + count
+    for whole in (keys, values):
+        assert whole[row:].isnan().all()
+        assert not whole[:row].isnan().any()
 
 
-def codes_at(cache, layout, slots, kind):
-    """Return the codes [slots, heads, head_dim] of keys or values."""
-    bits = layout.fmt.key_bits if kind == "key" else layout.fmt.value_bits
-    codes = []
-    for block, offset in zip((slots // layout.block_size).tolist(), (slots % layout.block_size).tolist(), strict=True):
-        heads = []
-        for head in range(cache.shape[1]):
-            page = cache[block, head].reshape(-1)
-            planes = {name: codec._plane_view(page, layout, name) for name, row in layout.row_bytes().items() if row}
-            heads.append(codec._codes(kind, planes, bits)[offset])
-        codes.append(torch.stack(heads))
-    return torch.stack(codes)
+ROTARIES = {
+    "none": Rotary.over(64, None, MAX_POSITION),
+    "5 of 32 pairs": Rotary.over(64, torch.rand(5), MAX_POSITION),
+    "10 of 32 pairs": Rotary.over(64, torch.rand(10), MAX_POSITION),
+    "10 of 32 pairs, interleaved": Rotary.over(64, torch.rand(10), MAX_POSITION, interleaved=True),
+}
+"""What random_scales does not have."""
+STORES = ((50, torch.bfloat16), (16, torch.float16), (1, torch.float32), (33, torch.float32))
 
 
-def assert_nearest(codes, x, scales, kind, positions):
-    """Each code is the nearest to its channel after the errors of the codes before it, in float64, or next to a tie."""
-    codes, x = codes.double(), x.double()
-    scale, zero, feedback = (getattr(scales, f"{kind}_{part}").double() for part in ("scale", "zero", "feedback"))
-    encode = (
-        scales.key_encode.double() if kind == "key" and scales.key_encode is not None else torch.diag_embed(1 / scale)
-    )
-    if kind == "key" and scales.key_mean is not None:
-        x = x - codec.centres(scales, positions).double()
-    scaled = torch.einsum("hcd,thd->thc", encode, x) + zero
-    magnitude = torch.einsum("hcd,thd->thc", encode.abs(), x.abs()) + zero.abs()
-    for i in reversed(range(x.shape[-1])):
-        error = scaled[..., i] - codes[..., i]
-        top = 15
-        off = (scaled[..., i].clamp(0, top) - codes[..., i]).abs()
-        finite = x.isfinite().all(-1)
-        slack = 2.0**-12 * magnitude.amax(-1)
-        assert (off <= 0.5 + slack)[finite].all(), f"channel {i}: {(off - 0.5 - slack)[finite].max()}"
-        assert (codes[..., i] == 0)[~finite & x.isnan().any(-1) & scaled[..., i].isnan()].all()
-        scaled[..., :i] += feedback[:, i, :i] * error[..., None]
-        magnitude[..., :i] += (feedback[:, i, :i] * error[..., None]).abs()
+class TestOnADevice:
+    pytestmark = gpu
+
+    @pytest.fixture(autouse=True)
+    def device(self):
+        seeded()
+        return torch.device("cuda", 0)
+
+    @pytest.fixture(params=["few tokens", "many tokens"])
+    def share(self, request, monkeypatch):
+        """How blocks share the work: as while decoding, or as in a long prompt."""
+        from kv_cache.cuda import store as module
+
+        if request.param == "many tokens":
+            _, shared, overlap = module.device_limits(torch.device("cuda", 0))
+            monkeypatch.setattr(module, "device_limits", lambda device: (2, shared, overlap))
+
+    @pytest.mark.parametrize("dim", HEAD_SIZES)
+    @pytest.mark.parametrize("bits", BITS)
+    @pytest.mark.usefixtures("share")
+    def test_store(self, bits, dim, device):
+        if served(bits, dim):
+            for tokens, dtype in STORES:
+                check_store(mixed_format(*bits), dim, device, tokens, dtype)
+
+    @pytest.mark.parametrize("dim", HEAD_SIZES)
+    @pytest.mark.parametrize("bits", BITS)
+    def test_gather(self, bits, dim, device):
+        if served(bits, dim):
+            for dtype, block in ((torch.bfloat16, 16), (torch.float16, 48)):
+                check_gather(mixed_format(*bits), dim, device, dtype, block=block)
+
+    @pytest.mark.parametrize("rotary", ROTARIES)
+    @pytest.mark.usefixtures("share")
+    def test_other_rotary_embeddings(self, rotary, device):
+        for tokens, dtype in STORES:
+            check_store(FORMATS["int4_per_head"], 64, device, tokens, dtype, ROTARIES[rotary])
+        check_gather(FORMATS["int4_per_head"], 64, device, torch.float16, ROTARIES[rotary])
 
 
-def sides_of(layout, kv_heads, scales, device):
-    from kv_cache.cuda.sides import make_side
-
-    return tuple(make_side(kind, layout, kv_heads, scales, device) for kind in ("key", "value"))
+def made(dim: int = 64, name: str = "int4_per_head") -> tuple[PageLayout, LayerScales]:
+    return PageLayout(FORMATS[name], dim, BLOCK), random_scales(HEADS, dim)
 
 
-def test_centred_keys_need_positions():
-    from kv_cache.cuda.store import store
-
-    layout, scales = PageLayout(coding("int4_per_head")[0], 64, 16), random_scales("int4_per_head+centred", 1, 64)
-    x = torch.randn(2, 1, 64, device=DEVICE)
-    cache = moved(empty_pages(layout, 1, 1, False), DEVICE)
+def test_what_does_not_fit_is_refused():
+    layout, scales = made()
+    layer = LayerConstants.of(layout, scales, CPU)
+    cache = empty_pages(layout, 1, HEADS, False)
+    x, slots = torch.randn(2, HEADS, 64), torch.arange(2)
     with pytest.raises(ParetoError, match="position of every token"):
-        store(layout, sides_of(layout, 1, scales, DEVICE), cache, x, x, torch.arange(2, device=DEVICE))
+        store(layer, cache, x, x, slots, slots[:1])
+    with pytest.raises(ParetoError, match="both be float32, bfloat16 or float16"):
+        store(layer, cache, x, x.half(), slots, slots)
+    with pytest.raises(ParetoError, match=r"pages must be uint8 \[blocks, 3, 16, 68\]"):
+        store(layer, empty_pages(layout, 1, HEADS + 1, False), x, x, slots, slots)
+    with pytest.raises(ParetoError, match="do not fit head size 128"):
+        LayerConstants.of(PageLayout(FORMATS["int4_per_head"], 128, BLOCK), scales, CPU)
+    with pytest.raises(ParetoError, match="bfloat16 numbers"):
+        LayerConstants.of(layout, dataclasses.replace(scales, key_transform=scales.key_transform / 3), CPU)
+    with pytest.raises(ParetoError, match="to gather must be"):
+        gather(layer, cache, (x, x), (x, x), slots[None].int(), plan([1], [1]))
+
+
+def test_tiles_lie_in_one_page():
+    tiles = plan([0, 37, 16], [20, 3, 0])
+    assert tiles.tolist() == [
+        [-1, 0, 16, 0], [-1, 16, 4, 16], [1, 0, 16, 20], [1, 16, 16, 36], [1, 32, 5, 52], [-1, 20, 3, 57],
+        [2, 0, 16, 60],
+    ]  # fmt: skip
