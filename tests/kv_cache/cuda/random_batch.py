@@ -10,7 +10,7 @@ import torch
 from kv_cache import codec
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding
-from kv_cache.formats import FORMATS, KVFormat, mixed_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, mixed_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
 from tests.kv_cache.random_scales import random_scales
@@ -23,11 +23,21 @@ def format_of(name: str) -> KVFormat:
     return mixed_format(*MIXED[name]) if name in MIXED else FORMATS[name]
 
 
+def served(names: tuple[str, ...], dims: tuple[int, ...] = HEAD_SIZES) -> list[tuple[str, int]]:
+    """The pairs of a format's name and a head size that there is a layout for."""
+
+    def serves(name: str, dim: int) -> bool:
+        return dim % 32 == 0 or 3 not in (format_of(name).key_bits, format_of(name).value_bits)
+
+    return [(name, dim) for name in names for dim in dims if serves(name, dim)]
+
+
 def random_pages(layout: PageLayout, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Pages [*shape, page bytes] of any codes and zeros; scales are between 1/4 and 4."""
+    """Pages [*shape, page bytes] of any codes; scales are between 1/2 and 2, and zeros in the middle half of their range."""
     pages = torch.randint(256, (*shape, layout.page_bytes), dtype=torch.uint8, device=device)
     meta = pages[..., layout.offsets[META] :].unflatten(-1, (-1, 4))
-    meta[..., 0::2] = 128 + meta[..., 0::2] % 64
+    meta[..., 0::2] = 144 + meta[..., 0::2] % 32
+    meta[..., 1::2] = 64 + meta[..., 1::2] % 128
     return pages
 
 
@@ -59,7 +69,7 @@ class Batch:
         group: int = 4,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cuda",
-        sharpness: float = 1.0,
+        sharpness: float = 0.5,
         padded: bool = False,
         written: bool = False,
         **more,
@@ -76,7 +86,7 @@ class Batch:
             group: query heads of a KV head.
             dtype: of queries.
             device: of tensors.
-            sharpness: what queries are multiplied by; logits have a deviation of about 7 times it.
+            sharpness: what queries are multiplied by; logits have a deviation of about 3 times it.
             padded: leave gaps between pages.
             written: the codec writes the pages of random keys and values, instead of any bytes.
             more: window and soft cap.
