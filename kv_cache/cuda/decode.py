@@ -1,8 +1,8 @@
 """Paged decode attention over codes on a CUDA device: the host's side of ``csrc/prepare.cu`` and ``csrc/decode.cu``.
 
-Specification and oracle is :func:`kv_cache.reference.paged_attention`. Two launches make up a call: the first folds key
-scales (or a dense transform) into the queries, the second attends. Neither needs anything from the host but
-shapes, so a call can be captured in a CUDA graph and replayed with other lengths and block tables.
+Specification and oracle is :func:`kv_cache.reference.paged_attention`. Two launches make up a call: the first folds the
+keys' transform and centre into the queries, the second attends. Neither needs anything from the host but shapes, so a call
+can be captured in a CUDA graph and replayed with other lengths and block tables.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import torch
 from kv_cache.errors import ParetoError
 from kv_cache.cuda import tuning as tunings
 from kv_cache.cuda.arguments import Geometry, cuda_device
-from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
 from kv_cache.layout import PageLayout
+
+PREPARE_PARTS = 4
+"""Threads of ``csrc/prepare.cu`` that share a channel."""
 
 _i32, _i64, _ptr, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -27,15 +30,15 @@ class _PrepareParams(ctypes.Structure):
         ("query", _ptr),
         ("query_token_stride", _i64),
         ("query_head_stride", _i64),
-        ("transform", _ptr),
-        ("key_zero", _ptr),
-        ("prepared", _ptr),
-        ("factors", _ptr),
+        ("inverse", _ptr),
         ("mean", _ptr),
+        ("first", _ptr),
+        ("prepared", _ptr),
+        ("rows", _ptr),
         ("bias_rows", _ptr),
-        ("pairs", _i32),
+        ("rotated", _i32),
         ("interleaved", _i32),
-        ("rows", _i32),
+        ("query_rows", _i32),
         ("kv_heads", _i32),
         ("group", _i32),
         ("scale", _f32),
@@ -49,7 +52,7 @@ class _DecodeParams(ctypes.Structure):
         ("block_stride", _i64),
         ("head_stride", _i64),
         ("query", _ptr),
-        ("query_factors", _ptr),
+        ("rows", _ptr),
         ("out", _ptr),
         ("out_token_stride", _i64),
         ("out_head_stride", _i64),
@@ -57,8 +60,7 @@ class _DecodeParams(ctypes.Structure):
         ("table_stride", _i64),
         ("seq_lens", _ptr),
         ("query_start", _ptr),
-        ("value_scale", _ptr),
-        ("value_zero", _ptr),
+        ("value_decode", _ptr),
         ("partial", _ptr),
         ("partial_stats", _ptr),
         ("counters", _ptr),
@@ -74,10 +76,6 @@ class _DecodeParams(ctypes.Structure):
     )
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 class DecodeAttention:
     """Decode attention of one geometry, for any number of layers of one stream.
 
@@ -91,8 +89,6 @@ class DecodeAttention:
         max_tokens: most query tokens of a call.
         max_query_len: most query tokens of a request, 1 to 16.
         soft_cap: whether calls have a soft cap.
-        dense: whether ``Folding.key`` is a transform.
-        centred: whether keys are centred, as ``Folding.mean`` says.
         tuning: None chooses by device and format.
 
     Raises:
@@ -111,17 +107,12 @@ class DecodeAttention:
         max_tokens: int,
         max_query_len: int = 1,
         soft_cap: bool = False,
-        dense: bool = False,
-        centred: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        if not layout.fmt.static:
-            raise ParetoError(f"{layout.fmt.name}: scales inside the page are not served by the CUDA decode kernel")
         geometry = Geometry(layout, kv_heads, heads, dtype, max_requests, max_tokens, max_query_len, soft_cap)
         device, capability = cuda_device(layout, device)
         self.geometry, self.layout, self.kv_heads, self.device = geometry, layout, kv_heads, device
         self.group = heads // kv_heads
-        self.dense, self.centred = dense, centred
         rows = max_query_len * self.group
         properties = torch.cuda.get_device_properties(device)
         self.tuning = tuning or tunings.choose(
@@ -140,12 +131,12 @@ class DecodeAttention:
             *page,
             ("BLOCK_SIZE", layout.block_size),
             ("SOFT_CAP", int(soft_cap)),
-            ("BIAS", int(centred)),
             ("OUT_BFLOAT", bf16),
+            ("PARAMS_BYTES", ctypes.sizeof(_DecodeParams)),
             *self.tuning.macros(),
         )
         self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
-        folds = (*page, ("IN_BFLOAT", bf16), ("DENSE", int(dense)), ("BIAS", int(centred)), ("BULK_COPY", 0))
+        folds = (*page, ("IN_BFLOAT", bf16), ("BULK_COPY", 0), ("PARAMS_BYTES", ctypes.sizeof(_PrepareParams)))
         self._prepare = load_kernel("prepare.cu", "prepare", folds, device)
         resident = self._decode.blocks_per_multiprocessor(32 * self.tuning.warps)
         if not resident:
@@ -156,8 +147,8 @@ class DecodeAttention:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self._prepared = empty(max_tokens, heads, 16 * steps, dtype=torch.float16)
-        self._factors = empty(max_tokens, heads, 2)
-        self._bias_rows = empty(max_tokens if centred else 0, heads, layout.head_dim)
+        self._rows = empty(max_tokens, heads, 4)
+        self._bias_rows = empty(max_tokens, heads, layout.head_dim)
         self._partial = empty(2 * self.blocks, self.tuning.rows, layout.head_dim)
         self._partial_stats = empty(2 * self.blocks, self.tuning.rows, 2)
         # The kernel leaves its counters at zero.
@@ -168,16 +159,14 @@ class DecodeAttention:
         query: torch.Tensor,
         folding: Folding,
         scale: float,
-        positions: PositionTables | None = None,
         beside_store: bool = False,
     ) -> None:
-        """Fold key scales, or the transform, into the queries.
+        """Fold the keys' transform and centre into the queries.
 
         Args:
             query: [tokens, heads, head_dim], channels contiguous.
             folding: the layer's.
             scale: factor of q.k.
-            positions: of centred keys.
             beside_store: the launch just before this one is :func:`kv_cache.cuda.store.store`, and it said that the next
                 launch may run beside it.
 
@@ -187,21 +176,21 @@ class DecodeAttention:
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
-            folding.key.data_ptr(),
-            folding.key_zero.data_ptr(),
+            folding.key_inverse.data_ptr(),
+            folding.key_mean.data_ptr(),
+            folding.key_first.data_ptr(),
             self._prepared.data_ptr(),
-            self._factors.data_ptr(),
-            _pointer(folding.mean),
+            self._rows.data_ptr(),
             self._bias_rows.data_ptr(),
-            positions.pairs if positions else 0,
-            int(positions.interleaved) if positions else 0,
+            folding.positions.rotated,
+            int(folding.positions.interleaved),
             tokens * self.group,
             self.kv_heads,
             self.group,
             scale,
             int(beside_store),
         )
-        threads = -(-self.layout.head_dim // 32) * 32 * (4 if self.dense else 1)
+        threads = -(-self.layout.head_dim // 32) * 32 * PREPARE_PARTS
         grid = (-(-tokens * self.group // ROW_TILE), self.kv_heads, 1)
         self._prepare.launch(grid, threads, params, self.device, self._overlap)
 
@@ -215,7 +204,6 @@ class DecodeAttention:
         folding: Folding,
         window: int = 0,
         soft_cap: float = 0.0,
-        positions: PositionTables | None = None,
     ) -> None:
         """Attend with the queries that :meth:`prepare` left.
 
@@ -226,10 +214,9 @@ class DecodeAttention:
             block_table: int32 [requests, blocks], rows contiguous.
             seq_lens: int32 [requests], the query's tokens included; 0 for padding.
             query_start: int32 [requests + 1].
-            folding: the layer's.
+            folding: the layer's; its positions reach as far as the longest sequence.
             window: a token sees the last ``window`` tokens, itself included; 0 means all.
             soft_cap: c in ``c * tanh(score / c)``; 0 means none.
-            positions: of centred keys; they reach as far as the longest sequence.
 
         """
         params = _DecodeParams(
@@ -237,7 +224,7 @@ class DecodeAttention:
             cache.stride(0),
             cache.stride(1),
             self._prepared.data_ptr(),
-            self._factors.data_ptr(),
+            self._rows.data_ptr(),
             out.data_ptr(),
             out.stride(0),
             out.stride(1),
@@ -245,14 +232,13 @@ class DecodeAttention:
             block_table.stride(0),
             seq_lens.data_ptr(),
             query_start.data_ptr(),
-            folding.value_scale.data_ptr(),
-            folding.value_zero.data_ptr(),
+            folding.value_decode.data_ptr(),
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
             self._counters.data_ptr(),
             self._bias_rows.data_ptr(),
-            _pointer(positions.far if positions else None),
-            _pointer(positions.operands if positions else None),
+            folding.positions.far.data_ptr(),
+            folding.positions.operands.data_ptr(),
             seq_lens.shape[0],
             self.kv_heads,
             self.group,
@@ -274,7 +260,6 @@ class DecodeAttention:
         scale: float,
         window: int = 0,
         soft_cap: float = 0.0,
-        positions: PositionTables | None = None,
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
@@ -290,7 +275,6 @@ class DecodeAttention:
             scale: factor of q.k.
             window: tokens seen, 0 for all.
             soft_cap: 0 for none.
-            positions: of centred keys.
 
         Raises:
             ParetoError: shapes, strides or dtypes do not fit.
@@ -298,19 +282,18 @@ class DecodeAttention:
         """
         self.geometry.verify(query, out, cache, block_table, seq_lens, query_start, soft_cap, self.device)
         self._verify(folding)
-        if self.centred in (folding.mean is None, positions is None):
-            raise ParetoError(f"{self.layout.fmt.name}: a mean and positions exactly if the kernel was made for them")
-        self.prepare(query, folding, scale, positions)
-        self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap, positions)
+        self.prepare(query, folding, scale)
+        self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap)
 
     def _verify(self, folding: Folding) -> None:
         heads, dim = self.kv_heads, self.layout.head_dim
-        key = (heads, dim, dim) if self.dense else (heads, dim)
-        folded = (folding.key, folding.key_zero, folding.value_scale, folding.value_zero)
+        folded = (folding.key_inverse, folding.key_mean, folding.key_first, folding.value_decode)
+        shapes = [(heads, dim, dim), (heads, dim), (heads, dim), (heads,)]
         for valid, what in (
             (all(t.dtype == torch.float32 and t.is_contiguous() for t in folded), "float32 contiguous scales"),
-            ([tuple(t.shape) for t in folded] == [key, *[(heads, dim)] * 3], f"scales of {heads} KV heads of {dim}"),
+            ([tuple(t.shape) for t in folded] == shapes, f"scales of {heads} KV heads of {dim}"),
             (all(t.device == self.device for t in folded), f"scales on {self.device}"),
+            (folding.positions.far.shape[1] == dim, f"positions of heads of {dim}"),
         ):
             if not valid:
                 raise ParetoError(f"{self.layout.fmt.name} decode attention expects {what}")

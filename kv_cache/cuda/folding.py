@@ -1,45 +1,15 @@
-"""What the decode kernel reads beside pages: scales in the form that folds into queries and outputs, and the tables of
-centred keys."""
+"""What the decode kernel reads beside pages: a layer's scales as they fold into queries and outputs, and tables of the
+centres by position."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from kv_cache.rotary import MIDDLE, SPAN, CentreTable
 from kv_cache.scales import LayerScales
-
-
-@dataclass(frozen=True)
-class Folding:
-    """One layer's scales as the kernels fold them into queries and outputs; float32, contiguous, on the device.
-
-    Attributes:
-        key: key scales [KV heads, head_dim]; or, of a format whose keys are transformed before they are quantized,
-            [KV heads, head_dim (of q), head_dim (of codes)]: logits are q @ key . (codes - zero).
-        key_zero: [KV heads, head_dim]; shifts every logit of a row equally, so only a soft cap sees it.
-        value_scale: [KV heads, head_dim].
-        value_zero: [KV heads, head_dim].
-        mean: [KV heads, head_dim], of centred keys their mean before rotary embedding.
-
-    """
-
-    key: torch.Tensor
-    key_zero: torch.Tensor
-    value_scale: torch.Tensor
-    value_zero: torch.Tensor
-    mean: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, scales: LayerScales, device: torch.device) -> Folding:
-        """Return a layer's scales so folded."""
-        key = scales.key_scale if scales.key_decode is None else scales.key_decode
-        mean = scales.key_mean
-        key, key_zero, value_scale, value_zero = (
-            t.to(device).contiguous() for t in (key, scales.key_zero, scales.value_scale, scales.value_zero)
-        )
-        return cls(key, key_zero, value_scale, value_zero, None if mean is None else mean.to(device).contiguous())
 
 
 @dataclass(frozen=True)
@@ -50,30 +20,63 @@ class PositionTables:
         operands: int16 [16, head_dim / 16, 8, 4, 2, 2, 2], cosines and sines of SPAN positions as subnormal float16
             numbers, in the order of the tensor cores' operands.
         far: float32 [anchors, head_dim], cosines, then sines, of every SPAN-th position.
-        pairs: of channels that rotary embedding turns; the tables are 0 from there to head_dim / 2.
-        interleaved: see :class:`kv_cache.rotary.Rotary`.
+        rotated: pairs of channels i and i + rotated; the rest are neighbours (:class:`kv_cache.rotary.Rotary`).
+        interleaved: all pairs are neighbours.
 
     """
 
     operands: torch.Tensor
     far: torch.Tensor
-    pairs: int
+    rotated: int
     interleaved: bool
 
     @classmethod
-    def of(cls, table: CentreTable, head_dim: int, device: torch.device) -> PositionTables:
-        """Return the table for heads of that size."""
-        pairs = table.cos_codes.shape[1]
-
-        def side_by_side(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-            both = torch.zeros(cos.shape[0], 2, head_dim // 2, dtype=cos.dtype)
-            both[:, 0, :pairs], both[:, 1, :pairs] = cos.cpu(), sin.cpu()
-            return both.flatten(1)
-
-        near = side_by_side(table.cos_codes.int() - MIDDLE, table.sin_codes.int() - MIDDLE)
-        # Subnormal float16 numbers: a sign bit and an integer. Lane (g, t) of a 16 x 16 operand holds channels 4t and
-        # 4t + 1 of tokens g and g + 8, then channels 4t + 2 and 4t + 3 of them.
+    def of(cls, table: CentreTable, device: torch.device) -> PositionTables:
+        """Return the table on a device."""
+        near = torch.cat([table.cos_codes, table.sin_codes], 1).int() - MIDDLE
+        # Subnormal float16 numbers: a sign bit and an integer. Row g of a 16 x 16 operand is the token g / 2 + 4 * (g % 2)
+        # of its eight (`token_of` in csrc/codes.cuh). Lane (g, t) holds channels 4t and 4t + 1 of rows g and g + 8, then
+        # channels 4t + 2 and 4t + 3 of them.
         bits = (near.abs() - 32768 * (near < 0)).to(torch.int16)
-        operands = bits.view(SPAN // 16, 2, 8, -1, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6).contiguous()
-        far = side_by_side(table.anchor_cos, table.anchor_sin)
-        return cls(operands.to(device), far.to(device), pairs, table.rotary.interleaved)
+        rows = bits.view(SPAN // 16, 2, 2, 4, -1).transpose(2, 3)
+        operands = rows.reshape(SPAN // 16, 2, 8, -1, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6).contiguous()
+        far = torch.cat([table.anchor_cos, table.anchor_sin], 1)
+        return cls(operands.to(device), far.to(device), table.rotary.rotated, table.rotary.interleaved)
+
+
+_position_tables = functools.lru_cache(maxsize=8)(PositionTables.of)
+
+
+@dataclass(frozen=True)
+class Folding:
+    """One layer's scales as the kernels fold them into queries and outputs; float32, contiguous, on the device.
+
+    Attributes:
+        key_inverse: [KV heads, head_dim (of q), head_dim (of codes)]; logits are
+            q @ key_inverse . (codes - zero) * step + q . centre.
+        key_mean: [KV heads, head_dim], before rotary embedding.
+        key_first: [KV heads, head_dim], the centre at position 0.
+        value_decode: [KV heads], see :class:`kv_cache.scales.LayerScales`.
+        positions: the centres' tables.
+
+    """
+
+    key_inverse: torch.Tensor
+    key_mean: torch.Tensor
+    key_first: torch.Tensor
+    value_decode: torch.Tensor
+    positions: PositionTables
+
+    @classmethod
+    def of(cls, scales: LayerScales, max_tokens: int, device: torch.device) -> Folding:
+        """Return a layer's scales so folded.
+
+        Args:
+            scales: the layer's.
+            max_tokens: of the longest sequence.
+            device: CUDA device.
+
+        """
+        names = ("key_inverse", "key_mean", "key_first", "value_decode")
+        folded = {name: getattr(scales, name).float().to(device).contiguous() for name in names}
+        return cls(**folded, positions=_position_tables(scales.rotary.table(max_tokens), device))

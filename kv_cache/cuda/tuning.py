@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from kv_cache.formats import PLANES
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 
 ROW_TILE = 8
@@ -44,7 +45,7 @@ class Tuning:
 
     def shared_bytes(self, layout: PageLayout, query_steps: int) -> int:
         """Return the dynamic shared memory of a thread block, as ``csrc/decode.cu`` lays it out."""
-        ring = self.warps * self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token + 64
+        ring = self.warps * self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token
         in_registers = self.row_tiles * query_steps <= 16
         query = 0 if in_registers else self.row_tiles * query_steps * 32 * 8
         sums = self.warps * ROW_TILE // 2 * (layout.head_dim + 4) * 4
@@ -53,9 +54,9 @@ class Tuning:
 
 def query_steps(layout: PageLayout) -> int:
     """Return the tensor-core products of 16 channels that one query row takes (``KeyShare::STEPS``)."""
-    row = layout.row_bytes()["key"]
+    row = layout.row_bytes["key.0"]
     vector = 4 if row % 64 == 0 else 2 if row % 32 == 0 else 1
-    return -(-row // (16 * vector)) * vector * (1 if layout.fmt.key_bits == 8 else 2)
+    return -(-row // (16 * vector)) * vector * (8 // PLANES[layout.fmt.key_bits][0])
 
 
 def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_per_block: int) -> Tuning:
@@ -73,7 +74,7 @@ def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_pe
     tiles = min(-(-rows // ROW_TILE), most)
     # 64 KB on the way keep an H100's memory busy. More only queue, and whatever the kernel needs next (block tables,
     # queries, the next piece) waits behind them: 192 KB cost 8% of the bandwidth at 32 x 8192.
-    units = 2 if layout.bytes_per_token <= 128 and tiles <= 2 else 1
+    units = 2 if layout.bytes_per_token <= 132 and tiles <= 2 else 1
     for warps in (8, 4):
         step = warps * units * TOKEN_MULTIPLE * layout.bytes_per_token
         tuning = Tuning(tiles, warps, units, min(max(round(IN_FLIGHT / step), 2), 4), 1, capability >= (9, 0))

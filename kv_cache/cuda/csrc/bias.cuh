@@ -8,12 +8,12 @@
 // in the order of the left operand, so that they need no instruction but their load; the table stays in the L1 cache,
 // which nothing else uses: codes go around it.
 //
-// The coefficients come in the units of the product of queries and keys (prepare.cu), to which theirs adds.
+// The coefficients come in the units of the product of queries and keys (prepare.cu), to which theirs adds. The table's
+// tokens lie in the order of `token_of`.
 #pragma once
 #include "centre.cuh"
 #include "merge.cuh"
 
-#if BIAS
 struct Bias {
     static constexpr int STEPS = HEAD_DIM / 16;
     uint2 operand[ROW_TILES][STEPS];
@@ -28,10 +28,7 @@ struct Bias {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
             const bool there = n * 8 + g < rows;
-            const int row = piece.row_block * ROWS + n * 8 + g;
-            const i64 index = static_cast<i64>(p.query_start[piece.request] + row / p.group) * p.kv_heads * p.group +
-                              piece.head * p.group + row % p.group;
-            const float* own = p.bias_rows + index * HEAD_DIM;
+            const float* own = p.bias_rows + piece.row(p, n * 8 + g) * HEAD_DIM;
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
                 const int channel = 16 * s + 4 * t;  // And the next three; cosines come first, then sines.
@@ -62,12 +59,20 @@ struct Bias {
         }
     }
 
+    // Position 0 has a centre of its own: set its logits' bias in those of a sequence's first unit.
+    static DEVICE void set_first(const Params& p, const Piece& piece, int rows, float (&s)[ROW_TILES][4]) {
+        const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        if (g) return;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int row = n * 8 + 2 * t + j;
+                if (row < rows) s[n][j] = p.rows[piece.row(p, row)].z;
+            }
+        }
+    }
+
 private:
     static DEVICE float4 quad(const float* p) { return *reinterpret_cast<const float4*>(p); }
 };
-#else
-struct Bias {
-    DEVICE void move(const Params&, const Piece&, int, int) {}
-    DEVICE void add(const Params&, int, float (&)[ROW_TILES][4]) const {}
-};
-#endif

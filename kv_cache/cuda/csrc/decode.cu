@@ -3,7 +3,8 @@
 // Compiled at run time for one combination of these macros (kv_cache/cuda/decode.py sets them):
 //   HEAD_DIM, KEY_BITS, VALUE_BITS, BLOCK_SIZE   the format and the page
 //   ROW_TILES      query rows of a pass, in eights
-//   SOFT_CAP, BIAS, OUT_BFLOAT   0 or 1; BIAS adds a bias by position (bias.cuh)
+//   SOFT_CAP, OUT_BFLOAT   0 or 1
+//   PARAMS_BYTES   what the host takes `Params` to be
 //   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY   tuning: warps of a block, tokens of a step in sixteens, steps that
 //                  are read ahead, resident blocks, and Hopper's bulk copies instead of cp.async
 //
@@ -12,14 +13,18 @@
 // (codes.cuh). Logits of a step leave the first product in the layout that the second one wants, up to an 8 x 8
 // transposition, for which there is an instruction.
 //
-// Softmax weights are 2^(x - top + SHIFT) in float16, relative to a per-warp maximum `top` that only moves once a logit
-// exceeds it by SLACK, so that sums are rarely rescaled. The sum of weights is itself a product of the tensor cores
-// with ones: outputs are means under exactly those rounded weights.
+// A token's key is (codes - zero) * step + centre. So a row's logit is step * (codes . query - zero * sum of query) plus a
+// bias that depends on the row and the position (bias.cuh), and that of position 0, whose centre is another, comes from
+// prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are summed by one
+// more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
+//
+// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it by
+// SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become float16.
 #include "bias.cuh"
 #include "pipe.cuh"
 
-// Weights are at most 2^14, and normal numbers down to 2^-21 of the maximum.
-constexpr float SLACK = 7.0f, SHIFT = 7.0f;
+// A weight times a scale is at most 62 * 2^10, which float16 holds.
+constexpr float SLACK = 7.0f, SHIFT = 3.0f;
 [[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 
 using Keys = KeyShare<KEY_BITS>;
@@ -30,8 +35,8 @@ constexpr int QUERY_WIDTH = 16 * Keys::STEPS;  // float16 of a prepared row: lan
 struct Query {
     uint2 operand[QUERY_IN_REGISTERS ? ROW_TILES : 1][QUERY_IN_REGISTERS ? Keys::STEPS : 1];
     const uint2* shared;          // [ROW_TILES, STEPS, 32], where registers do not suffice.
-    float factor[ROW_TILES][2];   // Of rows 2t and 2t + 1 of each eight.
-    float offset[ROW_TILES][2];
+    float factor[ROW_TILES][2];   // Of the logits of rows 2t and 2t + 1 of each eight, times log2(e).
+    float sum[ROW_TILES][2];      // Of the row's channels: what a zero of 1 takes off the product.
     int position[ROW_TILES][2];   // Of the row's token in its sequence.
 
     DEVICE uint2 at(int n, int step) const {
@@ -63,8 +68,8 @@ struct Query {
                 const int own = first_row + n * 8 + 2 * t + j;
                 const bool valid = n * 8 + 2 * t + j < rows;
                 const i64 at = (first_token + own / p.group) * heads + piece.head * p.group + own % p.group;
-                const float2 x = valid ? p.query_factors[at] : float2{1, 0};
-                factor[n][j] = x.x, offset[n][j] = x.y;
+                const float4 x = valid ? p.rows[at] : float4{1, 0, 0, 0};
+                factor[n][j] = x.x, sum[n][j] = x.y;
                 position[n][j] = piece.length - piece.query + own / p.group;
             }
         }
@@ -72,33 +77,51 @@ struct Query {
     }
 };
 
-// The logits of a tile: lane (g, t) has tokens g and g + 8 of each unit for query rows 2t and 2t + 1 of each eight.
+// The logits of a tile: lane (g, t) has tokens `token_of(g)` and 8 after it of each unit for query rows 2t and 2t + 1 of
+// each eight.
 using Logits = float[UNITS][ROW_TILES][4];
 
-// What logits start from, which does not need the tile.
-DEVICE void start(const Params& p, const Bias& bias, int first_token, Logits& s) {
+// The biases of a tile's logits, which do not need the tile.
+DEVICE void start(const Params& p, const Bias& bias, const Piece& piece, int rows, int first_token, Logits& s) {
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) s[u][n][0] = s[u][n][1] = s[u][n][2] = s[u][n][3] = 0;
         bias.add(p, first_token + u * UNIT, s[u]);
     }
+    if (first_token == 0) bias.set_first(p, piece, rows, s[0]);
 }
 
 // Attend to one tile in shared memory. `masked` says whether some row does not see all of its tokens.
 DEVICE void attend(const Params& p, const Query& query, const u8* tile, int first_token, bool masked, Logits& s,
                    RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float value_scale[UNITS][2];
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-        const u8* keys = tile + u * UNIT_BYTES;
-        Keys::for_each(keys, keys + KEY_BYTES, g, t, [&](int step, const u32(&a)[4]) {
+        const u8* unit = tile + u * UNIT_BYTES;
+        float products[ROW_TILES][4] = {};
+        Keys::for_each(unit, g, t, [&](int step, const u32(&a)[4]) {
 #pragma unroll
             for (int n = 0; n < ROW_TILES; ++n) {
                 const uint2 b = query.at(n, step);
-                mma(s[u][n], a, b.x, b.y);
+                mma(products[n], a, b.x, b.y);
             }
         });
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const u32 meta = meta_of(unit, token_of(g) + 8 * i);
+            const float step = scale_of<KEY>(meta, 2 - KEY_BITS), zero = step * key_zero(meta);
+            value_scale[u][i] = scale_of<VALUE>(meta, 0);
+#pragma unroll
+            for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    float& x = s[u][n][2 * i + j];
+                    x = step * products[n][2 * i + j] + (x - zero * query.sum[n][j]);
+                }
+            }
+        }
     }
 
 #if SOFT_CAP
@@ -110,7 +133,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 // c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), y the logit and x = y * log2(e).
-                const float x = s[u][n][i] * query.factor[n][i % 2] + query.offset[n][i % 2];
+                const float x = s[u][n][i] * query.factor[n][i % 2];
                 s[u][n][i] = cap * (1 - 2 * reciprocal(1 + exp2_fast(x * twice)));
             }
         }
@@ -123,7 +146,8 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
             for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int token = first_token + u * UNIT + g + i / 2 * 8, position = query.position[n][i % 2];
+                    const int token = first_token + u * UNIT + token_of(g) + i / 2 * 8;
+                    const int position = query.position[n][i % 2];
                     if (token > position || (p.window && token <= position - p.window)) s[u][n][i] = NEG_INF;
                 }
             }
@@ -155,7 +179,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
                 if (best == NEG_INF) continue;
                 const float shrink = exp2_fast(sums[n].top[j] - best);
                 sums[n].top[j] = best, base[n][j] = SHIFT - best;
-                sums[n].l[j] *= shrink;
+                sums[n].l[j] *= shrink, sums[n].z[j] *= shrink;
 #pragma unroll
                 for (int i = 0; i < Values::TILES; ++i) sums[n].o[i][j] *= shrink, sums[n].o[i][j + 2] *= shrink;
             }
@@ -170,7 +194,9 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float x = SOFT_CAP ? s[u][n][i] : s[u][n][i] * query.factor[n][i % 2];
-                s[u][n][i] = exp2_fast(x + base[n][i % 2]);
+                const float weight = exp2_fast(x + base[n][i % 2]);
+                sums[n].l[i % 2] += weight;
+                s[u][n][i] = weight * value_scale[u][i / 2];
             }
             weights[u][n][0] = transpose(pack_half2(s[u][n][0], s[u][n][1]));
             weights[u][n][1] = transpose(pack_half2(s[u][n][2], s[u][n][3]));
@@ -179,11 +205,16 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-        constexpr u32 ONES[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+        const u8* unit = tile + u * UNIT_BYTES;
+        u32 zeros[4];
 #pragma unroll
-        for (int n = 0; n < ROW_TILES; ++n) mma(sums[n].l, ONES, weights[u][n][0], weights[u][n][1]);
-        const u8* values = tile + u * UNIT_BYTES + KEY_BYTES + KEY_HIGH_BYTES;
-        Values::for_each(values, values + VALUE_BYTES, g, t, [&](int i, const u32(&a)[4]) {
+        for (int i = 0; i < 2; ++i) {
+            const int token = t + 8 * i;
+            zeros[2 * i] = zeros[2 * i + 1] = value_zeros(meta_of(unit, token), meta_of(unit, token + 4));
+        }
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) mma(sums[n].z, zeros, weights[u][n][0], weights[u][n][1]);
+        Values::for_each(unit + VALUES_AT, g, t, [&](int i, const u32(&a)[4]) {
 #pragma unroll
             for (int n = 0; n < ROW_TILES; ++n) mma(sums[n].o[i], a, weights[u][n][0], weights[u][n][1]);
         });
@@ -193,8 +224,8 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(const __grid_constant__ Params p) {
     DYNAMIC_SHARED __align__(128) u8 shared[];
     const int warp = threadIdx.x / 32;
-    // Shared memory; its size is shared_bytes in tuning.py. Loads may run past a ring by less than 64 bytes.
-    u8* room = shared + WARPS * RING_BYTES + 64;
+    // Shared memory; its size is shared_bytes in tuning.py.
+    u8* room = shared + WARPS * RING_BYTES;
     const auto take = [&](int bytes) { return (room += bytes) - bytes; };
     u64* barriers = reinterpret_cast<u64*>(take(WARPS * STAGES * sizeof(u64)));
     constexpr int QUERY_BYTES = QUERY_IN_REGISTERS ? 0 : ROW_TILES * Keys::STEPS * 32 * sizeof(uint2);
@@ -231,7 +262,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
             const int token = tile * TILE;
             Logits logits;
             bias.move(p, piece, rows, token);
-            start(p, bias, token, logits);
+            start(p, bias, piece, rows, token, logits);
             const u8* codes = pipe.wait();
             const bool masked = token + TILE > seen_by_all || (p.window && token <= piece.length - 1 - p.window);
             attend(p, query, codes, token, masked, logits, sums, base);

@@ -8,20 +8,14 @@ constexpr int MERGE_WIDTH = HEAD_DIM + 4;  // Floats of a row of sums in shared 
 using Values = ValueShare<VALUE_BITS>;
 
 // One warp's running sums for 8 query rows, transposed as the tensor cores leave them: lane (g, t), which is
-// (lane / 4, lane % 4), has the rows 2t and 2t + 1. o[tile] are {lower channel of row 2t, lower channel of row 2t + 1,
-// upper channel of row 2t, upper channel of row 2t + 1}.
+// (lane / 4, lane % 4), has the rows 2t and 2t + 1. o[tile] are {even code of row 2t, even code of row 2t + 1, odd code of
+// row 2t, odd code of row 2t + 1} (ValueShare), times weights.
 struct RowSums {
     float o[Values::TILES][4];
-    float l[4];    // Weights; l[0] and l[1] count.
+    float z[4];    // Zeros' bytes times weights; z[0] and z[1] count.
+    float l[2];    // Softmax weights of the tokens that this lane has.
     float top[2];  // What weights are relative to, base 2.
 };
-
-// An output's element from its sum of weighted codes and the weights' sum.
-DEVICE float output(const Params& p, int head, int channel, float sum, float weight) {
-    const float unit = VALUE_BITS != 8 && channel >= HEAD_DIM / 2 ? 0x1p20f : 0x1p24f;  // See codes.cuh.
-    const int at = head * HEAD_DIM + channel;
-    return p.value_scale[at] * (sum * unit / weight - p.value_zero[at]);
-}
 
 DEVICE u16 to_output(float x) { return OUT_BFLOAT ? to_bfloat(x) : to_half(x); }
 
@@ -30,6 +24,48 @@ DEVICE u16* output_row(const Params& p, const Piece& piece, int row) {
     row += piece.row_block * ROWS;
     const i64 token = p.query_start[piece.request] + row / p.group;
     return p.out + token * p.out_token_stride + (piece.head * p.group + row % p.group) * p.out_head_stride;
+}
+
+// How a row's channels are shared out to finish it: a lane has SHARE neighbours, and RUN_LANES lanes, neighbours of one
+// warp, have a run of channels that are mixed with each other (kv_cache/transforms.py, hadamard_sums).
+constexpr int RUN = HEAD_DIM & -HEAD_DIM;
+constexpr int SHARE = RUN > 128 ? RUN / 32 : 4;
+constexpr int RUN_LANES = RUN / SHARE, SHARES = HEAD_DIM / SHARE;
+static_assert(SHARE % 4 == 0 && RUN_LANES <= 32 && SHARES % RUN_LANES == 0, "a run is some lanes of one warp");
+
+// hadamard_sums of what RUN_LANES lanes have.
+DEVICE void mix(float (&x)[SHARE]) {
+#pragma unroll
+    for (int stride = 1; stride < SHARE; stride *= 2) {
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            if (i & stride) continue;
+            const float a = x[i], b = x[i + stride];
+            x[i] = a + b, x[i + stride] = a - b;
+        }
+    }
+#pragma unroll
+    for (int stride = 1; stride < RUN_LANES; stride *= 2) {
+        const float sign = threadIdx.x & stride ? -1.0f : 1.0f;
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) x[i] = sign * x[i] + __shfl_xor_sync(ALL_LANES, x[i], stride);
+    }
+}
+
+// Turn a row's sums of weighted codes into its output, and write them if `there`. All lanes of a warp call this.
+DEVICE void finish(const Params& p, const Piece& piece, int row, int share, float (&sum)[SHARE], float weight,
+                   bool there) {
+    mix(sum);
+    if (!there) return;
+    // Of a code's 2^-24 and of its scale's unit, see codes.cuh.
+    constexpr float UNIT_OF_SUMS = 0x1p24f * 4 / (1 << VALUE_BITS);
+    const float factor = p.value_decode[piece.head] * UNIT_OF_SUMS / weight;
+    ushort4* out = reinterpret_cast<ushort4*>(output_row(p, piece, row) + share * SHARE);
+#pragma unroll
+    for (int i = 0; i < SHARE; i += 4) {
+        out[i / 4] = {to_output(factor * sum[i]), to_output(factor * sum[i + 1]), to_output(factor * sum[i + 2]),
+                      to_output(factor * sum[i + 3])};
+    }
 }
 
 constexpr int MERGE_ROWS = 4;  // Rows that are merged at once; 8 take more shared memory and no less time.
@@ -41,52 +77,57 @@ struct Merge {
 
     // Merge the warps of this thread block; `has` says whether this warp attended to any tile.
     DEVICE void warps(const Params& p, const Piece& piece, int rows, bool has, const RowSums (&own)[ROW_TILES]) const {
-        const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const bool whole = piece.pieces == 1;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
-            const float top = g ? own[n].top[1] : own[n].top[0], weight = g ? own[n].l[1] : own[n].l[0];
-            if (g < 2) stats[warp * ROWS + n * 8 + 2 * t + g] = {top, weight};
+            float weight[2] = {own[n].l[0], own[n].l[1]};
+#pragma unroll
+            for (int step = 4; step < 32; step <<= 1) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) weight[j] += __shfl_xor_sync(ALL_LANES, weight[j], step);
+            }
+            const float2 stat = {g ? own[n].top[1] : own[n].top[0], g ? weight[1] : weight[0]};
+            if (g < 2) stats[warp * ROWS + n * 8 + 2 * t + g] = stat;
         }
 #pragma unroll
         for (int part = 0; part < 2 * ROW_TILES; ++part) {
             const int n = part / 2, first_row = part * MERGE_ROWS;
             if (first_row >= rows) break;
             if (part) __syncthreads();  // The sums of the rows before are read.
-            if (has && t / 2 == part % 2) {
-                float* to = sums + (warp * MERGE_ROWS + t % 2 * 2) * MERGE_WIDTH;
+            if (has && t / 2 == part % 2) put(own[n], sums + (warp * MERGE_ROWS + t % 2 * 2) * MERGE_WIDTH, g);
+            __syncthreads();
+            const int count = min(MERGE_ROWS, rows - first_row) * SHARES;
+            for (int first = 32 * warp; first < count; first += THREADS) {
+                const int i = first + lane, share = i % SHARES, row = first_row + i / SHARES;
+                const bool there = i < count;
+                float best = NEG_INF, weight = 0, sum[SHARE] = {};
+                if (there) {
 #pragma unroll
-                for (int tile = 0; tile < Values::TILES; ++tile) {
+                    for (int w = 0; w < WARPS; ++w) best = fmaxf(best, stats[w * ROWS + row].x);
 #pragma unroll
-                    for (int upper = 0; upper < 2; ++upper) {
-                        const int channel = Values::channel(tile, g, upper);
-                        if (channel >= HEAD_DIM) continue;
-                        to[channel] = own[n].o[tile][2 * upper];
-                        to[channel + MERGE_WIDTH] = own[n].o[tile][2 * upper + 1];
+                    for (int w = 0; w < WARPS; ++w) {
+                        const float2 stat = stats[w * ROWS + row];
+                        if (stat.x == NEG_INF) continue;
+                        const float factor = exp2_fast(stat.x - best);
+                        weight += factor * stat.y;
+                        const float* from = sums + (w * MERGE_ROWS + i / SHARES) * MERGE_WIDTH + share * SHARE;
+#pragma unroll
+                        for (int c = 0; c < SHARE; c += 4) {
+                            const float4 x = *reinterpret_cast<const float4*>(from + c);
+                            sum[c] += factor * x.x, sum[c + 1] += factor * x.y;
+                            sum[c + 2] += factor * x.z, sum[c + 3] += factor * x.w;
+                        }
                     }
                 }
-            }
-            __syncthreads();
-            const int count = min(MERGE_ROWS, rows - first_row) * HEAD_DIM;
-            for (int i = threadIdx.x; i < count; i += THREADS) {
-                const int channel = i % HEAD_DIM, row = first_row + i / HEAD_DIM;
-                float best = NEG_INF, weight = 0, sum = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) best = fmaxf(best, stats[w * ROWS + row].x);
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    const float2 stat = stats[w * ROWS + row];
-                    if (stat.x == NEG_INF) continue;
-                    const float factor = exp2_fast(stat.x - best);
-                    weight += factor * stat.y;
-                    sum += factor * sums[(w * MERGE_ROWS + i / HEAD_DIM) * MERGE_WIDTH + channel];
-                }
                 if (whole) {
-                    output_row(p, piece, row)[channel] = to_output(output(p, piece.head, channel, sum, weight));
-                } else {
-                    const int slot = piece.own_slot * ROWS + row;
-                    p.partial[static_cast<i64>(slot) * HEAD_DIM + channel] = sum;
-                    if (channel == 0) p.partial_stats[slot] = {best, weight};
+                    finish(p, piece, row, share, sum, weight, there);
+                } else if (there) {
+                    const i64 slot = piece.own_slot * ROWS + row;
+                    float4* to = reinterpret_cast<float4*>(p.partial + slot * HEAD_DIM + share * SHARE);
+#pragma unroll
+                    for (int c = 0; c < SHARE; c += 4) to[c / 4] = {sum[c], sum[c + 1], sum[c + 2], sum[c + 3]};
+                    if (share == 0) p.partial_stats[slot] = {best, weight};
                 }
             }
         }
@@ -95,6 +136,23 @@ struct Merge {
     }
 
 private:
+    // Write the sums of two rows to shared memory, in the order of channels, with what the zeros take off.
+    static DEVICE void put(const RowSums& own, float* to, int g) {
+        constexpr float ZERO_UNIT = 1.0f / (1 << (8 - VALUE_BITS));  // Bytes of zeros count in it.
+        const float zero[2] = {own.z[0] * ZERO_UNIT, own.z[1] * ZERO_UNIT};
+#pragma unroll
+        for (int tile = 0; tile < Values::TILES; ++tile) {
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd) {
+                const int channel = Values::channel(tile, g, odd);
+                if (channel >= HEAD_DIM) continue;
+                const float unplace = Values::unplace(Values::field(tile, odd));
+                to[channel] = own.o[tile][2 * odd] * unplace - zero[0];
+                to[channel + MERGE_WIDTH] = own.o[tile][2 * odd + 1] * unplace - zero[1];
+            }
+        }
+    }
+
     // Merge a sequence's pieces if this thread block is the last to have finished one.
     DEVICE void pieces(const Params& p, const Piece& piece, int rows) const {
         int* counter = p.counters + (piece.request * p.row_blocks + piece.row_block) * p.kv_heads + piece.head;
@@ -107,19 +165,21 @@ private:
         }
         __syncthreads();
         if (!*last) return;
-        constexpr int QUADS = HEAD_DIM / 4, AHEAD = 4;
-        for (int i = threadIdx.x; i < rows * QUADS; i += THREADS) {
-            const int row = i / QUADS, quad = i % QUADS;
-            float top = NEG_INF, weight = 0;
-            float sum[4] = {0, 0, 0, 0};
-            for (int first = 0; first < piece.pieces; first += AHEAD) {
+        constexpr int QUADS = SHARE / 4, AHEAD = 4;
+        for (int base = threadIdx.x / 32 * 32; base < rows * SHARES; base += THREADS) {
+            const int i = base + threadIdx.x % 32, row = i / SHARES, share = i % SHARES;
+            const bool there = row < rows;
+            float top = NEG_INF, weight = 0, sum[SHARE] = {};
+            for (int first = 0; there && first < piece.pieces; first += AHEAD) {
                 float2 stat[AHEAD];
-                float4 part[AHEAD];
+                float4 part[AHEAD][QUADS];
 #pragma unroll
                 for (int k = 0; k < AHEAD; ++k) {
                     const i64 slot = piece.slot_of(min(first + k, piece.pieces - 1)) * ROWS + row;
+                    const float4* from = reinterpret_cast<const float4*>(p.partial + slot * HEAD_DIM) + share * QUADS;
                     stat[k] = load_l2(p.partial_stats + slot);
-                    part[k] = load_l2(reinterpret_cast<const float4*>(p.partial + slot * HEAD_DIM) + quad);
+#pragma unroll
+                    for (int q = 0; q < QUADS; ++q) part[k][q] = load_l2(from + q);
                 }
                 float best = top;
 #pragma unroll
@@ -127,21 +187,20 @@ private:
                 const float old = top == NEG_INF ? 0.0f : exp2_fast(top - best);
                 weight *= old, top = best;
 #pragma unroll
-                for (int c = 0; c < 4; ++c) sum[c] *= old;
+                for (int c = 0; c < SHARE; ++c) sum[c] *= old;
 #pragma unroll
                 for (int k = 0; k < AHEAD; ++k) {
-                    const bool there = first + k < piece.pieces && stat[k].x != NEG_INF;
-                    const float factor = there ? exp2_fast(stat[k].x - best) : 0.0f;
+                    const bool counts = first + k < piece.pieces && stat[k].x != NEG_INF;
+                    const float factor = counts ? exp2_fast(stat[k].x - best) : 0.0f;
                     weight += factor * stat[k].y;
-                    sum[0] += factor * part[k].x, sum[1] += factor * part[k].y;
-                    sum[2] += factor * part[k].z, sum[3] += factor * part[k].w;
+#pragma unroll
+                    for (int q = 0; q < QUADS; ++q) {
+                        sum[4 * q] += factor * part[k][q].x, sum[4 * q + 1] += factor * part[k][q].y;
+                        sum[4 * q + 2] += factor * part[k][q].z, sum[4 * q + 3] += factor * part[k][q].w;
+                    }
                 }
             }
-            u16 result[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) result[c] = to_output(output(p, piece.head, quad * 4 + c, sum[c], weight));
-            ushort4* out = reinterpret_cast<ushort4*>(output_row(p, piece, row)) + quad;
-            *out = {result[0], result[1], result[2], result[3]};
+            finish(p, piece, row, share, sum, weight, there);
         }
     }
 };

@@ -96,7 +96,6 @@ private:
         }
         const u8* from = pages + __shfl_sync(ALL_LANES, ids, page - page_base) * p.block_stride;
         const int row = unit * UNIT % BLOCK_SIZE;  // The unit's first token in the page.
-        constexpr int bytes[4] = {KEY_BYTES, KEY_HIGH_BYTES, VALUE_BYTES, VALUE_HIGH_BYTES};
 #if BULK_COPY
         if (lane == 0) {
             if constexpr (BLOCK_SIZE == UNIT) {
@@ -104,10 +103,10 @@ private:
             } else {
                 int offset = 0;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const u8* plane = from + offset * (BLOCK_SIZE / UNIT) + bytes[i] / UNIT * row;
-                    if (bytes[i]) bulk_copy(to + offset, plane, bytes[i], barrier + 8 * slot, policy);
-                    offset += bytes[i];
+                for (const int row_bytes : PLANE_ROWS) {
+                    const u8* plane = from + offset * (BLOCK_SIZE / UNIT) + row_bytes * row;
+                    if (row_bytes) bulk_copy(to + offset, plane, row_bytes * UNIT, barrier + 8 * slot, policy);
+                    offset += row_bytes * UNIT;
                 }
             }
         }
@@ -120,10 +119,10 @@ private:
             if constexpr (BLOCK_SIZE != UNIT) {
                 int offset = 0;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const bool inside = at >= offset && at < offset + bytes[i];
-                    if (inside) source = offset * (BLOCK_SIZE / UNIT) + bytes[i] / UNIT * row + at - offset;
-                    offset += bytes[i];
+                for (const int row_bytes : PLANE_ROWS) {
+                    const bool inside = at >= offset && at < offset + row_bytes * UNIT;
+                    if (inside) source = offset * (BLOCK_SIZE / UNIT) + row_bytes * row + at - offset;
+                    offset += row_bytes * UNIT;
                 }
             }
             copy_16(to + at, from + source, policy);

@@ -21,7 +21,7 @@ struct Params {
     i64 block_stride;            // Bytes.
     i64 head_stride;             // Bytes.
     const u16* query;            // Prepared: [tokens, heads, QUERY_WIDTH] float16.
-    const float2* query_factors; // [tokens, heads]: factor and offset of a row's logits, times log2(e).
+    const float4* rows;          // [tokens, heads]: numbers of a row; see prepare.cu.
     u16* out;                    // [tokens, heads, HEAD_DIM] float16 or bfloat16.
     i64 out_token_stride;        // Elements.
     i64 out_head_stride;         // Elements.
@@ -29,14 +29,13 @@ struct Params {
     i64 table_stride;            // Elements.
     const int* seq_lens;         // [requests]: tokens, the query's included; 0 for padding.
     const int* query_start;      // [requests + 1]: first query token.
-    const float* value_scale;    // [KV heads, HEAD_DIM].
-    const float* value_zero;     // [KV heads, HEAD_DIM].
+    const float* value_decode;   // [KV heads]: what values are multiplied by once they are mixed.
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.
     int* counters;               // [requests, row blocks, KV heads]: pieces done; 0 between launches.
-    const float* bias_rows;      // BIAS: [tokens, heads, HEAD_DIM], A then B, in the prepared query's units.
-    const float* bias_turns;     // BIAS: [positions / 256, HEAD_DIM], cos then sin of p0 theta.
-    const uint4* bias_table;     // BIAS: [16, HEAD_DIM / 16, 32], cos then sin of j theta; see bias.cuh.
+    const float* bias_rows;      // [tokens, heads, HEAD_DIM], A then B, in the prepared query's units.
+    const float* bias_turns;     // [positions / 256, HEAD_DIM], cos then sin of p0 theta.
+    const uint4* bias_table;     // [16, HEAD_DIM / 16, 32], cos then sin of j theta; see bias.cuh.
     int requests;
     int kv_heads;
     int group;                   // Query heads of a KV head.
@@ -44,6 +43,7 @@ struct Params {
     int window;                  // Tokens that a token sees, itself included; 0 means all.
     float soft_cap;              // c in c * tanh(logit / c); used if SOFT_CAP.
 };
+static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters");
 
 DEVICE int div_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -132,6 +132,13 @@ struct Piece {
 
     // A thread block leaves at most two pieces to merge: the one that its range starts with, and the one it ends with.
     DEVICE int slot_of(int piece) const { return piece ? 2 * (block + piece) : slot; }
+
+    // Which of all queries (token and head) a row of the row block is.
+    DEVICE i64 row(const Params& p, int own) const {
+        own += row_block * ROWS;
+        return static_cast<i64>(p.query_start[request] + own / p.group) * p.kv_heads * p.group + head * p.group +
+               own % p.group;
+    }
 };
 
 // A thread block's pieces, one after the other.

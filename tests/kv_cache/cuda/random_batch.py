@@ -1,50 +1,53 @@
-"""Random pages, scales and requests, and attention over them in float64 on whatever device holds them."""
+"""Random pages, scales and requests, and attention over them in float64."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from kv_cache.codec import unpack_nibbles, unpack_pairs
-from kv_cache.formats import get_format
+from kv_cache import codec
 from kv_cache.cuda.decode import DecodeAttention
-from kv_cache.cuda.folding import Folding, PositionTables
-from kv_cache.layout import PageLayout
-from kv_cache.rotary import HALF, MIDDLE, SPAN, CentreTable, Rotary
+from kv_cache.cuda.folding import Folding
+from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, mixed_format
+from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
+from tests.kv_cache.random_scales import random_scales
+
+MIXED = {"k8v2": (8, 2), "k3v6": (3, 6), "k2v4": (2, 4), "k6v8": (6, 8)}
+"""Layers of ``mixed_per_head``, such that each number of bits is once the keys' and once the values'."""
 
 
-def random_folding(layout: PageLayout, kv_heads: int, device: torch.device, dense: bool = False) -> Folding:
-    tops = [2**bits - 1 for bits in (layout.fmt.key_bits, layout.fmt.value_bits)]
-    shape = (kv_heads, layout.head_dim)
-    # Elements spread over about [-2, 2], with a zero anywhere near the middle.
-    steps = [(torch.rand(shape, device=device) + 0.5) * 4 / top for top in tops]
-    zeros = [(torch.rand(shape, device=device) * 0.4 + 0.3) * top for top in tops]
-    key = torch.randn(*shape, layout.head_dim, device=device) * 4 / tops[0] / shape[1] ** 0.5 if dense else steps[0]
-    return Folding(key, zeros[0], steps[1], zeros[1])
+def format_of(name: str) -> KVFormat:
+    return mixed_format(*MIXED[name]) if name in MIXED else FORMATS[name]
 
 
-def unpack(pages: torch.Tensor, layout: PageLayout, kind: str, bits: int) -> torch.Tensor:
-    """Codes [..., block_size, head_dim] of pages [..., page bytes]."""
-    planes = {}
-    for name, row in layout.row_bytes().items():
-        at = layout.offsets()[name]
-        planes[name] = pages[..., at : at + row * layout.block_size].unflatten(-1, (layout.block_size, row))
-    if bits == 8:
-        return planes[kind]
-    codes = unpack_nibbles(planes[kind])
-    return codes | unpack_pairs(planes[f"{kind}_high"]) << 4 if bits == 6 else codes
+def served(names: tuple[str, ...], dims: tuple[int, ...] = HEAD_SIZES) -> list[tuple[str, int]]:
+    """The pairs of a format's name and a head size that there is a layout for."""
+
+    def serves(name: str, dim: int) -> bool:
+        return dim % 32 == 0 or 3 not in (format_of(name).key_bits, format_of(name).value_bits)
+
+    return [(name, dim) for name in names for dim in dims if serves(name, dim)]
+
+
+def random_pages(layout: PageLayout, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Pages [*shape, page bytes] of any codes; scales are between 1/2 and 2, and zeros in the middle half of their range."""
+    pages = torch.randint(256, (*shape, layout.page_bytes), dtype=torch.uint8, device=device)
+    meta = pages[..., layout.offsets[META] :].unflatten(-1, (-1, 4))
+    meta[..., 0::2] = 144 + meta[..., 0::2] % 32
+    meta[..., 1::2] = 64 + meta[..., 1::2] % 128
+    return pages
 
 
 @dataclass
 class Batch:
-    """Requests over one layer's pages of random bytes, whose blocks are scattered."""
+    """Requests over one layer's pages, whose blocks are scattered."""
 
     layout: PageLayout
+    scales: LayerScales
     folding: Folding
-    dense: bool
     cache: torch.Tensor
     table: torch.Tensor
     lens: list[int]
@@ -52,7 +55,6 @@ class Batch:
     query: torch.Tensor
     window: int = 0
     soft_cap: float = 0.0
-    centres: CentreTable | None = None
 
     @classmethod
     def make(
@@ -67,38 +69,63 @@ class Batch:
         group: int = 4,
         dtype: torch.dtype = torch.bfloat16,
         device: str = "cuda",
-        dense: bool = False,
-        sharpness: float = 1.0,
+        sharpness: float = 0.5,
         padded: bool = False,
-        bias: float = 0.0,
-        scales: LayerScales | None = None,
+        written: bool = False,
         **more,
     ) -> Batch:
+        """Make random requests.
+
+        Args:
+            name: a key of FORMATS or MIXED.
+            lens: tokens of each request.
+            query_lens: query tokens of each.
+            dim: head size.
+            block: tokens of a page.
+            kv_heads: KV heads.
+            group: query heads of a KV head.
+            dtype: of queries.
+            device: of tensors.
+            sharpness: what queries are multiplied by; logits have a deviation of about 3 times it.
+            padded: leave gaps between pages.
+            written: the codec writes the pages of random keys and values, instead of any bytes.
+            more: window and soft cap.
+
+        """
         where = torch.device(device)
-        layout = PageLayout(get_format(name), dim, block)
+        layout = PageLayout(format_of(name), dim, block)
+        scales = random_scales(kv_heads, dim)
         counts = [-(-length // block) for length in lens]
         pad = 48 if padded else 0
         strides = (kv_heads * (layout.page_bytes + pad) + 2 * pad, layout.page_bytes + pad, layout.bytes_per_token, 1)
         blocks = sum(counts) + 3
         raw = torch.randint(256, (blocks * strides[0],), dtype=torch.uint8, device=where)
         cache = raw.as_strided((blocks, kv_heads, block, layout.bytes_per_token), strides)
+        cache.copy_(random_pages(layout, (blocks, kv_heads), where).view(cache.shape))
         # Entries beyond a request's blocks must never be followed.
         table = torch.full((len(lens), max(counts, default=0) + 1), 2**30, dtype=torch.int32, device=where)
         ids = torch.randperm(blocks, device=where).int()
         for request, (start, count) in enumerate(zip(itertools.accumulate(counts, initial=0), counts, strict=False)):
             table[request, :count] = ids[start : start + count]
         query = torch.randn(sum(query_lens), kv_heads * group, dim, device=where) * sharpness
-        folding = random_folding(layout, kv_heads, where, dense)
-        if scales is not None:
-            folding, dense = Folding.of(scales, where), scales.key_transform is not None
-            more["centres"] = scales.rotary.table(max(lens)) if scales.rotary else None
-        if bias:  # The logits' bias has a deviation of about `bias`.
-            turned = 64 if dim == 96 else dim  # Some models rotate part of the channels.
-            rotary = Rotary(10000.0 ** (-torch.arange(0, turned, 2) / turned), max(lens), interleaved=dim == 80)
-            more["centres"] = rotary.table(max(lens))
-            mean = torch.randn(kv_heads, dim, device=where) * bias / sharpness
-            folding = replace(folding, mean=mean)
-        return cls(layout, folding, dense, cache, table, lens, query_lens, query.to(dtype), **more)
+        folding = Folding.of(scales, max(lens), where)
+        batch = cls(layout, scales, folding, cache, table, lens, query_lens, query.to(dtype), **more)
+        if written:
+            batch.write()
+        return batch
+
+    def write(self) -> None:
+        """Let the codec write the pages of random keys, which scatter around their centres, and of random values."""
+        codes = self.cache.cpu()
+        for request, length in enumerate(self.lens):
+            positions = torch.arange(length)
+            table = self.table[request].cpu().long()
+            slots = table[positions // self.layout.block_size] * self.layout.block_size
+            shape = (length, self.cache.shape[1], self.layout.head_dim)
+            key = codec.centres(self.scales, positions) + torch.randn(shape)
+            slots += positions % self.layout.block_size
+            codec.write_pages(codes, key, torch.randn(shape), slots, self.layout, self.scales, positions)
+        self.cache.copy_(codes)
 
     @property
     def scale(self) -> float:
@@ -113,7 +140,7 @@ class Batch:
         tokens, heads, _ = self.query.shape
         return DecodeAttention(
             self.layout, self.cache.shape[1], heads, self.query.dtype, self.query.device, len(self.lens), tokens,
-            max(self.query_lens), bool(self.soft_cap), self.dense, self.centres is not None, tuning,
+            max(self.query_lens), bool(self.soft_cap), tuning,
         )  # fmt: skip
 
     def run(self, attention: DecodeAttention | None = None) -> torch.Tensor:
@@ -123,53 +150,41 @@ class Batch:
         out = whole[:, 1:-1]
         lens, start = self.indices()
         (attention or self.attention())(
-            self.query, out, self.cache, self.table, lens, start, self.folding, self.scale, self.window, self.soft_cap,
-            self.positions(),
-        )  # fmt: skip
+            self.query, out, self.cache, self.table, lens, start, self.folding, self.scale, self.window, self.soft_cap
+        )
         assert whole[:, 0].isnan().all()
         assert whole[:, -1].isnan().all()
         return out.clone()
 
-    def positions(self) -> PositionTables | None:
-        return self.centres and PositionTables.of(self.centres, self.layout.head_dim, self.query.device)
-
-    def _centres(self, length: int) -> torch.Tensor:
-        """The centres [heads, length, head_dim] of keys, by their definition but in float64."""
-        table = self.centres
-        far = torch.arange(length) // SPAN, torch.arange(length) % SPAN
-        anchor = [x.double()[far[0]] for x in (table.anchor_cos, table.anchor_sin)]
-        fine = [(x.double()[far[1]] - MIDDLE) / HALF for x in (table.cos_codes, table.sin_codes)]
-        cos, sin = anchor[0] * fine[0] - anchor[1] * fine[1], anchor[1] * fine[0] + anchor[0] * fine[1]
-        first, second = table.rotary.channels()
-        mean = self.folding.mean.double().cpu()[:, None]
-        centres = torch.zeros(mean.shape[0], length, mean.shape[2], dtype=torch.float64)
-        centres[..., first] = cos * mean[..., first] - sin * mean[..., second]
-        centres[..., second] = cos * mean[..., second] + sin * mean[..., first]
-        return centres.to(self.query.device)
+    def read(self, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values [tokens, KV heads, head_dim] of a request, float64."""
+        layout, length = self.layout, self.lens[request]
+        blocks = self.table[request, : -(-length // layout.block_size)].long()
+        pages = self.cache[blocks].flatten(2).cpu()
+        planes = {}
+        for name, row in layout.row_bytes.items():
+            at = layout.offsets[name]
+            plane = pages[..., at : at + row * layout.block_size].unflatten(-1, (layout.block_size, row))
+            planes[name] = plane.transpose(1, 2).flatten(0, 1)[:length]
+        even = []
+        for index, kind in enumerate(("key", "value")):
+            bits, meta = layout.fmt.bits(kind), planes[META]
+            codes = codec.join_planes([plane for name, plane in planes.items() if name.startswith(kind)], bits)
+            even.append(codec.dequantize(codes, meta[..., 2 * index], meta[..., 2 * index + 1], bits, torch.float64))
+        keys = codec.uneven_keys(even[0], self.scales, torch.arange(length))
+        return keys, codec.uneven_values(even[1], self.scales)
 
     def want(self) -> torch.Tensor:
-        """The same in float64."""
-        fmt, f = self.layout.fmt, self.folding
+        """What :func:`kv_cache.reference.paged_attention` returns, in float64, on the queries' device."""
         heads, kv_heads = self.query.shape[1], self.cache.shape[1]
         out, at = torch.zeros_like(self.query, dtype=torch.float64), 0
         for request, (length, count) in enumerate(zip(self.lens, self.query_lens, strict=True)):
             if not length or not count:
                 at += count
                 continue
-            pages = self.cache[self.table[request, : -(-length // self.layout.block_size)].long()].flatten(2)
-            keys, values = (
-                unpack(pages, self.layout, kind, bits).transpose(0, 1).flatten(1, 2)[:, :length].double()
-                for kind, bits in (("key", fmt.key_bits), ("value", fmt.value_bits))
-            )
-            keys = keys - f.key_zero[:, None].double()
-            values = (values - f.value_zero[:, None].double()) * f.value_scale[:, None].double()
+            keys, values = (x.to(self.query.device) for x in self.read(request))
             query = self.query[at : at + count].double().unflatten(1, (kv_heads, heads // kv_heads))
-            folded = "qhgd,hde->qhge" if self.dense else "qhgd,hd->qhgd"
-            query = torch.einsum(folded, query, f.key.double())
-            scores = torch.einsum("qhgd,htd->hgqt", query, keys) * self.scale
-            if self.centres is not None:
-                rows = self.query[at : at + count].double().unflatten(1, (kv_heads, heads // kv_heads))
-                scores = scores + torch.einsum("qhgd,htd->hgqt", rows, self._centres(length)) * self.scale
+            scores = torch.einsum("qhgd,thd->hgqt", query, keys) * self.scale
             if self.soft_cap:
                 scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
             position = torch.arange(length - count, length, device=scores.device)[:, None]
@@ -178,7 +193,7 @@ class Batch:
             if self.window:
                 hidden |= token <= position - self.window
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[at : at + count] = torch.einsum("hgqt,htd->qhgd", weights, values).flatten(1, 2)
+            out[at : at + count] = torch.einsum("hgqt,thd->qhgd", weights, values).flatten(1, 2)
             at += count
         return out
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on a CPU (emulator/), against the specification: their logic, without a GPU."""
+"""The CUDA kernels that write and read pages, run on a CPU (emulator/): their logic, without a GPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import ctypes
 import pytest
 import torch
 
-from kv_cache.cuda import decode, read, store
+from kv_cache.cuda import read, store
 from tests.kv_cache.cuda.emulator import DEVICE, PROCESSORS, SHARED_BYTES, emulated
-from tests.kv_cache.cuda.random_batch import Batch
 from tests.kv_cache.cuda.test_beside_store import DecodeStep
-from tests.kv_cache.cuda.test_decode import check
 from tests.kv_cache.cuda.test_store import check_store_and_gather
-from tests.kv_cache.random_scales import CODINGS, coding, random_scales
+from tests.kv_cache.random_scales import CODINGS
 
 __all__ = ["emulated"]
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -36,40 +34,6 @@ def test_a_block_for_few_tokens(name, monkeypatch):
     for module in (store, read):
         monkeypatch.setattr(module, "device_limits", lambda device: (100 * PROCESSORS, SHARED_BYTES, True))
     check_store_and_gather(name, 128, DEVICE)
-
-
-@pytest.mark.parametrize("name", [name for name in CODINGS if coding(name)[0].static])
-def test_decode(name):
-    scales = random_scales(name, 2, 64)
-    batch = Batch.make(
-        name.partition("+")[0], [1, 33, 700, 0], [1, 1, 1, 0], dim=64, device="cpu", scales=scales, dtype=torch.float16
-    )
-    check(batch, 1.5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "more"),
-    [
-        ({"dim": 128, "query_lens": [3, 1, 2]}, {"window": 100}),
-        ({"dim": 80, "query_lens": [1, 1, 1], "group": 1}, {"soft_cap": 30.0}),
-        ({"dim": 256, "query_lens": [1, 2, 1], "block": 48, "padded": True}, {}),
-        ({"dim": 96, "query_lens": [1, 5, 1], "group": 7, "dtype": torch.bfloat16}, {"bias": 1.0}),
-    ],
-)
-def test_decode_of_other_shapes(settings, more):
-    settings = {"dtype": torch.float16, "lens": [400, 17, 65], "device": "cpu"} | settings
-    check(Batch.make("int4_per_head", **settings, **more), 2.0)
-
-
-@pytest.mark.parametrize("name", ["int4_per_head+centred", "int8_per_head"])
-def test_decode_as_ampere_copies(name, monkeypatch):
-    monkeypatch.setattr(decode, "cuda_device", lambda layout, device: (device, (8, 0)))
-    scales = random_scales(name, 2, 128)
-    batch = Batch.make(
-        name.partition("+")[0], [300, 18], [1, 2], block=32, device="cpu", scales=scales, dtype=torch.float16
-    )
-    assert not batch.attention().tuning.bulk_copy
-    check(batch, 1.5)
 
 
 @pytest.mark.parametrize("name", ["int4_per_head+centred", "int8_per_head"])

@@ -106,6 +106,13 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
     return y;
 }
 
+// (a & mask) | (b & ~mask) in one instruction.
+DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+    return y;
+}
+
 // A load of what no kernel writes while a model runs: the compiler may move it past stores and waits.
 DEVICE float load_constant(const float* p) {
     float v;

@@ -181,6 +181,7 @@ DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
+DEVICE u32 select_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 
 // mma.m16n8k16: lane 4g + t holds of A rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of B those rows of column
 // g; of C rows g, g + 8 and columns 2t, 2t + 1 (PTX ISA).
