@@ -16,6 +16,7 @@ from quant_methods.backends.command import EPILOG, add_backend_arguments, check_
 from quant_methods.backends.environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
+from quant_methods.progress import Lines
 
 if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
@@ -39,8 +40,9 @@ examples:
   pareto compress ref-7m --sweep grid.yaml --text calibration.jsonl --out sweep            (many recipes, one table)
   pareto compress ref-7m --statistics --recipe smoothquant-w8a8 --out statistics           (outliers, before and after)
 
-Calibration runs on --text (a .txt file, or .jsonl with a "text" field) or, without it, on text that the model writes
-itself from a fixed seed. Layers run one block at a time, so the model need not fit in memory.
+Calibration runs on --text (a .txt file, or .jsonl with a "text" field). Without it, weights are calibrated on text that
+the model writes itself from a fixed seed, KV scales alone on a short text that ships with this package. Layers run one
+block at a time, so the model need not fit in memory. KV scales can be made for checkpoints that are quantized already.
 
 Interrupted? The same command goes on from the first unfinished block and writes the same bytes.
 
@@ -69,7 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and exit")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, or another unfinished run of it")
     parser.add_argument("--verbose", action="store_true", help="print the error of every layer")
-    parser.add_argument("--device", default="cpu", help="torch device for the arithmetic (default: %(default)s)")
+    parser.add_argument(
+        "--device", help="torch device for the arithmetic (default: cpu; for KV scales alone cuda where there is one)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a model from the hub")
     recipe = parser.add_argument_group("overrides of the recipe")
     recipe.add_argument("--bits", type=int, help="2 to 8; stock vLLM serves 4 and 8")
     recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
@@ -118,25 +123,34 @@ def run(args: argparse.Namespace) -> int:
     check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from quant_methods.compress import compress
+    from quant_methods.compress import compress, default_device
+    from quant_methods.model_source import resolve_model
     from quant_methods.overrides import override
     from quant_methods.recipe_file import load_recipe
 
+    if args.revision is not None:
+        args.model = str(resolve_model(args.model, quantized=True, revision=args.revision))
     if args.sweep is not None:
+        args.device = args.device or "cpu"
         return run_sweep(args, console)
     default = "gptq-w4" if args.backend is None else BACKENDS[args.backend].recipe
     recipe = override(load_recipe(args.recipe or default), vars(args))
+    args.device = args.device or default_device(recipe)
     if args.backend is not None:
         return run_backend(args, recipe, console)
     if args.statistics:
         return run_statistics(args, recipe, console)
     budget = budget_of(args)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+    with (
+        Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar,
+        Lines(recipe.name, print if not console.is_terminal else lambda line: None) as lines,
+    ):
         task = bar.add_task(f"{recipe.name}", total=None)
 
         def show(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total, description=f"{recipe.name}: {what}")
+            lines.show(done, total, what)
 
         try:
             common: dict[str, Any] = {

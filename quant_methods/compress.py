@@ -38,7 +38,8 @@ def compress(
         model: an embedded model's name, a directory, or a hub name.
         recipe: a recipe, a built-in recipe's name, or a YAML file.
         out: directory of the checkpoint.
-        text: calibration text (.txt or .jsonl); None lets the model write its own.
+        text: calibration text (.txt or .jsonl); None lets the model write its own, or, where only KV scales are wanted,
+            takes the text that ships with this package.
         device: torch device for the arithmetic.
         overwrite: replace ``out``, and drop an unfinished run of something else.
         progress: told how far the run is.
@@ -51,7 +52,9 @@ def compress(
     started = time.monotonic()
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     out = Path(out)
-    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
+    model_dir, decoder, plan = prepare(
+        model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps
+    )
     work = work_of(out)
     with full_disk_explained(work):
         run = Run(
@@ -76,18 +79,32 @@ def work_of(out: Path) -> Path:
 
 
 def prepare(
-    model: str | os.PathLike[str], recipe: Recipe, out: Path, *, device: str, overwrite: bool
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str,
+    overwrite: bool,
+    as_stored: bool = False,
 ) -> tuple[Path, Decoder, Plan]:
     """Check everything that can be checked before any work; return the model's directory, its decoder and the plan.
+
+    Args:
+        model: an embedded model's name, a directory, or a hub name.
+        recipe: what is to be done.
+        out: directory of the result.
+        device: torch device for the arithmetic.
+        overwrite: replace ``out``.
+        as_stored: blocks are only watched, so that the model may be stored in any way, quantized or not.
 
     Raises:
         ParetoError: bad input.
 
     """
-    model_dir = resolve_model(model)
+    model_dir = resolve_model(model, quantized=as_stored)
     device = check_device(device)
     check_out(out, model_dir, overwrite=overwrite)
-    decoder = Decoder(model_dir, _source(model_dir, recipe), device)
+    decoder = Decoder(model_dir, None if as_stored else _source(model_dir, recipe), device)
     if isinstance(decoder.source, RotatedSource):
         check_norms(decoder.blocks[0], decoder.config)
     plan = make_plan(decoder, recipe, model_dir)
@@ -115,6 +132,11 @@ def check_out(out: Path, model_dir: Path, *, overwrite: bool) -> None:
         raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
     if out.resolve() == model_dir.resolve():
         raise ParetoError(f"{out} is the model itself; give another --out")
+
+
+def default_device(recipe: Recipe) -> str:
+    """Return where a recipe runs unless told otherwise: KV scales alone, which any device makes alike, on a GPU."""
+    return "cuda" if not recipe.steps and torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> str:

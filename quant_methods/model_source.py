@@ -31,13 +31,14 @@ _DTYPE_BITS = {
 }  # fmt: skip
 
 
-def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False) -> Path:
+def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False, revision: str | None = None) -> Path:
     """Return the directory of a model's checkpoint, validated.
 
     Args:
         name: an embedded model's name (``ref-7m``), a directory, or a hub name such as ``Qwen/Qwen3-0.6B``. An
             existing directory wins over an embedded name, and both win over the hub.
         quantized: accept a checkpoint that is already quantized (to serve or evaluate it).
+        revision: branch, tag or commit of a hub model; others have none.
 
     Returns:
         A local directory.
@@ -55,7 +56,7 @@ def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False) -> P
     elif (EMBEDDED / text / "config.json").is_file():
         path = EMBEDDED / text
     elif text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
-        path = _download(text)
+        path = _download(text, revision)
     else:
         raise ParetoError(
             f"model {text!r} not found: no such directory, and not one of the embedded models "
@@ -79,20 +80,33 @@ def resolve_shape(name: str | os.PathLike[str]) -> Path:
     return path
 
 
+def name_of(model: str | os.PathLike[str]) -> str:
+    """Return what to call a model: its hub name, also for its folder in the hub's cache, or else its folder's name."""
+    path = Path(model)
+    if not path.is_dir():
+        return os.fspath(model)
+    parts = path.resolve().parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return f"{parts[-3].removeprefix('models--').replace('--', '/')}@{parts[-1]}"
+    return path.name
+
+
 def embedded_models() -> list[str]:
     """Return the names of the models that ship with the package."""
     return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError as NotFound
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
     except HFValidationError as error:
         raise ParetoError(f"model {name!r}: no such directory, and not a valid hub name") from error
+    except RevisionNotFoundError as error:
+        raise ParetoError(f"model {name!r}: the hub has it, and no revision {revision!r} of it") from error
     except NotFound as error:
         raise ParetoError(f"model {name!r}: no such directory, and the hub has no such (public) model") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -248,6 +262,31 @@ def fingerprint(model_dir: Path) -> str:
             digest.update(path.name.encode() + b"\0")
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+SAMPLE_BYTES = 1024
+
+
+def sampled_fingerprint(model_dir: Path) -> str:
+    """Return a SHA-256 (hex) over config.json, tokenizer.json, and the head of every tensor.
+
+    For caches only, where reading tens of gigabytes would cost more than what is cached: training changes every tensor
+    that it touches from its head on, so models that differ have different heads.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model_dir / name).is_file():
+            digest.update(name.encode() + b"\0" + (model_dir / name).read_bytes())
+    for path in weight_files(model_dir):
+        header = read_header(path)
+        digest.update(json.dumps([path.name, header], sort_keys=True).encode())
+        with path.open("rb") as file:
+            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            for entry in header.values():
+                begin, stop = entry["data_offsets"]
+                file.seek(start + begin)
+                digest.update(file.read(min(SAMPLE_BYTES, stop - begin)))
     return digest.hexdigest()
 
 

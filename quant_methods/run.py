@@ -29,12 +29,12 @@ from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from quant_methods.block_solver import BlockSolver
 from quant_methods.calibration.calibrator import Decoder, clone, tf32
-from quant_methods.calibration.kv_observer import kv_geometry, kv_rotary
-from quant_methods.calibration.text_source import describe, load_sequences
+from quant_methods.calibration.kv_pass import KVPass, calibrate, kv_sequences
+from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
 from quant_methods.methods.tuning import Tuned, Tuner
-from quant_methods.model_source import digest, fingerprint, read_config, read_header, weight_files
+from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
 
@@ -124,9 +124,14 @@ class Run:
         )
         self.text = None if text is None else Path(text)
         self.tokens: Tensor | None = None
-        if plan.needs_data or recipe.kv_scales:
-            settings = recipe.calibration
+        self.kv_scales: KVCalibrator | None = None
+        settings, own = recipe.calibration, SAMPLED
+        if not plan.steps:
+            own = "the text that ships with vllm-pareto"
+            self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length)
+        elif plan.needs_data or recipe.kv_scales:
             self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
+        self.text_source = own if self.text is None else self.text.name
         self.tuner: Tuner | None = None
         if plan.tune is not None:
             count = plan.tune.num_samples + plan.tune.held_out
@@ -141,13 +146,6 @@ class Run:
                 tokens=self._sequences("text to tune on", count, plan.tune.length),
                 work=work,
                 say=progress,
-            )
-        self.calibrator = None
-        if recipe.kv_scales:
-            self.calibrator = KVCalibrator(
-                *kv_geometry(decoder.config),
-                seed=recipe.calibration.seed,
-                rotary=kv_rotary(decoder.base, decoder.config),
             )
         self.provenance = self._provenance(os.fspath(model))
 
@@ -168,11 +166,11 @@ class Run:
         seed = self.recipe.calibration.seed
         packages = ("vllm-pareto", "torch", "transformers", "compressed-tensors", "safetensors")
         return {
-            "model": Path(model).name if Path(model).is_dir() else model,
+            "model": name_of(model),
             "model_sha256": fingerprint(self.model_dir),
             "recipe": self.recipe.to_dict(),
-            "calibration": None if self.tokens is None else describe(self.tokens, self.text, seed),
-            **({"tuning": describe(self.tuner.tokens, self.text, seed)} if self.tuner else {}),
+            "calibration": None if self.tokens is None else describe(self.tokens, self.text_source, seed),
+            **({"tuning": describe(self.tuner.tokens, self.text_source, seed)} if self.tuner else {}),
             "device": self.decoder.device.type,
             "versions": {
                 "python": platform.python_version(),
@@ -191,7 +189,10 @@ class Run:
         with self._state_directory(), tf32(True):
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
-            self._blocks(report, self._block_file, None if self.tuner else self.calibrator)
+            if self.plan.steps:
+                self._blocks(report, self._block_file, kv_scales=self.recipe.kv_scales and self.tuner is None)
+            else:
+                self._calibrate()
             if report.layers and not any(layer.relative_error for layer in report.layers):
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
@@ -200,8 +201,8 @@ class Run:
             if self.tuner is not None:
                 report.tuned = self.tuner.run()
                 # KV scales are those of the model that is served, which the blocks are only now.
-                if self.calibrator is not None:
-                    self._blocks(Report(self.out), self.tuner.block_result, self.calibrator)
+                if self.recipe.kv_scales:
+                    self._blocks(Report(self.out), self.tuner.block_result, kv_scales=True)
             self.progress(self.total, self.total, "writing the checkpoint")
             report.bytes_after = self._write(report.tuned)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
@@ -211,6 +212,17 @@ class Run:
         report.seconds = time.monotonic() - started
         report.peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return report
+
+    def _calibrate(self) -> None:
+        """Calibrate the KV scales of weights as they are."""
+        assert self.tokens is not None
+        self.kv_scales = calibrate(
+            self.decoder,
+            self.model_dir,
+            self.tokens,
+            self.recipe.calibration.seed,
+            lambda done, what: self.progress(done, self.total, what),
+        )
 
     @contextlib.contextmanager
     def _state_directory(self) -> Iterator[None]:
@@ -231,11 +243,15 @@ class Run:
     def _block_file(self, index: int) -> Path:
         return self.work / f"block-{index:05d}.safetensors"
 
-    def _blocks(self, report: Report, file_of: Callable[[int], Path], calibrator: KVCalibrator | None) -> None:
-        """Quantize the blocks that have no file yet, and show the calibrator, if given, all of them."""
-        # What only runs through the blocks runs for the calibrator, or for a block that is still to be solved.
+    def _blocks(self, report: Report, file_of: Callable[[int], Path], *, kv_scales: bool) -> None:
+        """Quantize the blocks that have no file yet, and calibrate KV scales, if asked for, on all of them."""
+        # What only runs through the blocks runs for the KV scales, or for a block that is still to be solved.
         solving = not all(file_of(index).is_file() for index in range(self.total))
-        needed = self.tokens if solving or calibrator is not None else None
+        needed = self.tokens if solving or kv_scales else None
+        watching = None
+        if kv_scales:
+            assert self.tokens is not None
+            watching = KVPass(self.decoder, self.model_dir, self.tokens, self.recipe.calibration.seed)
         hidden = self.decoder.embed(needed) if needed is not None else None
         original = hidden.clone() if hidden is not None and self.plan.needs_original and solving else None
         for index in range(self.total):
@@ -263,11 +279,16 @@ class Run:
                         write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
                 report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
-                if hidden is not None and not (last and calibrator is None):
+                if hidden is not None and not (last and watching is None):
                     self.progress(index, self.total, f"block {index + 1}/{self.total}: running")
-                    self.decoder.advance(index, block, hidden, calibrator)
+                    if watching is not None:
+                        watching.advance(index, block, hidden)
+                    else:
+                        self.decoder.advance(index, block, hidden)
                     if pristine is not None and original is not None and not last:
                         self.decoder.advance(index, pristine, original)
+        if watching is not None:
+            self.kv_scales = watching.calibrator
 
     def _layer_report(
         self, index: int, local: str, tensors: dict[str, Tensor], errors: dict[str, float]
@@ -318,8 +339,8 @@ class Run:
             write_bytes(target / name, data)
         result = {} if tuned is None else {"tuned": {"held_out_kl": tuned.kl, "kept_step": tuned.kept}}
         write_json(target / RECIPE_FILE, {**self.provenance, **result})
-        if self.calibrator is not None:
-            self.calibrator.finish({"recipe": self.recipe.name}).save(target)
+        if self.kv_scales is not None:
+            self.kv_scales.finish({"recipe": self.recipe.name}).save(target)
         if self.out.exists():
             old = self.work / "replaced"
             if old.exists():

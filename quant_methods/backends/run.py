@@ -28,7 +28,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.backends import check
 from quant_methods.backends.environment import RUNNERS, Backend, Progress, clean_environment, environment_python
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.text_source import describe, load_sequences
+from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
 from quant_methods.compress import check_device, check_out, work_of
@@ -41,6 +41,7 @@ from quant_methods.model_source import (
     SINGLE,
     digest,
     fingerprint,
+    name_of,
     quantization_settings,
     read_config,
     resolve_model,
@@ -183,10 +184,10 @@ def compress_with(
         device=device, progress=lambda done, total: progress(done, total, "sampling text"),
     )  # fmt: skip
     provenance = {
-        "model": Path(model).name if Path(model).is_dir() else os.fspath(model),
+        "model": name_of(model),
         "model_sha256": fingerprint(model_dir),
         "recipe": dataclasses.replace(recipe, kv_scales=False).to_dict(),
-        "calibration": describe(tokens, Path(text) if text else None, calibration.seed) if needs_data else None,
+        "calibration": describe(tokens, Path(text).name if text else SAMPLED, calibration.seed) if needs_data else None,
         "device": kind,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "backend": {"name": backend.name, "python": str(tool_python), "settings": settings},

@@ -1,8 +1,8 @@
 """Runs a decoder one block at a time over the calibration set and gathers what the methods need to know.
 
 Only one block's weights are on the device at a time (two copies when a step compares with the original model). Between
-blocks the calibration set lives as hidden states in one float32 buffer, which each block overwrites with its output: on
-the device where it takes little of its memory, else on the CPU.
+blocks the calibration set lives as hidden states in one buffer, which each block overwrites with its output: on the
+device where it takes little of its memory, else on the CPU.
 
 Inside a block, linear layers that share an input form a stage (q, k, v; o; gate, up; down in a Llama), found by
 watching one forward pass. Stages are solved in the order in which they run, and each sees inputs computed with the
@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.kv_observer import ATTENTION, Observer, observing
 from quant_methods.checkpoints.checkpoint import Source
+from quant_methods.checkpoints.readback import ReadBack
 
 # Tokens that go through a block at once; bounds the activations' memory.
 TOKENS_PER_BATCH = 8192
@@ -90,24 +91,30 @@ class Statistics:
 class Decoder:
     """A transformers decoder whose blocks are loaded one at a time."""
 
-    def __init__(self, model_dir: Path, source: Source, device: str = "cpu") -> None:
+    def __init__(self, model_dir: Path, source: Source | None = None, device: str = "cpu") -> None:
         """Build the model without weights.
 
         Args:
             model_dir: directory with config.json.
-            source: reads the weights.
+            source: reads the weights, which have to lie one tensor a parameter. None reads them whatever way they
+                are stored, quantized or not, and runs blocks in the dtype in which the device is quick: good enough
+                to watch them, while to solve for their weights takes float32.
             device: where blocks run.
 
         Raises:
             ParetoError: transformers does not know the architecture, or its blocks cannot be found.
 
         """
-        self.source, self.device = source, torch.device(device)
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if source is not None else quick_dtype(self.device)
         try:
             self.config = AutoConfig.from_pretrained(model_dir)
+            # Blocks are ordinary layers here, whatever is stored of them.
+            if hasattr(self.config, "quantization_config"):
+                del self.config.quantization_config
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(
-                    self.config, attn_implementation=ATTENTION, dtype=torch.float32
+                    self.config, attn_implementation=ATTENTION, dtype=self.dtype
                 )
         except (ValueError, KeyError, ImportError, OSError) as error:
             reason = " ".join(str(error).split())[:160]
@@ -121,13 +128,13 @@ class Decoder:
             )
         self.blocks: list[nn.Module] = list(blocks)
         self.prefix = next(name for name, module in self.model.named_modules() if module is blocks)
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
-        missing = [n for n in self.block_tensors(0) if n not in source]
+        self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        self.source = ReadBack(model_dir, self.model, self.device) if source is None else source
+        missing = [n for n in self.block_tensors(0) if n not in self.source]
         if missing:
-            raise ParetoError(
-                f"{model_dir}: {missing[0]} is not in the checkpoint; its layout is not one tensor a parameter, which "
-                f"is all that compress supports"
-            )
+            limit = "its layout is not one tensor a parameter, which is all that compressing weights supports"
+            reason = limit if source is not None else "transformers knows no way to make it of what is there"
+            raise ParetoError(f"{model_dir}: {missing[0]} is not in the checkpoint; {reason}")
 
     def name(self, index: int, local: str) -> str:
         """Return the full name of a module or parameter of block ``index``."""
@@ -143,7 +150,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Give a block its weights, float32 on the device, for the duration of the context.
+        """Give a block its weights on the device for the duration of the context.
 
         Raises:
             ParetoError: the checkpoint lacks one of its tensors.
@@ -152,7 +159,7 @@ class Decoder:
         block = self.blocks[index]
         state = {local: self.source.read(self.name(index, local)) for local in block.state_dict()}
         # Moved first: `to` with both would widen on the CPU and move twice the bytes.
-        block.load_state_dict({k: v.to(self.device).float() for k, v in state.items()}, assign=True)
+        block.load_state_dict({k: v.to(self.device).to(self.dtype) for k, v in state.items()}, assign=True)
         del state
         try:
             yield block.requires_grad_(False)
@@ -161,7 +168,7 @@ class Decoder:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the hidden states that enter the first block, float32 [sequences, length, width].
+        """Return the hidden states that enter the first block, [sequences, length, width] in the blocks' dtype.
 
         Also learns what else transformers passes to each block (positions, masks).
 
@@ -173,7 +180,7 @@ class Decoder:
         embedding = self.base.get_input_embeddings()
         name = next(n for n, m in self.model.named_modules() if m is embedding)
         weight = self.source.read(f"{name}.weight")
-        embedding.weight = nn.Parameter(weight.to(self.device, torch.float32), requires_grad=False)
+        embedding.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
         hidden: Tensor | None = None
         step = batch_size(tokens.shape[1])
         with self._stubs() as seen:
@@ -186,18 +193,19 @@ class Decoder:
                 if hidden is None:
                     hidden = self._buffer((*tokens.shape, first.shape[-1]))
                 hidden[start : start + len(batch)] = first
-                # Every sequence is full, so a batch's size determines the rest of its arguments.
-                self._arguments.setdefault(len(batch), [arguments for _, arguments in seen])
+                # Every sequence is full, so a batch's shape determines the rest of its arguments.
+                self._arguments.setdefault(batch.shape, [arguments for _, arguments in seen])
         embedding.to("meta")
         assert hidden is not None
         return hidden
 
     def _buffer(self, shape: tuple[int, ...]) -> Tensor:
-        """Return room for hidden states, float32."""
+        """Return room for hidden states."""
         if self.device.type == "cuda":
             fits = 2 * 4 * math.prod(shape) <= HIDDEN_SHARE * torch.cuda.mem_get_info(self.device)[0]
-            return torch.empty(shape, device=self.device) if fits else torch.empty(shape, pin_memory=True)
-        return torch.empty(shape)
+            where: dict[str, Any] = {"device": self.device} if fits else {"pin_memory": True}
+            return torch.empty(shape, dtype=self.dtype, **where)
+        return torch.empty(shape, dtype=self.dtype)
 
     def compute_buffers(self) -> None:
         """Give what lies outside of the blocks the buffers that follow from the configuration (rotary frequencies)."""
@@ -239,12 +247,25 @@ class Decoder:
 
     def run(self, index: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run a block on one batch of hidden states [batch, length, width] on the device."""
-        if len(hidden) not in self._arguments:
+        shape = hidden.shape[:2]
+        if shape not in self._arguments:
             with torch.no_grad(), self._stubs() as seen, contextlib.suppress(_Stop):
                 self.base(inputs_embeds=hidden, use_cache=False)
-            self._arguments[len(hidden)] = [arguments for _, arguments in seen]
-        out = block(hidden, **self._arguments[len(hidden)][index])
+            self._arguments[shape] = [arguments for _, arguments in seen]
+        out = block(hidden, **self._arguments[shape][index])
         return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def watch(self, index: int, block: nn.Module, hidden: Tensor, observer: Observer) -> None:
+        """Show a block's attention to ``observer``, and go no further than that."""
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        with observing(observer, stop):
+            for _, batch in self.batches(hidden):
+                with contextlib.suppress(_Stop):
+                    self.run(index, block, batch)
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module, hidden: Tensor, observer: Observer | None = None) -> None:
@@ -372,6 +393,16 @@ class Decoder:
             for hook in hooks:
                 hook.remove()
         return found[0].flatten(0, 1), stream.flatten(0, 1)
+
+
+def quick_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for what need not be exact: bfloat16 where the device multiplies it as such, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # PyTorch has no public question for it.
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    known = (getattr(torch.cpu, name, None) for name in asked)
+    return torch.bfloat16 if any(supported is not None and supported() for supported in known) else torch.float32
 
 
 def clone(block: nn.Module) -> nn.Module:

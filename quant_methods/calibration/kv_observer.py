@@ -9,7 +9,7 @@ attention's output instead, and so can put other keys and values in the place of
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -34,9 +34,10 @@ class Observer(Protocol):
 
         Args:
             layer: index of the decoder layer.
-            query: float32 [tokens, num_heads, head_dim], after rotary embedding; logits are q.k / sqrt(head_dim).
-            key: float32 [tokens, num_kv_heads, head_dim], after rotary embedding.
-            value: float32 [tokens, num_kv_heads, head_dim].
+            query: [tokens, num_heads, head_dim] in the model's dtype, after rotary embedding, such that logits are
+                ``q . k / sqrt(head_dim)``.
+            key: [tokens, num_kv_heads, head_dim], after rotary embedding.
+            value: [tokens, num_kv_heads, head_dim].
 
         """
 
@@ -80,13 +81,19 @@ class Attention(Protocol):
         """Return attention's output, [sequences, tokens, num_heads, head_dim]."""
 
 
-_observer: ContextVar[Observer | Attention | None] = ContextVar("observer", default=None)
+_observer: ContextVar[tuple[Observer | Attention, Callable[[], object]] | None] = ContextVar("observer", default=None)
 
 
 @contextlib.contextmanager
-def observing(observer: Observer | Attention | None) -> Iterator[None]:
-    """Show ``observer`` every attention call of models built with ``ATTENTION`` inside the block."""
-    token = _observer.set(observer)
+def observing(observer: Observer | Attention | None, after: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Show ``observer`` every attention call of models built with ``ATTENTION`` inside the context.
+
+    Args:
+        observer: what takes the tensors, or computes attention itself; None: nothing does.
+        after: called when a batch has been shown to an observer, before its attention is computed.
+
+    """
+    token = _observer.set(None if observer is None else (observer, after))
     try:
         yield
     finally:
@@ -97,8 +104,8 @@ def _observed_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Compute ``sdpa`` attention; tensors are [batch, heads, tokens, head_dim]."""
-    observer = _observer.get()
-    if observer is not None:
+    if (found := _observer.get()) is not None:
+        observer, after = found
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise ParetoError(f"{type(module).__name__} does not know its layer; KV scales cannot be calibrated")
@@ -106,8 +113,12 @@ def _observed_attention(
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             call = AttentionCall(layer, query, key, value, attention_mask, scaling, module, kwargs)
             return observer.attend(call), None
-        for q, k, v in zip(query, key, value, strict=True):
-            observer.observe(layer, *(x.transpose(0, 1).float() for x in (q, k, v)))
+        # Observers take logits to be q.k / sqrt(head_dim); a few models scale them otherwise.
+        factor = (kwargs.get("scaling") or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5
+        asked = query if abs(factor - 1) < 1e-6 else query * factor
+        for sequence in zip(asked, key, value, strict=True):
+            observer.observe(layer, *(x.transpose(0, 1) for x in sequence))
+        after()
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -138,7 +149,7 @@ def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary:
     _, _, head_dim = kv_geometry(config)
     embedding = getattr(decoder, "rotary_emb", None)
     frequencies = None
-    if hasattr(embedding, "inv_freq"):
+    if embedding is not None and hasattr(embedding, "inv_freq"):
         # The decoder was built without weights; frequencies follow from the configuration alone.
         frequencies = type(embedding)(config=config).inv_freq
     interleaved = getattr(config, "model_type", "") in INTERLEAVED

@@ -31,6 +31,8 @@ from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]
 SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
+SAMPLED = "sampled from the model"
+"""What checkpoints call text that the model wrote."""
 # Sequences sampled side by side. Part of what determines the samples: each batch has its own seed.
 SAMPLE_BATCH = 32
 
@@ -296,10 +298,10 @@ def _derive(seed: int, split: Split, batch: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def describe(tokens: torch.Tensor, text: Path | None, seed: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its sequences [num, length]: their file, number, length, seed and SHA-256."""
+def describe(tokens: torch.Tensor, source: str, seed: int) -> dict[str, Any]:
+    """Return what a checkpoint says of its sequences [num, length]: their source, number, length, seed and SHA-256."""
     return {
-        "source": text.name if text else "sampled from the model",
+        "source": source,
         "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "num_samples": tokens.shape[0],
         "length": tokens.shape[1],

@@ -36,10 +36,12 @@ from quant_methods.recipe import WeightStep
 
 SHARD_BYTES = 4 << 30
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Files that make a checkpoint usable beside its weights: tokenizer, chat template, generation defaults, licence.
+# Files that make a checkpoint usable beside its weights: tokenizer, chat template, generation defaults, licence, and
+# what older tools say of their quantization beside config.json.
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
     "chat_template*", "generation_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*",
+    "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 
 
@@ -112,11 +114,11 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
     """Return the quantized layer that ``pack_linear`` stored."""
     scale = tensors[f"{name}.weight_scale"]
     if f"{name}.weight" in tensors:
-        zero = tensors.get(f"{name}.weight_zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        zero = tensors.get(f"{name}.weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
         return QuantizedLinear(tensors[f"{name}.weight"], scale, zero, input_scale=tensors.get(f"{name}.input_scale"))
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     codes = _unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
-    zero = torch.zeros(scale.shape, dtype=torch.int8)
+    zero = torch.zeros_like(scale, dtype=torch.int8)
     if not grid.symmetric:
         zero = _unpack(tensors[f"{name}.weight_zero_point"].T, grid.bits, rows).T.contiguous()
     return QuantizedLinear(codes, scale, zero)

@@ -25,6 +25,10 @@ Rounding = Callable[[Tensor], Tensor]
 class StoredLayers(Protocol):
     """A format's layers."""
 
+    def names(self) -> set[str]:
+        """Return the names of the quantized layers, as far as the stored tensors say them."""
+        ...
+
     def layer(self, name: str, module: nn.Linear) -> tuple[QuantizedLinear, Rounding | None] | None:
         """Return a quantized layer and how its inputs are rounded (None: not); None for an unquantized layer.
 
@@ -81,11 +85,15 @@ class Native:
                 self.locals.setdefault(module, []).append(local)
         self.unread = set(self.forms)
 
+    def names(self) -> set[str]:
+        """Return the quantized layers' names; see :class:`StoredLayers`."""
+        return set(self.forms)
+
     def layer(self, name: str, module: nn.Linear) -> tuple[QuantizedLinear, Rounding | None] | None:
         """Return a layer; see :class:`StoredLayers`."""
         if (form := self.forms.get(name)) is None:
             return None
-        self.unread.remove(name)
+        self.unread.discard(name)
         tensors = {local: self.source.read(f"{name}.{local}") for local in self.locals.get(name, [])}
         bits = ACTIVATION_BITS[form.activations]
         rounding = None if bits is None else functools.partial(round_tokens, bits=bits)
@@ -106,13 +114,18 @@ class _QWeights:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.unread = {name.removesuffix(".qweight") for name in source.entries if name.endswith(".qweight")}
+        self.stored = {name.removesuffix(".qweight") for name in source.entries if name.endswith(".qweight")}
+        self.unread = set(self.stored)
+
+    def names(self) -> set[str]:
+        """Return the quantized layers' names; see :class:`StoredLayers`."""
+        return set(self.stored)
 
     def take(self, name: str) -> dict[str, Tensor] | None:
         """Return a layer's tensors by local name, None if it is not quantized."""
-        if name not in self.unread:
+        if name not in self.stored:
             return None
-        self.unread.remove(name)
+        self.unread.discard(name)
         parts = ("qweight", "qzeros", "scales", "g_idx")
         tensors = {part: self.source.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in self.source}
         if absent := {"qweight", "qzeros", "scales"} - set(tensors):
@@ -182,6 +195,10 @@ class CompressedTensors:
     def __init__(self, source: Source, settings: dict[str, Any]) -> None:
         self.source = source
         self.ignore, self.groups = settings.get("ignore") or [], list(settings["config_groups"].values())
+
+    def names(self) -> set[str]:
+        """Return the quantized layers' names; see :class:`StoredLayers`."""
+        return {name.removesuffix(".weight_scale") for name in self.source.entries if name.endswith(".weight_scale")}
 
     def layer(self, name: str, module: nn.Linear) -> tuple[QuantizedLinear, Rounding | None] | None:
         """Return a layer; see :class:`StoredLayers`."""

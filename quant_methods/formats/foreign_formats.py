@@ -104,14 +104,16 @@ def regrouped(linear: QuantizedLinear, g_idx: Tensor) -> QuantizedLinear:
     if g_idx.shape != (channels,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
         raise ParetoError(f"g_idx {list(g_idx.shape)} does not name one of {groups} groups for {channels} channels")
     index = g_idx.long()
-    if channels % groups == 0 and torch.equal(index, torch.arange(channels) // (channels // groups)):
+    if channels % groups == 0 and torch.equal(
+        index, torch.arange(channels, device=index.device) // (channels // groups)
+    ):
         return linear
     return QuantizedLinear(linear.codes, linear.scale[:, index], linear.zero_point[:, index])
 
 
 def _unpack_awq_words(words: Tensor) -> Tensor:
     """Return int32 [rows, 8 * columns] of int32 [rows, columns]."""
-    shifts = torch.arange(8, dtype=torch.int32) * 4
+    shifts = torch.arange(8, dtype=torch.int32, device=words.device) * 4
     stored = (words[:, :, None] >> shifts) & 0xF
     plain = torch.empty_like(stored)
     plain[:, :, list(AWQ_ORDER)] = stored

@@ -1,0 +1,62 @@
+"""Progress where there is no terminal to draw a bar on: a line every few seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+EVERY = 10.0
+"""Seconds between two lines."""
+
+
+class Lines:
+    """Says how far a run is, every EVERY seconds for as long as the context is open, also while a step takes long."""
+
+    def __init__(self, name: str, say: Callable[[str], object], every: float = EVERY) -> None:
+        """Start with nothing to report.
+
+        Args:
+            name: what runs; every line starts with it.
+            say: takes a line; called from a thread of its own.
+            every: seconds between two lines.
+
+        """
+        self.name, self.say, self.every = name, say, every
+        self.now = "starting"
+        self._started = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Lines:
+        """Start saying lines."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop saying lines."""
+        self._over.set()
+        self._thread.join()
+
+    def show(self, done: int, total: int, what: str) -> None:
+        """Note how far the run is; has the shape of ``compress``'s progress.
+
+        Args:
+            done: blocks finished.
+            total: blocks in all.
+            what: what happens now.
+
+        """
+        self.now = what if what.startswith("block") else f"{what} ({done} of {total} blocks done)"
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self._started
+
+    def _run(self) -> None:
+        while not self._over.wait(self.every):
+            self.say(f"{self.name}: {self.now}, {self.seconds:.0f} s")
