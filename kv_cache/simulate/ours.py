@@ -27,17 +27,22 @@ class Ours(Coder):
 
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Make even, code, and undo both."""
-        scales = self.samples[layer].scales
-        centre = self.samples[layer].centres(key.shape[1])
-        even = torch.einsum("hcd,wthd->wthc", scales.key_transform, key - centre)
-        even = self.rounded(even, self.fmt.key_bits)
-        read_key = torch.einsum("hcd,wthd->wthc", scales.key_inverse, even) + centre
-        read_value = self.rounded(codec.even_values(value, scales), self.fmt.value_bits)
-        return Decoded(read_key, codec.uneven_values(read_value, scales))
+        sample = self.samples[layer]
+        even_key = self.rounded(sample, "key", self.even_keys(sample, key))
+        even_value = self.rounded(sample, "value", codec.even_values(value, sample.scales))
+        return Decoded(self.uneven_keys(sample, even_key), codec.uneven_values(even_value, sample.scales))
 
-    @staticmethod
-    def rounded(even: Tensor, bits: int) -> Tensor:
-        """Return what is read back of even keys or values [..., channels]."""
+    def even_keys(self, sample: Sample, key: Tensor) -> Tensor:
+        """Return keys less their centre, transformed."""
+        return torch.einsum("hcd,wthd->wthc", sample.scales.key_transform, key - sample.centres(key.shape[1]))
+
+    def uneven_keys(self, sample: Sample, even: Tensor) -> Tensor:
+        """Undo `even_keys`."""
+        return torch.einsum("hcd,wthd->wthc", sample.scales.key_inverse, even) + sample.centres(even.shape[1])
+
+    def rounded(self, sample: Sample, kind: str, even: Tensor) -> Tensor:
+        """Return what is read back of even keys or values [..., heads, channels]."""
+        bits = self.fmt.bits(kind)
         return codec.dequantize(*codec.quantize(even, bits), bits)
 
     def bits(self, shape: Shape, tokens: int) -> float:

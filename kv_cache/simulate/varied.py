@@ -1,0 +1,181 @@
+"""This project's formats with one thing or another done differently: what each part of the scheme is worth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kv_cache import codec
+from kv_cache.formats import META_BYTES, KVFormat
+from kv_cache.simulate.coder import Decoded, Run, Sample, Shape, all_but_newest, first_exact, with_exact
+from kv_cache.simulate.lloyd_max import normal_levels
+from kv_cache.simulate.ours import Ours
+from kv_cache.transforms import RIDGE, hadamard_sums, mixing
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is different.
+
+    Attributes:
+        first: tokens at a sequence's start that are kept as they are (StreamingLLM, Xiao et al. 2023, calls them
+            attention sinks).
+        newest: newest tokens that are kept as they are (KIVI's residual, Liu et al. 2024).
+        first_centre: position 0 has a centre of its own.
+        centre: keys are centred; without it nothing is calibrated but a size.
+        transform: keys are transformed by what calibration found; without it they are mixed by a Hadamard matrix.
+        symmetric: no zero; the codes' middle means 0.
+        keep_product: a token's scale is chosen so that ``x . x_hat = |x|^2`` instead of from its range: the read vector
+            is then unbiased along the vector itself (EDEN, Vargaftik et al. 2022; RaBitQ, Gao and Long 2024).
+        levels: Lloyd-Max levels of a normal distribution times the token's root mean square.
+        feedback: a channel's rounding error is handed on to the channels not yet rounded (LDLQ, Chee et al. 2023,
+            "QuIP"; GPTQ, Frantar et al. 2022), weighed by what errors of keys and of values cost.
+        full_range: codes cover a token's whole range, whatever the bits.
+
+    """
+
+    first: int = 0
+    newest: int = 0
+    first_centre: bool = True
+    centre: bool = True
+    transform: bool = True
+    symmetric: bool = False
+    keep_product: bool = False
+    levels: bool = False
+    feedback: bool = False
+    full_range: bool = False
+
+
+class Varied(Ours):
+    """A format with options."""
+
+    def __init__(self, fmt: KVFormat, options: Options) -> None:
+        super().__init__(fmt)
+        self.options = options
+        self._feedback: dict[tuple[int, str], Tensor] = {}
+        self._sizes: dict[int, Tensor] = {}
+
+    def fit(self, layer: int, sample: Sample) -> None:
+        """Prepare what the options need of a layer; a sample of its own where position 0 has no own centre."""
+        if not self.options.first_centre:
+            # The same scales but for key_first: what `Sample.scales` caches must not change for other coders.
+            sample = replace(sample, _centres={})
+            scales = replace(sample.scales, key_first=sample.scales.key_mean)
+            sample.__dict__["scales"] = scales
+        super().fit(layer, sample)
+        if not self.options.transform:
+            centred = sample.key[:, 1:] - self._centre(sample, sample.key.shape[1])[1:]
+            self._sizes[id(sample)] = centred.square().mean((0, 1, 3)).sqrt()
+        if self.options.feedback:
+            inverse = sample.scales.key_inverse.double()
+            self._feedback[id(sample), "key"] = feedback(inverse.mT @ sample.moments.metric @ inverse)
+            if sample.value_metric is not None:
+                mix = mixing(sample.value.shape[-1]).to(sample.value.device)
+                metric = mix @ sample.value_metric.double() @ mix.mT
+                self._feedback[id(sample), "value"] = feedback(metric)
+
+    def _centre(self, sample: Sample, tokens: int) -> Tensor:
+        centre = sample.centres(tokens)
+        return centre if self.options.centre else torch.zeros_like(centre)
+
+    def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
+        """Code, and keep the first and the newest tokens."""
+        first, newest = self.options.first, self.options.newest
+        decoded = super().code(layer, key, value, run)
+        coded = all_but_newest(key, newest) if newest else None
+        return Decoded(first_exact(decoded.key, key, first), first_exact(decoded.value, value, first), coded, coded)
+
+    def even_keys(self, sample: Sample, key: Tensor) -> Tensor:
+        """Return keys less their centre, transformed or mixed."""
+        if self.options.transform:
+            return super().even_keys(sample, key)
+        dim = key.shape[-1]
+        size = self._sizes[id(sample)][:, None] * math.sqrt(dim & -dim)
+        return hadamard_sums(key - self._centre(sample, key.shape[1])) / size
+
+    def uneven_keys(self, sample: Sample, even: Tensor) -> Tensor:
+        """Undo `even_keys`."""
+        if self.options.transform:
+            return super().uneven_keys(sample, even)
+        dim = even.shape[-1]
+        size = self._sizes[id(sample)][:, None] / math.sqrt(dim & -dim)
+        return hadamard_sums(even) * size + self._centre(sample, even.shape[1])
+
+    def rounded(self, sample: Sample, kind: str, even: Tensor) -> Tensor:
+        """Round as the options say."""
+        options, bits = self.options, self.fmt.bits(kind)
+        if options.levels:
+            return _to_levels(even, bits)
+        if options.symmetric or options.full_range:
+            return _in_range(even, bits, options.symmetric)
+        if options.feedback and (id(sample), kind) in self._feedback:
+            return _with_feedback(even, bits, self._feedback[id(sample), kind])
+        codes, scale, zero = codec.quantize(even, bits)
+        if options.keep_product:
+            read = codec.dequantize(codes, scale, zero, bits)
+            factor = even.square().sum(-1) / (even * read).sum(-1)
+            wanted = torch.where(factor.isfinite() & (factor > 0), codec.decode_scale(scale) * factor, 1.0)
+            scale = codec.encode_scale(wanted)
+        return codec.dequantize(codes, scale, zero, bits)
+
+    def bits(self, shape: Shape, tokens: int) -> float:
+        """Return the format's bits, two bytes a token less without zeros, and the exact tokens'."""
+        bits = self.fmt.bits_per_element(shape.head_dim)
+        if self.options.symmetric or self.options.levels:
+            bits -= META_BYTES / 2 * 8 / (2 * shape.head_dim)
+        return with_exact(bits, self.options.first + self.options.newest, tokens)
+
+
+def feedback(metric: Tensor) -> Tensor:
+    """Return by how much an error of channel i moves channel j, float32 [heads, dim, dim], strictly lower triangular.
+
+    With ``H = L D L^T``, the cost ``e^T H e`` of errors e is ``sum_i D_i ((L^T e)_i)^2``. A channel's own rounding error
+    u, what it was handed included, is its ``(L^T e)_i`` if it was handed the rest of that sum, ``(1 - L^-T) u``.
+
+    Args:
+        metric: float64 [heads, dim, dim], H of what is coded.
+
+    """
+    ridge = RIDGE * metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    root = torch.linalg.cholesky(metric + ridge * torch.eye(metric.shape[-1], dtype=metric.dtype, device=metric.device))
+    lower = root / root.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    return (-torch.linalg.inv(lower)).tril(-1).float()
+
+
+def _with_feedback(even: Tensor, bits: int, fed: Tensor) -> Tensor:
+    """Round channels from the last to the first; a token's channels share a step, so errors need no rescaling."""
+    scale, zero = codec.fit(even, bits)
+    left = even * codec.inverse_step(scale, bits)[..., None] + (zero.float() * 2.0 ** (bits - 8))[..., None]
+    codes = torch.empty_like(left)
+    for channel in reversed(range(even.shape[-1])):
+        codes[..., channel] = left[..., channel].round().clamp(0, 2**bits - 1)
+        error = left[..., channel] - codes[..., channel]
+        left[..., :channel] += fed[:, channel, :channel] * error[..., None]
+    return codec.dequantize(codes, scale, zero, bits)
+
+
+def _in_range(even: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Round between the ends of a token's range, or between minus and plus its largest size."""
+    low, high = even.amin(-1).clamp_max(0.0), even.amax(-1).clamp_min(0.0)
+    top = 2**bits - 1
+    share = codec.RANGE_SHARE[bits] if symmetric else 1.0
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = codec.encode_scale((high - low) * (share * 2.0 ** (bits - 2) / top))
+    step = (1 / codec.inverse_step(scale, bits))[..., None]
+    # Without a zero of its own, a token's zero lies in the middle of the codes.
+    zero = torch.full_like(step, top / 2) if symmetric else (-low[..., None] / step * 2 ** (8 - bits)).round()
+    if not symmetric:
+        zero = zero.clamp(0, 255) * 2.0 ** (bits - 8)
+    return ((even / step + zero).round().clamp(0, top) - zero) * step
+
+
+def _to_levels(even: Tensor, bits: int) -> Tensor:
+    """Round to Lloyd-Max levels of the token's size."""
+    size = codec.decode_scale(codec.encode_scale(even.square().mean(-1).sqrt()))[..., None]
+    levels = normal_levels(bits).float().to(even.device)
+    return levels[torch.bucketize(even / size, (levels[1:] + levels[:-1]) / 2)] * size
