@@ -115,12 +115,7 @@ class DecodeAttention:
         self.group = heads // kv_heads
         rows = max_query_len * self.group
         properties = torch.cuda.get_device_properties(device)
-        self.tuning = tuning or tunings.choose(
-            layout,
-            rows,
-            capability,
-            properties.shared_memory_per_block_optin,
-        )
+        self.tuning = tuning or tunings.choose(layout, rows, capability, properties.shared_memory_per_block_optin)
         self._row_blocks = -(-rows // self.tuning.rows)
         self._overlap = capability >= (9, 0)
 
@@ -135,7 +130,7 @@ class DecodeAttention:
             ("PARAMS_BYTES", ctypes.sizeof(_DecodeParams)),
             *self.tuning.macros(),
         )
-        self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
+        self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout))
         folds = (*page, ("IN_BFLOAT", bf16), ("BULK_COPY", 0), ("PARAMS_BYTES", ctypes.sizeof(_PrepareParams)))
         self._prepare = load_kernel("prepare.cu", "prepare", folds, device)
         resident = self._decode.blocks_per_multiprocessor(32 * self.tuning.warps)
