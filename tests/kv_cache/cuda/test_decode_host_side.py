@@ -91,7 +91,9 @@ def test_kernels_compile(name, dim, rows, capability, monkeypatch):
 
 def test_scales_of_other_heads_are_refused(monkeypatch):
     monkeypatch.setattr(decode, "cuda_device", lambda layout, device: (device, (9, 0)))
-    monkeypatch.setattr(decode, "load_kernel", lambda *args: SimpleNamespace(blocks_per_multiprocessor=lambda threads: 1))
+    monkeypatch.setattr(
+        decode, "load_kernel", lambda *args: SimpleNamespace(blocks_per_multiprocessor=lambda threads: 1)
+    )
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=SHARED[9, 0])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     batch = Batch.make("int4_per_head", [5], [1], device="cpu", kv_heads=2)
