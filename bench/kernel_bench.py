@@ -1,8 +1,8 @@
 """Bandwidth of the CUDA decode-attention kernel, against the device's copy rate.
 
 Every figure is the median of CUDA-graph replays over random code bytes, scattered blocks and several caches in turn,
-so that nothing is read from the L2 cache. Bytes are those of the codes alone. ``attend`` is the attention kernel by
-itself, ``call`` the same after the small kernel that prepares its queries.
+so that nothing is read from the L2 cache. Bytes are those of the pages, scales and zeros included. ``attend`` is the
+attention kernel by itself, ``prepare`` the small kernel before it that prepares its queries, ``call`` both.
 
     python -m bench.kernel_bench --out results/gpu-decode-kernel/kernel.json
 """
@@ -21,20 +21,18 @@ from typing import Any
 import torch
 
 from bench.gpu_timer import copy_rate, graph_seconds
-from kv_cache.formats import get_format
 from kv_cache.cuda.decode import DecodeAttention
-from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.tuning import Tuning
-from kv_cache.layout import PageLayout
+from kv_cache.formats import FORMATS, get_format
+from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import Rotary
+from kv_cache.scales import LayerScales
 
-SCHEMA = "vllm-pareto/gpu-decode-kernel/1"
-FORMATS = ("int4_per_head", "int6_per_head", "k8v4_per_head", "int8_per_head")
+SCHEMA = "vllm-pareto/gpu-decode-kernel/2"
 SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "dense": {"dense": True},
-    "centred": {"dense": True, "centred": True},
     "mixed": {"mixed": True},
     "query4": {"query_len": 4},
     "query8": {"query_len": 8},
@@ -54,8 +52,6 @@ class Case:
         batch: requests.
         context: tokens of each.
         query_len: query tokens of each.
-        dense: whether queries are transformed by a matrix of each KV head.
-        centred: whether keys are centred, which gives each logit a bias by its position.
         mixed: whether lengths are drawn evenly from 128 to ``context`` instead.
         heads: query heads.
         kv_heads: KV heads.
@@ -68,8 +64,6 @@ class Case:
     batch: int
     context: int
     query_len: int = 1
-    dense: bool = False
-    centred: bool = False
     mixed: bool = False
     heads: int = 32
     kv_heads: int = 8
@@ -89,6 +83,10 @@ def random_pages(
     pages = math.ceil(context / layout.block_size)
     shape = (turns * batch * pages, kv_heads, layout.block_size, layout.bytes_per_token)
     cache = torch.randint(256, shape, dtype=torch.uint8, device=device)
+    # Scales of about 1 and zeros in the middle, as of real tokens: how often sums are rescaled depends on the logits.
+    meta = cache.flatten(2)[..., layout.offsets[META] :].unflatten(-1, (-1, 4))
+    meta[..., 0::2] = 152 + meta[..., 0::2] % 16
+    meta[..., 1::2] = 112 + meta[..., 1::2] % 32
     return cache, torch.randperm(shape[0], device=device).int().view(turns, batch, pages)
 
 
@@ -116,20 +114,17 @@ class Problem:
         self.query = torch.randn(tokens, case.heads, case.head_dim, device=device).bfloat16()
         self.out = torch.empty_like(self.query)
 
-        tops = [2**bits - 1 for bits in (self.layout.fmt.key_bits, self.layout.fmt.value_bits)]
-        flat = torch.ones(case.kv_heads, case.head_dim, device=device)
-        key = torch.randn(*flat.shape, case.head_dim, device=device) if case.dense else flat
-        self.folding = Folding(key * 4 / tops[0], flat * tops[0] / 2, flat * 4 / tops[1], flat * tops[1] / 2)
-        self.positions = None
-        if case.centred:
-            rotary = Rotary(10000.0 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim), case.context)
-            self.positions = PositionTables.of(rotary.table(case.context), case.head_dim, device)
-            self.folding = replace(self.folding, mean=torch.randn_like(flat))
+        head = torch.randn(case.kv_heads, case.head_dim)
+        matrix = torch.randn(*head.shape, case.head_dim) * self.scale
+        inv_freq = 10000.0 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
+        rotary = Rotary.over(case.head_dim, inv_freq, case.context)
+        scales = LayerScales(head, head, matrix, matrix, torch.ones(case.kv_heads), rotary)
+        self.folding = Folding.of(scales, case.context, device)
 
         def attention(choice: Tuning | None) -> DecodeAttention:
             return DecodeAttention(
                 self.layout, case.kv_heads, case.heads, self.query.dtype, device, case.batch, tokens,
-                max_query_len=case.query_len, dense=case.dense, centred=case.centred, tuning=choice,
+                max_query_len=case.query_len, tuning=choice,
             )  # fmt: skip
 
         self.attention = attention(None)
@@ -138,13 +133,11 @@ class Problem:
 
     def prepare(self) -> None:
         """Prepare the queries."""
-        self.attention.prepare(self.query, self.folding, self.scale, self.positions)
+        self.attention.prepare(self.query, self.folding, self.scale)
 
     def attend(self, turn: int) -> None:
         """Attend with prepared queries to the pages of one turn."""
-        self.attention.attend(
-            self.out, self.cache, self.tables[turn], self.lens, self.start, self.folding, positions=self.positions
-        )
+        self.attention.attend(self.out, self.cache, self.tables[turn], self.lens, self.start, self.folding)
 
     def call(self, turn: int) -> None:
         """Prepare and attend."""
@@ -155,11 +148,12 @@ class Problem:
         """Return times and rates."""
         turns = self.tables.shape[0]
         order = [turn % turns for turn in range(min(max(turns, CALLS[0]), CALLS[1]))]
-        self.prepare()
+        prepare = graph_seconds([self.prepare] * CALLS[0], repeats)
         attend = graph_seconds([lambda t=t: self.attend(t) for t in order], repeats)  # type: ignore[misc]
         call = graph_seconds([lambda t=t: self.call(t) for t in order], repeats)  # type: ignore[misc]
         return {
             "bytes": self.bytes,
+            "prepare_us": prepare * 1e6,
             "attend_us": attend * 1e6,
             "attend_gb_per_s": self.bytes / attend / 1e9,
             "call_us": call * 1e6,
@@ -172,7 +166,7 @@ class Problem:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x context")
     parser.add_argument("--variants", nargs="+", default=["plain"], choices=VARIANTS)
     parser.add_argument("--repeats", type=int, default=30)
@@ -196,8 +190,9 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append({"variant": variant, **asdict(case), **row})
                     print(
                         f"{variant:8} {name:14} {shape:>8} attend {row['attend_us']:7.1f} us "
-                        f"{row['attend_gb_per_s']:5.0f} GB/s ({row['attend_of_copy']:.3f} of copy), with prepare "
-                        f"{row['call_us']:7.1f} us {row['call_gb_per_s']:5.0f} GB/s {text}",
+                        f"{row['attend_gb_per_s']:5.0f} GB/s ({row['attend_of_copy']:.3f} of copy), prepare "
+                        f"{row['prepare_us']:4.1f} us, both {row['call_us']:7.1f} us {row['call_gb_per_s']:5.0f} GB/s "
+                        f"{text}",
                         flush=True,
                     )
     if args.out:

@@ -1,8 +1,8 @@
 """Paged decode attention over codes on a CUDA device: the host's side of ``csrc/prepare.cu`` and ``csrc/decode.cu``.
 
 Specification and oracle is :func:`kv_cache.reference.paged_attention`. Two launches make up a call: the first folds the
-keys' transform and centre into the queries, the second attends. Neither needs anything from the host but shapes, so a call
-can be captured in a CUDA graph and replayed with other lengths and block tables.
+keys' transform and centre into the queries, the second attends. Neither needs anything from the host but shapes, so a
+call can be captured in a CUDA graph and replayed with other lengths and block tables.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import ctypes
 
 import torch
 
-from kv_cache.errors import ParetoError
 from kv_cache.cuda import tuning as tunings
 from kv_cache.cuda.arguments import Geometry, cuda_device
 from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
+from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 
 PREPARE_PARTS = 4
@@ -115,12 +115,7 @@ class DecodeAttention:
         self.group = heads // kv_heads
         rows = max_query_len * self.group
         properties = torch.cuda.get_device_properties(device)
-        self.tuning = tuning or tunings.choose(
-            layout,
-            rows,
-            capability,
-            properties.shared_memory_per_block_optin,
-        )
+        self.tuning = tuning or tunings.choose(layout, rows, capability, properties.shared_memory_per_block_optin)
         self._row_blocks = -(-rows // self.tuning.rows)
         self._overlap = capability >= (9, 0)
 
@@ -135,7 +130,7 @@ class DecodeAttention:
             ("PARAMS_BYTES", ctypes.sizeof(_DecodeParams)),
             *self.tuning.macros(),
         )
-        self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout, steps))
+        self._decode = load_kernel("decode.cu", "decode", macros, device, self.tuning.shared_bytes(layout))
         folds = (*page, ("IN_BFLOAT", bf16), ("BULK_COPY", 0), ("PARAMS_BYTES", ctypes.sizeof(_PrepareParams)))
         self._prepare = load_kernel("prepare.cu", "prepare", folds, device)
         resident = self._decode.blocks_per_multiprocessor(32 * self.tuning.warps)
@@ -167,8 +162,8 @@ class DecodeAttention:
             query: [tokens, heads, head_dim], channels contiguous.
             folding: the layer's.
             scale: factor of q.k.
-            beside_store: the launch just before this one is :func:`kv_cache.cuda.store.store`, and it said that the next
-                launch may run beside it.
+            beside_store: the launch just before this one is :func:`kv_cache.cuda.store.store`, and it said that the
+                next launch may run beside it.
 
         """
         tokens = query.shape[0]

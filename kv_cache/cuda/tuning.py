@@ -43,11 +43,11 @@ class Tuning:
         """Return the macros that tell ``csrc/decode.cu``."""
         return tuple((name.upper(), int(value)) for name, value in asdict(self).items())
 
-    def shared_bytes(self, layout: PageLayout, query_steps: int) -> int:
+    def shared_bytes(self, layout: PageLayout) -> int:
         """Return the dynamic shared memory of a thread block, as ``csrc/decode.cu`` lays it out."""
         ring = self.warps * self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token
-        in_registers = self.row_tiles * query_steps <= 16
-        query = 0 if in_registers else self.row_tiles * query_steps * 32 * 8
+        steps = query_steps(layout)
+        query = 0 if self.row_tiles * steps <= 16 else self.row_tiles * steps * 32 * 8
         sums = self.warps * ROW_TILE // 2 * (layout.head_dim + 4) * 4
         return ring + self.warps * (self.stages * 8 + 16 + self.rows * 8) + query + sums + 16
 
@@ -78,6 +78,6 @@ def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_pe
     for warps in (8, 4):
         step = warps * units * TOKEN_MULTIPLE * layout.bytes_per_token
         tuning = Tuning(tiles, warps, units, min(max(round(IN_FLIGHT / step), 2), 4), 1, capability >= (9, 0))
-        if tuning.shared_bytes(layout, query_steps(layout)) <= shared_per_block:
+        if tuning.shared_bytes(layout) <= shared_per_block:
             break
     return tuning

@@ -33,7 +33,7 @@ def served(names: tuple[str, ...], dims: tuple[int, ...] = HEAD_SIZES) -> list[t
 
 
 def random_pages(layout: PageLayout, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Pages [*shape, page bytes] of any codes; scales are between 1/2 and 2, and zeros in the middle half of their range."""
+    """Pages [*shape, page bytes] of any codes; scales are of 1/2 to 2, and zeros in the middle half of their range."""
     pages = torch.randint(256, (*shape, layout.page_bytes), dtype=torch.uint8, device=device)
     meta = pages[..., layout.offsets[META] :].unflatten(-1, (-1, 4))
     meta[..., 0::2] = 144 + meta[..., 0::2] % 32
