@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kv_cache.cuda.sides import make_side
 
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from bench.kernel_bench import random_pages
-from kv_cache.formats import get_format
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding, PositionTables
 from kv_cache.cuda.read import gather, plan
-from kv_cache.cuda.sides import make_side
 from kv_cache.cuda.store import store
+from kv_cache.formats import get_format
 from kv_cache.layout import PageLayout
 from vllm_ext.dummy_scales import random_scales
 

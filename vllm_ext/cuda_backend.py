@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from kv_cache.cuda.sides import Side, make_side
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -24,14 +25,13 @@ from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flas
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from kv_cache.errors import ParetoError
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding, PositionTables
 from kv_cache.cuda.read import gather, plan
 from kv_cache.cuda.read import preload as preload_read
-from kv_cache.cuda.sides import Side, make_side
 from kv_cache.cuda.store import preload as preload_store
 from kv_cache.cuda.store import store
+from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
 from vllm_ext.names import CUDA_BACKEND

@@ -35,8 +35,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(folder: str) -> KVScales:
+def _load_once(folder: str, changed_ns: int) -> KVScales:
     return KVScales.load(folder)
+
+
+def _load(folder: str) -> KVScales:
+    """Read a folder's scales once, and again when the file was replaced."""
+    file = Path(folder) / SCALES_FILE
+    return _load_once(folder, file.stat().st_mtime_ns if file.is_file() else 0)
 
 
 def find_scales(config: VllmConfig) -> Path:

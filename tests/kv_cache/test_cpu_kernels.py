@@ -12,7 +12,7 @@ import torch
 from kv_cache import codec, cpu_kernels, reference
 from kv_cache.cpu_kernels import ISAS, PagedCache
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, PLANES, mixed_format
+from kv_cache.formats import FORMATS, PLANES, layer_format
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
 from tests.kv_cache.empty_pages import empty_pages
@@ -24,7 +24,7 @@ except ParetoError as missing:  # pragma: no cover
     pytest.skip(str(missing), allow_module_level=True)
 
 # Every dtype, and some layers that mixed_per_head may have.
-FMTS = FORMATS | {f"k{k}v{v}": mixed_format(k, v) for k, v in ((2, 2), (8, 3), (2, 8), (3, 6))}
+FMTS = FORMATS | {f"k{k}v{v}": layer_format(k, v) for k, v in ((2, 2), (8, 3), (2, 8), (3, 6))}
 SIZES = (64, 80, 96, 128, 256)
 
 
@@ -227,7 +227,7 @@ def test_every_head_size(dim, name):
 @pytest.mark.parametrize("bits", PLANES)
 def test_every_number_of_bits_for_keys_with_every_one_for_values(bits):
     for value_bits in PLANES:
-        layer = {f"k{bits}v{value_bits}": mixed_format(bits, value_bits)}
+        layer = {f"k{bits}v{value_bits}": layer_format(bits, value_bits)}
         FMTS.update(layer)
         check(make(*layer, lens=(75, 18), query_lens=(3, 1)))
 

@@ -10,7 +10,7 @@ import torch
 from kv_cache import codec
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding
-from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, mixed_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
 from tests.kv_cache.random_scales import random_scales
@@ -20,7 +20,7 @@ MIXED = {"k8v2": (8, 2), "k3v6": (3, 6), "k2v4": (2, 4), "k6v8": (6, 8)}
 
 
 def format_of(name: str) -> KVFormat:
-    return mixed_format(*MIXED[name]) if name in MIXED else FORMATS[name]
+    return layer_format(*MIXED[name]) if name in MIXED else FORMATS[name]
 
 
 def served(names: tuple[str, ...], dims: tuple[int, ...] = HEAD_SIZES) -> list[tuple[str, int]]:

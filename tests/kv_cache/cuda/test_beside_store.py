@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kv_cache.cuda.sides import make_side
 
 from kv_cache.cuda.folding import PositionTables
-from kv_cache.cuda.sides import make_side
 from kv_cache.cuda.store import store
 from tests.kv_cache.cuda.random_batch import Batch
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales

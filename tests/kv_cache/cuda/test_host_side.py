@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kv_cache.cuda.sides import make_side
 
 from kv_cache import reference
-from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES, get_format
 from kv_cache.cuda import nvrtc, read, store
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import PositionTables
-from kv_cache.cuda.sides import make_side
 from kv_cache.cuda.tuning import choose, query_steps
+from kv_cache.errors import ParetoError
+from kv_cache.formats import HEAD_SIZES, get_format
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import SPAN, Rotary
 from tests.kv_cache.cuda.random_batch import Batch, relative_error

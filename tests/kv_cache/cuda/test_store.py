@@ -17,7 +17,7 @@ from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.read import gather, plan
 from kv_cache.cuda.store import store
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, HEAD_SIZES, RANGE_SHARE, KVFormat, mixed_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, RANGE_SHARE, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
@@ -228,14 +228,14 @@ class TestOnADevice:
     def test_store(self, bits, dim, device):
         if served(bits, dim):
             for tokens, dtype in STORES:
-                check_store(mixed_format(*bits), dim, device, tokens, dtype)
+                check_store(layer_format(*bits), dim, device, tokens, dtype)
 
     @pytest.mark.parametrize("dim", HEAD_SIZES)
     @pytest.mark.parametrize("bits", BITS)
     def test_gather(self, bits, dim, device):
         if served(bits, dim):
             for dtype, block in ((torch.bfloat16, 16), (torch.float16, 48)):
-                check_gather(mixed_format(*bits), dim, device, dtype, block=block)
+                check_gather(layer_format(*bits), dim, device, dtype, block=block)
 
     @pytest.mark.parametrize("rotary", ROTARIES)
     @pytest.mark.usefixtures("share")
