@@ -271,25 +271,25 @@ static void pack_values(rows_t *rows, const rows_t *ahead, uint8_t *tiles, uint8
 #undef CALL
 }
 
-// What a chunk's tokens are read with, one number a token. Softmax.h says what units and sizes of values are.
+// What sixteen tokens are read with. Softmax.h says what units and sizes of values are.
 typedef struct {
-    float key_step[CHUNK], key_zero[CHUNK];  // of a code; the zero's byte
-    float value_unit[CHUNK], value_size[CHUNK], value_zero[CHUNK];
+    float key_step[16], key_zero[16];  // of a code; the zero's byte
+    float value_unit[16], value_size[16], value_zero[16];
 } meta_t;
 
 #define WEIGHT_ONE 30600.0f
 
-// One sixteen's scales and zeros, whatever stands there, to place `at`.
-static void read_meta(const pareto_cache *c, const uint8_t *page, int token, meta_t *m, int at) {
+// A sixteen's scales and zeros, whatever stands there.
+static void read_meta(const pareto_cache *c, const uint8_t *page, int token, meta_t *m) {
     const uint8_t *from = page + c->meta_offset + 4 * (int64_t)token;
     const int bits = side_bits(c, 0);
     for (int l = 0; l < 16; l += PART) {
         const vu four = (vu)part_load_i(from + 4 * l), scale = four >> 16 & 255;
-        part_store(m->key_step + at + l, (vf)SCALE_FLOAT(four & 255, STEP_EXPONENT(bits)));
-        part_store(m->key_zero + at + l, part_float((vi)(four >> 8 & 255)));
-        part_store(m->value_unit + at + l, (vf)SCALE_FLOAT(scale, 0) * WEIGHT_ONE);
-        part_store(m->value_zero + at + l, part_float((vi)(four >> 24)));
-        part_store(m->value_size + at + l, part_float((vi)scale) * 0.0625f);
+        part_store(m->key_step + l, (vf)SCALE_FLOAT(four & 255, STEP_EXPONENT(bits)));
+        part_store(m->key_zero + l, part_float((vi)(four >> 8 & 255)));
+        part_store(m->value_unit + l, (vf)SCALE_FLOAT(scale, 0) * WEIGHT_ONE);
+        part_store(m->value_size + l, part_float((vi)scale) * 0.0625f);
+        part_store(m->value_zero + l, part_float((vi)(four >> 24)));
     }
 }
 

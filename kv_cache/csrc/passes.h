@@ -16,7 +16,7 @@ typedef struct {
     int32_t *scores;    // [2][8][CHUNK], int32 and then float
     int32_t *turns;     // [2][8][CHUNK], the product with the turn table
     int32_t *products;  // [2][8][dim], the weighted values
-    meta_t *meta;
+    meta_t *meta;       // [16 tokens]
     uint8_t *bytes;     // for pages.h
     partial_t partial[2];
     unit_t *units;
@@ -37,7 +37,7 @@ static int scratch_make(scratch_t *s, const pareto_cache *c) {
     const size_t score_bytes = UNIT_ROWS * CHUNK * sizeof(int32_t);
     const size_t sizes[] = {
         chunks * CHUNK * 64, dim * CHUNK, 2 * CHUNK_BLOCKS * CHUNK_BYTES, 2 * score_bytes, 2 * score_bytes,
-        2 * row_bytes, sizeof(meta_t), BLOCK * 256, 2 * row_bytes, MAX_UNITS * sizeof(unit_t), MAX_UNITS * query_bytes,
+        2 * row_bytes, CHUNK / 16 * sizeof(meta_t), BLOCK * 256, 2 * row_bytes, MAX_UNITS * sizeof(unit_t), MAX_UNITS * query_bytes,
         MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
     };
     enum { PARTS_OF_SCRATCH = sizeof sizes / sizeof *sizes };
@@ -111,7 +111,7 @@ static void need_block(walk_t *w, int side, int block) {
         return;
     }
     for (int j = 4 * block; j < 4 * block + 4; j++) {
-        if (w->places.page[j]) read_meta(c, w->places.page[j], w->places.token[j], s->meta, 16 * j);
+        if (w->places.page[j]) read_meta(c, w->places.page[j], w->places.token[j], s->meta + j);
         if (w->ahead.page[j]) __builtin_prefetch(w->ahead.page[j] + c->meta_offset + 4 * w->ahead.token[j], 0, 2);
     }
     pack_keys(&rows, &ahead, s->keys + 4 * block * TILE_BYTES, CHUNK * 64, s->bytes);
@@ -159,16 +159,16 @@ static void unit_scores(walk_t *w, const unit_t *u, int count, view_t v) {
 // The i-th unit's scores to weights, with their maximum and sums.
 static void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
     scratch_t *s = w->s;
-    const int at = v.first * BLOCK, token = w->chunk + at, masked = is_masked(u, token, token + v.blocks * BLOCK);
+    const meta_t *m = s->meta + 4 * v.first;
+    const int token = w->chunk + v.first * BLOCK, special = is_special(u, token, token + v.blocks * BLOCK);
     const float cap = w->a->soft_cap;
     for (int r = 0; r < u->rows; r++) {
         int32_t *scores = scores_of(s, i) + r * CHUNK;
         const int32_t *turns = turns_of(s, i) + r * CHUNK;
-#define SCORES(cap, masked) score_row(u, r, scores, turns, s->meta, at, token, 4 * v.blocks, cap, masked)
-        p->max[r] = cap > 0 ? SCORES(cap, 1) : masked ? SCORES(0, 1) : SCORES(0, 0);
+#define SCORES(cap, special) score_row(u, r, scores, turns, m, token, 4 * v.blocks, cap, special)
+        p->max[r] = cap > 0 ? SCORES(cap, 1) : special ? SCORES(0, 1) : SCORES(0, 0);
 #undef SCORES
-        weigh_row(u, r, (const float *)scores, s->meta, at, v.blocks, p->max[r], weights_of(s, i), p->sum + r,
-                  p->shift + r);
+        weigh_row(u, r, scores, m, v.blocks, p->max[r], weights_of(s, i), p->sum + r, p->shift + r);
     }
 }
 

@@ -44,6 +44,26 @@ INLINE void put_activations(uint8_t *chunk, int rows, int r, int lane, const vi 
 
 #endif
 
+// The same for the activations of 64 k in the order of k, of all lanes.
+static void put_in_order(uint8_t *chunk, int rows, int r, const int32_t *x) {
+#if defined(__AVX512VNNI__)
+    for (int i = 0; i < 64; i += 16) {
+        const v16i v = load16i(x + i);
+        const __m128i high = _mm512_cvtepi32_epi8((__m512i)((v + 128) >> 8)), low = _mm512_cvtepi32_epi8((__m512i)v);
+        memcpy(chunk + 64 * r + i, &high, 16);
+        memcpy(chunk + 64 * (rows + r) + i, &low, 16);
+    }
+#else
+    int16_t words[64];
+    (void)rows;
+    for (int i = 0; i < 16; i++) {
+        words[2 * i] = (int16_t)x[4 * i], words[2 * i + 1] = (int16_t)x[4 * i + 2];
+        words[32 + 2 * i] = (int16_t)x[4 * i + 1], words[32 + 2 * i + 1] = (int16_t)x[4 * i + 3];
+    }
+    memcpy(chunk + 128 * r, words, 128);
+#endif
+}
+
 // product(a, b, b_stride, chunks, tiles, rows, out, stride): out[r][16 * tiles] = the sum over `chunks` of 64 k. Chunk k
 // is a + k * CHUNK_BYTES; its tiles follow each other from b + k * b_stride. tiles_begin(rows) comes first on a thread.
 // product_pair does the same for two units of UNIT_ROWS rows, where codes once loaded serve both.

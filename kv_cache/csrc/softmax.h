@@ -13,8 +13,10 @@
 
 #include "unit.h"
 
-// Whether some row does not see all of the tokens from .. to - 1.
-INLINE int is_masked(const unit_t *u, int from, int to) { return to - 1 > u->lowest_last || from < u->highest_first; }
+// Whether some row does not see all of the tokens from .. to - 1, or one is the first, whose key has another centre.
+INLINE int is_special(const unit_t *u, int from, int to) {
+    return to - 1 > u->lowest_last || from < u->highest_first || from == 0;
+}
 
 // c * tanh(score / c) in base 2, by exp2: tanh |x| = (1 - t) / (1 + t) where t = exp(-2 |x|).
 INLINE vf soft_cap(vf score, float cap) {
@@ -25,31 +27,28 @@ INLINE vf soft_cap(vf score, float cap) {
     return (vf)((vi)capped | sign);
 }
 
-// The first `vectors` sixteens of a row's products with codes, `dots`, and with the turn table, `turns`, to scores, which
-// take the place of `dots`; -infinity where the row does not see. `at` is the first token's place in the chunk, `token`
-// its position. Returns `top`.
-INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *turns, const meta_t *m, int at, int token,
-                       int vectors, float cap, const int masked) {
+// `count` sixteens of a row's products with codes, `dots`, and with the turn table, `turns`, to scores, which take the
+// place of `dots`; -infinity where the row does not see. `token`: the first one's position. Returns `top`.
+INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *turns, const meta_t *m, int token, int count,
+                       float cap, const int special) {
     const vf step = part_splat(u->step[r]), zero = part_splat(u->zero[r]);
     const vf turn_step = part_splat(u->turn_step[r]), turn_offset = part_splat(u->turn_offset[r]);
-    const vi first = part_splat_i(u->first[r]), last = part_splat_i(u->last[r]), nothing = part_splat_i(0xff800000);
+    const vi first = part_splat_i(u->first[r]), last = part_splat_i(u->last[r]);
+    const vf first_bias = part_splat(u->first_bias[r]), nothing = part_splat(-INFINITY);
     vf tops[PARTS];
     for (int h = 0; h < PARTS; h++) {
-        vf top = (vf)nothing;
-        for (int i = 0; i < vectors; i++) {
-            const int k = 16 * i + PART * h;
-            const vf dot = part_fma(part_load(m->key_zero + at + k), zero, part_float(part_load_i(dots + k)));
-            vf bias = part_fma(part_float(part_load_i(turns + k)), turn_step, turn_offset);
-            // The first token's key has a centre of its own.
-            if (k + token == 0) bias[0] = u->first_bias[r];
-            vf score = part_fma(dot * step, part_load(m->key_step + at + k), bias);
+        vf top = nothing;
+        vi position = part_iota(PART * h) + token;
+        for (int i = 0; i < count; i++, position += 16) {
+            const int at = 16 * i + PART * h;
+            const vf dot = part_fma(part_load(m[i].key_zero + PART * h), zero, part_float(part_load_i(dots + at)));
+            vf bias = part_fma(part_float(part_load_i(turns + at)), turn_step, turn_offset);
+            if (special) bias = part_select(position == 0, first_bias, bias);
+            vf score = part_fma(dot * step, part_load(m[i].key_step + PART * h), bias);
             if (cap > 0) score = soft_cap(score, cap);
-            if (masked) {
-                const vi position = part_iota(PART * h) + (token + 16 * i);
-                score = part_select((position >= first) & (position <= last), score, (vf)nothing);
-            }
-            part_store((float *)dots + k, score);
-            top = part_max(top, score + part_load(m->value_size + at + k));
+            if (special) score = part_select((position >= first) & (position <= last), score, nothing);
+            part_store_i(dots + at, (vi)score);
+            top = part_max(top, score + part_load(m[i].value_size + PART * h));
         }
         tops[h] = top;
     }
@@ -60,21 +59,21 @@ INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *tur
 
 // One row's scores to the weights of `blocks` blocks, as activations. `sum`: of p / 2**top; `shift`: of the rounded
 // weights times the bytes of the values' zeros.
-INLINE void weigh_row(const unit_t *u, int r, const float *scores, const meta_t *m, int at, int blocks, float top,
+INLINE void weigh_row(const unit_t *u, int r, const int32_t *scores, const meta_t *m, int blocks, float top,
                       uint8_t *weights, float *sum_out, float *shift_out) {
     // A row that sees nothing: subtract 0, so that the exponents stay -infinity and the weights 0.
     const vf base = part_splat(top == -INFINITY ? 0 : top), magic = part_splat(ROUND_MAGIC);
     vf sums[PARTS], shifts[PARTS];
     for (int h = 0; h < PARTS; h++) {
         vf sum = part_splat(0), shift = part_splat(0);
+        const meta_t *meta = m;
         for (int b = 0; b < blocks; b++) {
             vi bits[4];
-            for (int j = 0; j < 4; j++) {
-                const int k = 64 * b + 16 * j + PART * h;
-                const vf p = part_exp2(part_load(scores + k) - base);
-                const vf rounded = part_fma(p, part_load(m->value_unit + at + k), magic);
+            for (int j = 0; j < 4; j++, meta++) {
+                const vf p = part_exp2((vf)part_load_i(scores + 64 * b + 16 * j + PART * h) - base);
+                const vf rounded = part_fma(p, part_load(meta->value_unit + PART * h), magic);
                 sum += p;
-                shift = part_fma(rounded - magic, part_load(m->value_zero + at + k), shift);
+                shift = part_fma(rounded - magic, part_load(meta->value_zero + PART * h), shift);
                 bits[j] = (vi)rounded;
             }
             put_activations(weights + b * CHUNK_BYTES, u->padded_rows, r, PART * h, bits);

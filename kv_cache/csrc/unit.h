@@ -58,17 +58,6 @@ INLINE void store_row16(void *data, int64_t at, int dtype, v16f x) {
     }
 }
 
-// Write the activations (their low 16 bits) of 64 channels, in channel order.
-static void put_query(uint8_t *chunk, int rows, int r, const int32_t *x) {
-    int32_t parts[4][16];
-    for (int i = 0; i < 64; i++) parts[i % 4][i / 4] = x[i];
-    for (int lane = 0; lane < 16; lane += PART) {
-        const vi four[4] = {part_load_i(parts[0] + lane), part_load_i(parts[1] + lane), part_load_i(parts[2] + lane),
-                            part_load_i(parts[3] + lane)};
-        put_activations(chunk, rows, r, lane, four);
-    }
-}
-
 // `n` vectors of q times a matrix [dim][dim], even and odd rows summed apart: 2 * n sums, none of which waits for another.
 INLINE void transform_columns(const float *q, const float *matrix, int dim, float *out, const int n) {
     v16f even[4], odd[4];
@@ -92,15 +81,17 @@ static void transform_query(const float *q, const float *matrix, int dim, float 
 static float prepare_turn(const float *q, const pareto_cache *c, int kv_head, float *turn) {
     const int pairs = c->pairs;
     const float *mean = c->key_mean + (int64_t)kv_head * 2 * pairs;
-    float largest = 0;
-    for (int i = 0; i < pairs; i++) {
-        const float x = q[c->pair_channels[i]], y = q[c->pair_channels[pairs + i]], mx = mean[i], my = mean[pairs + i];
-        const float even = (x * mx + y * my) * (1.0f / 127), odd = (y * mx - x * my) * (1.0f / 127);
-        const float square = even * even + odd * odd;
-        turn[i] = even, turn[pairs + i] = odd;
-        largest = square > largest ? square : largest;
+    for (int i = 0; i < 2 * pairs; i++) turn[i] = q[c->pair_channels[i]];
+    v16f largest = splat(0);
+    for (int i = 0; i < pairs; i += 16) {
+        const v16f x = load16(turn + i), y = load16(turn + pairs + i), unit = splat(1.0f / 127);
+        const v16f mean_x = load16(mean + i), mean_y = load16(mean + pairs + i);
+        const v16f even = (x * mean_x + y * mean_y) * unit, odd = (y * mean_x - x * mean_y) * unit;
+        store16(turn + i, even);
+        store16(turn + pairs + i, odd);
+        largest = max16(largest, even * even + odd * odd);
     }
-    return sqrtf(largest);
+    return sqrtf(lanes_max(largest));
 }
 
 // Set the activations that meet the table to those of a chunk. A table's tile row i holds the cosines of pairs i and
@@ -166,7 +157,7 @@ static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, 
     }
     // A zero's byte counts 256ths of the codes' range.
     u->zero[r] = -(float)(int32_t)lanes_sum_u(sums) * (float)(1 << side_bits(c, 0)) / 256;
-    for (int k = 0; k < channel_chunks(c); k++) put_query(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k);
+    for (int k = 0; k < channel_chunks(c); k++) put_in_order(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k);
     float *turn = u->turn + r * 2 * c->pairs;
     u->turn_step[r] = fixed_point(prepare_turn(plain, c, kv_head, turn), &inverse);
     for (int i = 0; i < 2 * c->pairs; i += 16) store16(turn + i, load16(turn + i) * splat(inverse));
@@ -190,8 +181,9 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
         u->highest_first = r && u->highest_first > first ? u->highest_first : first;
         u->lowest_last = r && u->lowest_last < last ? u->lowest_last : last;
         u->highest_last = r && u->highest_last > last ? u->highest_last : last;
-        prepare_row(u, a, kv_head, r, (start + (int64_t)token) * a->query_token_stride
-                                          + (kv_head * group + (first_row + r) % group) * a->query_head_stride);
+        const int64_t at = (start + (int64_t)token) * a->query_token_stride
+            + (kv_head * group + (first_row + r) % group) * a->query_head_stride;
+        prepare_row(u, a, kv_head, r, at);
     }
     unit_turn(u, c, first_chunk);
     store16(u->max, splat(-INFINITY));

@@ -1,17 +1,19 @@
 """AQUA-KV (Shutova et al. 2025, "Cache me if you must: adaptive key-value quantization").
 
 A layer's keys, before rotary embedding and over all heads, are predicted linearly from what is read back of the layer
-before; its values from what is read back of its own keys and of the values of the layer before. The residuals are coded.
-Predictors are fitted one layer after the other on what earlier layers read back (the authors' train_predictors.py). The
-first layer has 4 bits. The first four tokens, and the newest until they are 128, stay in full precision.
+before; its values from what is read back of its own keys and of the values of the layer before. The residuals are
+coded. Predictors are fitted one layer after the other on what earlier layers read back (the authors'
+train_predictors.py). The first layer has 4 bits. The first four tokens, and the newest until they are 128, stay in full
+precision.
 
-Residuals are coded as HIGGS (Malinovskii et al. 2025) codes them, with its scalar grid: a Hadamard matrix over all heads'
-channels, one float16 size for each token, Lloyd-Max levels. The authors use grids of two dimensions, which gain a little.
+Residuals are coded as HIGGS (Malinovskii et al. 2025) codes them, with its scalar grid: a Hadamard matrix over all
+heads' channels, one float16 size for each token, Lloyd-Max levels. The authors use grids of two dimensions, which gain
+a little.
 
-Why it is not served so: whoever reads a key must first compute the prediction, which takes the same of all layers before.
-Per token and layer that is one product of width x width and one of 2 width x width; for Mistral-7B's shape (width 1,024,
-32 layers) 0.2 GFLOP a token, 53 TFLOP a decode step at 32 x 8,192 tokens: 53 ms at 989 TFLOP/s, all of an H100's peak,
-where the whole step with an uncompressed cache takes 18 ms.
+Why it is not served so: whoever reads a key must first compute the prediction, which takes the same of all layers
+before. Per token and layer that is one product of width x width and one of 2 width x width; for Mistral-7B's shape
+(width 1,024, 32 layers) 0.2 GFLOP a token, 53 TFLOP a decode step at 32 x 8,192 tokens: 53 ms at 989 TFLOP/s, all of an
+H100's peak, where the whole step with an uncompressed cache takes 18 ms.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from kv_cache.simulate.coder import (
     whole_tiles,
     with_exact,
 )
-from kv_cache.simulate.lloyd_max import normal_levels
+from kv_cache.simulate.lloyd_max import nearest, normal_levels
 from kv_cache.simulate.uniform import half
 from kv_cache.transforms import hadamard_sums
 
@@ -72,7 +74,9 @@ class AquaKV(Coder):
         self, layer: int, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         if layer not in self.predictors or before is None:
-            return tuple(self._residual(x, torch.zeros_like(x), layer) for x in (key, value))  # type: ignore[return-value]
+            return self._residual(key, torch.zeros_like(key), layer), self._residual(
+                value, torch.zeros_like(value), layer
+            )
         before_key, before_value = before
         key_predictor, value_predictor = self.predictors[layer]
         read_key = self._residual(key, key_predictor(before_key), layer)
@@ -120,4 +124,4 @@ def higgs(x: Tensor, bits: int) -> Tensor:
     mixed = hadamard_sums(x) / run
     size = half(mixed.square().mean(-1, keepdim=True).sqrt()).clamp_min(1e-7)
     levels = normal_levels(bits).float().to(x.device)
-    return hadamard_sums(levels[torch.bucketize(mixed / size, (levels[1:] + levels[:-1]) / 2)] * size) / run
+    return hadamard_sums(nearest(levels, mixed / size) * size) / run

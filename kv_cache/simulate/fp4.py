@@ -1,9 +1,9 @@
 """vLLM's dtypes of 4-bit floating-point numbers: nvfp4, nvfp4_4over6, ultraquant_4bit (vLLM 0.32).
 
-A code is a number of ``LEVELS`` (E2M1). nvfp4: 16 channels share an e4m3 scale, their largest number over 6; the scale of
-the whole layer is 1 where the checkpoint has none. nvfp4_4over6 (Cook et al. 2025, "Four over six") takes the largest over
-6 or over 4 for each block, whichever errs less. ultraquant_4bit: 32 channels share a power of two, keys are mixed by a
-Hadamard matrix, and the two layers at either end stay as they are (v1/attention/ops/ultraquant/).
+A code is a number of ``LEVELS`` (E2M1). nvfp4: 16 channels share an e4m3 scale, their largest number over 6; the scale
+of the whole layer is 1 where the checkpoint has none. nvfp4_4over6 (Cook et al. 2025, "Four over six") takes the
+largest over 6 or over 4 for each block, whichever errs less. ultraquant_4bit: 32 channels share a power of two, keys
+are mixed by a Hadamard matrix, and the two layers at either end stay as they are (v1/attention/ops/ultraquant/).
 
 None is served on an H100: nvfp4 needs Blackwell's kernels, ultraquant AMD's. Here they show what the formats cost.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.simulate.coder import FULL, Coder, Decoded, Run, Sample, Shape
+from kv_cache.simulate.lloyd_max import nearest
 from kv_cache.simulate.plain import saturated
 from kv_cache.simulate.turboquant import BOUNDARY
 from kv_cache.transforms import hadamard_sums
@@ -27,8 +28,7 @@ ULTRA_SHARE = 0.156
 
 def to_fp4(x: Tensor) -> Tensor:
     """Return the nearest of ``LEVELS``."""
-    levels = torch.tensor(LEVELS, device=x.device)
-    return levels[torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+    return nearest(torch.tensor(LEVELS, device=x.device), x)
 
 
 class NvFp4(Coder):

@@ -1,8 +1,8 @@
 """KIVI (Liu et al. 2024, "KIVI: a tuning-free asymmetric 2bit quantization for KV cache").
 
 Keys: each channel's groups of consecutive tokens share a step and a smallest number. Values: each token's groups of
-channels do. The newest tokens stay in full precision: up to 128 of the keys, which are coded together once they are 128,
-and 128 of the values, of which the oldest is coded as each new one comes (the authors' models/llama_kivi.py).
+channels do. The newest tokens stay in full precision: up to 128 of the keys, which are coded together once they are
+128, and 128 of the values, of which the oldest is coded as each new one comes (the authors' models/llama_kivi.py).
 
 Why it cannot be paged as it is: the newest tokens of every sequence need 128 tokens' full room in every layer beside
 the pages, the keys of the last page move from one room to the other, and a prefix that is shared ends at a multiple of

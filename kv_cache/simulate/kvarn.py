@@ -1,10 +1,11 @@
 """KVarN (Muller et al. 2026, "Variance-normalized KV-cache quantization", arXiv 2606.03458).
 
-Keys and values are mixed by a Hadamard matrix and cut into tiles of 128 tokens of one head. A tile is divided by a scale
-for each channel and one for each token, found by dividing by the standard deviations of columns and rows in turn, in
-logarithms, and keeping the best balance seen (Sinkhorn's iteration; the authors' sinkhorn.py, whose limits these are).
-Then each channel of keys, or each token of values, is coded between its ends; its scale goes into the step and the
-smallest number, the other scale is kept beside them. The first 128 tokens and the tile that is not full are not coded.
+Keys and values are mixed by a Hadamard matrix and cut into tiles of 128 tokens of one head. A tile is divided by a
+scale for each channel and one for each token, found by dividing by the standard deviations of columns and rows in turn,
+in logarithms, and keeping the best balance seen (Sinkhorn's iteration; the authors' sinkhorn.py, whose limits these
+are). Then each channel of keys, or each token of values, is coded between its ends; its scale goes into the step and
+the smallest number, the other scale is kept beside them. The first 128 tokens and the tile that is not full are not
+coded.
 
 In vLLM the authors' fork serves it with pages of one tile and a pool beside them for the first and the newest tokens.
 """
@@ -37,23 +38,22 @@ class KVarN(Coder):
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Code whole tiles."""
         coded = whole_tiles(key, TILE)
-        parts = []
-        for x, bits, by_channel in ((key, self.key_bits, True), (value, self.value_bits, False)):
-            whole = x.shape[1] // TILE * TILE
-            read = torch.cat([self._tiles(x[:, :whole], bits, by_channel), x[:, whole:]], 1)
-            parts.append(first_exact(read, x, SINK))
-        return Decoded(*parts, coded, coded)
+        read_key = self._read(key, self.key_bits, by_channel=True)
+        return Decoded(read_key, self._read(value, self.value_bits, by_channel=False), coded, coded)
 
     @staticmethod
-    def _tiles(x: Tensor, bits: int, by_channel: bool) -> Tensor:
-        dim = x.shape[-1]
+    def _read(x: Tensor, bits: int, by_channel: bool) -> Tensor:
+        dim, whole = x.shape[-1], x.shape[1] // TILE * TILE
         run = math.sqrt(dim & -dim)
-        tile = (hadamard_sums(x) / run).unflatten(1, (-1, TILE)).transpose(2, 3)  # [..., heads, tokens, channels]
+        tile = (
+            (hadamard_sums(x[:, :whole]) / run).unflatten(1, (-1, TILE)).transpose(2, 3)
+        )  # [..., heads, tokens, channels]
         tile = tile.mT if by_channel else tile
         column, row = balanced(tile)
         read = between_ends(tile / column / row, bits) * half(column) * row
         read = read.mT if by_channel else read
-        return hadamard_sums(read.transpose(2, 3).flatten(1, 2)) / run
+        coded = hadamard_sums(read.transpose(2, 3).flatten(1, 2)) / run
+        return first_exact(torch.cat([coded, x[:, whole:]], 1), x, SINK)
 
     def bits(self, shape: Shape, tokens: int) -> float:
         """Return codes and scales: three float16 numbers for each row and column pair of a tile, and exact tokens."""

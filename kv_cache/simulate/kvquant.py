@@ -3,14 +3,15 @@
 Keys before rotary embedding, with a static range for each channel; values with a range for each token over all heads.
 Both are brought to [-1, 1] and rounded to levels that weighted k-means finds for each layer ("nuq"). What lies beyond a
 channel's percentiles (keys), or is among a token's outermost numbers (values), about 1 percent, is kept in float16 with
-its place ("dense and sparse"). The first token stays in full precision. At 2 bits the levels read are shifted and scaled
-to the mean and deviation of what they stand for ("Q-Norm").
+its place ("dense and sparse"). The first token stays in full precision. At 2 bits the levels read are shifted and
+scaled to the mean and deviation of what they stand for ("Q-Norm").
 
-The authors weigh k-means by the loss' squared gradients, which takes a backward pass over the model; here a key counts by
-what an error of it does to its layer's attention output, a value by the squares of its attention weights.
+The authors weigh k-means by the loss' squared gradients, which takes a backward pass over the model; here a key counts
+by what an error of it does to its layer's attention output, a value by the squares of its attention weights.
 
 Why it cannot be paged: a token has as many outliers as it happens to have, in sparse rows and columns that grow; the
-authors' kernels multiply these apart from the dense part. Keys must be turned to their positions whenever they are read.
+authors' kernels multiply these apart from the dense part. Keys must be turned to their positions whenever they are
+read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from kv_cache.rotary import Rotary
 from kv_cache.simulate.coder import Coder, Decoded, Run, Sample, Shape, first_exact, rotated, unrotated, with_exact
-from kv_cache.simulate.lloyd_max import fitted_levels
+from kv_cache.simulate.lloyd_max import fitted_levels, nearest
 from kv_cache.simulate.moments import AT_ONCE, attention_of
 from kv_cache.simulate.uniform import HALF_PAIR_BITS, half
 
@@ -39,15 +40,14 @@ class _Levels:
         step = max(1, x.numel() // FITTED)
         x, weight = x.flatten()[::step], weight.flatten()[::step]
         self.levels = fitted_levels(x, weight, bits)
-        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
-        self.read = self.levels
+        self.factor, self.shift = x.new_ones(()), x.new_zeros(())
         if bits == 2:
-            rounded = self.levels[torch.bucketize(x, self.borders)]
-            factor = x.std() / rounded.std()
-            self.read = (self.levels - rounded.mean()) * factor + x.mean()
+            rounded = nearest(self.levels, x)
+            self.factor = x.std() / rounded.std()
+            self.shift = x.mean() - rounded.mean() * self.factor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.read[torch.bucketize(x.contiguous(), self.borders)]
+        return nearest(self.levels, x) * self.factor + self.shift
 
 
 class KVQuant(Coder):

@@ -52,3 +52,8 @@ def fitted_levels(x: Tensor, weight: Tensor, bits: int, rounds: int = 100) -> Te
         inside = mass[ends].diff()
         levels = torch.where(inside > 0, moment[ends].diff() / inside.clamp_min(1e-300), levels).sort().values
     return levels.float()
+
+
+def nearest(levels: Tensor, x: Tensor) -> Tensor:
+    """Return the nearest of some levels, in increasing order, to each number of x."""
+    return levels[torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)]

@@ -1,15 +1,16 @@
 """Low-rank keys and values: each token keeps its coordinates in a subspace that all heads share, or all of two layers.
 
-`LowRank` is Palu (Chang et al. 2024, "Palu: compressing KV-cache with low-rank projection") with all heads in one group:
-the best subspace of keys before rotary embedding, and of values, on calibration text. Coordinates are kept in bfloat16, or
-mixed and coded between a token's ends, as Palu has it. `PairedLowRank` is xKV (Chang et al. 2025): two neighbouring
-layers' keys share one set of coordinates, and so do their values. xKV finds the subspace for each prompt; here it is that
-of the calibration text. Coordinates of a pair need both layers' keys, so they come from a pass in full precision, as xKV
-makes them after a prompt.
+`LowRank` is Palu (Chang et al. 2024, "Palu: compressing KV-cache with low-rank projection") with all heads in one
+group: the best subspace of keys before rotary embedding, and of values, on calibration text. Coordinates are kept in
+bfloat16, or mixed and coded between a token's ends, as Palu has it. `PairedLowRank` is xKV (Chang et al. 2025): two
+neighbouring layers' keys share one set of coordinates, and so do their values. xKV finds the subspace for each prompt;
+here it is that of the calibration text. Coordinates of a pair need both layers' keys, so they come from a pass in full
+precision, as xKV makes them after a prompt.
 
 Why it costs: values' half can go into the output projection, but keys must be rebuilt and turned to their positions
-whenever they are read. For Mistral-7B's shape and rank 128 that is 0.26 MFLOP a token and layer, 2.2 TFLOP a decode step at
-32 x 8,192 tokens. A pair's coordinates lie in pages that two layers read, and a token's are known only after the second.
+whenever they are read. For Mistral-7B's shape and rank 128 that is 0.26 MFLOP a token and layer, 2.2 TFLOP a decode
+step at 32 x 8,192 tokens. A pair's coordinates lie in pages that two layers read, and a token's are known only after
+the second.
 """
 
 from __future__ import annotations

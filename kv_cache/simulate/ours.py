@@ -27,20 +27,26 @@ class Ours(Coder):
 
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Make even, code, and undo both."""
-        sample = self.samples[layer]
-        even_key = self.rounded(sample, "key", self.even_keys(sample, key))
-        even_value = self.rounded(sample, "value", codec.even_values(value, sample.scales))
-        return Decoded(self.uneven_keys(sample, even_key), codec.uneven_values(even_value, sample.scales))
+        scales = self.samples[layer].scales
+        even_key = self.rounded(layer, "key", self.even_keys(layer, key))
+        even_value = self.rounded(layer, "value", codec.even_values(value, scales))
+        return Decoded(self.uneven_keys(layer, even_key), codec.uneven_values(even_value, scales))
 
-    def even_keys(self, sample: Sample, key: Tensor) -> Tensor:
+    def centres(self, layer: int, tokens: int) -> Tensor:
+        """Return the keys' centres, [tokens, KV heads, head_dim]."""
+        return self.samples[layer].centres(tokens)
+
+    def even_keys(self, layer: int, key: Tensor) -> Tensor:
         """Return keys less their centre, transformed."""
-        return torch.einsum("hcd,wthd->wthc", sample.scales.key_transform, key - sample.centres(key.shape[1]))
+        transform = self.samples[layer].scales.key_transform
+        return torch.einsum("hcd,wthd->wthc", transform, key - self.centres(layer, key.shape[1]))
 
-    def uneven_keys(self, sample: Sample, even: Tensor) -> Tensor:
+    def uneven_keys(self, layer: int, even: Tensor) -> Tensor:
         """Undo `even_keys`."""
-        return torch.einsum("hcd,wthd->wthc", sample.scales.key_inverse, even) + sample.centres(even.shape[1])
+        inverse = self.samples[layer].scales.key_inverse
+        return torch.einsum("hcd,wthd->wthc", inverse, even) + self.centres(layer, even.shape[1])
 
-    def rounded(self, sample: Sample, kind: str, even: Tensor) -> Tensor:
+    def rounded(self, layer: int, kind: str, even: Tensor) -> Tensor:
         """Return what is read back of even keys or values [..., heads, channels]."""
         bits = self.fmt.bits(kind)
         return codec.dequantize(*codec.quantize(even, bits), bits)

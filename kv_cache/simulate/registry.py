@@ -44,7 +44,7 @@ class Entry:
 
 VARIATIONS: list[tuple[int, str, Options]] = [
     (bits, name, options)
-    for bits in (4, 3)
+    for bits in (4, 3, 2)
     for name, options in (
         ("first1", Options(first=1)),
         ("first4", Options(first=4)),

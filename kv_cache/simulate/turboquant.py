@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from kv_cache.simulate.coder import FULL, Coder, Decoded, Run, Sample, Shape
-from kv_cache.simulate.lloyd_max import normal_levels
+from kv_cache.simulate.lloyd_max import nearest, normal_levels
 from kv_cache.simulate.plain import saturated
 from kv_cache.transforms import hadamard_sums
 
@@ -61,7 +61,7 @@ class TurboQuant(Coder):
         norm = key.norm(dim=-1, keepdim=True)
         mixed = hadamard_sums(key / (norm + 1e-8)) / math.sqrt(dim)
         levels = (normal_levels(self.key_bits) / math.sqrt(dim)).float().to(key.device)
-        read = levels[torch.bucketize(mixed, (levels[1:] + levels[:-1]) / 2, right=True)]
+        read = nearest(levels, mixed)
         read = read / (read.square().sum(-1, keepdim=True) + 1e-16).sqrt()
         return hadamard_sums(read) / math.sqrt(dim) * norm.half().float()
 

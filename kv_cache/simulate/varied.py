@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kv_cache import codec
 from kv_cache.formats import META_BYTES, KVFormat
 from kv_cache.simulate.coder import Decoded, Run, Sample, Shape, all_but_newest, first_exact, with_exact
-from kv_cache.simulate.lloyd_max import normal_levels
+from kv_cache.simulate.lloyd_max import nearest, normal_levels
 from kv_cache.simulate.ours import Ours
 from kv_cache.transforms import RIDGE, hadamard_sums, mixing
 
@@ -59,27 +59,17 @@ class Varied(Ours):
         self._sizes: dict[int, Tensor] = {}
 
     def fit(self, layer: int, sample: Sample) -> None:
-        """Prepare what the options need of a layer; a sample of its own where position 0 has no own centre."""
-        if not self.options.first_centre:
-            # The same scales but for key_first: what `Sample.scales` caches must not change for other coders.
-            sample = replace(sample, _centres={})
-            scales = replace(sample.scales, key_first=sample.scales.key_mean)
-            sample.__dict__["scales"] = scales
+        """Prepare what the options need of a layer."""
         super().fit(layer, sample)
         if not self.options.transform:
-            centred = sample.key[:, 1:] - self._centre(sample, sample.key.shape[1])[1:]
-            self._sizes[id(sample)] = centred.square().mean((0, 1, 3)).sqrt()
+            centred = sample.key[:, 1:] - self.centres(layer, sample.key.shape[1])[1:]
+            self._sizes[layer] = centred.square().mean((0, 1, 3)).sqrt()[:, None]
         if self.options.feedback:
             inverse = sample.scales.key_inverse.double()
-            self._feedback[id(sample), "key"] = feedback(inverse.mT @ sample.moments.metric @ inverse)
+            self._feedback[layer, "key"] = feedback(inverse.mT @ sample.moments.metric @ inverse)
             if sample.value_metric is not None:
                 mix = mixing(sample.value.shape[-1]).to(sample.value.device)
-                metric = mix @ sample.value_metric.double() @ mix.mT
-                self._feedback[id(sample), "value"] = feedback(metric)
-
-    def _centre(self, sample: Sample, tokens: int) -> Tensor:
-        centre = sample.centres(tokens)
-        return centre if self.options.centre else torch.zeros_like(centre)
+                self._feedback[layer, "value"] = feedback(mix @ sample.value_metric.double() @ mix.mT)
 
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Code, and keep the first and the newest tokens."""
@@ -88,37 +78,45 @@ class Varied(Ours):
         coded = all_but_newest(key, newest) if newest else None
         return Decoded(first_exact(decoded.key, key, first), first_exact(decoded.value, value, first), coded, coded)
 
-    def even_keys(self, sample: Sample, key: Tensor) -> Tensor:
+    def centres(self, layer: int, tokens: int) -> Tensor:
+        """Return the keys' centres, none, or the usual one at position 0 too, which turns nothing."""
+        centre = super().centres(layer, tokens)
+        if not self.options.centre:
+            return torch.zeros_like(centre)
+        if not self.options.first_centre:
+            return torch.cat([self.samples[layer].scales.key_mean[None], centre[1:]])
+        return centre
+
+    def even_keys(self, layer: int, key: Tensor) -> Tensor:
         """Return keys less their centre, transformed or mixed."""
         if self.options.transform:
-            return super().even_keys(sample, key)
+            return super().even_keys(layer, key)
         dim = key.shape[-1]
-        size = self._sizes[id(sample)][:, None] * math.sqrt(dim & -dim)
-        return hadamard_sums(key - self._centre(sample, key.shape[1])) / size
+        return hadamard_sums(key - self.centres(layer, key.shape[1])) / (self._sizes[layer] * math.sqrt(dim & -dim))
 
-    def uneven_keys(self, sample: Sample, even: Tensor) -> Tensor:
+    def uneven_keys(self, layer: int, even: Tensor) -> Tensor:
         """Undo `even_keys`."""
         if self.options.transform:
-            return super().uneven_keys(sample, even)
+            return super().uneven_keys(layer, even)
         dim = even.shape[-1]
-        size = self._sizes[id(sample)][:, None] / math.sqrt(dim & -dim)
-        return hadamard_sums(even) * size + self._centre(sample, even.shape[1])
+        return hadamard_sums(even) * (self._sizes[layer] / math.sqrt(dim & -dim)) + self.centres(layer, even.shape[1])
 
-    def rounded(self, sample: Sample, kind: str, even: Tensor) -> Tensor:
+    def rounded(self, layer: int, kind: str, even: Tensor) -> Tensor:
         """Round as the options say."""
         options, bits = self.options, self.fmt.bits(kind)
         if options.levels:
             return _to_levels(even, bits)
         if options.symmetric or options.full_range:
             return _in_range(even, bits, options.symmetric)
-        if options.feedback and (id(sample), kind) in self._feedback:
-            return _with_feedback(even, bits, self._feedback[id(sample), kind])
+        if options.feedback and (layer, kind) in self._feedback:
+            return _with_feedback(even, bits, self._feedback[layer, kind])
         codes, scale, zero = codec.quantize(even, bits)
         if options.keep_product:
             read = codec.dequantize(codes, scale, zero, bits)
             factor = even.square().sum(-1) / (even * read).sum(-1)
-            wanted = torch.where(factor.isfinite() & (factor > 0), codec.decode_scale(scale) * factor, 1.0)
-            scale = codec.encode_scale(wanted)
+            # Bits too few may lose the vector's direction altogether: then the scale stays.
+            factor = torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
+            scale = codec.encode_scale(codec.decode_scale(scale) * factor)
         return codec.dequantize(codes, scale, zero, bits)
 
     def bits(self, shape: Shape, tokens: int) -> float:
@@ -132,8 +130,8 @@ class Varied(Ours):
 def feedback(metric: Tensor) -> Tensor:
     """Return by how much an error of channel i moves channel j, float32 [heads, dim, dim], strictly lower triangular.
 
-    With ``H = L D L^T``, the cost ``e^T H e`` of errors e is ``sum_i D_i ((L^T e)_i)^2``. A channel's own rounding error
-    u, what it was handed included, is its ``(L^T e)_i`` if it was handed the rest of that sum, ``(1 - L^-T) u``.
+    With ``H = L D L^T``, the cost ``e^T H e`` of errors e is ``sum_i D_i ((L^T e)_i)^2``. A channel's own rounding
+    error u, what it was handed included, is its ``(L^T e)_i`` if it was handed the rest, ``(1 - L^-T) u``.
 
     Args:
         metric: float64 [heads, dim, dim], H of what is coded.
@@ -178,4 +176,4 @@ def _to_levels(even: Tensor, bits: int) -> Tensor:
     """Round to Lloyd-Max levels of the token's size."""
     size = codec.decode_scale(codec.encode_scale(even.square().mean(-1).sqrt()))[..., None]
     levels = normal_levels(bits).float().to(even.device)
-    return levels[torch.bucketize(even / size, (levels[1:] + levels[:-1]) / 2)] * size
+    return nearest(levels, even / size) * size

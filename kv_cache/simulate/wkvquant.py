@@ -56,8 +56,8 @@ class WKVQuant(Coder):
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Code all but the newest token."""
         past = all_but_newest(key, 1)
-        read = (self._rounded(x, *self.channels[layer, kind]) for x, kind in ((key, "key"), (value, "value")))
-        return Decoded(*read, past, past)
+        read_key = self._rounded(key, *self.channels[layer, "key"])
+        return Decoded(read_key, self._rounded(value, *self.channels[layer, "value"]), past, past)
 
     def bits(self, shape: Shape, tokens: int) -> float:
         """Return codes, steps and the one exact token."""
