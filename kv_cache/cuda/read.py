@@ -105,7 +105,9 @@ def gather(
     layer.verify(cache)
     dtype, rows = out[0].dtype, (layer.kv_heads, layer.layout.head_dim)
     if dtype not in OUTPUTS or any(x.dtype != dtype or x.shape[1:] != rows for x in (*out, *fresh)):
-        raise ParetoError(f"{layer.layout.fmt.name}: keys and values to gather must be bfloat16 or float16 [tokens, {rows}]")
+        raise ParetoError(
+            f"{layer.layout.fmt.name}: keys and values to gather must be bfloat16 or float16 [tokens, {rows}]"
+        )
     if not len(tiles):
         return
     sides = (_Side * 2)()
