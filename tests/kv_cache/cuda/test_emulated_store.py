@@ -9,7 +9,7 @@ import torch
 
 from kv_cache.cuda import read, store
 from kv_cache.cuda.constants import LayerConstants
-from kv_cache.formats import FORMATS, HEAD_SIZES, mixed_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat
 from kv_cache.layout import PageLayout
 from tests.kv_cache.cuda.emulator import DEVICE, PROCESSORS, SHARED_BYTES, EmulatedKernel, emulated
 from tests.kv_cache.cuda.test_beside_store import DecodeStep
@@ -37,16 +37,16 @@ def few_tokens(monkeypatch):
 @pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
 def test_every_head_size(bits, dim):
     for (tokens, dtype), output in zip(STORES[:2], (torch.float16, torch.bfloat16), strict=True):
-        check_store(mixed_format(*bits), dim, DEVICE, tokens, dtype)
-        check_gather(mixed_format(*bits), dim, DEVICE, output)
+        check_store(KVFormat("these bits", *bits), dim, DEVICE, tokens, dtype)
+        check_gather(KVFormat("these bits", *bits), dim, DEVICE, output)
 
 
 @pytest.mark.parametrize("dim", [96, 128])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.usefixtures("few_tokens")
 def test_every_number_of_bits(bits, dim):
-    check_store(mixed_format(*bits), dim, DEVICE, *STORES[3])
-    check_gather(mixed_format(*bits), dim, DEVICE, torch.float16, block=48)
+    check_store(KVFormat("these bits", *bits), dim, DEVICE, *STORES[3])
+    check_gather(KVFormat("these bits", *bits), dim, DEVICE, torch.float16, block=48)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
