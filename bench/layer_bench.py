@@ -3,7 +3,7 @@
 ``step`` is a decode step: the new tokens' keys and values are stored, queries prepared, and the context attended to.
 ``store`` and ``gather`` are those of a prompt's piece: storing its tokens, and reading as many earlier ones back beside
 copying the fresh ones. Every figure is the median of CUDA-graph replays over several layers' scales and pages in turn,
-so that nothing comes from the L2 cache. Scales are random, of the parts that calibrated ones have.
+so that nothing comes from the L2 cache. Scales are random.
 
     python -m bench.layer_bench --out results/gpu-layer/layer.json
 """
@@ -17,26 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_cache.cuda.sides import make_side
 
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from bench.kernel_bench import random_pages
+from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.decode import DecodeAttention
-from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.read import gather, plan
 from kv_cache.cuda.store import store
-from kv_cache.formats import get_format
+from kv_cache.formats import FORMATS, get_format
 from kv_cache.layout import PageLayout
-from vllm_ext.dummy_scales import random_scales
+from kv_cache.rotary import Rotary
+from kv_cache.scales import MATRIX_DTYPE, LayerScales
 
-SCHEMA = "vllm-pareto/gpu-layer/1"
-FORMATS = ("int4_per_head", "int6_per_head", "k8v4_per_head", "int8_per_head")
+SCHEMA = "vllm-pareto/gpu-layer/2"
 SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
 LAYERS = 8
 BYTES_IN_TURN = 1 << 29
+
+
+def random_layer(rotary: Rotary) -> LayerScales:
+    """Return scales that take as long as calibrated ones; what they make of keys is none of a benchmark's business."""
+    matrix = torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM).mul(HEAD_DIM**-0.5).to(MATRIX_DTYPE).float()
+    mean = torch.randn(KV_HEADS, HEAD_DIM)
+    return LayerScales(mean, mean, matrix, matrix.mT.contiguous(), torch.ones(KV_HEADS), rotary)
 
 
 class Layers:
@@ -53,19 +60,10 @@ class Layers:
     def __init__(self, name: str, batch: int, context: int, fresh: int = 1) -> None:
         device = torch.device("cuda", 0)
         self.layout = PageLayout(get_format(name), HEAD_DIM, BLOCK)
-        made = random_scales(self.layout.fmt, LAYERS, KV_HEADS, HEAD_DIM, 1.0, context, 1e6)
-        layers = made.layers[name]
-        self.sides = [
-            (
-                make_side("key", self.layout, KV_HEADS, layer, device, context),
-                make_side("value", self.layout, KV_HEADS, layer, device, context),
-            )
-            for layer in layers
-        ]
-        self.foldings = [Folding.of(layer, device) for layer in layers]
-        self.positions_of = (
-            PositionTables.of(layers[0].rotary.table(context), HEAD_DIM, device) if layers[0].rotary else None
-        )
+        rotary = Rotary.over(HEAD_DIM, 1e6 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM), context)
+        layers = [random_layer(rotary) for _ in range(LAYERS)]
+        self.constants = [LayerConstants.of(self.layout, layer, device, context) for layer in layers]
+        self.foldings = [Folding.of(layer, context, device) for layer in layers]
         self.bytes = batch * context * KV_HEADS * self.layout.bytes_per_token
         self.turns = max(2, math.ceil(BYTES_IN_TURN / self.bytes))
         self.cache, self.tables = random_pages(self.layout, KV_HEADS, batch, context, self.turns, device)
@@ -79,11 +77,7 @@ class Layers:
         self.lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         self.start = torch.arange(batch + 1, dtype=torch.int32, device=device)
         if fresh == 1:
-            first = layers[0]
-            self.attention = DecodeAttention(
-                self.layout, KV_HEADS, HEADS, torch.bfloat16, device, batch, batch,
-                dense=first.key_transform is not None, centred=first.key_mean is not None,
-            )  # fmt: skip
+            self.attention = DecodeAttention(self.layout, KV_HEADS, HEADS, torch.bfloat16, device, batch, batch)
         else:
             self.tiles = plan([context - fresh] * batch, [fresh] * batch).to(device)
             rows = (batch * context, KV_HEADS, HEAD_DIM)
@@ -94,18 +88,14 @@ class Layers:
 
     def store(self, turn: int) -> bool:
         """Store the new tokens."""
-        sides = self.sides[turn % LAYERS]
         slots = self.slots[turn % self.turns]
-        return store(self.layout, sides, self.cache, self.key, self.value, slots, self.positions)
+        return store(self.constants[turn % LAYERS], self.cache, self.key, self.value, slots, self.positions)
 
     def attend(self, turn: int, beside: bool = False) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
-        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, self.positions_of, beside)
-        self.attention.attend(
-            self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding,
-            positions=self.positions_of,
-        )  # fmt: skip
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, beside)
+        self.attention.attend(self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding)
 
     def step(self, turn: int) -> None:
         """Do a decode step."""
@@ -113,8 +103,8 @@ class Layers:
 
     def gather(self, turn: int) -> None:
         """Gather earlier and fresh tokens."""
-        sides, table = self.sides[turn % LAYERS], self.tables[turn % self.turns]
-        gather(self.layout, sides, self.cache, self.whole, (self.key, self.value), table, self.tiles)
+        constants, table = self.constants[turn % LAYERS], self.tables[turn % self.turns]
+        gather(constants, self.cache, self.whole, (self.key, self.value), table, self.tiles)
 
     def seconds(self, work: str, repeats: int) -> float:
         """Return the median seconds of one method."""
@@ -125,7 +115,7 @@ class Layers:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch x context of decode steps")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of a prompt's piece")
     parser.add_argument("--repeats", type=int, default=20)

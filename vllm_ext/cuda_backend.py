@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from kv_cache.cuda.sides import Side, make_side
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -25,8 +24,9 @@ from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flas
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.decode import DecodeAttention
-from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.read import gather, plan
 from kv_cache.cuda.read import preload as preload_read
 from kv_cache.cuda.store import preload as preload_store
@@ -186,24 +186,16 @@ backend_path = functools.partial(path_of_layer, _BACKENDS)
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one layer's kernels need, made when its cache is known.
+    """What one layer's kernels need, made when its cache is known."""
 
-    ``decode`` is a DecodeAttention exactly if there is a ``folding``, that is for scales kept outside the page.
-    """
-
-    layout: PageLayout
-    sides: tuple[Side, Side]
-    folding: Folding | None
-    tables: PositionTables | None
-    decode: Any
+    constants: LayerConstants
+    folding: Folding
+    decode: DecodeAttention
     flash_version: int | None
 
 
 # Scratch of the decode kernel, one for all layers of a shape: layers run one after the other.
-_DECODE: dict[tuple[Any, ...], Any] = {}
-
-# One for all layers.
-_position_tables = functools.lru_cache(maxsize=8)(PositionTables.of)
+_DECODE: dict[tuple[Any, ...], DecodeAttention] = {}
 
 
 class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
@@ -220,7 +212,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             )
 
     def _made(self, layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> _Parts:
-        if self._parts is None or self._parts.layout.block_size != cache.shape[2]:
+        if self._parts is None or self._parts.constants.layout.block_size != cache.shape[2]:
             self._parts = self._make(layer, cache, dtype)
         return self._parts
 
@@ -228,35 +220,21 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         layout, device = PageLayout(self.fmt, self.head_size, cache.shape[2]), cache.device
         scales = self.scales_of(layer)
         limit = self.config.model_config.max_model_len
-        keys, values = (make_side(x, layout, self.num_kv_heads, scales, device, limit) for x in ("key", "value"))
+        constants = LayerConstants.of(layout, scales, device, limit)
         for preload in (preload_store, preload_read):
-            preload(layout, (keys, values), dtype, device)
-        folding = None if scales is None else Folding.of(scales, device)
-        tables = None
-        if scales is not None and scales.key_mean is not None and scales.rotary is not None:
-            tables = _position_tables(scales.rotary.table(limit), self.head_size, device)
-        dense = scales is not None and scales.key_transform is not None
-        decode = self._decode(layout, dtype, device, dense, tables)
+            preload(constants, dtype, device)
+        decode = self._decode(layout, dtype, device)
         version = get_flash_attn_version(head_size=self.head_size)
-        return _Parts(layout, (keys, values), folding, tables, decode, version)
+        return _Parts(constants, Folding.of(scales, limit, device), decode, version)
 
-    def _decode(
-        self, layout: PageLayout, dtype: torch.dtype, device: torch.device, dense: bool, tables: PositionTables | None
-    ) -> Any:
+    def _decode(self, layout: PageLayout, dtype: torch.dtype, device: torch.device) -> DecodeAttention:
         speculative = self.config.speculative_config
         length = 1 + (speculative.num_speculative_tokens if speculative else 0)  # Start-up has refused too many.
         requests, capped = self.config.scheduler_config.max_num_seqs, self.soft_cap > 0
         shape = (layout, self.num_kv_heads, self.num_heads, dtype, device, requests, requests * length, length, capped)
-        key = (*shape, dense, tables is not None)
-        if key not in _DECODE:
-            if layout.fmt.static:
-                _DECODE[key] = DecodeAttention(*shape, dense=dense, centred=tables is not None)
-            else:
-                # Triton, which a process that serves other formats need not import.
-                from kv_cache.cuda.group_decode import GroupDecodeAttention
-
-                _DECODE[key] = GroupDecodeAttention(*shape)
-        return _DECODE[key]
+        if shape not in _DECODE:
+            _DECODE[shape] = DecodeAttention(*shape)
+        return _DECODE[shape]
 
     def forward(
         self,
@@ -290,16 +268,12 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             return output.fill_(0)
         batch, parts = attn_metadata, self._made(layer, kv_cache, query.dtype)
         tokens, requests = batch.num_short_tokens, batch.num_short
-        folding, count = parts.folding, batch.num_tokens
-        new = key[:count], value[:count], batch.slot_mapping, batch.positions
-        beside = store(parts.layout, parts.sides, kv_cache, *new)
+        count = batch.num_tokens
+        beside = store(parts.constants, kv_cache, key[:count], value[:count], batch.slot_mapping, batch.positions)
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
-            if folding is not None:
-                parts.decode.prepare(query[:tokens], folding, self.scale, parts.tables, beside)
-                parts.decode.attend(output[:tokens], *pages, folding, self.window, self.soft_cap, parts.tables)
-            else:
-                parts.decode(query[:tokens], output[:tokens], *pages, self.scale, self.window, self.soft_cap)
+            parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside)
+            parts.decode.attend(output[:tokens], *pages, parts.folding, self.window, self.soft_cap)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)
             self._attend_prompts(batch, parts, query[fresh], key[fresh], value[fresh], kv_cache, output[fresh])
@@ -320,7 +294,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         if prompts.tiles is not None:
             table = batch.block_table[prompts.first_request :]
             whole = key.new_empty(prompts.keys, *key.shape[1:]), value.new_empty(prompts.keys, *value.shape[1:])
-            gather(parts.layout, parts.sides, cache, whole, (key, value), table, prompts.tiles)
+            gather(parts.constants, cache, whole, (key, value), table, prompts.tiles)
             key, value = whole
         flash_attn_varlen_func(
             q=query,

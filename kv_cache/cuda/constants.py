@@ -73,10 +73,9 @@ class LayerConstants:
             ParetoError: scales of another head size, or a transform that is not of bfloat16 numbers.
 
         """
-        if scales.key_mean.shape[-1] != layout.head_dim:
-            raise ParetoError(
-                f"{layout.fmt.name}: scales of head size {scales.key_mean.shape[-1]} do not fit head size {layout.head_dim}"
-            )
+        dim = scales.key_mean.shape[-1]
+        if dim != layout.head_dim:
+            raise ParetoError(f"{layout.fmt.name}: scales of head size {dim} do not fit head size {layout.head_dim}")
         transform, rotary = scales.key_transform.float(), scales.rotary
         if not torch.equal(transform.bfloat16().float(), transform):
             raise ParetoError(f"{layout.fmt.name}: a transform must be of bfloat16 numbers, as a scales file keeps it")

@@ -1,4 +1,4 @@
-"""Gathers earlier and fresh keys and values for FlashAttention on a CUDA device: the host's side of ``csrc/read.cu``."""
+"""Gathers earlier and fresh keys and values for FlashAttention on CUDA: the host's side of ``csrc/read.cu``."""
 
 from __future__ import annotations
 

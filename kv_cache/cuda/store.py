@@ -57,8 +57,8 @@ def store(
 ) -> bool:
     """Quantize tokens and write them into their slots, as :func:`kv_cache.codec.write_pages`.
 
-    Values are coded bit for bit so. Keys are transformed with another rounding, of 16 bits: a byte of a key differs where
-    a number lies next to a tie.
+    Values are coded bit for bit so. Keys are transformed with another rounding, of 16 bits: a byte of a key differs
+    where a number lies next to a tie.
 
     Args:
         layer: its constants.
@@ -134,8 +134,8 @@ def _range_factors(bits: int) -> tuple[float, float]:
 
 def _warps(dim: int, few: bool) -> int:
     """Return the warps of a block, which share the columns of a head."""
-    # 32 columns a warp read the tokens' operands half as often as 16 do. Of other head sizes such warps would be too few
-    # for 16 tokens (64, 96), not come out even (80) or lack registers (256).
+    # With 32 columns a warp, the tokens' operands are read half as often as with 16. Of other head sizes such warps would
+    # be too few for 16 tokens (64, 96), not come out even (80) or lack registers (256).
     return dim // (32 if dim == 128 and not few else 16)
 
 

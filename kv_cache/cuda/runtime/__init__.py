@@ -1,1 +1,1 @@
-"""Compiles CUDA C++ at run time, keeps the machine code, loads and launches it; what kernels compute is not known here."""
+"""Compiles CUDA C++ at run time, keeps the machine code, loads and launches it, whatever kernels compute."""

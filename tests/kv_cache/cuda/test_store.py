@@ -171,21 +171,19 @@ def check_gather(
     row = taken = 0
     for request, (before, count) in enumerate(zip(earlier, new, strict=True)):
         for head in range(HEADS):
-            for index in range(before):
-                pass
-            read = [
-                codec.read_page(pages[b, head].reshape(-1), layout, scales, head, block * i)
-                for i, b in enumerate(table[request, : -(-before // block)].tolist())
-            ]
-            exact = [
-                codec.read_page(pages[b, head].reshape(-1), layout, scales, head, block * i, torch.float64)[0]
-                for i, b in enumerate(table[request, : -(-before // block)].tolist())
-            ]
-            if before:
-                assert torch.equal(values[row : row + before, head], torch.cat([x[1] for x in read])[:before].to(dtype))
-                want = torch.cat(exact)[:before]
-                error = (keys[row : row + before, head].double() - want).norm(dim=-1) / want.norm(dim=-1)
-                assert error.max() < (4e-3 if dtype == torch.bfloat16 else 6e-4)
+            if not before:
+                continue
+            exact, rounded = (
+                [
+                    codec.read_page(pages[b, head].reshape(-1), layout, scales, head, block * i, precision)[kind]
+                    for i, b in enumerate(table[request, : -(-before // block)].tolist())
+                ]
+                for kind, precision in enumerate((torch.float64, torch.float32))
+            )
+            assert torch.equal(values[row : row + before, head], torch.cat(rounded)[:before].to(dtype))
+            want = torch.cat(exact)[:before]
+            error = (keys[row : row + before, head].double() - want).norm(dim=-1) / want.norm(dim=-1)
+            assert error.max() < (4e-3 if dtype == torch.bfloat16 else 6e-4)
         row += before
         for index in range(2):
             assert torch.equal(out[index][row : row + count], fresh[index][taken : taken + count])
