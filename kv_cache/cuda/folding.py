@@ -34,9 +34,9 @@ class PositionTables:
     def of(cls, table: CentreTable, device: torch.device) -> PositionTables:
         """Return the table on a device."""
         near = torch.cat([table.cos_codes, table.sin_codes], 1).int() - MIDDLE
-        # Subnormal float16 numbers: a sign bit and an integer. Row g of a 16 x 16 operand is token g / 2 + 4 * (g % 2) of
-        # its eight (`token_of` in csrc/codes.cuh). Lane (g, t) holds channels 4t and 4t + 1 of rows g and g + 8, then
-        # channels 4t + 2 and 4t + 3 of them.
+        # Subnormal float16 numbers: a sign bit and an integer. Row g of a 16 x 16 operand is token g / 2 + 4 * (g % 2)
+        # of its eight (`token_of` in csrc/codes.cuh). Lane (g, t) holds channels 4t and 4t + 1 of rows g and g + 8,
+        # then channels 4t + 2 and 4t + 3 of them.
         bits = (near.abs() - 32768 * (near < 0)).to(torch.int16)
         rows = bits.view(SPAN // 16, 2, 2, 4, -1).transpose(2, 3)
         operands = rows.reshape(SPAN // 16, 2, 8, -1, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6).contiguous()
