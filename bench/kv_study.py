@@ -238,6 +238,11 @@ class StudiedModel:
             self.reference_nll.append(total / (len(tokens) - 1))
         return self.reference_nll
 
+    def finish(self) -> None:
+        """Wait until the device has done all that it was given, so that times are of what was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     @torch.no_grad()
     def fit(self, coder: Coder) -> None:
         """Let a coder learn from every layer's sample."""

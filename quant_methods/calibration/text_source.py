@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import Progress as Bar
 
 from kv_cache.errors import ParetoError
 from quant_methods.model_source import cache_dir, fingerprint
@@ -173,6 +172,8 @@ def _sampled(
                 return cached
     with contextlib.ExitStack() as stack:
         if progress is None:
+            from rich.progress import Progress as Bar
+
             bar = stack.enter_context(Bar(transient=True))
             task = bar.add_task(f"sampling {num} x {length} {split} tokens")
 
