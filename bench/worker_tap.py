@@ -147,11 +147,9 @@ def _wrap_v2(worker: Any, logprobs_worker: Any) -> None:
         requests = _STATE.get(id(worker))
         if requests is not None:
             names = list(input_batch.req_ids)
-            arrays = input_batch.query_start_loc_np, input_batch.num_computed_prefill_tokens_np
-            places = [
-                (*(int(array[index]) for array in arrays), int(input_batch.num_scheduled_tokens[index]))
-                for index in range(len(names))
-            ]
+            rows, starts = input_batch.query_start_loc_np, input_batch.num_computed_prefill_tokens_np
+            counts = input_batch.num_scheduled_tokens
+            places = [(int(rows[index]), int(starts[index]), int(counts[index])) for index in range(len(names))]
             _record(requests.of(names), places, logits_fn, hidden_states)
         return original(logits_fn, hidden_states, input_batch, *rest, **named)
 

@@ -55,7 +55,7 @@ def _add_dtypes() -> None:
     for module in (cache, arg_utils):
         module.CacheDType = extended
     # What chooses a layer's backend also knows the names that layers of mixed_per_head have; people do not type them.
-    selector.CacheDType = Literal[(*names, *DTYPES, *LAYER_FORMATS)]  # type: ignore[valid-type]
+    selector.CacheDType = Literal[(*names, *DTYPES, *LAYER_FORMATS)]
     cache.CacheConfig.__annotations__["cache_dtype"] = extended
     for field in dataclasses.fields(cache.CacheConfig):
         if field.name == "cache_dtype":

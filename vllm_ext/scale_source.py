@@ -70,7 +70,7 @@ def _find(config: VllmConfig) -> Path:
         if config.load_config.load_format == "dummy":
             from vllm_ext import dummy_scales
 
-            folder = dummy_scales.make(config, get_format(config.cache_config.cache_dtype))
+            folder = dummy_scales.make(config)
         else:
             from vllm_ext.auto_calibration import calibrate
 
