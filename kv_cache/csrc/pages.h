@@ -274,7 +274,8 @@ static void pack_values(rows_t *rows, const rows_t *ahead, uint8_t *tiles, uint8
 // What sixteen tokens are read with. Softmax.h says what units and sizes of values are.
 typedef struct {
     float key_step[16], key_zero[16];  // of a code; the zero's byte
-    float value_unit[16], value_size[16], value_zero[16];
+    float value_unit[16], value_size[16];
+    int32_t value_zero[16];
 } meta_t;
 
 #define WEIGHT_ONE 30600.0f
@@ -289,7 +290,7 @@ static void read_meta(const pareto_cache *c, const uint8_t *page, int token, met
         part_store(m->key_zero + l, part_float((vi)(four >> 8 & 255)));
         part_store(m->value_unit + l, (vf)SCALE_FLOAT(scale, 0) * WEIGHT_ONE);
         part_store(m->value_size + l, part_float((vi)scale) * 0.0625f);
-        part_store(m->value_zero + l, part_float((vi)(four >> 24)));
+        part_store_i(m->value_zero + l, (vi)(four >> 24));
     }
 }
 

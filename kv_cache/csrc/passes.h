@@ -156,8 +156,8 @@ static void unit_scores(walk_t *w, const unit_t *u, int count, view_t v) {
     multiply(count, u->padded_rows, turned, c->turn_tiles + from, CHUNK * 64, turned_chunks(c), 4 * v.blocks, turns, CHUNK);
 }
 
-// The i-th unit's scores to weights, with their maximum and sums.
-static void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
+// The i-th unit's scores to weights, with their maximum and sums. A function of its own has the registers for its loops.
+static __attribute__((noinline)) void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
     scratch_t *s = w->s;
     const meta_t *m = s->meta + 4 * v.first;
     const int token = w->chunk + v.first * BLOCK, special = is_special(u, token, token + v.blocks * BLOCK);
@@ -168,6 +168,9 @@ static void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t 
 #define SCORES(cap, special) score_row(u, r, scores, turns, m, token, 4 * v.blocks, cap, special)
         p->max[r] = cap > 0 ? SCORES(cap, 1) : special ? SCORES(0, 1) : SCORES(0, 0);
 #undef SCORES
+    }
+    for (int r = 0; r < u->rows; r++) {
+        const int32_t *scores = scores_of(s, i) + r * CHUNK;
         weigh_row(u, r, scores, m, v.blocks, p->max[r], weights_of(s, i), p->sum + r, p->shift + r);
     }
 }

@@ -63,29 +63,31 @@ INLINE void weigh_row(const unit_t *u, int r, const int32_t *scores, const meta_
                       uint8_t *weights, float *sum_out, float *shift_out) {
     // A row that sees nothing: subtract 0, so that the exponents stay -infinity and the weights 0.
     const vf base = part_splat(top == -INFINITY ? 0 : top), magic = part_splat(ROUND_MAGIC);
-    vf sums[PARTS], shifts[PARTS];
+    vf sums[PARTS];
+    vi shifts[PARTS];
     for (int h = 0; h < PARTS; h++) {
-        vf sum = part_splat(0), shift = part_splat(0);
+        vf sum = part_splat(0);
+        vi shift = part_splat_i(0);
         const meta_t *meta = m;
         for (int b = 0; b < blocks; b++) {
             vi bits[4];
             for (int j = 0; j < 4; j++, meta++) {
                 const vf p = part_exp2((vf)part_load_i(scores + 64 * b + 16 * j + PART * h) - base);
-                const vf rounded = part_fma(p, part_load(meta->value_unit + PART * h), magic);
                 sum += p;
-                shift = part_fma(rounded - magic, part_load(meta->value_zero + PART * h), shift);
-                bits[j] = (vi)rounded;
+                bits[j] = (vi)part_fma(p, part_load(meta->value_unit + PART * h), magic);
+                shift = part_add_words(shift, bits[j], part_load_i(meta->value_zero + PART * h));
             }
             put_activations(weights + b * CHUNK_BYTES, u->padded_rows, r, PART * h, bits);
         }
         sums[h] = sum;
         shifts[h] = shift;
     }
-    v16f all[2];
-    memcpy(all, sums, 64);
-    memcpy(all + 1, shifts, 64);
-    *sum_out = lanes_sum(all[0]);
-    *shift_out = lanes_sum(all[1]);
+    v16f all_sums;
+    v16u all_shifts;
+    memcpy(&all_sums, sums, 64);
+    memcpy(&all_shifts, shifts, 64);
+    *sum_out = lanes_sum(all_sums);
+    *shift_out = (float)(int32_t)lanes_sum_u(all_shifts);
 }
 
 #endif

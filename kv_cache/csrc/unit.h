@@ -51,29 +51,46 @@ INLINE v16f load_row16(const void *data, int64_t at, int dtype) {
 INLINE void store_row16(void *data, int64_t at, int dtype, v16f x) {
     if (dtype == PARETO_F32) {
         store16((float *)data + at, x);
-    } else {
-        uint16_t half[16];
-        for (int i = 0; i < 16; i++) half[i] = dtype == PARETO_BF16 ? float_to_bf16(x[i]) : float_to_f16(x[i]);
-        memcpy((uint16_t *)data + at, half, 32);
+        return;
     }
+    uint16_t half[16];
+    if (dtype == PARETO_BF16) {  // numeric.h, float_to_bf16
+        typedef uint16_t v16h __attribute__((vector_size(32)));
+        const v16u bits = (v16u)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const v16h h = __builtin_convertvector((v16u)select16(x == x, (v16f)rounded, (v16f)(bits >> 16 | 0x40)), v16h);
+        memcpy(half, &h, 32);
+    } else {
+        for (int i = 0; i < 16; i++) half[i] = float_to_f16(x[i]);
+    }
+    memcpy((uint16_t *)data + at, half, 32);
 }
 
-// `n` vectors of q times a matrix [dim][dim], even and odd rows summed apart: 2 * n sums, none of which waits for another.
-INLINE void transform_columns(const float *q, const float *matrix, int dim, float *out, const int n) {
-    v16f even[4], odd[4];
-    for (int i = 0; i < n; i++) even[i] = odd[i] = splat(0);
-    for (int j = 0; j < dim; j += 2, matrix += 2 * dim)
+// Some rows of q times `n` vectors of a matrix [dim][dim].
+INLINE void transform_columns(const float *q, const float *matrix, int dim, float *out, const int rows, const int n) {
+    vf sums[2][4];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) sums[r][i] = part_splat(0);
+    for (int j = 0; j < dim; j++, matrix += dim)
         for (int i = 0; i < n; i++) {
-            even[i] = fma16(splat(q[j]), load16(matrix + 16 * i), even[i]);
-            odd[i] = fma16(splat(q[j + 1]), load16(matrix + dim + 16 * i), odd[i]);
+            const vf column = part_load(matrix + PART * i);
+            for (int r = 0; r < rows; r++) sums[r][i] = part_fma(part_splat(q[r * dim + j]), column, sums[r][i]);
         }
-    for (int i = 0; i < n; i++) store16(out + 16 * i, even[i] + odd[i]);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < n; i++) part_store(out + r * dim + PART * i, sums[r][i]);
 }
 
-static void transform_query(const float *q, const float *matrix, int dim, float *out) {
-    int c = 0;
-    for (; c + 64 <= dim; c += 64) transform_columns(q, matrix + c, dim, out + c, 4);
-    for (; c < dim; c += 16) transform_columns(q, matrix + c, dim, out + c, 1);
+// q [rows][dim] times a matrix; two rows share what is loaded of it.
+static void transform_queries(const float *q, int rows, const float *matrix, int dim, float *out) {
+    for (int r = 0; r < rows; r += 2, q += 2 * dim, out += 2 * dim) {
+        const int pair = rows - r > 1;
+        int c = 0;
+        for (; c + 4 * PART <= dim; c += 4 * PART)
+            if (pair) transform_columns(q, matrix + c, dim, out + c, 2, 4);
+            else transform_columns(q, matrix + c, dim, out + c, 1, 4);
+        for (; c < dim; c += PART)
+            if (pair) transform_columns(q, matrix + c, dim, out + c, 2, 1);
+            else transform_columns(q, matrix + c, dim, out + c, 1, 1);
+    }
 }
 
 // What a query makes of the keys' centres: turn[0][i] cos(angle) + turn[1][i] sin(angle), summed over the pairs i, is
@@ -130,33 +147,27 @@ static float fixed_point(float largest, float *inverse) {
     return largest / PARETO_ONE;
 }
 
-// One query row as fixed-point activations: the inverse transform times the query is step * x, and likewise its products
-// with the centres' pairs.
-static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, int r, int64_t at) {
-    const pareto_cache *c = &a->cache;
+// One query row as fixed-point activations, step * x: the row itself, which meets centres, and transformed, for codes.
+static void prepare_row(unit_t *u, const pareto_cache *c, int kv_head, int r, const float *plain, const float *q) {
     const int dim = c->head_dim;
     const float *first = c->key_first + (int64_t)kv_head * dim;
-    const v16f factor = splat(a->soft_cap > 0 ? a->scale : a->scale * LOG2E);
-    float q[256], plain[256], inverse;
-    int32_t x[256] = {0};
     v16f largest = splat(0), bias = splat(0);
     for (int i = 0; i < dim; i += 16) {
-        const v16f v = load_row16(a->query, at + i, a->dtype) * factor;
-        store16(plain + i, v);
-        bias = fma16(v, load16(first + i), bias);
+        bias = fma16(load16(plain + i), load16(first + i), bias);
+        largest = max16(largest, (v16f)((v16i)load16(q + i) & splati(0x7fffffff)));
     }
     u->first_bias[r] = lanes_sum(bias);
-    transform_query(plain, c->key_inverse + (int64_t)kv_head * dim * dim, dim, q);
-    for (int i = 0; i < dim; i += 16) largest = max16(largest, (v16f)((v16i)load16(q + i) & splati(0x7fffffff)));
+    float inverse;
     u->step[r] = fixed_point(lanes_max(largest), &inverse);
-    v16u sums = (v16u)splati(0);
+    int32_t x[256] = {0};
+    v16u sum = (v16u)splati(0);
     for (int i = 0; i < dim; i += 16) {
-        const v16u bits = (v16u)(load16(q + i) * splat(inverse) + splat(ROUND_MAGIC));
-        store16i(x + i, (v16i)(bits - ROUND_BITS));
-        sums += bits - ROUND_BITS;
+        const v16u whole = (v16u)(load16(q + i) * splat(inverse) + splat(ROUND_MAGIC)) - ROUND_BITS;
+        store16i(x + i, (v16i)whole);
+        sum += whole;
     }
     // A zero's byte counts 256ths of the codes' range.
-    u->zero[r] = -(float)(int32_t)lanes_sum_u(sums) * (float)(1 << side_bits(c, 0)) / 256;
+    u->zero[r] = -(float)(int32_t)lanes_sum_u(sum) * (float)(1 << side_bits(c, 0)) / 256;
     for (int k = 0; k < channel_chunks(c); k++) put_in_order(u->query + k * CHUNK_BYTES, u->padded_rows, r, x + 64 * k);
     float *turn = u->turn + r * 2 * c->pairs;
     u->turn_step[r] = fixed_point(prepare_turn(plain, c, kv_head, turn), &inverse);
@@ -167,8 +178,10 @@ static void prepare_row(unit_t *u, const pareto_attention_args *a, int kv_head, 
 static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request, int kv_head, int first_row,
                          int padded_rows, int first_chunk) {
     const pareto_cache *c = &a->cache;
-    const int group = a->num_heads / c->num_kv_heads, start = a->query_start[request];
+    const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads, start = a->query_start[request];
     const int length = a->query_start[request + 1] - start, context = a->seq_lens[request] - length;
+    const v16f factor = splat(a->soft_cap > 0 ? a->scale : a->scale * LOG2E);
+    float plain[UNIT_ROWS * 256], q[UNIT_ROWS * 256];
     u->first_row = first_row;
     u->padded_rows = padded_rows;
     u->rows = length * group - first_row < UNIT_ROWS ? length * group - first_row : UNIT_ROWS;
@@ -183,12 +196,16 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
         u->highest_last = r && u->highest_last > last ? u->highest_last : last;
         const int64_t at = (start + (int64_t)token) * a->query_token_stride
             + (kv_head * group + (first_row + r) % group) * a->query_head_stride;
-        prepare_row(u, a, kv_head, r, at);
+        // Rows of a token's heads lie far from those of the next token.
+        __builtin_prefetch((const char *)a->query + (at + 4 * a->query_token_stride) * (a->dtype == PARETO_F32 ? 4 : 2));
+        for (int i = 0; i < dim; i += 16) store16(plain + r * dim + i, load_row16(a->query, at + i, a->dtype) * factor);
     }
+    transform_queries(plain, u->rows, c->key_inverse + (int64_t)kv_head * dim * dim, dim, q);
+    for (int r = 0; r < u->rows; r++) prepare_row(u, c, kv_head, r, plain + r * dim, q + r * dim);
     unit_turn(u, c, first_chunk);
     store16(u->max, splat(-INFINITY));
     store16(u->sum, splat(0));
-    memset(u->total, 0, (size_t)c->head_dim * UNIT_ROWS * sizeof(float));
+    memset(u->total, 0, (size_t)dim * UNIT_ROWS * sizeof(float));
 }
 
 // Merge a chunk's result into the total. The larger maximum's factor is exactly 1, and a row that saw nothing in the

@@ -90,6 +90,17 @@ INLINE vf part_min(vf a, vf b) {
 #endif
 }
 
+// sum + the products of the low 16 bits, signed; the high ones of b are 0.
+INLINE vi part_add_words(vi sum, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (a << 16 >> 16) * b;
+#endif
+}
+
 INLINE v16f load16(const float *p) {
     v16f v;
     memcpy(&v, p, 64);
