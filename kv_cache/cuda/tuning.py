@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from kv_cache.formats import PLANES
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
+from kv_cache.rotary import SPAN
 
 ROW_TILE = 8
 """Query rows that the tensor cores multiply at once."""
@@ -24,6 +25,7 @@ class Tuning:
         stages: steps that a warp reads ahead.
         blocks_per_sm: thread blocks that a multiprocessor holds at once.
         bulk_copy: whether codes come by Hopper's bulk copies instead of Ampere's asynchronous ones.
+        shared_table: whether the table of positions lies in shared memory.
 
     """
 
@@ -33,6 +35,7 @@ class Tuning:
     stages: int = 2
     blocks_per_sm: int = 1
     bulk_copy: bool = True
+    shared_table: bool = True
 
     @property
     def rows(self) -> int:
@@ -45,11 +48,14 @@ class Tuning:
 
     def shared_bytes(self, layout: PageLayout) -> int:
         """Return the dynamic shared memory of a thread block, as ``csrc/decode.cu`` lays it out."""
-        ring = self.warps * self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token
-        steps = query_steps(layout)
+        dim, steps = layout.head_dim, query_steps(layout)
+        ring = self.stages * self.units * TOKEN_MULTIPLE * layout.bytes_per_token
+        table = self.shared_table * SPAN * dim * 2
+        bias = 0 if self.row_tiles * dim // 16 <= 16 else self.row_tiles * dim // 16 * 32 * 8
         query = 0 if self.row_tiles * steps <= 16 else self.row_tiles * steps * 32 * 8
-        sums = self.warps * ROW_TILE // 2 * (layout.head_dim + 4) * 4
-        return ring + self.warps * (self.stages * 8 + 16 + self.rows * 8) + query + sums + 16
+        piece = self.rows * (16 + (dim + 16) * 4) + query
+        warp = ring + 2 * dim * 4 + bias + ROW_TILE // 2 * (dim + 4) * 4 + self.rows * 8 + 16 + self.stages * 8
+        return self.warps * warp + table + 2 * piece + 16
 
 
 def query_steps(layout: PageLayout) -> int:
@@ -77,7 +83,9 @@ def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_pe
     units = 2 if layout.bytes_per_token <= 132 and tiles <= 2 else 1
     for warps in (8, 4):
         step = warps * units * TOKEN_MULTIPLE * layout.bytes_per_token
-        tuning = Tuning(tiles, warps, units, min(max(round(IN_FLIGHT / step), 2), 4), 1, capability >= (9, 0))
-        if tuning.shared_bytes(layout) <= shared_per_block:
-            break
+        stages = min(max(round(IN_FLIGHT / step), 2), 4)
+        for shared_table in (True, False):
+            tuning = Tuning(tiles, warps, units, stages, 1, capability >= (9, 0), shared_table)
+            if tuning.shared_bytes(layout) <= shared_per_block:
+                return tuning
     return tuning

@@ -146,29 +146,27 @@ struct KeyShare : Planes<BITS> {
     }
 };
 
-// How eight groups of lanes share a token's value. Group g takes words (l * 8 + g) * VECTOR + e. A word yields
-// TILES_PER_WORD operands of 16 channels by 16 tokens; row g of one is an even code of a byte and row g + 8 the odd one
-// after it, or, of 8-bit codes, the next byte's.
+// How eight groups of lanes share a token's value. Group g takes words (l * 8 + g) * VECTOR + e; slot l * VECTOR + e is
+// this lane's word. A word yields TILES_PER_WORD operands of 16 channels by 16 tokens; row g of one is an even code of a
+// byte and row g + 8 the odd one after it, or, of 8-bit codes, the next byte's.
 template <int BITS>
 struct ValueShare : Planes<BITS> {
     using P = Planes<BITS>;
     static constexpr int VECTOR = P::ROW % 128 == 0 ? 4 : P::ROW % 64 == 0 ? 2 : 1;
     static constexpr int LOADS = ceil_div(P::WORDS, 8 * VECTOR);
+    static constexpr int SLOTS = LOADS * VECTOR;
     static constexpr int TILES_PER_WORD = 2 * P::FIELDS;
-    static constexpr int TILES = LOADS * VECTOR * TILES_PER_WORD;
+    static constexpr int TILES = SLOTS * TILES_PER_WORD;
     static constexpr int PAIRS = P::FIELDS / 2;  // Of codes of a byte; 0 if it is one code.
 
-    // The code of its byte that row g (or g + 8) of a tile is.
-    static constexpr int field(int tile, bool upper) { return PAIRS ? tile % (PAIRS + !PAIRS) * 2 + upper : 0; }
+    // The word of a slot; WORDS or more if there is none. Its k-th codes are the channels 4 * word + k * ROW and after.
+    static DEVICE int word(int slot, int g) { return (slot / VECTOR * 8 + g) * VECTOR + slot % VECTOR; }
 
-    // The channel of that row; HEAD_DIM or more if there is none.
-    static DEVICE int channel(int tile, int g, bool upper) {
-        const int slot = tile / TILES_PER_WORD, part = tile % TILES_PER_WORD;
-        const int word = (slot / VECTOR * 8 + g) * VECTOR + slot % VECTOR;
-        if (word >= P::WORDS) return HEAD_DIM;
-        const int byte = PAIRS ? part / (PAIRS + !PAIRS) : 2 * part + upper;
-        return 4 * word + byte + field(tile, upper) * P::ROW;
+    // The tile that has the k-th code of a byte of a slot's word, and whether in row g + 8.
+    static constexpr int tile(int slot, int byte, int k) {
+        return slot * TILES_PER_WORD + (PAIRS ? byte * PAIRS + k / 2 : byte / 2);
     }
+    static constexpr bool odd(int byte, int k) { return (PAIRS ? k : byte) % 2; }
 
     // For each operand of a unit's values: call(tile, operand). Its columns are the tokens in the order of `token_of`.
     template <typename Call>
@@ -188,17 +186,17 @@ struct ValueShare : Planes<BITS> {
                         return __byte_perm(w[i].word[e], w[i + 1].word[e], half ? 0x7632 : 0x5410);
                     };
                     const Codes<BITS> first(pair(low, 0), pair(high, 0), turn), second(pair(low, 2), pair(high, 2), turn);
-                    const int tile = (l * VECTOR + e) * TILES_PER_WORD + half * P::FIELDS;
+                    const int slot = l * VECTOR + e;
                     if constexpr (PAIRS == 0) {
                         const u32 a[4] = {first.at(0, 0), first.at(1, 0), second.at(0, 0), second.at(1, 0)};
-                        call(tile, a);
+                        call(tile(slot, 2 * half, 0), a);
                     } else {
 #pragma unroll
                         for (int i = 0; i < 2 * PAIRS; ++i) {
                             const int byte = i / PAIRS, k = i % PAIRS * 2;
                             const u32 a[4] = {first.at(byte, k), first.at(byte, k + 1), second.at(byte, k),
                                               second.at(byte, k + 1)};
-                            call(tile + i, a);
+                            call(tile(slot, 2 * half + byte, k), a);
                         }
                     }
                 }

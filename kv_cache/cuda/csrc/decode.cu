@@ -5,8 +5,9 @@
 //   ROW_TILES      query rows of a pass, in eights
 //   SOFT_CAP, OUT_BFLOAT   0 or 1
 //   PARAMS_BYTES   what the host takes `Params` to be
-//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY   tuning: warps of a block, tokens of a step in sixteens, steps that
-//                  are read ahead, resident blocks, and Hopper's bulk copies instead of cp.async
+//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY, SHARED_TABLE   tuning: warps of a block, tokens of a step in sixteens,
+//                  steps that are read ahead, resident blocks, Hopper's bulk copies instead of cp.async, and whether the
+//                  table of positions lies in shared memory
 //
 // Products are transposed, so that the codes are the tensor cores' 16-row operand and up to 8 query rows the other: a
 // group of 4 to 8 query heads leaves little of it idle, and codes go from shared memory to operands by masks alone
@@ -44,18 +45,16 @@ struct Query {
         return shared[(n * Keys::STEPS + step) * 32 + threadIdx.x % 32];
     }
 
+    // Read a piece's rows; where they go through `room`, all warps must have done so before one attends.
     DEVICE void load(const Params& p, const Piece& piece, int rows, uint2* room) {
-        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = piece.row_block * ROWS;
-        const i64 first_token = p.query_start[piece.request];
-        const int heads = p.kv_heads * p.group;
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         shared = room;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
-            const int row = first_row + n * 8 + g;
-            const i64 index = (first_token + row / p.group) * heads + piece.head * p.group + row % p.group;
-            const uint2* from = reinterpret_cast<const uint2*>(p.query + index * QUERY_WIDTH) + t * Keys::STEPS;
             const bool there = n * 8 + g < rows;
             if (QUERY_IN_REGISTERS || n % WARPS == threadIdx.x / 32) {
+                const u16* row = p.query + static_cast<i64>(piece.query_of(p, n * 8 + g)) * QUERY_WIDTH;
+                const uint2* from = reinterpret_cast<const uint2*>(row) + t * Keys::STEPS;
 #pragma unroll
                 for (int s = 0; s < Keys::STEPS; ++s) {
                     const uint2 x = there ? from[s] : uint2{0, 0};
@@ -65,15 +64,12 @@ struct Query {
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int own = first_row + n * 8 + 2 * t + j;
-                const bool valid = n * 8 + 2 * t + j < rows;
-                const i64 at = (first_token + own / p.group) * heads + piece.head * p.group + own % p.group;
-                const float4 x = valid ? p.rows[at] : float4{1, 0, 0, 0};
+                const int own = n * 8 + 2 * t + j;
+                const float4 x = own < rows ? p.rows[piece.query_of(p, own)] : float4{1, 0, 0, 0};
                 factor[n][j] = x.x, sum[n][j] = x.y;
-                position[n][j] = piece.length - piece.query + own / p.group;
+                position[n][j] = piece.length - piece.query + piece.row(p, own).x;
             }
         }
-        if constexpr (!QUERY_IN_REGISTERS) __syncthreads();
     }
 };
 
@@ -82,14 +78,14 @@ struct Query {
 using Logits = float[UNITS][ROW_TILES][4];
 
 // The biases of a tile's logits, which do not need the tile.
-DEVICE void start(const Params& p, const Bias& bias, const Piece& piece, int rows, int first_token, Logits& s) {
+DEVICE void start(Bias& bias, const BiasRows& rows, int first_token, Logits& s) {
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) s[u][n][0] = s[u][n][1] = s[u][n][2] = s[u][n][3] = 0;
-        bias.add(p, first_token + u * UNIT, s[u]);
+        bias.add(first_token + u * UNIT, s[u]);
     }
-    if (first_token == 0) bias.set_first(p, piece, rows, s[0]);
+    if (first_token == 0) bias.set_first(rows, s[0]);
 }
 
 // Attend to one tile in shared memory. `masked` says whether some row does not see all of its tokens.
@@ -227,33 +223,57 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
     // Shared memory; its size is shared_bytes in tuning.py.
     u8* room = shared + WARPS * RING_BYTES;
     const auto take = [&](int bytes) { return (room += bytes) - bytes; };
-    u64* barriers = reinterpret_cast<u64*>(take(WARPS * STAGES * sizeof(u64)));
+    uint4* table = reinterpret_cast<uint4*>(take(SHARED_TABLE * TABLE_QUADS * sizeof(uint4)));
+    float* turns = reinterpret_cast<float*>(take(WARPS * 2 * HEAD_DIM * sizeof(float))) + warp * 2 * HEAD_DIM;
+    uint2* bias_room = reinterpret_cast<uint2*>(take(WARPS * Bias::ROOM * sizeof(uint2))) + warp * Bias::ROOM;
+    // What rows need of two pieces: of the one that is attended to, and of the next.
     constexpr int QUERY_BYTES = QUERY_IN_REGISTERS ? 0 : ROW_TILES * Keys::STEPS * 32 * sizeof(uint2);
-    uint2* query_room = reinterpret_cast<uint2*>(take(QUERY_BYTES));
-    Walk* ahead = reinterpret_cast<Walk*>(take(WARPS * sizeof(Walk))) + warp;
+    u8* query_rooms = take(2 * QUERY_BYTES);
+    u8* bias_rooms = take(2 * BiasRows::BYTES);
     const Merge merge{reinterpret_cast<float*>(take(WARPS * MERGE_ROWS * MERGE_WIDTH * sizeof(float))),
                       reinterpret_cast<float2*>(take(WARPS * ROWS * sizeof(float2))), reinterpret_cast<int*>(take(16))};
+    Walk* ahead = reinterpret_cast<Walk*>(take(WARPS * sizeof(Walk))) + warp;
+    u64* barriers = reinterpret_cast<u64*>(take(WARPS * STAGES * sizeof(u64)));
 
     const Cut cut(p);
     Walk walk(p, cut);
     if (walk.place >= walk.end) return;
     if (threadIdx.x % 32 == 0) *ahead = walk;
     __syncwarp();
+    // What comes before the pages is not kept waiting by them.
+    if constexpr (SHARED_TABLE) {
+        for (int i = threadIdx.x; i < TABLE_QUADS; i += THREADS) fetch_16(table + i, p.bias_table + i);
+    }
     Pipe pipe(p, cut, ahead, shared + warp * RING_BYTES, barriers + warp * STAGES);
     wait_for_previous_kernel();  // The codes were there before, but for the newest tokens'; the queries were not.
 
-    Piece piece;
-    while (walk.next(p, cut, piece)) {
-        const int first = warp_begin(piece, warp), last = warp_begin(piece, warp + 1);
-        const int rows = min(ROWS, piece.query * p.group - piece.row_block * ROWS);
-        Bias bias;
-        Query query;
-        query.load(p, piece, rows, query_room);
+    Bias bias(p, SHARED_TABLE ? table : p.bias_table, turns, bias_room);
+    Query query;
+    RowSums sums[ROW_TILES];
+    Piece piece, next;
+    int rows = 0, parity = 0, first = 0, last = 0;
+    for (bool any = false;; any = true) {
+        // A piece's rows are fetched before the piece before it is merged: while the memory is busy with pages, that takes
+        // long.
+        const bool more = walk.next(p, cut, next);
+        const int next_rows = min(ROWS, next.query * p.group - next.row_block * ROWS);
+        const int next_first = warp_begin(next, warp), next_last = warp_begin(next, warp + 1);
+        const BiasRows bias_rows(bias_rooms + parity * BiasRows::BYTES);
+        if (more) {
+            bias_rows.fetch(p, next, next_rows);
+            bias.prefetch(next_first * TILE, next_last * TILE);
+            query.load(p, next, next_rows, reinterpret_cast<uint2*>(query_rooms + parity * QUERY_BYTES));
+        }
+        if (any) merge.warps(p, piece, rows, first < last, sums);
+        fetches_done();
+        if (!more) break;
+        __syncthreads();  // Rows are there, and the merge is over.
+        piece = next, rows = next_rows, first = next_first, last = next_last, parity ^= 1;
 
-        RowSums sums[ROW_TILES] = {};
         float base[ROW_TILES][2];
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
+            sums[n] = {};
             base[n][0] = base[n][1] = SHIFT;
             sums[n].top[0] = sums[n].top[1] = NEG_INF;
         }
@@ -261,13 +281,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
         for (int tile = first; tile < last; ++tile) {
             const int token = tile * TILE;
             Logits logits;
-            bias.move(p, piece, rows, token);
-            start(p, bias, piece, rows, token, logits);
+            bias.turn(bias_rows, rows, token);
+            start(bias, bias_rows, token, logits);
             const u8* codes = pipe.wait();
             const bool masked = token + TILE > seen_by_all || (p.window && token <= piece.length - 1 - p.window);
             attend(p, query, codes, token, masked, logits, sums, base);
             pipe.release();
         }
-        merge.warps(p, piece, rows, first < last, sums);
     }
 }

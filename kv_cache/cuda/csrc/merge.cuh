@@ -8,8 +8,8 @@ constexpr int MERGE_WIDTH = HEAD_DIM + 4;  // Floats of a row of sums in shared 
 using Values = ValueShare<VALUE_BITS>;
 
 // One warp's running sums for 8 query rows, transposed as the tensor cores leave them: lane (g, t), which is
-// (lane / 4, lane % 4), has the rows 2t and 2t + 1. o[tile] are {even code of row 2t, even code of row 2t + 1, odd code of
-// row 2t, odd code of row 2t + 1} (ValueShare), times weights.
+// (lane / 4, lane % 4), has the rows 2t and 2t + 1. o[tile] are the codes of the two in row g of the tile, then of the two in
+// row g + 8 (ValueShare), times weights.
 struct RowSums {
     float o[Values::TILES][4];
     float z[4];    // Zeros' bytes times weights; z[0] and z[1] count.
@@ -21,9 +21,8 @@ DEVICE u16 to_output(float x) { return OUT_BFLOAT ? to_bfloat(x) : to_half(x); }
 
 // Where the output of a row of the piece's row block goes.
 DEVICE u16* output_row(const Params& p, const Piece& piece, int row) {
-    row += piece.row_block * ROWS;
-    const i64 token = p.query_start[piece.request] + row / p.group;
-    return p.out + token * p.out_token_stride + (piece.head * p.group + row % p.group) * p.out_head_stride;
+    const int2 at = piece.row(p, row);
+    return p.out + (piece.first_query + at.x) * p.out_token_stride + (piece.head * p.group + at.y) * p.out_head_stride;
 }
 
 // How a row's channels are shared out to finish it: a lane has SHARE neighbours, and RUN_LANES lanes, neighbours of one
@@ -75,7 +74,8 @@ struct Merge {
     float2* stats;  // Shared: [WARPS, ROWS]: maximum (base 2) and weight.
     int* last;      // Shared: whether this thread block finished last.
 
-    // Merge the warps of this thread block; `has` says whether this warp attended to any tile.
+    // Merge the warps of this thread block; `has` says whether this warp attended to any tile. All warps must have done so
+    // before one of them attends to the next piece or writes to `sums` and `stats` again.
     DEVICE void warps(const Params& p, const Piece& piece, int rows, bool has, const RowSums (&own)[ROW_TILES]) const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const bool whole = piece.pieces == 1;
@@ -132,7 +132,6 @@ struct Merge {
             }
         }
         if (!whole) pieces(p, piece, rows);
-        __syncthreads();  // Shared memory may be written again.
     }
 
 private:
@@ -141,14 +140,20 @@ private:
         constexpr float ZERO_UNIT = 1.0f / (1 << (8 - VALUE_BITS));  // Bytes of zeros count in it.
         const float zero[2] = {own.z[0] * ZERO_UNIT, own.z[1] * ZERO_UNIT};
 #pragma unroll
-        for (int tile = 0; tile < Values::TILES; ++tile) {
+        for (int slot = 0; slot < Values::SLOTS; ++slot) {
+            const int word = Values::word(slot, g);
+            if (word >= Values::WORDS) continue;
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd) {
-                const int channel = Values::channel(tile, g, odd);
-                if (channel >= HEAD_DIM) continue;
-                const float unplace = Values::unplace(Values::field(tile, odd));
-                to[channel] = own.o[tile][2 * odd] * unplace - zero[0];
-                to[channel + MERGE_WIDTH] = own.o[tile][2 * odd + 1] * unplace - zero[1];
+            for (int k = 0; k < Values::FIELDS; ++k) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const auto sum = [&](int byte) {
+                        const float sum = own.o[Values::tile(slot, byte, k)][2 * Values::odd(byte, k) + j];
+                        return sum * Values::unplace(k) - zero[j];
+                    };
+                    float4* quad = reinterpret_cast<float4*>(to + j * MERGE_WIDTH + 4 * word + k * Values::ROW);
+                    *quad = {sum(0), sum(1), sum(2), sum(3)};
+                }
             }
         }
     }

@@ -61,14 +61,16 @@ DEVICE int warp_max(int x) {
 
 struct Request {
     int length;      // Tokens.
-    int query;       // Query tokens.
+    int query;       // Query tokens,
+    int first_query; // the first of all queries' tokens.
     int first;       // First tile that any row sees.
     int tiles;       // Tiles of one row block and head.
     int row_blocks;
 
     DEVICE Request(const Params& p, int index) {
         length = index < p.requests ? p.seq_lens[index] : 0;
-        query = index < p.requests ? p.query_start[index + 1] - p.query_start[index] : 0;
+        first_query = index < p.requests ? p.query_start[index] : 0;
+        query = index < p.requests ? p.query_start[index + 1] - first_query : 0;
         first = p.window ? max(length - query + 1 - p.window, 0) / TILE : 0;
         tiles = length > 0 && query > 0 ? div_up(length, TILE) - first : 0;
         row_blocks = div_up(query * p.group, ROWS);
@@ -126,6 +128,7 @@ struct Piece {
     int request, head, row_block;
     int first, last;      // Tiles, of the request.
     int length, query;    // Tokens of the request, and how many of them are the query's.
+    int first_query;      // Of all query tokens, the request's first.
     int pieces;           // Of the sequence.
     int block, slot;      // Thread block of its first piece, and that piece's slot for sums.
     int own_slot;
@@ -133,11 +136,18 @@ struct Piece {
     // A thread block leaves at most two pieces to merge: the one that its range starts with, and the one it ends with.
     DEVICE int slot_of(int piece) const { return piece ? 2 * (block + piece) : slot; }
 
-    // Which of all queries (token and head) a row of the row block is.
-    DEVICE i64 row(const Params& p, int own) const {
+    // A row of the row block: its token, from 0, and which query head of the KV head's it is.
+    DEVICE int2 row(const Params& p, int own) const {
         own += row_block * ROWS;
-        return static_cast<i64>(p.query_start[request] + own / p.group) * p.kv_heads * p.group + head * p.group +
-               own % p.group;
+        // A quotient of numbers so small is exact: it is never nearer to an integer than 0.5 / group.
+        const int token = static_cast<int>((own + 0.5f) * reciprocal(static_cast<float>(p.group)));
+        return {token, own - token * p.group};
+    }
+
+    // Which of all queries (token and head) it is.
+    DEVICE int query_of(const Params& p, int own) const {
+        const int2 at = row(p, own);
+        return (first_query + at.x) * p.kv_heads * p.group + head * p.group + at.y;
     }
 };
 
@@ -181,7 +191,7 @@ struct Walk {
             }
             const int length = cut.length(r), sequence = (place - start) / length, begin = start + sequence * length;
             piece.request = index, piece.head = sequence / r.row_blocks, piece.row_block = sequence % r.row_blocks;
-            piece.length = r.length, piece.query = r.query;
+            piece.length = r.length, piece.query = r.query, piece.first_query = r.first_query;
             if (cut.aligned) {
                 const int part = place - begin;
                 piece.first = r.first + r.tiles * part / length, piece.last = r.first + r.tiles * (part + 1) / length;
