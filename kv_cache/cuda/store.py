@@ -134,8 +134,8 @@ def _range_factors(bits: int) -> tuple[float, float]:
 
 def _warps(dim: int, few: bool) -> int:
     """Return the warps of a block, which share the columns of a head."""
-    # With 32 columns a warp, the tokens' operands are read half as often as with 16. Of other head sizes such warps would
-    # be too few for 16 tokens (64, 96), not come out even (80) or lack registers (256).
+    # With 32 columns a warp, the tokens' operands are read half as often as with 16. Of other head sizes such warps
+    # would be too few for 16 tokens (64, 96), not come out even (80) or lack registers (256).
     return dim // (32 if dim == 128 and not few else 16)
 
 
