@@ -63,10 +63,10 @@ def plot(report: KVStudyReport, path: Path) -> None:
         errors = [coder.kl.standard_error or 0.0 for coder, _, _ in mine if coder.kl]
         axes.errorbar(x, y, errors, fmt=mark, color=colour, markersize=5, elinewidth=0.7, label=family, zorder=3)
         for coder, bits, kl in mine:
-            axes.annotate(
-                coder.name.removesuffix("_per_head"), (bits, kl), xytext=(4, 3), textcoords="offset points",
-                fontsize=6, color="#24292f", alpha=0.4 if family == "ours, varied" else 0.9,
-            )  # fmt: skip
+            # Variations lie close together: only those that beat everything get their names.
+            if family != "ours, varied" or coder.name in best:
+                name = coder.name.removesuffix("_per_head")
+                axes.annotate(name, (bits, kl), xytext=(4, 3), textcoords="offset points", fontsize=6)
     axes.set_yscale("log")
     axes.set_xlabel("bits of an element of keys and values, scales and other metadata included", fontsize=9)
     axes.set_ylabel("KL divergence from full precision, nats per token (less is better)", fontsize=9)

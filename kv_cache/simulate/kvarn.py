@@ -44,6 +44,8 @@ class KVarN(Coder):
     @staticmethod
     def _read(x: Tensor, bits: int, by_channel: bool) -> Tensor:
         dim, whole = x.shape[-1], x.shape[1] // TILE * TILE
+        if not whole:
+            return x
         run = math.sqrt(dim & -dim)
         tile = (
             (hadamard_sums(x[:, :whole]) / run).unflatten(1, (-1, TILE)).transpose(2, 3)
