@@ -269,9 +269,17 @@ def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
     for _, store, _ in windows:
         if store:
             Path(store).parent.mkdir(parents=True, exist_ok=True)
-    llm.collective_rpc("pareto_tap_begin", args=(windows,))
-    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    llm.generate([{"prompt_token_ids": tokens} for tokens, _, _ in windows], params, use_tqdm=False)
+    prompts = [tokens for tokens, _, _ in windows]
+    params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)] * len(windows)
+    together = len(windows) > 1
+    if together:
+        # vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, and
+        # the first would take the whole first step. A request that decodes all the while is there before it.
+        prompts.insert(0, windows[0][0][:1])
+        longest = max(map(len, prompts))
+        params.insert(0, SamplingParams(max_tokens=longest, ignore_eos=True, temperature=0.0, detokenize=False))
+    llm.collective_rpc("pareto_tap_begin", args=(windows, int(together)))
+    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
     if len(figures) != 1:
         raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")

@@ -114,13 +114,15 @@ class Plan:
 
     def engine_settings(self, configuration: Configuration) -> EngineSettings:
         """Return the engine's settings for one configuration: the same for all but model and KV dtype."""
+        # One more where windows go together, see measure_windows of bench/evaluate.py.
+        beside = int(self.windows_at_once > 1)
         return EngineSettings(
             model=str(configuration.checkpoint.folder),
             kv_cache_dtype=configuration.kv_cache_dtype,
             dtype=self.settings.dtype,
             max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.settings.chunk_tokens * self.windows_at_once,
-            max_num_seqs=max(min(4, self.settings.chunk_tokens), self.windows_at_once),
+            max_num_batched_tokens=self.settings.chunk_tokens * self.windows_at_once + beside,
+            max_num_seqs=max(min(4, self.settings.chunk_tokens), self.windows_at_once + beside),
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             enforce_eager=self.settings.enforce_eager,
@@ -177,7 +179,7 @@ def make_plan(settings: Settings) -> Plan:
     max_model_len = max([settings.window_tokens + 1, *lengths])
     together = windows_at_once(settings.chunk_tokens, sum(len(text.windows) for text in texts))
     memory = settings.kv_cache_memory_bytes or default_memory(
-        baseline, max_model_len, settings.tensor_parallel_size, max(2, together)
+        baseline, max_model_len, settings.tensor_parallel_size, max(2, together + 1)
     )
     shared = {
         "texts": [(t.name, hashlib.sha256(t.windows.numpy().tobytes()).hexdigest()) for t in texts],

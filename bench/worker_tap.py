@@ -25,11 +25,14 @@ class LogitsTap:
 
     model_runner: Any
 
-    def pareto_tap_begin(self, windows: list[tuple[list[int], str | None, list[str] | None]]) -> None:
+    def pareto_tap_begin(
+        self, windows: list[tuple[list[int], str | None, list[str] | None]], passed_over: int = 0
+    ) -> None:
         """Record the next requests until ``pareto_tap_end``; the n-th request's prompt must be the n-th window.
 
         Args:
             windows: tokens, file to write the logits to, and the baseline's file and its dtype's name, of each.
+            passed_over: requests that come before those of the windows.
 
         """
         _install(self)
@@ -37,7 +40,8 @@ class LogitsTap:
             [
                 Recording(tokens, store if _records() else None, (compare[0], compare[1]) if compare else None)
                 for tokens, store, compare in windows
-            ]
+            ],
+            passed_over,
         )
 
     def pareto_tap_end(self) -> list[dict[str, Any]] | None:
@@ -67,17 +71,18 @@ class LogitsTap:
 class _Requests:
     """Which recording belongs to which of vLLM's requests: they come in the order in which they were asked."""
 
-    def __init__(self, recordings: list[Recording]) -> None:
+    def __init__(self, recordings: list[Recording], passed_over: int = 0) -> None:
         self.recordings = recordings
-        self._known: dict[str, Recording] = {}
+        self._order: list[Recording | None] = [*([None] * passed_over), *recordings]
+        self._known: dict[str, Recording | None] = {}
 
     def of(self, request_ids: list[str]) -> list[Recording | None]:
         """Return the recordings of a step's requests; None for one beyond the windows."""
         # vLLM counts requests; what follows the number makes it unique. A batch may be in any order.
         new = sorted((name for name in request_ids if name not in self._known), key=_number)
         for name in new:
-            if len(self._known) < len(self.recordings):
-                self._known[name] = self.recordings[len(self._known)]
+            if len(self._known) < len(self._order):
+                self._known[name] = self._order[len(self._known)]
         return [self._known.get(name) for name in request_ids]
 
 

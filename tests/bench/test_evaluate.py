@@ -53,7 +53,7 @@ class FakeLLM:
             return [
                 SimpleNamespace(outputs=[SimpleNamespace(text=self.answer(p["prompt_token_ids"]))]) for p in prompts
             ]
-        for prompt, recording in zip(prompts, self.recording, strict=True):
+        for prompt, recording in zip(prompts[-len(self.recording) :], self.recording, strict=True):
             tokens = torch.tensor(prompt["prompt_token_ids"])
             generator = torch.Generator().manual_seed(len(tokens))
             noise = torch.randn(len(tokens), VOCABULARY, generator=generator) * NOISE[dtype]

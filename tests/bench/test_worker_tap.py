@@ -118,3 +118,5 @@ def test_requests_are_told_apart_by_their_number_in_any_order():
     requests = worker_tap._Requests(recordings)
     assert requests.of(["10-ab", "9-cd"]) == [recordings[1], recordings[0]]
     assert requests.of(["11-x", "10-ab", "12-y"]) == [recordings[2], recordings[1], None]
+    requests = worker_tap._Requests(recordings, passed_over=1)
+    assert requests.of(["10-ab", "9-cd"]) == [recordings[0], None]
