@@ -24,6 +24,7 @@ ISAS = ("generic", "avx2", "avx512", "amx")
 ISA_VARIABLE = "VLLM_PARETO_CPU_ISA"
 """Environment variable that names an instruction set below the best one, for tests and for bug reports."""
 
+KINDS = ("key", "value")
 SCALES = ("key_first", "key_transform", "key_inverse", "value_encode", "value_decode")
 TURN_TABLES = ("pair_channels", "turn_fine", "turn_anchors", "turn_tiles")
 PAIRS = 32
@@ -144,9 +145,6 @@ def _turn_tables(table: CentreTable) -> dict[str, torch.Tensor]:
         "turn_anchors": torch.stack([_pad_pairs(table.anchor_cos), _pad_pairs(table.anchor_sin)], 1),
         "turn_tiles": tiles.contiguous(),
     }
-
-
-KINDS = ("key", "value")
 
 
 def _planes(layout: PageLayout) -> list[int]:

@@ -11,8 +11,8 @@
 //
 // bias is q . centre(position) (kv_cache/rotary.py). In one chunk that is a sum over pairs of channels of a cosine and a
 // sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more product, of the
-// coefficients and tiles that are the same for everything, with the coefficients' own fixed point. Position 0 has q .
-// key_first instead.
+// coefficients and tiles that are the same for everything, with the coefficients' own fixed point. Position 0 has a centre
+// of its own, and bias is q . key_first there.
 //
 // Every row's result is a function of its query and the codes alone: chunks start at multiples of 256 tokens, a chunk's
 // partial result starts from nothing, chunks merge in order, and tokens that are hidden from a row leave its numbers

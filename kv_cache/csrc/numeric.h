@@ -54,12 +54,6 @@ static inline float load_float(const void *data, int64_t index, int dtype) {
     return ((const float *)data)[index];
 }
 
-static inline void store_float(void *data, int64_t index, int dtype, float value) {
-    if (dtype == 1) ((uint16_t *)data)[index] = float_to_bf16(value);
-    else if (dtype == 2) ((uint16_t *)data)[index] = float_to_f16(value);
-    else ((float *)data)[index] = value;
-}
-
 // A token's scale is a byte 16 * e + m (kv_cache/codec.py): the bits of the float (1 + m / 16) * 2**(e + exponent), from
 // the byte or from a vector of bytes. A step has the exponent STEP_EXPONENT(bits).
 #define SCALE_SHIFT 19

@@ -58,7 +58,7 @@ static void find_rows(rows_t *rows, const pareto_cache *c, const places_t *place
 // Ask for the i-th sixteenth of rows to come, into the second-level cache, which has more requests in flight than the
 // first. Spread over the unpacking of rows that are there, requests do not wait for each other.
 INLINE void prefetch_part(const rows_t *rows, int i) {
-    if (!rows || !rows->plane[0][i / 4]) return;
+    if (!rows->plane[0][i / 4]) return;
     for (int p = 0; p < 2; p++) {
         const uint8_t *from = rows->plane[p][i / 4] + i % 4 * 4 * rows->row[p];
         for (int at = 0; at < 4 * rows->row[p]; at += 64) __builtin_prefetch(from + at, 0, 2);
@@ -66,13 +66,14 @@ INLINE void prefetch_part(const rows_t *rows, int i) {
 }
 
 // The packing below takes rows by 16 bytes, and rows of 8 bytes (3-bit codes of heads of 64) as if they were 16: byte
-// 8 + j is then byte j moved by one bit, so that channel j + 16 * k is bit 2 * k of byte j. Other rows (head size 80, and
-// 96 under 8 bits) go through one byte a code.
+// 8 + j is then byte j moved by one bit, so that channel j + 16 * k is bit 2 * k of byte j. Other rows (of head size 80,
+// and of 96 where a plane's bits are below 4) go through one byte a code.
 #define SHORT_ROW 8
 static int fits_packing(int row) { return row % 16 == 0 || row == SHORT_ROW; }
 
-// Rows to one byte a code; codes: [4][16][256].
+// Rows to one byte a code, if they need it; codes: [4][16][256].
 static void expand_rows(rows_t *rows, uint8_t *codes) {
+    if (fits_packing(rows->row[0]) && fits_packing(rows->row[1])) return;
     for (int t = 0; t < BLOCK; t++) {
         uint8_t *out = codes + 256 * t;
         for (int p = 0, low = 0; p < 2 && rows->width[p]; low += rows->width[p++]) {
@@ -157,10 +158,10 @@ INLINE v16i interleave_4(v16b a, v16b b, v16b c, v16b d) {
     const __m128i bytes = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     out = (v16i)_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(bytes));
 #elif defined(__SSE2__)
-    const __m128i even_low = _mm_unpacklo_epi8((__m128i)a, (__m128i)c), even_high = _mm_unpackhi_epi8((__m128i)a, (__m128i)c);
-    const __m128i odd_low = _mm_unpacklo_epi8((__m128i)b, (__m128i)d), odd_high = _mm_unpackhi_epi8((__m128i)b, (__m128i)d);
-    const __m128i parts[4] = {_mm_unpacklo_epi8(even_low, odd_low), _mm_unpackhi_epi8(even_low, odd_low),
-                              _mm_unpacklo_epi8(even_high, odd_high), _mm_unpackhi_epi8(even_high, odd_high)};
+    const __m128i even[2] = {_mm_unpacklo_epi8((__m128i)a, (__m128i)c), _mm_unpackhi_epi8((__m128i)a, (__m128i)c)};
+    const __m128i odd[2] = {_mm_unpacklo_epi8((__m128i)b, (__m128i)d), _mm_unpackhi_epi8((__m128i)b, (__m128i)d)};
+    const __m128i parts[4] = {_mm_unpacklo_epi8(even[0], odd[0]), _mm_unpackhi_epi8(even[0], odd[0]),
+                              _mm_unpacklo_epi8(even[1], odd[1]), _mm_unpackhi_epi8(even[1], odd[1])};
     memcpy(&out, parts, 64);
 #else
     for (int i = 0; i < 16; i++) {
@@ -171,22 +172,20 @@ INLINE v16i interleave_4(v16b a, v16b b, v16b c, v16b d) {
     return out;
 }
 
-#define SECOND_HALF ((v16u){0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1})
-
 // `width` bits from bit `from` of every byte on, moved to bit `to`.
 INLINE v16i take_bits(v16i v, int from, int width, int to) {
     const v16i mask = splati((((1 << width) - 1) << to) * 0x01010101);
     return (from >= to ? (v16i)((v16u)v >> (from - to)) : (v16i)((v16u)v << (to - from))) & mask;
 }
 
-// Walks over the planes of a row of codes by 16 channels: LOAD(p, from, v) brings 16 bytes of plane p, COUNT vectors of
-// them, and STORE(channel, i, code) takes the codes of 16 channels. The widths and `dim` are constants where it matters.
+// Walks over the planes of a row of codes by 16 channels: LOAD(p, from, is_short, v) brings 16 bytes of plane p, COUNT
+// vectors of them, and STORE(channel, i, code) takes the codes. Widths and `dim` are constants where it matters.
 #define UNPACK_ROW(low, high, dim, COUNT, LOAD, STORE)                                                                 \
     do {                                                                                                               \
         const int row = (dim) * (low) / 8, short_row = (high) && (dim) * (high) / 8 == SHORT_ROW;                      \
         const int above = !(high) ? row : short_row ? 16 : (dim) * (high) / 8, step = short_row ? 2 : (high);          \
         for (int from = 0; from < above; from += 16) {                                                                 \
-            v16i low_bytes[COUNT], high_bytes[COUNT] = {{0}};                                                              \
+            v16i low_bytes[COUNT], high_bytes[COUNT] = {{0}};                                                          \
             if (high) LOAD(1, from, short_row, high_bytes);                                                            \
             for (int run = 0; run < row / above; run++) {                                                              \
                 LOAD(0, run * above + from, 0, low_bytes);                                                             \
@@ -224,7 +223,7 @@ INLINE void pack_values_of(const rows_t *rows, const rows_t *ahead, uint8_t *til
         v16b four[4];                                                                                                  \
         for (int j = 0; j < 4; j++) four[j] = load_bytes(rows->plane[p][j] + at, is_short);                            \
         (v)[0] = interleave_4(four[0], four[1], four[2], four[3]);                                                     \
-        if (is_short) (v)[0] = (v16i)((v16u)(v)[0] >> SECOND_HALF);                                                    \
+        if (is_short) (v)[0] = (v16i)((v16u)(v)[0] >> (v16u){0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1});         \
     } while (0)
 #define STORE(channel, i, code) store16i(tiles + (channel) / 16 * TILE_BYTES + 64 * token, code)
     for (int token = 0; token < 16; token++) {
@@ -253,9 +252,9 @@ INLINE void pack_values_of(const rows_t *rows, const rows_t *ahead, uint8_t *til
         else call(rows->width[0], rows->width[1], rows->dim);                                                          \
     } while (0)
 
-// Four tiles of sixteen tokens; `ahead`: rows to ask for meanwhile, or null. scratch: [4][16][256] bytes.
+// Four tiles of sixteen tokens; `ahead`: rows to ask for meanwhile. scratch: [4][16][256] bytes.
 static void pack_keys(rows_t *rows, const rows_t *ahead, uint8_t *tiles, int64_t chunk_stride, uint8_t *scratch) {
-    if (!fits_packing(rows->row[0]) || !fits_packing(rows->row[1])) expand_rows(rows, scratch);
+    expand_rows(rows, scratch);
     for (int j = 0; j < 4; j++) {
         for (int i = 0; i < 4; i++) prefetch_part(ahead, 4 * j + i);
 #define CALL(low, high, dim) pack_keys_of(rows, j, tiles + j * TILE_BYTES, chunk_stride, low, high, dim)
@@ -265,20 +264,21 @@ static void pack_keys(rows_t *rows, const rows_t *ahead, uint8_t *tiles, int64_t
 }
 
 static void pack_values(rows_t *rows, const rows_t *ahead, uint8_t *tiles, uint8_t *scratch) {
-    if (!fits_packing(rows->row[0]) || !fits_packing(rows->row[1])) expand_rows(rows, scratch);
+    expand_rows(rows, scratch);
 #define CALL(low, high, dim) pack_values_of(rows, ahead, tiles, low, high, dim)
     BY_SHAPE(CALL);
 #undef CALL
 }
 
-// What sixteen tokens are read with. Softmax.h says what units and sizes of values are.
+#define WEIGHT_ONE 30600.0f  // see softmax.h
+
+// What sixteen tokens are read with: steps of codes, and bytes of zeros.
 typedef struct {
-    float key_step[16], key_zero[16];  // of a code; the zero's byte
-    float value_unit[16], value_size[16];
+    float key_step[16], key_zero[16];
+    float value_unit[16];  // WEIGHT_ONE steps, but for what all tokens share
+    float value_size[16];  // see softmax.h
     int32_t value_zero[16];
 } meta_t;
-
-#define WEIGHT_ONE 30600.0f
 
 // A sixteen's scales and zeros, whatever stands there.
 static void read_meta(const pareto_cache *c, const uint8_t *page, int token, meta_t *m) {

@@ -1,4 +1,4 @@
-// What one work item does with a chunk of tokens: unpack it, and take units, in pairs, through scores, weights and values.
+// What one work item does with a chunk of tokens: unpack it, and take units, in pairs, through scores, weights, values.
 #ifndef PARETO_PASSES_H
 #define PARETO_PASSES_H
 
@@ -37,8 +37,8 @@ static int scratch_make(scratch_t *s, const pareto_cache *c) {
     const size_t score_bytes = UNIT_ROWS * CHUNK * sizeof(int32_t);
     const size_t sizes[] = {
         chunks * CHUNK * 64, dim * CHUNK, 2 * CHUNK_BLOCKS * CHUNK_BYTES, 2 * score_bytes, 2 * score_bytes,
-        2 * row_bytes, CHUNK / 16 * sizeof(meta_t), BLOCK * 256, 2 * row_bytes, MAX_UNITS * sizeof(unit_t), MAX_UNITS * query_bytes,
-        MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
+        2 * row_bytes, CHUNK / 16 * sizeof(meta_t), BLOCK * 256, 2 * row_bytes, MAX_UNITS * sizeof(unit_t),
+        MAX_UNITS * query_bytes, MAX_UNITS * row_bytes, MAX_UNITS * turn_floats(c) * sizeof(float),
     };
     enum { PARTS_OF_SCRATCH = sizeof sizes / sizeof *sizes };
     uint8_t *parts[PARTS_OF_SCRATCH];
@@ -152,11 +152,12 @@ static void unit_scores(walk_t *w, const unit_t *u, int count, view_t v) {
     const uint8_t *const turned[2] = {u[0].turned_query, u[count - 1].turned_query};
     int32_t *const scores[2] = {scores_of(s, 0), scores_of(s, 1)}, *const turns[2] = {turns_of(s, 0), turns_of(s, 1)};
     const int64_t from = 4 * v.first * TILE_BYTES;
-    multiply(count, u->padded_rows, queries, s->keys + from, CHUNK * 64, channel_chunks(c), 4 * v.blocks, scores, CHUNK);
-    multiply(count, u->padded_rows, turned, c->turn_tiles + from, CHUNK * 64, turned_chunks(c), 4 * v.blocks, turns, CHUNK);
+    const int rows = u->padded_rows, tiles = 4 * v.blocks;
+    multiply(count, rows, queries, s->keys + from, CHUNK * 64, channel_chunks(c), tiles, scores, CHUNK);
+    multiply(count, rows, turned, c->turn_tiles + from, CHUNK * 64, turned_chunks(c), tiles, turns, CHUNK);
 }
 
-// The i-th unit's scores to weights, with their maximum and sums. A function of its own has the registers for its loops.
+// The i-th unit's scores to weights, with their maximum and sums. Not inlined: its loops need all registers.
 static __attribute__((noinline)) void unit_weights(walk_t *w, const unit_t *u, int i, view_t v, partial_t *p) {
     scratch_t *s = w->s;
     const meta_t *m = s->meta + 4 * v.first;
@@ -183,8 +184,8 @@ static void unit_values(walk_t *w, const unit_t *u, int count, view_t v, partial
     for (int b = v.first; b < v.first + v.blocks; b++) need_block(w, 1, b);
     const uint8_t *const weights[2] = {weights_of(s, 0), weights_of(s, 1)};
     int32_t *const products[2] = {products_of(s, 0, dim), products_of(s, 1, dim)};
-    multiply(count, u->padded_rows, weights, s->values + v.first * block_bytes, block_bytes, v.blocks, dim / 16, products,
-             dim);
+    const uint8_t *values = s->values + v.first * block_bytes;
+    multiply(count, u->padded_rows, weights, values, block_bytes, v.blocks, dim / 16, products, dim);
     const float zero = (float)(1 << side_bits(c, 1)) / 256;  // a zero's byte counts 256ths of the codes' range
     for (int n = 0; n < count; n++)
         for (int r = 0; r < u[n].rows; r++)

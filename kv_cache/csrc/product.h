@@ -1,8 +1,9 @@
 // The integer product under both halves of attention: activations [rows][64 k] times codes [64 k][16 lanes], exact.
 //
 // Activations are 16-bit fixed-point numbers of magnitude at most PARETO_ONE: query channels against keys, weights of
-// tokens against values, and coefficients of turned pairs against a table. Codes come in tiles of 1 KB: int32 lane i of row j holds the four one-byte codes 4j .. 4j + 3
-// of column i (keys: four channels of token i; values: four tokens of channel i), which is what AMX multiplies.
+// tokens against values, and coefficients of pairs of channels against the table of turned centres. Codes come in tiles
+// of 1 KB: int32 lane i of row j holds the four one-byte codes 4j .. 4j + 3 of column i (keys: four channels of token i;
+// values: four tokens of channel i), which is what AMX multiplies.
 //
 // Two forms, chosen at compile time:
 // - bytes (AMX, AVX-512): an activation is 256 * high + low with low in -128..127, unsigned codes times signed bytes.

@@ -4,10 +4,9 @@
 //
 //   weight[t] = p[t] * step[t] * WEIGHT_ONE / 2**top,   top = max over t of score[t] + size[t]
 //
-// A step is (1 + m / 16) * 2**e times what is common to all; size is e + m / 16, which is at most 0.0861 below its
-// logarithm, so that a weight is at most 2**0.0861 * WEIGHT_ONE, which PARETO_ONE holds, and no
-// logarithm is needed. The sum of p is taken before
-// anything is rounded: a token of tiny values may have all of it.
+// A value's step is (1 + m / 16) * 2**e times what all tokens share, its size e + m / 16. No logarithm is needed: size
+// is at most 0.0861 below that of the step, so that weights are below 2**0.0861 * WEIGHT_ONE, which PARETO_ONE holds.
+// The sum of p is taken before anything is rounded: a token of tiny values may have all of it.
 #ifndef PARETO_SOFTMAX_H
 #define PARETO_SOFTMAX_H
 
@@ -29,8 +28,8 @@ INLINE vf soft_cap(vf score, float cap) {
 
 // `count` sixteens of a row's products with codes, `dots`, and with the turn table, `turns`, to scores, which take the
 // place of `dots`; -infinity where the row does not see. `token`: the first one's position. Returns `top`.
-INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *turns, const meta_t *m, int token, int count,
-                       float cap, const int special) {
+INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *turns, const meta_t *m, int token,
+                       int count, float cap, const int special) {
     const vf step = part_splat(u->step[r]), zero = part_splat(u->zero[r]);
     const vf turn_step = part_splat(u->turn_step[r]), turn_offset = part_splat(u->turn_offset[r]);
     const vi first = part_splat_i(u->first[r]), last = part_splat_i(u->last[r]);

@@ -79,7 +79,8 @@ static void mix_lanes(float *x, int dim, float factor) {
 
 // What is even to codes, in place, their low bits being those of an integer; NaN counts as 0. meta: the bytes of scale
 // and zero.
-static void quantize_lanes(float *y, int dim, int bits, float range_factor, float zero_factor, int32_t meta[2][LANES]) {
+static void quantize_lanes(float *y, int dim, int bits, float range_factor, float zero_factor,
+                           int32_t meta[2][LANES]) {
     const vf none = part_splat(0), magic = part_splat(ROUND_MAGIC), top = part_splat((float)((1 << bits) - 1));
     for (int lane = 0; lane < LANES; lane += PART, y += PART) {
         vf low = none, high = none;
@@ -129,9 +130,11 @@ static void store_head(const pareto_store_args *a, int64_t first, int count, int
     uint8_t *pages[LANES];
     for (int l = 0; l < LANES; l++) {
         const int64_t token = first + l, slot = l < count ? a->slots[token] : -1;
-        float row[MAX_DIM] = {0};
+        float row[MAX_DIM];
         pages[l] = slot < 0 ? NULL : c->base + slot / c->block_size * c->block_stride + head * c->head_stride;
-        if (pages[l]) {
+        if (!pages[l]) {
+            memset(row, 0, (size_t)dim * 4);
+        } else {
             const int64_t at = side ? token * a->value_token_stride + head * a->value_head_stride
                                     : token * a->key_token_stride + head * a->key_head_stride;
             load_row(side ? a->value : a->key, at, a->dtype, dim, row);

@@ -11,13 +11,13 @@ typedef struct {
     int first_row;
     int32_t first[UNIT_ROWS], last[UNIT_ROWS];  // positions that a row sees, inclusive
     int32_t lowest_first, highest_first, lowest_last, highest_last;
-    float step[16];  // of the fixed-point query
-    float zero[16];  // what a key's zero byte adds to a product, in these steps
+    float step[16];        // of the fixed-point query
+    float zero[16];        // what one of a key's zero byte adds to a product, in these steps
     float first_bias[16];  // query . centre of the first token's key
     // Other centres: the coefficients at position 0 in steps, [8][2][pairs]; a step; what the current ones' sum adds.
     float *turn;
     float turn_step[16], turn_offset[16];
-    uint8_t *query;  // activation chunks: one for 64 channels
+    uint8_t *query;         // activation chunks: one for 64 channels
     uint8_t *turned_query;  // one for 32 turned pairs
     // Softmax so far: maximum in base 2, sum, sum of weighted values.
     float max[16], sum[16];
@@ -197,7 +197,8 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
         const int64_t at = (start + (int64_t)token) * a->query_token_stride
             + (kv_head * group + (first_row + r) % group) * a->query_head_stride;
         // Rows of a token's heads lie far from those of the next token.
-        __builtin_prefetch((const char *)a->query + (at + 4 * a->query_token_stride) * (a->dtype == PARETO_F32 ? 4 : 2));
+        const int64_t later = at + 4 * a->query_token_stride;
+        __builtin_prefetch((const char *)a->query + later * (a->dtype == PARETO_F32 ? 4 : 2));
         for (int i = 0; i < dim; i += 16) store16(plain + r * dim + i, load_row16(a->query, at + i, a->dtype) * factor);
     }
     transform_queries(plain, u->rows, c->key_inverse + (int64_t)kv_head * dim * dim, dim, q);

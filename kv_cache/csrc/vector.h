@@ -1,9 +1,9 @@
 // Vectors in GCC's portable form: one source, lowered to AVX-512, AVX2, NEON or plain code.
 //
-// Data go in rows of sixteen lanes (v16f, v16i), whatever the instruction set. Long loops take a row in parts of the size
-// of a register (vf, vi), because GCC takes vectors wider than that through memory at each step. A lane's numbers are the
-// same either way, and multiply-adds are fused everywhere, explicitly (the compiler itself may not contract), so every
-// instruction set rounds alike.
+// Data go in rows of sixteen lanes (v16f, v16i), whatever the instruction set. Long loops take a row in parts of the
+// size of a register (vf, vi), because GCC takes vectors wider than that through memory at each step. A lane's numbers
+// are the same either way, and multiply-adds are fused everywhere, explicitly (the compiler itself may not contract), so
+// every instruction set rounds alike.
 #ifndef PARETO_VECTOR_H
 #define PARETO_VECTOR_H
 
@@ -117,7 +117,6 @@ INLINE void store16(float *p, v16f v) { memcpy(p, &v, 64); }
 INLINE void store16i(void *p, v16i v) { memcpy(p, &v, 64); }
 INLINE v16f splat(float x) { return x - (v16f){0}; }
 INLINE v16i splati(int32_t x) { return x - (v16i){0}; }
-INLINE v16f to_float(v16i v) { return __builtin_convertvector(v, v16f); }
 INLINE v16f select16(v16i mask, v16f yes, v16f no) { return (v16f)((mask & (v16i)yes) | (~mask & (v16i)no)); }
 
 INLINE v16f fma16(v16f a, v16f b, v16f c) {
@@ -171,9 +170,9 @@ INLINE uint32_t lanes_sum_u(v16u v) {
 #define EXP2_3 5.590642504e-02f
 #define EXP2_4 9.582853169e-03f
 
-// 2**x for x <= 0, relative error below 3e-6, a tenth of what weights of 16 bits lose; exactly 1 at 0. Below -100, minus
-// infinity included, about 2**-100. Polynomial: least relative error, degree 4, on [-1/2, 1/2] with the constant term
-// held at 1.
+// 2**x for x <= 0, relative error below 3e-6, a fifth of what rounding to 16 bits takes off the largest weight; exactly
+// 1 at 0. Below -100, minus infinity included, about 2**-100. Polynomial: least relative error, degree 4, on
+// [-1/2, 1/2], with the constant term held at 1.
 INLINE vf part_exp2(vf x) {
     const vf magic = part_splat(ROUND_MAGIC), clipped = part_max(x, part_splat(-100.0f));
     const vf shifted = clipped + magic, f = clipped - (shifted - magic);

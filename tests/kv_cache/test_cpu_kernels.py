@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import random
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -119,7 +122,7 @@ def make(
     padded=False,
     **more,
 ) -> Batch:
-    layout, scales = PageLayout(FMTS[name], dim, block), random_scales(kv_heads, dim)
+    layout, scales = PageLayout(FMTS.get(name, name), dim, block), random_scales(kv_heads, dim)
     counts = [-(-n // block) for n in lens]
     cache = empty_pages(layout, sum(counts) + 1, kv_heads, padded)
     order = torch.randperm(sum(counts) + 1).tolist()
@@ -227,9 +230,33 @@ def test_every_head_size(dim, name):
 @pytest.mark.parametrize("bits", PLANES)
 def test_every_number_of_bits_for_keys_with_every_one_for_values(bits):
     for value_bits in PLANES:
-        layer = {f"k{bits}v{value_bits}": layer_format(bits, value_bits)}
-        FMTS.update(layer)
-        check(make(*layer, lens=(75, 18), query_lens=(3, 1)))
+        check(make(layer_format(bits, value_bits), lens=(75, 18), query_lens=(3, 1)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards are set by Linux's mprotect")
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(("name", "dim"), shapes(FMTS))
+def test_nothing_outside_of_the_pages_is_touched(name, dim, at_end):
+    """They lie right behind, or right before, memory whose use ends the process."""
+    layout, scales = PageLayout(FMTS[name], dim, 16), random_scales(1, dim)
+    size, guard = 5 * layout.page_bytes, mmap.PAGESIZE
+    room = -(-size // guard) * guard
+    memory = torch.frombuffer(mmap.mmap(-1, room + 2 * guard), dtype=torch.uint8)
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    for place in (0, room + guard):  # no rights
+        assert mprotect(ctypes.c_void_p(memory.data_ptr() + place), ctypes.c_size_t(guard), 0) == 0
+    start = guard + (room - size if at_end else 0)
+    cache = memory[start : start + size].view(5, 1, 16, layout.bytes_per_token)
+    pages = PagedCache(cache, layout, scales)
+    key, value, query = torch.randn(70, 1, dim), torch.randn(70, 1, dim), torch.randn(1, 2, dim)
+    table = torch.tensor([[4, 0, 1, 2, 3] if at_end else [1, 2, 3, 4, 0]], dtype=torch.int32)
+    slots = (table[0].long()[:, None] * 16 + torch.arange(16)).view(-1)[:70]
+    lens, query_start = torch.tensor([70], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    for isa in AVAILABLE:
+        pages.store(key, value, slots, torch.arange(70), isa)
+        out = torch.full_like(query, float("nan"))
+        pages.attend(query, out, table, lens, query_start, 0.1, isa=isa)
+        assert not out.isnan().any()
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
