@@ -66,10 +66,11 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     const int part = threadIdx.x / COLUMNS, channel = threadIdx.x % COLUMNS;
     const bool active = channel < HEAD_DIM;
     const float* column = p.inverse + (static_cast<i64>(head) * HEAD_DIM + part * SHARE) * HEAD_DIM + channel;
-    // What is a constant of the model is there already: there is no need to wait for it.
-    float m[SHARE];
+    // What is a constant of the model is there already: there is no need to wait for it, if registers suffice.
+    constexpr bool AHEAD = SHARE <= 32;
+    float m[AHEAD ? SHARE : 1];
 #pragma unroll
-    for (int k = 0; k < SHARE; ++k) m[k] = active ? column[k * HEAD_DIM] : 0.0f;
+    for (int k = 0; AHEAD && k < SHARE; ++k) m[k] = active ? column[k * HEAD_DIM] : 0.0f;
     const Pairs pairs(p, head);
     // The store waited for the queries before it let this kernel start, and reads nothing that this one writes.
     if (!p.beside_store) wait_for_previous_kernel();
@@ -86,12 +87,15 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     __syncthreads();
     if (active) {
         float sum[PREPARE_ROWS] = {};
-#pragma unroll
+#pragma unroll(AHEAD ? SHARE / 4 : 2)
         for (int k = 0; k < SHARE; k += 4) {
+            float own[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) own[i] = AHEAD ? m[AHEAD ? k + i : 0] : column[(k + i) * HEAD_DIM];
 #pragma unroll
             for (int r = 0; r < PREPARE_ROWS; ++r) {
                 const float4 x = *reinterpret_cast<const float4*>(q[r] + part * SHARE + k);
-                sum[r] += m[k] * x.x + m[k + 1] * x.y + m[k + 2] * x.z + m[k + 3] * x.w;
+                sum[r] += own[0] * x.x + own[1] * x.y + own[2] * x.z + own[3] * x.w;
             }
         }
 #pragma unroll
