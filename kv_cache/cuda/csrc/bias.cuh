@@ -2,15 +2,17 @@
 //
 //   bias(row, p) = sum over pairs i of A_i cos(p theta_i) + B_i sin(p theta_i)
 //
-// It is what centred keys add (kv_cache/rotary.py). With p = p0 + j, p0 a multiple of SPAN, it is a product of the tensor
-// cores over coefficients turned by p0 theta_i and a table of SPAN positions, one for all requests, heads and layers. Its
-// one-byte elements, (code - 128) / 127, are stored as the subnormal float16 numbers (code - 128) * 2^-24, in the order of
-// the left operand, so that they need no instruction but their load. Tokens lie in the order of `token_of`.
+// It is what centred keys add (kv_cache/rotary.py). With p = p0 + j, p0 a multiple of SPAN, it is a product of the
+// tensor cores over coefficients turned by p0 theta_i and a table of SPAN positions, one for all requests, heads and
+// layers. Its one-byte elements, (code - 128) / 127, are stored as the subnormal float16 numbers (code - 128) * 2^-24,
+// in the order of the left operand, so that they need no instruction but their load. Tokens lie in the order of
+// `token_of`.
 //
 // The coefficients come in the units of the product of queries and keys (prepare.cu), to which theirs adds.
 //
-// All of it lies in shared memory, fetched before it is needed: a load that has to wait while the memory is busy with pages
-// takes as long as several tiles. Only a table that does not fit is read through the L1 cache, which codes go around.
+// All of it lies in shared memory, fetched before it is needed: a load that has to wait while the memory is busy with
+// pages takes as long as several tiles. Only a table that does not fit is read through the L1 cache, which codes go
+// around.
 #pragma once
 #include "centre.cuh"
 #include "merge.cuh"

@@ -5,22 +5,23 @@
 //   ROW_TILES      query rows of a pass, in eights
 //   SOFT_CAP, OUT_BFLOAT   0 or 1
 //   PARAMS_BYTES   what the host takes `Params` to be
-//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY, SHARED_TABLE   tuning: warps of a block, tokens of a step in sixteens,
-//                  steps that are read ahead, resident blocks, Hopper's bulk copies instead of cp.async, and whether the
-//                  table of positions lies in shared memory
+//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY, SHARED_TABLE   tuning: warps of a block, tokens of a step in
+//                  sixteens, steps that are read ahead, resident blocks, Hopper's bulk copies instead of cp.async, and
+//                  whether the table of positions lies in shared memory
 //
 // Products are transposed, so that the codes are the tensor cores' 16-row operand and up to 8 query rows the other: a
 // group of 4 to 8 query heads leaves little of it idle, and codes go from shared memory to operands by masks alone
 // (codes.cuh). Logits of a step leave the first product in the layout that the second one wants, up to an 8 x 8
 // transposition, for which there is an instruction.
 //
-// A token's key is (codes - zero) * step + centre. So a row's logit is step * (codes . query - zero * sum of query) plus a
-// bias that depends on the row and the position (bias.cuh), and that of position 0, whose centre is another, comes from
-// prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are summed by one
-// more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
+// A token's key is (codes - zero) * step + centre. So a row's logit is step * (codes . query - zero * sum of query)
+// plus a bias that depends on the row and the position (bias.cuh), and that of position 0, whose centre is another,
+// comes from prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are
+// summed by one more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
 //
-// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it by
-// SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become float16.
+// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it
+// by SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become
+// float16.
 #include "bias.cuh"
 #include "pipe.cuh"
 
@@ -85,8 +86,8 @@ struct Query {
     }
 };
 
-// The logits of a tile: lane (g, t) has tokens `token_of(g)` and 8 after it of each unit for query rows 2t and 2t + 1 of
-// each eight.
+// The logits of a tile: lane (g, t) has tokens `token_of(g)` and 8 after it of each unit for query rows 2t and 2t + 1
+// of each eight.
 using Logits = float[UNITS][ROW_TILES][4];
 
 // The biases of a tile's logits, which do not need the tile.
@@ -97,8 +98,8 @@ DEVICE void start(Bias& bias, const BiasRows& rows, int first_token, Logits& s) 
 }
 
 // Attend to one tile in shared memory. `masked` says whether some row does not see all of its tokens.
-DEVICE void attend(const Params& p, const Piece& piece, const Query& query, const u8* tile, int first_token, bool masked, Logits& s,
-                   RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
+DEVICE void attend(const Params& p, const Piece& piece, const Query& query, const u8* tile, int first_token,
+                   bool masked, Logits& s, RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float value_scale[UNITS][2];
 #pragma unroll
@@ -153,7 +154,8 @@ DEVICE void attend(const Params& p, const Piece& piece, const Query& query, cons
 #pragma unroll
                 for (int i = 0; i < 2 * UNITS; ++i) {
                     const int token = first_token + i * 8 + token_of(g);
-                    if (token > position || (p.window && token <= position - p.window)) s[i / 2][n][i % 2 * 2 + j] = NEG_INF;
+                    const bool hidden = token > position || (p.window && token <= position - p.window);
+                    if (hidden) s[i / 2][n][i % 2 * 2 + j] = NEG_INF;
                 }
             }
         }
@@ -262,8 +264,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
     Piece piece, next;
     int rows = 0, parity = 0, first = 0, last = 0;
     for (bool any = false;; any = true) {
-        // A piece's rows are fetched before the piece before it is merged: while the memory is busy with pages, that takes
-        // long.
+        // A piece's rows are fetched before the piece before it is merged: while the memory is busy with pages, that
+        // takes long.
         const bool more = walk.next(p, cut, next);
         const int next_rows = min(ROWS, next.query * p.group - next.row_block * ROWS);
         const int next_first = warp_begin(next, warp), next_last = warp_begin(next, warp + 1);

@@ -1,9 +1,9 @@
-// Prepares queries for decode.cu: y = (inverse of the keys' transform) q, then float16 in the order in which a page's keys
-// yield their channels, each row scaled by a power of two to use float16's range; and the coefficients of
-// query . centre(position), a bias of each logit (kv_cache/rotary.py).
+// Prepares queries for decode.cu: y = (inverse of the keys' transform) q, then float16 in the order in which a page's
+// keys yield their channels, each row scaled by a power of two to use float16's range; and the coefficients of the
+// query's product with a position's centre, a bias of each logit (kv_cache/rotary.py).
 //
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, IN_BFLOAT (0 or 1), PARAMS_BYTES (what the host takes `Params` to be). A block of
-// PREPARE_THREADS threads prepares PREPARE_ROWS query rows of one KV head.
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, IN_BFLOAT (0 or 1), PARAMS_BYTES (what the host takes `Params` to be). A
+// block of PREPARE_THREADS threads prepares PREPARE_ROWS query rows of one KV head.
 #include "codes.cuh"
 
 constexpr int PREPARE_ROWS = 8;
@@ -21,8 +21,8 @@ struct Params {
     const float* mean;      // [KV heads, HEAD_DIM], mean key before rotary embedding.
     const float* first;     // [KV heads, HEAD_DIM], centre of keys at position 0.
     u16* prepared;          // [tokens, heads, 16 * STEPS] float16.
-    float4* rows;           // [tokens, heads]: of a row, with products in decode.cu's units: their factor to a logit times
-                            // log2(e), the sum of channels that a zero's byte is multiplied by, the bias at position 0, 0.
+    float4* rows;           // [tokens, heads]: of a row, in the units of decode.cu's products: their factor to a logit,
+                            // times log2(e); the sum of channels, for a zero's byte; the bias at position 0; 0.
     float* bias_rows;       // [tokens, heads, HEAD_DIM], A then B of bias.cuh, in units of decode.cu's products.
     int rotated;            // Pairs that rotary embedding turns: channels i and i + rotated,
     int interleaved;        // or, if not 0, 2i and 2i + 1, as are all other pairs.

@@ -51,7 +51,9 @@ DEVICE void add_chains(const float (&chains)[CHAINS][ROW_TILES][4], float (&sum)
 #pragma unroll
     for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum[n][i] = CHAINS == 1 ? chains[0][n][i] : chains[0][n][i] + chains[CHAINS - 1][n][i];
+        for (int i = 0; i < 4; ++i) {
+            sum[n][i] = CHAINS == 1 ? chains[0][n][i] : chains[0][n][i] + chains[CHAINS - 1][n][i];
+        }
     }
 }
 
