@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 
+from kv_cache.errors import ParetoError
 from kv_cache.formats import PLANES
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from kv_cache.rotary import SPAN
@@ -74,18 +76,21 @@ def choose(layout: PageLayout, rows: int, capability: tuple[int, int], shared_pe
         capability: the device's compute capability.
         shared_per_block: most bytes of shared memory that a thread block may have.
 
+    Raises:
+        ParetoError: that is too little.
+
     """
     # Sums and queries of a row tile take registers in proportion to the head size.
-    most = min(512 // layout.head_dim, 4)
-    tiles = min(-(-rows // ROW_TILE), most)
-    # 64 KB on the way keep an H100's memory busy. More only queue, and whatever the kernel needs next (block tables,
-    # queries, the next piece) waits behind them: 192 KB cost 8% of the bandwidth at 32 x 8192.
-    units = 2 if layout.bytes_per_token <= 132 and tiles <= 2 else 1
-    for warps in (8, 4):
-        step = warps * units * TOKEN_MULTIPLE * layout.bytes_per_token
-        stages = min(max(round(IN_FLIGHT / step), 2), 4)
-        for shared_table in (True, False):
-            tuning = Tuning(tiles, warps, units, stages, 1, capability >= (9, 0), shared_table)
-            if tuning.shared_bytes(layout) <= shared_per_block:
-                return tuning
-    return tuning
+    needed, most = -(-rows // ROW_TILE), min(512 // layout.head_dim, 4)
+    for row_blocks in range(-(-needed // most), needed + 1):
+        tiles = -(-needed // row_blocks)
+        units = 2 if layout.bytes_per_token <= 132 and tiles <= 2 else 1
+        for warps in (8, 4, 2):
+            # 64 KB on the way keep an H100's memory busy. More only queue, and whatever the kernel needs next (block
+            # tables, the next piece) waits behind them: 192 KB cost 8% of the bandwidth at 32 x 8192.
+            stages = min(max(round(IN_FLIGHT / (warps * units * TOKEN_MULTIPLE * layout.bytes_per_token)), 2), 4)
+            for depth, shared_table in itertools.product(range(stages, 1, -1), (True, False)):
+                tuning = Tuning(tiles, warps, units, depth, 1, capability >= (9, 0), shared_table)
+                if tuning.shared_bytes(layout) <= shared_per_block:
+                    return tuning
+    raise ParetoError(f"{layout.fmt.name}: {shared_per_block} bytes of shared memory are too few for decode attention")

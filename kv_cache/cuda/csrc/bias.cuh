@@ -2,15 +2,17 @@
 //
 //   bias(row, p) = sum over pairs i of A_i cos(p theta_i) + B_i sin(p theta_i)
 //
-// It is what centred keys add (kv_cache/rotary.py). With p = p0 + j, p0 a multiple of SPAN, it is a product of the tensor
-// cores over coefficients turned by p0 theta_i and a table of SPAN positions, one for all requests, heads and layers. Its
-// one-byte elements, (code - 128) / 127, are stored as the subnormal float16 numbers (code - 128) * 2^-24, in the order of
-// the left operand, so that they need no instruction but their load. Tokens lie in the order of `token_of`.
+// It is what centred keys add (kv_cache/rotary.py). With p = p0 + j, p0 a multiple of SPAN, it is a product of the
+// tensor cores over coefficients turned by p0 theta_i and a table of SPAN positions, one for all requests, heads and
+// layers. Its one-byte elements, (code - 128) / 127, are stored as the subnormal float16 numbers (code - 128) * 2^-24,
+// in the order of the left operand, so that they need no instruction but their load. Tokens lie in the order of
+// `token_of`.
 //
 // The coefficients come in the units of the product of queries and keys (prepare.cu), to which theirs adds.
 //
-// All of it lies in shared memory, fetched before it is needed: a load that has to wait while the memory is busy with pages
-// takes as long as several tiles. Only a table that does not fit is read through the L1 cache, which codes go around.
+// All of it lies in shared memory, fetched before it is needed: a load that has to wait while the memory is busy with
+// pages takes as long as several tiles. Only a table that does not fit is read through the L1 cache, which codes go
+// around.
 #pragma once
 #include "centre.cuh"
 #include "merge.cuh"
@@ -29,11 +31,14 @@ struct BiasRows {
           coefficients(reinterpret_cast<float*>(room + ROWS * sizeof(float4))) {}
 
     DEVICE void fetch(const Params& p, const Piece& piece, int rows) const {
+        static_assert(ROWS <= THREADS, "a thread fetches a row's numbers");
+        const int own = threadIdx.x;
+        if (own < rows) fetch_16(numbers + own, p.rows + piece.query_of(p, own));
+        else if (own < ROWS) numbers[own] = {1, 0, 0, 0};
         for (int i = threadIdx.x; i < rows * (HEAD_DIM / 4); i += THREADS) {
             const int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
             const i64 index = piece.query_of(p, row);
             fetch_16(coefficients + row * COEFFICIENTS + channel, p.bias_rows + index * HEAD_DIM + channel);
-            if (channel == 0) fetch_16(numbers + row, p.rows + index);
         }
     }
 };
@@ -84,8 +89,9 @@ public:
         if ((span + 1) * SPAN < stop) fetch_turn(span + 1);
     }
 
-    // Add the biases of a unit's tokens to their logits.
-    DEVICE void add(u32 token, float (&s)[ROW_TILES][4]) {
+    // Set a unit's logits to their biases.
+    DEVICE void set(u32 token, float (&s)[ROW_TILES][4]) {
+        float sums[CHAINS][ROW_TILES][4] = {};
         const uint4* from = table + token % SPAN / UNIT * STEPS * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
@@ -94,9 +100,10 @@ public:
 #pragma unroll
             for (int n = 0; n < ROW_TILES; ++n) {
                 const uint2 b = place(n, step);
-                mma(s[n], a, b.x, b.y);
+                mma(sums[step % CHAINS][n], a, b.x, b.y);
             }
         }
+        add_chains(sums, s);
     }
 
     // Position 0 has a centre of its own: its logits' biases, in the first unit of a sequence.

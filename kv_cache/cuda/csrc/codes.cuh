@@ -1,16 +1,16 @@
 // Codes from a page to operands of the tensor cores.
 //
 // A code's bits, masked into the low 11 bits of a float16, are the number code * 2^s * 2^-24, s the place of its lowest
-// bit: float16's subnormal numbers and those of its first exponent are multiples of 2^-24. The tensor cores take them at
-// full speed and multiply them exactly, so no code is ever converted. The factor 2^-24 goes into the logits' scale and
-// into the output's; 2^s is undone in the query's channels and in the output's.
+// bit: float16's subnormal numbers and those of its first exponent are multiples of 2^-24. The tensor cores take them
+// at full speed and multiply them exactly, so no code is ever converted. The factor 2^-24 goes into the logits' scale
+// and into the output's; 2^s is undone in the query's channels and in the output's.
 //
-// A plane's word holds several codes in each byte (kv_cache/layout.py): those at the same place of all bytes are channels
-// next to each other. Masks take the codes out of the word's lower and upper half at once, first those of the halves'
-// lower bytes, and, with the word turned by a byte, those of their upper bytes. Codes of 3 and 6 bits are first put
-// together from two planes: turned by a few bits, the upper plane's word has each code's high bits just above the low
-// ones, where the next code of the lower plane lies. So two words come of it, one with every even code whole and one with
-// every odd one.
+// A plane's word holds several codes in each byte (kv_cache/layout.py): those at the same place of all bytes are
+// channels next to each other. Masks take the codes out of the word's lower and upper half at once, first those of the
+// halves' lower bytes, and, with the word turned by a byte, those of their upper bytes. Codes of 3 and 6 bits are first
+// put together from two planes: turned by a few bits, the upper plane's word has each code's high bits just above the
+// low ones, where the next code of the lower plane lies. So two words come of it, one with every even code whole and
+// one with every odd one.
 //
 // Any bytes are finite numbers under this reading, so tokens beyond the end, padding and stale shared memory need only
 // be masked, never cleared.
@@ -24,8 +24,8 @@ constexpr int UNIT = 16;  // Tokens that one tensor-core operand holds.
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The token of a unit that row g of a key operand is (row g + 8 is 8 tokens on). Transposed weights have rows 2t and
-// 2t + 1 in lane t, which are then tokens t and t + 4: four lanes read the values of neighbours, without bank conflicts.
+// The token of a unit that row g of a key operand is (row g + 8 is 8 tokens on). Transposed weights have rows 2t and 2t
+// + 1 in lane t, which are then tokens t and t + 4: four lanes read the values of neighbours, without bank conflicts.
 DEVICE int token_of(int g) { return g / 2 + g % 2 * 4; }
 
 // The planes of BITS-bit codes.
@@ -147,8 +147,8 @@ struct KeyShare : Planes<BITS> {
 };
 
 // How eight groups of lanes share a token's value. Group g takes words (l * 8 + g) * VECTOR + e; slot l * VECTOR + e is
-// this lane's word. A word yields TILES_PER_WORD operands of 16 channels by 16 tokens; row g of one is an even code of a
-// byte and row g + 8 the odd one after it, or, of 8-bit codes, the next byte's.
+// this lane's word. A word yields TILES_PER_WORD operands of 16 channels by 16 tokens; row g of one is an even code of
+// a byte and row g + 8 the odd one after it, or, of 8-bit codes, the next byte's.
 template <int BITS>
 struct ValueShare : Planes<BITS> {
     using P = Planes<BITS>;
@@ -185,7 +185,8 @@ struct ValueShare : Planes<BITS> {
                     const auto pair = [&](const Words<VECTOR>(&w)[4], int i) {
                         return __byte_perm(w[i].word[e], w[i + 1].word[e], half ? 0x7632 : 0x5410);
                     };
-                    const Codes<BITS> first(pair(low, 0), pair(high, 0), turn), second(pair(low, 2), pair(high, 2), turn);
+                    const Codes<BITS> first(pair(low, 0), pair(high, 0), turn);
+                    const Codes<BITS> second(pair(low, 2), pair(high, 2), turn);
                     const int slot = l * VECTOR + e;
                     if constexpr (PAIRS == 0) {
                         const u32 a[4] = {first.at(0, 0), first.at(1, 0), second.at(0, 0), second.at(1, 0)};

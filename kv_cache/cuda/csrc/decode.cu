@@ -5,22 +5,23 @@
 //   ROW_TILES      query rows of a pass, in eights
 //   SOFT_CAP, OUT_BFLOAT   0 or 1
 //   PARAMS_BYTES   what the host takes `Params` to be
-//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY, SHARED_TABLE   tuning: warps of a block, tokens of a step in sixteens,
-//                  steps that are read ahead, resident blocks, Hopper's bulk copies instead of cp.async, and whether the
-//                  table of positions lies in shared memory
+//   WARPS, UNITS, STAGES, BLOCKS_PER_SM, BULK_COPY, SHARED_TABLE   tuning: warps of a block, tokens of a step in
+//                  sixteens, steps that are read ahead, resident blocks, Hopper's bulk copies instead of cp.async, and
+//                  whether the table of positions lies in shared memory
 //
 // Products are transposed, so that the codes are the tensor cores' 16-row operand and up to 8 query rows the other: a
 // group of 4 to 8 query heads leaves little of it idle, and codes go from shared memory to operands by masks alone
 // (codes.cuh). Logits of a step leave the first product in the layout that the second one wants, up to an 8 x 8
 // transposition, for which there is an instruction.
 //
-// A token's key is (codes - zero) * step + centre. So a row's logit is step * (codes . query - zero * sum of query) plus a
-// bias that depends on the row and the position (bias.cuh), and that of position 0, whose centre is another, comes from
-// prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are summed by one
-// more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
+// A token's key is (codes - zero) * step + centre. So a row's logit is step * (codes . query - zero * sum of query)
+// plus a bias that depends on the row and the position (bias.cuh), and that of position 0, whose centre is another,
+// comes from prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are
+// summed by one more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
 //
-// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it by
-// SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become float16.
+// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it
+// by SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become
+// float16.
 #include "bias.cuh"
 #include "pipe.cuh"
 
@@ -36,19 +37,25 @@ constexpr int QUERY_WIDTH = 16 * Keys::STEPS;  // float16 of a prepared row: lan
 struct Query {
     uint2 operand[QUERY_IN_REGISTERS ? ROW_TILES : 1][QUERY_IN_REGISTERS ? Keys::STEPS : 1];
     const uint2* shared;          // [ROW_TILES, STEPS, 32], where registers do not suffice.
-    float factor[ROW_TILES][2];   // Of the logits of rows 2t and 2t + 1 of each eight, times log2(e).
-    float sum[ROW_TILES][2];      // Of the row's channels: what a zero of 1 takes off the product.
-    int position[ROW_TILES][2];   // Of the row's token in its sequence.
+    const float4* numbers;        // [ROWS]: see BiasRows.
+    float2 own_numbers[QUERY_IN_REGISTERS ? ROW_TILES : 1][2];
 
     DEVICE uint2 at(int n, int step) const {
         if constexpr (QUERY_IN_REGISTERS) return operand[n][step];
         return shared[(n * Keys::STEPS + step) * 32 + threadIdx.x % 32];
     }
 
+    // Of row 2t + j of an eight: the logits' factor, times log2(e), and what a zero of 1 takes off the product.
+    DEVICE float2 number(int n, int j) const {
+        if constexpr (QUERY_IN_REGISTERS) return own_numbers[n][j];
+        const float4 x = numbers[n * 8 + threadIdx.x % 4 * 2 + j];
+        return {x.x, x.y};
+    }
+
     // Read a piece's rows; where they go through `room`, all warps must have done so before one attends.
-    DEVICE void load(const Params& p, const Piece& piece, int rows, uint2* room) {
+    DEVICE void load(const Params& p, const Piece& piece, int rows, uint2* room, const BiasRows& bias_rows) {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        shared = room;
+        shared = room, numbers = bias_rows.numbers;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
             const bool there = n * 8 + g < rows;
@@ -62,48 +69,51 @@ struct Query {
                     else room[(n * Keys::STEPS + s) * 32 + lane] = x;
                 }
             }
+        }
+    }
+
+    // The piece's numbers have come.
+    DEVICE void keep_numbers() {
+        if constexpr (!QUERY_IN_REGISTERS) return;
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int own = n * 8 + 2 * t + j;
-                const float4 x = own < rows ? p.rows[piece.query_of(p, own)] : float4{1, 0, 0, 0};
-                factor[n][j] = x.x, sum[n][j] = x.y;
-                position[n][j] = piece.length - piece.query + piece.row(p, own).x;
+                const float4 x = numbers[n * 8 + threadIdx.x % 4 * 2 + j];
+                own_numbers[n][j] = {x.x, x.y};
             }
         }
     }
 };
 
-// The logits of a tile: lane (g, t) has tokens `token_of(g)` and 8 after it of each unit for query rows 2t and 2t + 1 of
-// each eight.
+// The logits of a tile: lane (g, t) has tokens `token_of(g)` and 8 after it of each unit for query rows 2t and 2t + 1
+// of each eight.
 using Logits = float[UNITS][ROW_TILES][4];
 
 // The biases of a tile's logits, which do not need the tile.
 DEVICE void start(Bias& bias, const BiasRows& rows, int first_token, Logits& s) {
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) {
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; ++n) s[u][n][0] = s[u][n][1] = s[u][n][2] = s[u][n][3] = 0;
-        bias.add(first_token + u * UNIT, s[u]);
-    }
+    for (int u = 0; u < UNITS; ++u) bias.set(first_token + u * UNIT, s[u]);
     if (first_token == 0) bias.set_first(rows, s[0]);
 }
 
 // Attend to one tile in shared memory. `masked` says whether some row does not see all of its tokens.
-DEVICE void attend(const Params& p, const Query& query, const u8* tile, int first_token, bool masked, Logits& s,
-                   RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
+DEVICE void attend(const Params& p, const Piece& piece, const Query& query, const u8* tile, int first_token,
+                   bool masked, Logits& s, RowSums (&sums)[ROW_TILES], float (&base)[ROW_TILES][2]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float value_scale[UNITS][2];
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
         const u8* unit = tile + u * UNIT_BYTES;
-        float products[ROW_TILES][4] = {};
+        float sums_of_chains[CHAINS][ROW_TILES][4] = {}, products[ROW_TILES][4];
         Keys::for_each(unit, g, t, [&](int step, const u32(&a)[4]) {
 #pragma unroll
             for (int n = 0; n < ROW_TILES; ++n) {
                 const uint2 b = query.at(n, step);
-                mma(products[n], a, b.x, b.y);
+                mma(sums_of_chains[step % CHAINS][n], a, b.x, b.y);
             }
         });
+        add_chains(sums_of_chains, products);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const u32 meta = meta_of(unit, token_of(g) + 8 * i);
@@ -114,7 +124,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     float& x = s[u][n][2 * i + j];
-                    x = step * products[n][2 * i + j] + (x - zero * query.sum[n][j]);
+                    x = step * products[n][2 * i + j] + (x - zero * query.number(n, j).y);
                 }
             }
         }
@@ -129,7 +139,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 // c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), y the logit and x = y * log2(e).
-                const float x = s[u][n][i] * query.factor[n][i % 2];
+                const float x = s[u][n][i] * query.number(n, i % 2).x;
                 s[u][n][i] = cap * (1 - 2 * reciprocal(1 + exp2_fast(x * twice)));
             }
         }
@@ -137,14 +147,15 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
 #endif
     if (masked) {
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
+        for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
-            for (int n = 0; n < ROW_TILES; ++n) {
+            for (int j = 0; j < 2; ++j) {
+                const int position = piece.length - piece.query + piece.row(p, n * 8 + 2 * t + j).x;
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int token = first_token + u * UNIT + token_of(g) + i / 2 * 8;
-                    const int position = query.position[n][i % 2];
-                    if (token > position || (p.window && token <= position - p.window)) s[u][n][i] = NEG_INF;
+                for (int i = 0; i < 2 * UNITS; ++i) {
+                    const int token = first_token + i * 8 + token_of(g);
+                    const bool hidden = token > position || (p.window && token <= position - p.window);
+                    if (hidden) s[i / 2][n][i % 2 * 2 + j] = NEG_INF;
                 }
             }
         }
@@ -159,7 +170,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
             top[n][j] = fmaxf(s[0][n][j], s[0][n][j + 2]);
 #pragma unroll
             for (int u = 1; u < UNITS; ++u) top[n][j] = fmaxf(top[n][j], fmaxf(s[u][n][j], s[u][n][j + 2]));
-            if (!SOFT_CAP) top[n][j] *= query.factor[n][j];
+            if (!SOFT_CAP) top[n][j] *= query.number(n, j).x;
             grows |= top[n][j] > sums[n].top[j] + SLACK;
         }
     }
@@ -189,7 +200,7 @@ DEVICE void attend(const Params& p, const Query& query, const u8* tile, int firs
         for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float x = SOFT_CAP ? s[u][n][i] : s[u][n][i] * query.factor[n][i % 2];
+                const float x = SOFT_CAP ? s[u][n][i] : s[u][n][i] * query.number(n, i % 2).x;
                 const float weight = exp2_fast(x + base[n][i % 2]);
                 sums[n].l[i % 2] += weight;
                 s[u][n][i] = weight * value_scale[u][i / 2];
@@ -253,8 +264,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
     Piece piece, next;
     int rows = 0, parity = 0, first = 0, last = 0;
     for (bool any = false;; any = true) {
-        // A piece's rows are fetched before the piece before it is merged: while the memory is busy with pages, that takes
-        // long.
+        // A piece's rows are fetched before the piece before it is merged: while the memory is busy with pages, that
+        // takes long.
         const bool more = walk.next(p, cut, next);
         const int next_rows = min(ROWS, next.query * p.group - next.row_block * ROWS);
         const int next_first = warp_begin(next, warp), next_last = warp_begin(next, warp + 1);
@@ -262,12 +273,13 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
         if (more) {
             bias_rows.fetch(p, next, next_rows);
             bias.prefetch(next_first * TILE, next_last * TILE);
-            query.load(p, next, next_rows, reinterpret_cast<uint2*>(query_rooms + parity * QUERY_BYTES));
+            query.load(p, next, next_rows, reinterpret_cast<uint2*>(query_rooms + parity * QUERY_BYTES), bias_rows);
         }
         if (any) merge.warps(p, piece, rows, first < last, sums);
         fetches_done();
         if (!more) break;
         __syncthreads();  // Rows are there, and the merge is over.
+        query.keep_numbers();
         piece = next, rows = next_rows, first = next_first, last = next_last, parity ^= 1;
 
         float base[ROW_TILES][2];
@@ -285,7 +297,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
             start(bias, bias_rows, token, logits);
             const u8* codes = pipe.wait();
             const bool masked = token + TILE > seen_by_all || (p.window && token <= piece.length - 1 - p.window);
-            attend(p, query, codes, token, masked, logits, sums, base);
+            attend(p, piece, query, codes, token, masked, logits, sums, base);
             pipe.release();
         }
     }

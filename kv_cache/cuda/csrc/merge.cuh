@@ -7,9 +7,9 @@ constexpr int MERGE_WIDTH = HEAD_DIM + 4;  // Floats of a row of sums in shared 
 
 using Values = ValueShare<VALUE_BITS>;
 
-// One warp's running sums for 8 query rows, transposed as the tensor cores leave them: lane (g, t), which is
-// (lane / 4, lane % 4), has the rows 2t and 2t + 1. o[tile] are the codes of the two in row g of the tile, then of the two in
-// row g + 8 (ValueShare), times weights.
+// One warp's running sums for 8 query rows, transposed as the tensor cores leave them: lane (g, t), which is (lane / 4,
+// lane % 4), has the rows 2t and 2t + 1. o[tile] are the codes of the two in row g of the tile, then of the two in row
+// g + 8 (ValueShare), times weights.
 struct RowSums {
     float o[Values::TILES][4];
     float z[4];    // Zeros' bytes times weights; z[0] and z[1] count.
@@ -74,8 +74,8 @@ struct Merge {
     float2* stats;  // Shared: [WARPS, ROWS]: maximum (base 2) and weight.
     int* last;      // Shared: whether this thread block finished last.
 
-    // Merge the warps of this thread block; `has` says whether this warp attended to any tile. All warps must have done so
-    // before one of them attends to the next piece or writes to `sums` and `stats` again.
+    // Merge the warps of this thread block; `has` says whether this warp attended to any tile. All warps must have done
+    // so before one of them attends to the next piece or writes to `sums` and `stats` again.
     DEVICE void warps(const Params& p, const Piece& piece, int rows, bool has, const RowSums (&own)[ROW_TILES]) const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const bool whole = piece.pieces == 1;

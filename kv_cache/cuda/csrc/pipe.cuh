@@ -88,7 +88,8 @@ private:
 
     static DEVICE u32 page_of(u32 token) { return token / BLOCK_SIZE; }
 
-    // A token's page, one token to each lane; tokens are of the 32 pages from page_base on, or of a tile that goes beyond.
+    // A token's page, one token to each lane; tokens are of the 32 pages from page_base on, or of a tile that goes
+    // beyond.
     DEVICE const u8* page_at(u32 token) const {
         const u32 index = page_of(token) - page_base;
         int id = __shfl_sync(ALL_LANES, ids, index % 32);

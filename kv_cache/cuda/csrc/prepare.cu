@@ -1,9 +1,9 @@
-// Prepares queries for decode.cu: y = (inverse of the keys' transform) q, then float16 in the order in which a page's keys
-// yield their channels, each row scaled by a power of two to use float16's range; and the coefficients of
-// query . centre(position), a bias of each logit (kv_cache/rotary.py).
+// Prepares queries for decode.cu: y = (inverse of the keys' transform) q, then float16 in the order in which a page's
+// keys yield their channels, each row scaled by a power of two to use float16's range; and the coefficients of the
+// query's product with a position's centre, a bias of each logit (kv_cache/rotary.py).
 //
-// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, IN_BFLOAT (0 or 1), PARAMS_BYTES (what the host takes `Params` to be). A block of
-// PREPARE_THREADS threads prepares PREPARE_ROWS query rows of one KV head.
+// Macros: HEAD_DIM, KEY_BITS, VALUE_BITS, IN_BFLOAT (0 or 1), PARAMS_BYTES (what the host takes `Params` to be). A
+// block of PREPARE_THREADS threads prepares PREPARE_ROWS query rows of one KV head.
 #include "codes.cuh"
 
 constexpr int PREPARE_ROWS = 8;
@@ -21,8 +21,8 @@ struct Params {
     const float* mean;      // [KV heads, HEAD_DIM], mean key before rotary embedding.
     const float* first;     // [KV heads, HEAD_DIM], centre of keys at position 0.
     u16* prepared;          // [tokens, heads, 16 * STEPS] float16.
-    float4* rows;           // [tokens, heads]: of a row, with products in decode.cu's units: their factor to a logit times
-                            // log2(e), the sum of channels that a zero's byte is multiplied by, the bias at position 0, 0.
+    float4* rows;           // [tokens, heads]: of a row, in the units of decode.cu's products: their factor to a logit,
+                            // times log2(e); the sum of channels, for a zero's byte; the bias at position 0; 0.
     float* bias_rows;       // [tokens, heads, HEAD_DIM], A then B of bias.cuh, in units of decode.cu's products.
     int rotated;            // Pairs that rotary embedding turns: channels i and i + rotated,
     int interleaved;        // or, if not 0, 2i and 2i + 1, as are all other pairs.
@@ -66,10 +66,11 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     const int part = threadIdx.x / COLUMNS, channel = threadIdx.x % COLUMNS;
     const bool active = channel < HEAD_DIM;
     const float* column = p.inverse + (static_cast<i64>(head) * HEAD_DIM + part * SHARE) * HEAD_DIM + channel;
-    // What is a constant of the model is there already: there is no need to wait for it.
-    float m[SHARE];
+    // What is a constant of the model is there already: there is no need to wait for it, if registers suffice.
+    constexpr bool AHEAD = SHARE <= 32;
+    float m[AHEAD ? SHARE : 1];
 #pragma unroll
-    for (int k = 0; k < SHARE; ++k) m[k] = active ? column[k * HEAD_DIM] : 0.0f;
+    for (int k = 0; AHEAD && k < SHARE; ++k) m[k] = active ? column[k * HEAD_DIM] : 0.0f;
     const Pairs pairs(p, head);
     // The store waited for the queries before it let this kernel start, and reads nothing that this one writes.
     if (!p.beside_store) wait_for_previous_kernel();
@@ -86,12 +87,15 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
     __syncthreads();
     if (active) {
         float sum[PREPARE_ROWS] = {};
-#pragma unroll
+#pragma unroll(AHEAD ? SHARE / 4 : 2)
         for (int k = 0; k < SHARE; k += 4) {
+            float own[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) own[i] = AHEAD ? m[AHEAD ? k + i : 0] : column[(k + i) * HEAD_DIM];
 #pragma unroll
             for (int r = 0; r < PREPARE_ROWS; ++r) {
                 const float4 x = *reinterpret_cast<const float4*>(q[r] + part * SHARE + k);
-                sum[r] += m[k] * x.x + m[k + 1] * x.y + m[k + 2] * x.z + m[k + 3] * x.w;
+                sum[r] += own[0] * x.x + own[1] * x.y + own[2] * x.z + own[3] * x.w;
             }
         }
 #pragma unroll

@@ -14,6 +14,8 @@
 constexpr int TILE = UNIT * UNITS;   // Tokens that a warp attends to in one step.
 constexpr int ROWS = 8 * ROW_TILES;  // Query rows (token and head of a group) of a row block.
 constexpr int MIN_SHARE = WARPS;     // Tiles of a piece: below that, merging costs more than parallelism gains.
+// Products that add up wait for each other. With few other products at hand, they add up in two sums instead of one.
+constexpr int CHAINS = UNITS * ROW_TILES <= 2 ? 2 : 1;
 constexpr int SWITCH = 32;           // Tiles that a thread block could read in the time that a change of pieces takes.
 
 struct Params {
@@ -44,6 +46,16 @@ struct Params {
     float soft_cap;              // c in c * tanh(logit / c); used if SOFT_CAP.
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters");
+
+DEVICE void add_chains(const float (&chains)[CHAINS][ROW_TILES][4], float (&sum)[ROW_TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            sum[n][i] = CHAINS == 1 ? chains[0][n][i] : chains[0][n][i] + chains[CHAINS - 1][n][i];
+        }
+    }
+}
 
 DEVICE int div_up(int a, int b) { return (a + b - 1) / b; }
 

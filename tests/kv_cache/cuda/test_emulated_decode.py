@@ -48,6 +48,15 @@ def test_shapes(name, settings):
     check(Batch.make(name, **{"lens": [400, 17, 65], **HALF, **settings}), 2.0)
 
 
+@pytest.mark.parametrize("byte", [0, 255])
+def test_values_of_extreme_scales(byte):
+    """A softmax weight times a value's scale has to fit into float16."""
+    batch = Batch.make("int4_per_head", [300], [1], sharpness=4.0, **HALF)
+    meta = batch.cache.flatten(2)[..., batch.layout.offsets["meta"] :].unflatten(-1, (-1, 4))
+    meta[..., 2] = byte
+    check(batch, 4.0)
+
+
 @pytest.mark.parametrize("name", ["int4_per_head", "int3_per_head", "k6v8"])
 def test_as_ampere_copies(name, monkeypatch):
     monkeypatch.setattr(decode, "cuda_device", lambda layout, device: (device, (8, 0)))

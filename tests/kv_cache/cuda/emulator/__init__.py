@@ -51,7 +51,7 @@ class EmulatedKernel:
         return 1
 
     def launch(self, grid, threads, params, device, overlap=False):
-        assert self.library.emulate(ctypes.byref(params), *grid, threads) == 0, "threads wait for each other in vain"
+        assert self.library.emulate(ctypes.byref(params), *grid, threads) == 0, "threads wait in vain"
 
 
 @pytest.fixture

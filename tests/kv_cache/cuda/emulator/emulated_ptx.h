@@ -8,7 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <map>
 #include <ucontext.h>
+#include <vector>
 
 #define DEVICE inline
 #define SHARED static
@@ -45,6 +47,18 @@ struct Barrier {
     }
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    u32 bytes;
+};
+
+// What one of a block's barriers in shared memory waits for.
+struct Transfers {
+    std::vector<Copy> copies;
+    u32 expected = 0, phases = 0;
+};
+
 struct Fiber {
     jmp_buf at;
     ucontext_t context;
@@ -53,6 +67,7 @@ struct Fiber {
     u64 until = 0;
     uint3 thread;
     char* stack = nullptr;
+    std::vector<Copy> fetches;
 };
 
 extern Fiber fibers[MAX_THREADS];
@@ -60,6 +75,7 @@ extern Fiber* current;
 extern Barrier block, warps[MAX_THREADS / 32];
 extern u64 slots[MAX_THREADS / 32][32][8];  // What lanes of a warp show each other.
 extern jmp_buf scheduler;
+extern std::map<u32, Transfers> transfers;  // By the barrier's address.
 extern uint3 block_index, grid_size;
 
 inline void wait(Barrier& barrier) {
@@ -67,6 +83,12 @@ inline void wait(Barrier& barrier) {
     if (++barrier.arrived == barrier.members) return barrier.release();
     current->waits = &barrier.generation, current->until = generation;
     if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
+inline void wait_in_vain() {
+    static u64 never = 0;
+    current->waits = &never, current->until = never;
+    _longjmp(scheduler, 1);
 }
 
 inline int lane() { return current->thread.x % 32; }
@@ -232,21 +254,36 @@ template <class T> T load_l2(const T* p) { return *p; }
 DEVICE int arrive(int* count) { return (*count)++; }
 DEVICE u64 evict_first() { return 0; }
 
-// Addresses in shared memory count from its start. Copies are done at once.
+// Addresses in shared memory count from its start.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const u8*>(p) - shared); }
-DEVICE void barrier_init(u32) {}
-DEVICE void barrier_expect(u32, u32) {}
-DEVICE void barrier_wait(u32, u32) {}
-DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32, u64) { memcpy(shared + to, from, bytes); }
+DEVICE void barrier_init(u32 barrier) { emulator::transfers[barrier] = {}; }
+DEVICE void barrier_expect(u32 barrier, u32 bytes) { emulator::transfers[barrier].expected += bytes; }
+DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
+    emulator::transfers[barrier].copies.push_back({shared + to, from, bytes});
+}
+// Bulk copies are done once they are waited for. If they are not of the bytes expected, the wait never ends.
+DEVICE void barrier_wait(u32 barrier, u32 phase) {
+    emulator::Transfers& t = emulator::transfers[barrier];
+    if (t.phases % 2 != phase) return;
+    u32 bytes = 0;
+    for (const auto& copy : t.copies) bytes += copy.bytes;
+    if (!bytes || bytes != t.expected) emulator::wait_in_vain();
+    for (const auto& copy : t.copies) memcpy(copy.to, copy.from, copy.bytes);
+    t.copies.clear(), t.expected = 0, ++t.phases;
+}
 DEVICE void fence_bulk() {}
 DEVICE void copy_16(u32 to, const void* from, u64) { memcpy(shared + to, from, 16); }
 DEVICE void copy_commit() {}
 template <int PENDING> void copy_wait() {}
-DEVICE void fetch_16(void* to, const void* from) { memcpy(to, from, 16); }
+// These copies are done no sooner than they are waited for, so that who forgets to wait finds nothing.
+DEVICE void fetch_16(void* to, const void* from) { emulator::current->fetches.push_back({to, from, 16}); }
 DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
     memset(shared + to, 0, 16);
     if (read) memcpy(shared + to, from, 16);
 }
-DEVICE void fetches_done() {}
+DEVICE void fetches_done() {
+    for (const auto& copy : emulator::current->fetches) memcpy(copy.to, copy.from, copy.bytes);
+    emulator::current->fetches.clear();
+}
 DEVICE void wait_for_previous_kernel() {}
 DEVICE void let_next_kernel_start() {}

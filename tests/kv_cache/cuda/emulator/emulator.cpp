@@ -9,6 +9,7 @@ Fiber* current;
 Barrier block, warps[MAX_THREADS / 32];
 u64 slots[MAX_THREADS / 32][32][8];
 jmp_buf scheduler;
+std::map<u32, Transfers> transfers;
 uint3 block_index, grid_size;
 
 const Params* arguments;
@@ -38,14 +39,16 @@ void resume(Fiber& fiber) {
 
 bool can_run(const Fiber& f) { return !f.done && (!f.waits || *f.waits != f.until); }
 
-// Returns false if threads wait for each other in vain.
+// Returns false if threads wait in vain, or end before their copies.
 bool run_block(int threads) {
     block = Barrier{threads};
+    transfers.clear();
     for (int w = 0; w < (threads + 31) / 32; ++w) warps[w] = Barrier{min(32, threads - 32 * w)};
     for (int i = 0; i < threads; ++i) {
         Fiber& f = fibers[i];
         if (!f.stack) f.stack = static_cast<char*>(malloc(STACK));
         f.started = f.done = false, f.waits = nullptr, f.thread = {static_cast<unsigned>(i), 0, 0};
+        f.fetches.clear();
     }
     for (bool moved = true; moved;) {
         moved = false;
@@ -59,7 +62,7 @@ bool run_block(int threads) {
         }
     }
     for (int i = 0; i < threads; ++i) {
-        if (!fibers[i].done) return false;
+        if (!fibers[i].done || !fibers[i].fetches.empty()) return false;
     }
     return true;
 }
