@@ -45,7 +45,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters"
 constexpr int OPERAND_STRIDE = HEAD_DIM / 2 + 4, ROW_STRIDE = HEAD_DIM + 8, CODE_STRIDE = 5 * LANES;
 
 struct Scratch {
-    u32 operands[2][TOKENS * OPERAND_STRIDE];  // Keys less their centres: heads, then tails, in pairs of bfloat16 numbers.
+    u32 operands[2][TOKENS * OPERAND_STRIDE];  // Keys less their centres: heads, then tails, in pairs of bfloat16.
     float y[TOKENS * ROW_STRIDE];              // Transformed keys.
     u32 codes[TOKENS * CODE_STRIDE];           // Quads, a byte each.
 };
@@ -114,7 +114,7 @@ struct Place {
             high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, apart));
         }
         const u32 bits = __float_as_uint(__fmul_rn(__fsub_rn(high, low), side.range_scale));
-        const u32 rounded = bits + (1 << (MANTISSA_SHIFT - 1)) >> MANTISSA_SHIFT;
+        const u32 rounded = (bits + (1 << (MANTISSA_SHIFT - 1))) >> MANTISSA_SHIFT;
         const int scale = min(max(static_cast<int>(rounded) - UNIT_BYTE, 0), 255);
         const float inverse = __frcp_rn(step_of<BITS>(scale));
         const float below = __fmul_rn(__fmul_rn(-low, inverse), side.range_zero);
