@@ -3,8 +3,8 @@
 // Codes are bfloat16 numbers as they are, which the tensor cores multiply with the inverse transform, the sum of two
 // bfloat16 numbers. Scale and zero follow: step * (inverse codes - zero * sums of the inverse's rows).
 //
-// Macros: HEAD_DIM, BLOCK_SIZE, KEY_BITS, VALUE_BITS, PAIRS_APART (pairs of channels i and i + PAIRS_APART; the others are
-// neighbours), OUT_BFLOAT, WARPS of a block, SHARED_BYTES, PARAMS_BYTES (what the host takes a block's memory and
+// Macros: HEAD_DIM, BLOCK_SIZE, KEY_BITS, VALUE_BITS, PAIRS_APART (pairs of channels i and i + PAIRS_APART; the others
+// are neighbours), OUT_BFLOAT, WARPS of a block, SHARED_BYTES, PARAMS_BYTES (what the host takes a block's memory and
 // `Params` to be).
 #include "centre.cuh"
 #include "rows.cuh"
@@ -38,7 +38,7 @@ struct Params {
     i64 head_stride;
     const int* block_table;     // [requests, blocks]
     i64 table_stride;
-    const int4* tiles;          // Request (-1: fresh tokens), first token in it (or of the fresh ones), tokens, row of out.
+    const int4* tiles;          // Request (-1: fresh tokens), first token in it (or of those), tokens, row of out.
     const uint4* inverse;       // [KV heads, STEPS, TILES, 32] operands, heads and tails.
     const float* row_sums;      // [KV heads, HEAD_DIM]
     Centres centres;
@@ -66,7 +66,8 @@ struct Tile {
     // For each of the lane's tokens, there or not: call(token, codes of the lane's quads, 0 where there are none).
     template <int BITS, class Call>
     DEVICE void for_each_token(const Side& side, const Call& call) const {
-        constexpr int AT_ONCE = TOKENS / WARP_TOKENS < 2 ? TOKENS / WARP_TOKENS : 2;  // Tokens whose codes are on the way.
+        constexpr int AT_ONCE = 2;  // Tokens whose codes are on the way.
+        static_assert(TOKENS % (AT_ONCE * WARP_TOKENS) == 0);
 #pragma unroll 1
         for (int base = 0; base < TOKENS; base += AT_ONCE * WARP_TOKENS) {
             u32 codes[AT_ONCE][OWN] = {};
@@ -121,7 +122,8 @@ DEVICE void read_keys(const Params& p, int head, const Tile& tile, const uint4* 
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             const auto pair = [&](int k) { return pack_bfloat2(code_of(codes[i], k), code_of(codes[i], k + 1)); };
-            if (has_quad(i)) *reinterpret_cast<uint2*>(scratch + token * CODE_STRIDE + 2 * quad(i)) = {pair(0), pair(2)};
+            u32* to = scratch + token * CODE_STRIDE + 2 * quad(i);
+            if (has_quad(i)) *reinterpret_cast<uint2*>(to) = {pair(0), pair(2)};
         }
     });
     float steps[2], shifts[2];
@@ -198,7 +200,8 @@ DEVICE void copy(const Side& side, int head, const Tile& tile) {
     for (int i = threadIdx.x % 32; i < tile.count * QUADS; i += 32) {
         const int token = i / QUADS, channel = i % QUADS * 4;
         const u16* from = side.fresh + (tile.first + token) * side.fresh_token_stride + head * side.fresh_head_stride;
-        *reinterpret_cast<uint2*>(tile.out(side, head, token) + channel) = *reinterpret_cast<const uint2*>(from + channel);
+        u16* to = tile.out(side, head, token);
+        *reinterpret_cast<uint2*>(to + channel) = *reinterpret_cast<const uint2*>(from + channel);
     }
 }
 

@@ -1,14 +1,14 @@
-// Quantizes new keys and values and scatters them into pages, both in one launch: kv_cache/codec.py, write_pages. Values
-// are the specification's bit for bit. Keys are transformed on the tensor cores, split into two bfloat16 numbers each, so
-// that a byte may differ where a number lies next to a tie.
+// Quantizes new keys and values and scatters them into pages, both in one launch: kv_cache/codec.py, write_pages.
+// Values are the specification's bit for bit. Keys are transformed on the tensor cores, split into two bfloat16 numbers
+// each, so that a byte may differ where a number lies next to a tie.
 //
-// A thread block takes the tokens of one KV head 16 at a time. Each warp keeps its columns of the transform in registers,
-// asked for before the kernels ahead have ended; all share the tokens' operands. Few tokens, which are waited for, have
-// blocks of their own for keys and for values. Code is small: fetched once a layer, instructions cost more than their
-// execution.
+// A thread block takes the tokens of one KV head 16 at a time. Each warp keeps its columns of the transform in
+// registers, asked for before the kernels ahead have ended; all share the tokens' operands. Few tokens, which are waited
+// for, have blocks of their own for keys and for values. Code is small: fetched once a layer, instructions cost more
+// than their execution.
 //
-// Macros: HEAD_DIM, BLOCK_SIZE, KEY_BITS, VALUE_BITS, PAIRS_APART (pairs of channels i and i + PAIRS_APART; the others are
-// neighbours), INPUT (0 float32, 1 bfloat16, 2 float16), WARPS of a block, RESIDENT (blocks of a multiprocessor that
+// Macros: HEAD_DIM, BLOCK_SIZE, KEY_BITS, VALUE_BITS, PAIRS_APART (pairs of channels i and i + PAIRS_APART; the others
+// are neighbours), INPUT (0 float32, 1 bfloat16, 2 float16), WARPS of a block, RESIDENT (blocks of a multiprocessor that
 // registers are to suffice for), SHARED_BYTES, PARAMS_BYTES (what the host takes `Scratch` and `Params` to be).
 #include "centre.cuh"
 #include "rows.cuh"
@@ -45,7 +45,7 @@ static_assert(sizeof(Params) == PARAMS_BYTES, "the host passes other parameters"
 constexpr int OPERAND_STRIDE = HEAD_DIM / 2 + 4, ROW_STRIDE = HEAD_DIM + 8, CODE_STRIDE = 5 * LANES;
 
 struct Scratch {
-    u32 operands[2][TOKENS * OPERAND_STRIDE];  // Pairs of bfloat16 numbers: heads, then tails of keys less their centres.
+    u32 operands[2][TOKENS * OPERAND_STRIDE];  // Keys less their centres: heads, then tails, in pairs of bfloat16.
     float y[TOKENS * ROW_STRIDE];              // Transformed keys.
     u32 codes[TOKENS * CODE_STRIDE];           // Quads, a byte each.
 };
@@ -84,17 +84,20 @@ struct Elements {
 
 // A token of the lane, where there is one.
 struct Place {
+    int token;
+    bool there;
     i64 slot = -1;
 
-    DEVICE Place(const Params& p, int first) {
-        const int token = threadIdx.x / LANES;
-        if (token < TOKENS && first + token < p.tokens) slot = p.slots[first + token];
+    DEVICE Place(const Params& p, int first)
+        : token(first + threadIdx.x / LANES), there(threadIdx.x / LANES < TOKENS && token < p.tokens) {
+        if (there) slot = p.slots[token];
     }
 
     // Codes what the lane has of its token, which is even, and writes it. All lanes of a warp come here.
     template <int BITS>
     DEVICE void code(const Params& p, int kind, int head, float (&y)[OWN][4]) const {
-        constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added, it rounds to an integer, ties to even, in the lowest bits.
+        // 1.5 * 2^23: added, it rounds to an integer, ties to even, in the lowest bits.
+        constexpr float MAGIC = 12582912.0f;
         const Side& side = p.sides[kind];
         float low = 0, high = 0;
 #pragma unroll
@@ -110,8 +113,9 @@ struct Place {
             low = fminf(low, __shfl_xor_sync(ALL_LANES, low, apart));
             high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, apart));
         }
-        const u32 bits = __float_as_uint(__fmul_rn(__fsub_rn(high, low), side.range_scale)) + (1 << (MANTISSA_SHIFT - 1));
-        const int scale = min(max(static_cast<int>(bits >> MANTISSA_SHIFT) - UNIT_BYTE, 0), 255);
+        const u32 bits = __float_as_uint(__fmul_rn(__fsub_rn(high, low), side.range_scale));
+        const u32 rounded = (bits + (1 << (MANTISSA_SHIFT - 1))) >> MANTISSA_SHIFT;
+        const int scale = min(max(static_cast<int>(rounded) - UNIT_BYTE, 0), 255);
         const float inverse = __frcp_rn(step_of<BITS>(scale));
         const float below = __fmul_rn(__fmul_rn(-low, inverse), side.range_zero);
         const float zero = __fadd_rn(fminf(fmaxf(below, 0.0f), 255.0f), MAGIC);
@@ -137,19 +141,14 @@ struct Place {
             u8* page = p.cache + slot / BLOCK_SIZE * p.block_stride + head * p.head_stride;
             const int offset = static_cast<int>(slot % BLOCK_SIZE);
             write_planes<BITS>(page, side.planes, offset, codes);
-            if (threadIdx.x % LANES == 0)
-                reinterpret_cast<u16*>(page + p.meta)[2 * offset + kind] = static_cast<u16>(scale | (__float_as_uint(zero) & 255) << 8);
+            if (threadIdx.x % LANES == 0) {
+                u16* meta = reinterpret_cast<u16*>(page + p.meta) + 2 * offset + kind;
+                *meta = static_cast<u16>(scale | (__float_as_uint(zero) & 255) << 8);
+            }
         }
         __syncwarp();
     }
 };
-
-// Two numbers as the sum of two pairs of bfloat16: 16 bits of each. Infinity and NaN stay what they are.
-DEVICE void split(float low, float high, u32& head, u32& tail) {
-    head = pack_bfloat2(low, high);
-    const auto finite = [](float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0.0f; };
-    tail = pack_bfloat2(finite(low - __uint_as_float(head << 16)), finite(high - __uint_as_float(head & 0xffff0000u)));
-}
 
 // What a block keeps to transform one head's keys.
 struct Keys {
@@ -163,7 +162,8 @@ struct Keys {
 
     // Constants of the model: there is no need to wait for them.
     DEVICE void load(const Params& p, int head) {
-        const uint2* from = p.transform + (head * STEPS * TILES + threadIdx.x / 32 * WARP_TILES) * 32 + threadIdx.x % 32;
+        const int first = head * STEPS * TILES + threadIdx.x / 32 * WARP_TILES;
+        const uint2* from = p.transform + first * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
@@ -202,8 +202,9 @@ struct Keys {
                 u32 parts[2][(WIDTH + 1) / 2];
 #pragma unroll
                 for (int k = 0; k < WIDTH; k += 2) {
-                    const auto x = [&](int j) { return j < WIDTH ? __fsub_rn(raw[i][run][j], centre.x[run][j]) : 0.0f; };
-                    split(x(k), x(k + 1), parts[0][k / 2], parts[1][k / 2]);
+                    const float x = __fsub_rn(raw[i][run][k], centre.x[run][k]);
+                    const float next = WIDTH > 1 ? __fsub_rn(raw[i][run][k + 1], centre.x[run][k + 1]) : 0.0f;
+                    split_bfloat2(x, next, parts[0][k / 2], parts[1][k / 2]);
                 }
 #pragma unroll
                 for (int part = 0; part < 2; ++part) {
@@ -273,7 +274,7 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void store(const __gr
         if (codes_values && warp_codes) {
 #pragma unroll
             for (int i = 0; i < OWN; ++i)
-                if (place.slot >= 0 && has_quad(i)) values[i].load(p.sides[1], first + threadIdx.x / LANES, head, 4 * quad(i));
+                if (place.there && has_quad(i)) values[i].load(p.sides[1], place.token, head, 4 * quad(i));
         }
         float y[OWN][4];
         if (codes_keys) {

@@ -247,8 +247,9 @@ DEVICE void let_next_kernel_start() {
 
 DEVICE float from_bfloat(u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); }
 
-// The two numbers as the sum of two pairs of bfloat16: 16 bits of each.
+// Two numbers as the sum of two pairs of bfloat16: 16 bits of each. Infinity and NaN stay what they are.
 DEVICE void split_bfloat2(float low, float high, u32& head, u32& tail) {
     head = pack_bfloat2(low, high);
-    tail = pack_bfloat2(low - __uint_as_float(head << 16), high - __uint_as_float(head & 0xffff0000u));
+    const auto finite = [](float x) { return fabsf(x) < __int_as_float(0x7f800000) ? x : 0.0f; };
+    tail = pack_bfloat2(finite(low - __uint_as_float(head << 16)), finite(high - __uint_as_float(head & 0xffff0000u)));
 }
