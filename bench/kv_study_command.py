@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         batch_tokens=args.batch_tokens,
         heartbeat=Heartbeat(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([Path(word).name if Path(word).exists() else word for word in sys.argv]),
     )
     report = study.run(names, again, lambda result: print(line(result), flush=True))
     print()

@@ -116,8 +116,11 @@ class Study:
             windows.append(self._tokens(text, settings.num_windows, settings.window_tokens, "evaluation"))
             self.names += [Path(text).name if text else "samples"] * settings.num_windows
         self.windows = torch.cat(windows)
+        # The same bytes may lie elsewhere on another machine: names tell people, digests tell the program.
         self.settings: dict[str, Any] = asdict(settings) | {
-            "texts": list(settings.texts),
+            "model": self.folder.name if Path(settings.model).is_dir() else settings.model,
+            "texts": [Path(text).name for text in settings.texts],
+            "calibration": settings.calibration and Path(settings.calibration).name,
             "fingerprint": fingerprint(self.folder),
             "windows_sha256": _sha256(self.windows),
             "calibration_sha256": _sha256(self.calibration),
@@ -140,7 +143,7 @@ class Study:
                 raise ParetoError(f"{self.path} is damaged: delete it, or give another --out")
             return None
         report = read_report(self.path)
-        names = {"model", "texts", "calibration"}  # The same bytes may lie elsewhere; the digests tell.
+        names = {"model", "texts", "calibration"}
         differing = [k for k, v in self.settings.items() if k not in names and report.settings.get(k) != v]
         if differing:
             raise ParetoError(f"{self.path} is of other settings ({', '.join(differing)}): give another --out")
