@@ -8,7 +8,7 @@ the tokens one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ LOGIT_TOKENS = 1024
 
 Side = tuple[int, str]
 """A layer and "key" or "value"."""
-Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class _Collector:
 class _Coding:
     """Puts a coder between the model and its cache; an observer of the attention hook."""
 
-    def __init__(self, coder: Coder, only: Collection[Side] | None, run: Run, tick: Tick) -> None:
-        self.coder, self.only, self.run, self.tick = coder, only, run, tick
+    def __init__(self, coder: Coder, only: Collection[Side] | None, run: Run) -> None:
+        self.coder, self.only, self.run = coder, only, run
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to what the coder returns."""
@@ -106,7 +105,6 @@ class _Coding:
                 decoded.coded_keys,
                 decoded.coded_values,
             )
-        self.tick()
         return attend(query, key, value, decoded, call.scaling)
 
 
@@ -129,14 +127,13 @@ class StudiedModel:
     heads * head_dim bytes (46 KB for SmolLM2-135M: 3 GB for 32 x 2,048 tokens).
     """
 
-    def __init__(self, folder: Path, device: str, batch_tokens: int = 16384, tick: Tick = lambda: None) -> None:
+    def __init__(self, folder: Path, device: str, batch_tokens: int = 16384) -> None:
         """Load a model.
 
         Args:
             folder: of the checkpoint.
             device: torch device.
             batch_tokens: tokens that go through the model at once, at least one window.
-            tick: called often while something runs.
 
         Raises:
             ParetoError: transformers cannot load it.
@@ -145,7 +142,7 @@ class StudiedModel:
         from transformers import AutoModelForCausalLM
 
         torch.backends.cuda.matmul.allow_tf32 = False
-        self.device, self.batch_tokens, self.tick = torch.device(device), batch_tokens, tick
+        self.device, self.batch_tokens = torch.device(device), batch_tokens
         try:
             with quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
@@ -204,7 +201,6 @@ class StudiedModel:
         with observing(collector):
             for batch in (*self._batches(windows), windows.flatten()[drawn][:, None]):
                 self._hidden(batch)
-                self.tick()
         rotary, positions = self.rotary, collector.query_positions
         assert positions is not None
         self.samples = []
@@ -234,7 +230,6 @@ class StudiedModel:
             for rows in torch.arange(len(tokens) - 1).split(LOGIT_TOKENS):
                 chosen = tokens[rows + 1, None].to(self.device)
                 total -= torch.log_softmax(self._logits(hidden[rows]), -1).gather(1, chosen).double().sum().item()
-                self.tick()
             self.reference_nll.append(total / (len(tokens) - 1))
         return self.reference_nll
 
@@ -248,7 +243,6 @@ class StudiedModel:
         """Let a coder learn from every layer's sample."""
         for layer, sample in enumerate(self.samples):
             coder.fit(layer, sample)
-            self.tick()
 
     @torch.no_grad()
     def measure(self, coder: Coder, only: Collection[Side] | None = None) -> Loss:
@@ -268,11 +262,10 @@ class StudiedModel:
                 with observing(keeper):
                     self._hidden(batch)
                 exact = keeper.kept
-            with observing(_Coding(coder, only, Run(exact=exact), self.tick)):
+            with observing(_Coding(coder, only, Run(exact=exact))):
                 coded = self._hidden(batch)
             for hidden in coded:
                 self._compare(*next(reference), hidden, loss)
-                self.tick()
         return loss
 
     def _compare(self, tokens: Tensor, reference: Tensor, coded: Tensor, loss: Loss) -> None:

@@ -118,15 +118,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     out = Path(args.out)
-    study = Study(
-        settings,
-        out,
-        device=args.device,
-        batch_tokens=args.batch_tokens,
-        heartbeat=Heartbeat(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    )
-    report = study.run(names, again, lambda result: print(line(result), flush=True))
+    command = shlex.join([Path(word).name if Path(word).exists() else word for word in sys.argv])
+    with Heartbeat() as heartbeat:
+        study = Study(
+            settings, out, device=args.device, batch_tokens=args.batch_tokens, heartbeat=heartbeat, command=command
+        )
+        report = study.run(names, again, lambda result: print(line(result), flush=True))
     print()
     print(table(report))
     write_text(out / "kv-study.md", markdown(report))

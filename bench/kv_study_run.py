@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from bench.kv_study_plant import plant_key_bias, plant_value_outliers
 from bench.kv_study_schema import SCHEMA, CoderResult, KVStudyReport, WindowLoss, from_dict
 from kv_cache.errors import ParetoError
 from kv_cache.simulate.registry import ENTRIES
-from quant_methods.calibration.text_source import load_sequences
+from quant_methods.calibration.text_source import Split, load_sequences
 from quant_methods.model_source import fingerprint, read_config, resolve_model
 
 RESULT = "kv-study.json"
@@ -60,23 +61,28 @@ class Settings:
 
 
 class Heartbeat:
-    """Says what is going on, at most every 10 seconds, in lines that a log can hold."""
+    """Says every 10 seconds what is going on, in lines that a log can hold; a context manager."""
 
-    def __init__(self, write: Callable[[str], None] | None = None) -> None:
+    def __init__(self, write: Callable[[str], None] | None = None, seconds: float = HEARTBEAT_S) -> None:
         self._write = write or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._doing, self._began, self._said = "", time.monotonic(), time.monotonic()
+        self._seconds, self._ended = seconds, threading.Event()
+        self._doing = "starting", time.monotonic()
 
     def begin(self, doing: str) -> None:
         """Start on something else."""
-        self._doing, self._began = doing, time.monotonic()
-        self.tick()
+        self._doing = doing, time.monotonic()
 
-    def tick(self) -> None:
-        """Say it again if the last line is old enough."""
-        now = time.monotonic()
-        if now - self._said >= HEARTBEAT_S:
-            self._said = now
-            self._write(f"kv-study: {self._doing}, for {now - self._began:.0f} s")
+    def __enter__(self) -> Heartbeat:
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._seconds):
+            doing, began = self._doing
+            self._write(f"kv-study: {doing}, for {time.monotonic() - began:.0f} s")
 
 
 class Study:
@@ -116,22 +122,22 @@ class Study:
             windows.append(self._tokens(text, settings.num_windows, settings.window_tokens, "evaluation"))
             self.names += [Path(text).name if text else "samples"] * settings.num_windows
         self.windows = torch.cat(windows)
+        # The same bytes may lie elsewhere on another machine: names tell people, digests tell the program.
         self.settings: dict[str, Any] = asdict(settings) | {
-            "texts": list(settings.texts),
+            "model": self.folder.name if Path(settings.model).is_dir() else settings.model,
+            "texts": [Path(text).name for text in settings.texts],
+            "calibration": settings.calibration and Path(settings.calibration).name,
             "fingerprint": fingerprint(self.folder),
             "windows_sha256": _sha256(self.windows),
             "calibration_sha256": _sha256(self.calibration),
         }
         self.report = self._earlier()
 
-    def _tokens(self, text: str | None, windows: int, tokens: int, split: Any) -> Tensor:
-        def progress(done: int, total: int) -> None:
-            self.heartbeat.tick()
-
-        file = Path(text) if text else None
+    def _tokens(self, text: str | None, windows: int, tokens: int, split: Split) -> Tensor:
         return load_sequences(
-            self.folder, file, windows, tokens, self._settings.seed, split, device=self.device, progress=progress
-        )
+            self.folder, Path(text) if text else None, windows, tokens, self._settings.seed, split,
+            device=self.device, progress=lambda done, total: None,
+        )  # fmt: skip
 
     def _earlier(self) -> KVStudyReport | None:
         document = read_json(self.path)
@@ -140,7 +146,7 @@ class Study:
                 raise ParetoError(f"{self.path} is damaged: delete it, or give another --out")
             return None
         report = read_report(self.path)
-        names = {"model", "texts", "calibration"}  # The same bytes may lie elsewhere; the digests tell.
+        names = {"model", "texts", "calibration"}
         differing = [k for k, v in self.settings.items() if k not in names and report.settings.get(k) != v]
         if differing:
             raise ParetoError(f"{self.path} is of other settings ({', '.join(differing)}): give another --out")
@@ -185,7 +191,7 @@ class Study:
 
     def _prepared(self) -> tuple[StudiedModel, list[float]]:
         self.heartbeat.begin("loading the model")
-        model = StudiedModel(self.folder, self.device, self.batch_tokens, self.heartbeat.tick)
+        model = StudiedModel(self.folder, self.device, self.batch_tokens)
         if self._settings.key_bias:
             plant_key_bias(model.model, self._settings.key_bias)
         if self._settings.value_outlier != 1:

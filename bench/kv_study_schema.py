@@ -65,7 +65,7 @@ class KVStudyReport:
     Attributes:
         status: ``complete``, or ``partial`` while chosen coders are missing.
         created_at: ISO 8601, of the last write.
-        command: what was typed, the last time.
+        command: what was typed, the last time, files without their folders.
         settings: what the figures depend on; a run continues a file of the same settings only.
         environment: versions, machine, commit; with ``device``.
         perplexity: of the full-precision model.

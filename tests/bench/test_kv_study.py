@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -255,14 +256,18 @@ def test_a_damaged_result_is_not_overwritten(tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_a_line_comes_every_ten_seconds_and_not_more_often(monkeypatch):
-    now, lines = [0.0], []
-    monkeypatch.setattr(kv_study_run.time, "monotonic", lambda: now[0])
-    heartbeat = kv_study_run.Heartbeat(lines.append)
-    heartbeat.begin("coder 1 of 2, fp8")
-    for now[0] in range(25):
-        heartbeat.tick()
-    assert lines == ["kv-study: coder 1 of 2, fp8, for 10 s", "kv-study: coder 1 of 2, fp8, for 20 s"]
+def test_lines_say_what_is_going_on_and_end_with_it():
+    lines = []
+    with kv_study_run.Heartbeat(lines.append, seconds=0.05) as heartbeat:
+        heartbeat.begin("coder 1 of 2, fp8")
+        time.sleep(0.4)
+    assert kv_study_run.HEARTBEAT_S == 10
+    assert len(lines) >= 2
+    assert set(lines) <= {"kv-study: coder 1 of 2, fp8, for 0 s", "kv-study: coder 1 of 2, fp8, for 1 s"}
+    time.sleep(0.2)
+    ended = len(lines)
+    time.sleep(0.3)
+    assert len(lines) == ended
 
 
 def test_it_runs_from_a_bare_checkout(tmp_path):
