@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
-from kv_cache.formats import KVFormat
 from kv_cache.rotary import Rotary
-from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, KVScales, LayerScales
+from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, SCHEMA, KVScales, LayerScales
+from kv_cache.transforms import hadamard_sums
 from quant_methods.model_source import cache_dir
 
 if TYPE_CHECKING:
@@ -26,64 +26,58 @@ DUMMY_STD = 1e-3 / math.sqrt(3)
 """Standard deviation of vLLM's dummy weights, drawn evenly from -1e-3 to 1e-3."""
 
 
-def make(config: VllmConfig, fmt: KVFormat) -> Path:
-    """Return a folder with random scales of one format for a model's shape, kept between starts."""
+def make(config: VllmConfig) -> Path:
+    """Return a folder with random scales for a model's shape, kept between starts."""
     model = config.model_config
     text = model.hf_text_config
     shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
-    described = f"{fmt.name} {shape} {text.hidden_size} {model.max_model_len} {_theta(text)}"
+    rotary = _rotary(text, shape[-1], model.max_model_len)
+    described = f"{SCHEMA} {shape} {text.hidden_size} {rotary.max_position} {rotary.inv_freq.tolist()}"
     folder = cache_dir() / "kv-scales" / f"dummy-{hashlib.sha256(described.encode()).hexdigest()[:24]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / SCALES_FILE).is_file():
             # Keys and values of a dummy model: a normalized input, times the norm's and the projection's weights.
-            spread = DUMMY_STD**2 * math.sqrt(text.hidden_size)
-            random_scales(fmt, *shape, spread, model.max_model_len, _theta(text)).save(folder)
+            random_scales(*shape, DUMMY_STD**2 * math.sqrt(text.hidden_size), rotary).save(folder)
     return folder
 
 
-def _theta(text: Any) -> float:
+def _rotary(text: Any, dim: int, max_position: int) -> Rotary:
     parameters = getattr(text, "rope_parameters", None) or {}
-    return float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
+    theta = float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0)
+    share = parameters.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1.0
+    rotated = int(dim * float(share))
+    return Rotary.over(dim, theta ** -(torch.arange(0, rotated, 2) / rotated), max_position)
 
 
-def random_scales(
-    fmt: KVFormat, layers: int, heads: int, dim: int, spread: float, max_position: int, theta: float
-) -> KVScales:
-    """Return scales of one static format for layers of ``heads`` KV heads of ``dim`` channels.
+def random_scales(layers: int, heads: int, dim: int, spread: float, rotary: Rotary) -> KVScales:
+    """Return scales for layers of ``heads`` KV heads of ``dim`` channels.
 
     Args:
-        fmt: the format.
         layers: of the model.
         heads: KV heads of a layer.
         dim: channels of a head.
         spread: standard deviation of keys and values.
-        max_position: tokens of the longest context.
-        theta: base of the rotary embedding.
+        rotary: of the model.
 
     """
     draw = torch.Generator().manual_seed(0)
-
-    def side(bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Three standard deviations to either side of zero, a little different for each channel."""
-        step = 6 * spread / (2**bits - 1) * (0.9 + 0.2 * torch.rand(heads, dim, generator=draw))
-        return step, (2**bits - 1) / 2 + torch.rand(heads, dim, generator=draw) - 0.5
-
-    def feedback() -> torch.Tensor:
-        return torch.randn(heads, dim, dim, generator=draw).mul(0.05).tril(-1).to(MATRIX_DTYPE).float()
-
-    rotary = None
-    if fmt.granularity == "head" and fmt.key_bits == 4:
-        rotary = Rotary(theta ** -(torch.arange(0, dim, 2) / dim), max_position)
+    # Hadamard's matrix times its transpose is the length of a run times the identity, so that inverses need no LAPACK,
+    # which this process must not call.
+    mixed = hadamard_sums(torch.eye(dim))
+    entry = torch.tensor(1 / (spread * math.sqrt(dim & -dim))).to(MATRIX_DTYPE).float()
     made = []
     for _ in range(layers):
-        parts: dict[str, Any] = dict(zip(("key_scale", "key_zero"), side(fmt.key_bits), strict=True))
-        parts |= dict(zip(("value_scale", "value_zero"), side(fmt.value_bits), strict=True))
-        if rotary is not None:
-            same = torch.eye(dim).expand(heads, dim, dim).contiguous()
-            mean = spread * torch.randn(heads, dim, generator=draw)
-            parts |= {"key_transform": same, "key_inverse": same, "key_mean": mean, "key_feedback": feedback()}
-        if fmt.granularity == "head" and fmt.value_bits == 4:
-            parts["value_feedback"] = feedback()
-        made.append(LayerScales(**parts, rotary=rotary))
-    return KVScales(layers, heads, dim, {fmt.name: made}, {"dummy": True}, rotary)
+        signs = torch.randint(2, (heads, 1, dim), generator=draw) * 2 - 1
+        turn = mixed[:, torch.randperm(dim, generator=draw)] * signs
+        made.append(
+            LayerScales(
+                key_mean=spread * torch.randn(heads, dim, generator=draw),
+                key_first=spread * torch.randn(heads, dim, generator=draw),
+                key_transform=turn * entry,
+                key_inverse=(turn / (entry * (dim & -dim))).mT.contiguous(),
+                value_size=spread * (0.9 + 0.2 * torch.rand(heads, generator=draw)),
+                rotary=rotary,
+            )
+        )
+    return KVScales(layers, heads, dim, made, metadata={"dummy": True})

@@ -46,10 +46,9 @@ def prepare(config: VllmConfig) -> None:
         from kv_cache.cpu_kernels import best_isa
 
         best_isa()
-    if fmt.static:
-        from vllm_ext.scale_source import find_scales
+    from vllm_ext.scale_source import find_scales
 
-        config.additional_config[SCALES_KEY] = str(find_scales(config))
+    config.additional_config[SCALES_KEY] = str(find_scales(config))
     from vllm_ext.metrics import publish
 
     publish(config)
