@@ -31,7 +31,13 @@ _DTYPE_BITS = {
 }  # fmt: skip
 
 
-def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False, revision: str | None = None) -> Path:
+def resolve_model(
+    name: str | os.PathLike[str],
+    *,
+    quantized: bool = False,
+    revision: str | None = None,
+    download_dir: str | None = None,
+) -> Path:
     """Return the directory of a model's checkpoint, validated.
 
     Args:
@@ -39,6 +45,7 @@ def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False, revi
             existing directory wins over an embedded name, and both win over the hub.
         quantized: accept a checkpoint that is already quantized (to serve or evaluate it).
         revision: branch, tag or commit of a hub model; others have none.
+        download_dir: where to keep a hub model; None: in the hub's own cache.
 
     Returns:
         A local directory.
@@ -56,7 +63,7 @@ def resolve_model(name: str | os.PathLike[str], *, quantized: bool = False, revi
     elif (EMBEDDED / text / "config.json").is_file():
         path = EMBEDDED / text
     elif text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
-        path = _download(text, revision)
+        path = _download(text, revision, download_dir)
     else:
         raise ParetoError(
             f"model {text!r} not found: no such directory, and not one of the embedded models "
@@ -96,13 +103,17 @@ def embedded_models() -> list[str]:
     return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
     from huggingface_hub.errors import RepositoryNotFoundError as NotFound
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, cache_dir=download_dir, allow_patterns=HUB_PATTERNS
+            )
+        )
     except HFValidationError as error:
         raise ParetoError(f"model {name!r}: no such directory, and not a valid hub name") from error
     except RevisionNotFoundError as error:

@@ -63,22 +63,28 @@ def find_scales(config: VllmConfig) -> Path:
 def _find(config: VllmConfig) -> Path:
     model = config.model_config
     named = config.additional_config.get(SCALES_KEY)
-    folder = Path(named) if named else _checkpoint_folder(model)
+    folder = Path(named) if named else _checkpoint_folder(model, config.load_config.download_dir)
     if folder is None or not (folder / SCALES_FILE).is_file():
         if named:
             raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
         if config.load_config.load_format == "dummy":
             from vllm_ext import dummy_scales
 
-            folder = dummy_scales.make(config)
-        else:
-            from vllm_ext.auto_calibration import calibrate
+            return dummy_scales.make(config)
+        from vllm.platforms import current_platform
 
-            folder = calibrate(model.model if folder is None else str(folder))
+        from vllm_ext.auto_calibration import calibrate
+
+        return calibrate(
+            model.model,
+            device="cuda" if current_platform.is_cuda() else "cpu",
+            revision=model.revision,
+            download_dir=config.load_config.download_dir,
+        )
     return folder
 
 
-def _checkpoint_folder(model: Any) -> Path | None:
+def _checkpoint_folder(model: Any, download_dir: str | None) -> Path | None:
     """Return the checkpoint's local folder, fetching only the scales of a hub model; None where it has none."""
     if Path(model.model).is_dir():
         return Path(model.model)
@@ -86,7 +92,7 @@ def _checkpoint_folder(model: Any) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = hf_hub_download(model.model, str(SCALES_FILE), revision=model.revision)
+        found = hf_hub_download(model.model, str(SCALES_FILE), revision=model.revision, cache_dir=download_dir)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
     return Path(found).parent.parent
@@ -109,11 +115,19 @@ def check_geometry(scales: KVScales, config: VllmConfig, folder: Path) -> None:
         )
 
 
-def _scales(config: VllmConfig) -> KVScales:
+def model_scales(config: VllmConfig) -> KVScales:
+    """Return the scales of the whole model.
+
+    Args:
+        config: the engine's, after :func:`find_scales`.
+
+    Raises:
+        ParetoError: there are none.
+
+    """
     folder = config.additional_config.get(SCALES_KEY)
     if not folder:
-        name = config.cache_config.cache_dtype
-        raise ParetoError(f"--kv-cache-dtype {name} needs calibrated scales, and the engine was given none")
+        raise ParetoError("a quantized KV cache needs calibrated scales, and the engine was given none")
     return _load(str(folder))
 
 
@@ -125,8 +139,11 @@ def layer_scales(config: VllmConfig, index: int, num_kv_heads: int) -> LayerScal
         index: of the layer in the model.
         num_kv_heads: of this rank.
 
+    Raises:
+        ParetoError: there are none.
+
     """
-    scales = _scales(config).layer(index)
+    scales = model_scales(config).layer(index)
     total = scales.key_mean.shape[0]
     if num_kv_heads == total:
         return scales
@@ -148,7 +165,7 @@ def layer_format_of(config: VllmConfig, index: int) -> KVFormat:
     name = config.cache_config.cache_dtype
     if name != MIXED:
         return get_format(name)
-    return _scales(config).format(name, index)
+    return model_scales(config).format(name, index)
 
 
 def layer_dtype(prefix: str) -> str:

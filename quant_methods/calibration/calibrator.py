@@ -127,6 +127,7 @@ class Decoder:
                 f"{model_dir}: {type(self.model).__name__} is not a supported decoder (it has no .layers)"
             )
         self.blocks: list[nn.Module] = list(blocks)
+        self._base_prefix = next(name for name, module in self.model.named_modules() if module is self.base)
         self.prefix = next(name for name, module in self.model.named_modules() if module is blocks)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
         self.source = ReadBack(model_dir, self.model, self.device) if source is None else source
@@ -177,10 +178,7 @@ class Decoder:
 
         """
         self.compute_buffers()
-        embedding = self.base.get_input_embeddings()
-        name = next(n for n, m in self.model.named_modules() if m is embedding)
-        weight = self.source.read(f"{name}.weight")
-        embedding.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
+        loaded = self._load_before_blocks()
         hidden: Tensor | None = None
         step = batch_size(tokens.shape[1])
         with self._stubs() as seen:
@@ -195,9 +193,30 @@ class Decoder:
                 hidden[start : start + len(batch)] = first
                 # Every sequence is full, so a batch's shape determines the rest of its arguments.
                 self._arguments.setdefault(batch.shape, [arguments for _, arguments in seen])
-        embedding.to("meta")
+        for module in loaded:
+            module.to("meta")
         assert hidden is not None
         return hidden
+
+    def _load_before_blocks(self) -> list[nn.Module]:
+        """Give the decoder's modules outside of the blocks their weights: embeddings of tokens and, if any, positions.
+
+        Returns:
+            The modules that had none before.
+
+        """
+        loaded = []
+        for name, module in self.model.named_modules():
+            own = [
+                local for local, parameter in module._parameters.items() if parameter is not None and parameter.is_meta
+            ]
+            if not name.startswith(self._base_prefix) or f"{name}.".startswith(self.prefix + ".") or not own:
+                continue
+            for local in own:
+                weight = self.source.read(f"{name}.{local}").to(self.device, self.dtype)
+                module._parameters[local] = nn.Parameter(weight, requires_grad=False)
+            loaded.append(module)
+        return loaded
 
     def _buffer(self, shape: tuple[int, ...]) -> Tensor:
         """Return room for hidden states."""

@@ -1,6 +1,7 @@
 """Checks that need vLLM's configuration classes but no engine."""
 
 import argparse
+import dataclasses
 import socket
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, FORMATS, get_format
-from kv_cache.scales import KVScales, LayerScales
+from kv_cache.scales import KVScales
+from tests.kv_cache.random_scales import random_scales
 from vllm_ext import serve
 from vllm_ext.metrics import cache_cost
 from vllm_ext.names import SCALES_KEY
@@ -96,10 +98,8 @@ def test_a_layer_that_cannot_be_served_names_the_alternative(changes, reason):
 
 
 def some_scales(layers=3, heads=4, dim=64):
-    def one():
-        return LayerScales(*(torch.rand(heads, dim) + 0.1 for _ in range(4)))
-
-    return KVScales(layers, heads, dim, {"int8_per_head": [one() for _ in range(layers)]})
+    made = [random_scales(heads, dim) for _ in range(layers)]
+    return KVScales(layers, heads, dim, [dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
 
 
 def fake_config(**extra):
@@ -141,32 +141,40 @@ def test_what_cuda_cannot_serve_is_refused(changes, capability, message, monkeyp
         startup._check_cuda(cuda_config(**changes), "int4_per_head")
 
 
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.static])
-def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(name, tmp_path, monkeypatch):
-    from kv_cache.formats import get_format
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim, tmp_path, monkeypatch):
+    from kv_cache import codec
     from vllm_ext.scale_source import find_scales, layer_scales
 
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
+    parameters = {"rope_theta": 1e6, "partial_rotary_factor": 0.5 if dim == 80 else 1.0}
     model = SimpleNamespace(
         model=str(tmp_path), revision=None, max_model_len=1000, get_total_num_hidden_layers=lambda: 2,
-        get_total_num_kv_heads=lambda: 2, get_head_size=lambda: 64,
-        hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters={"rope_theta": 1e6}),
+        get_total_num_kv_heads=lambda: 2, get_head_size=lambda: dim,
+        hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
-        model_config=model, additional_config={}, load_config=SimpleNamespace(load_format="dummy"),
-        cache_config=SimpleNamespace(cache_dtype=name),
+        model_config=model, additional_config={},
+        load_config=SimpleNamespace(load_format="dummy", download_dir=None),
+        cache_config=SimpleNamespace(cache_dtype="int4_per_head"),
     )  # fmt: skip
     folder = find_scales(config)
     assert find_scales(config) == folder
     config.additional_config[SCALES_KEY] = str(folder)
-    scales = layer_scales(config, get_format(name), 1, 2)
-    four_bit_heads = name in ("int4_per_head", "k8v4_per_head")
-    assert (scales.value_feedback is not None) == four_bit_heads
-    assert (scales.key_mean is not None) == (name == "int4_per_head")
-    # Most keys and values of a dummy model are within reach of the codes.
+    scales = layer_scales(config, 1, 2)
+    assert scales.rotary.rotated == (20 if dim == 80 else dim // 2)
+    assert not torch.equal(scales.key_transform, layer_scales(config, 0, 2).key_transform)
+    same = torch.eye(dim).expand(2, dim, dim)
+    torch.testing.assert_close(scales.key_inverse @ scales.key_transform, same, atol=1e-5, rtol=0)
+    # Keys and values of a dummy model are brought to size 1.
     spread = 16 * (1e-3 / 3**0.5) ** 2
-    reach = (2 ** get_format(name).value_bits - 1) * scales.value_scale.mean()
-    assert 5 * spread < reach < 7 * spread
+    torch.manual_seed(0)
+    positions = torch.arange(300)
+    key = torch.randn(300, 2, dim) * spread + codec.centres(scales, positions)
+    value = torch.randn(300, 2, dim) * spread
+    for even in (codec.even_keys(key, scales, positions), codec.even_values(value, scales)):
+        assert 0.8 < even.std() < 1.25
+    assert spread / 2 < scales.key_mean.std() < spread * 2
 
 
 def test_scales_of_another_model_are_refused(tmp_path):
@@ -180,7 +188,6 @@ def test_scales_of_another_model_are_refused(tmp_path):
 def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
     import vllm.distributed
 
-    from kv_cache.formats import get_format
     from vllm_ext.scale_source import layer_scales
 
     scales = some_scales()
@@ -189,16 +196,16 @@ def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
     for world, rank, heads, expected in ((1, 0, 4, slice(0, 4)), (2, 1, 2, slice(2, 4)), (8, 5, 1, slice(2, 3))):
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda w=world: w)
-        found = layer_scales(config, get_format("int8_per_head"), 1, heads)
-        assert torch.equal(found.value_zero, scales.layers["int8_per_head"][1].value_zero[expected])
+        found = layer_scales(config, 1, heads)
+        for part in ("key_mean", "key_inverse", "value_size"):
+            assert torch.equal(getattr(found, part), getattr(scales.layer(1), part)[expected])
 
 
 def test_no_scales_is_an_error_not_a_scale_of_one():
-    from kv_cache.formats import get_format
     from vllm_ext.scale_source import layer_scales
 
     with pytest.raises(ParetoError, match="needs calibrated scales"):
-        layer_scales(fake_config(), get_format("int8_per_head"), 0, 4)
+        layer_scales(fake_config(), 0, 4)
 
 
 def test_cost_counts_every_layers_own_bits():
