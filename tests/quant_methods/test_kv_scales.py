@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kv_cache.scales import SCALES_FILE, KVScales
+from quant_methods.kv_scales import on_cpu
 from quant_methods.progress import Lines
 
 
@@ -33,6 +34,10 @@ def test_scales_are_made_of_the_shipped_text(tiny_model: Path, tmp_path: Path) -
     assert scales.metadata["calibration_tokens"] == 16 * 256 + 256
     spread = scales.layer(0).key_transform
     assert torch.isfinite(spread).all()
+
+
+def test_large_models_are_shown_less_on_a_cpu() -> None:
+    assert [on_cpu(count, 1024) for count in (10**6, 106_000_000, 400_000_000, 7 * 10**9)] == [16, 16, 9, 4]
 
 
 def test_failures_end_with_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
