@@ -18,8 +18,12 @@ from quant_methods.progress import Lines
 
 NAME = "KV scales"
 LENGTH = 1024
-SEQUENCES = {"cpu": 16, "cuda": 64}
-"""How much of the shipped text is used, by device; a GPU takes all there is."""
+FEWEST, MOST = 4, 16
+"""Sequences on a CPU. Four are hardly worse than sixty (docs/kv-calibration.md), so that a large model gets few."""
+CPU_OPERATIONS = 4e12
+"""Multiplications that a CPU may spend on more than the fewest."""
+ON_GPU = 64
+"""Sequences on a GPU: all that the shipped text has."""
 
 
 def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
@@ -39,14 +43,21 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
     from quant_methods.calibration.kv_pass import calibrate, kv_sequences
     from quant_methods.compress import check_device
 
-    kind = check_device(device).partition(":")[0]
+    check_device(device)
     decoder = Decoder(model, device=device)
-    longest = getattr(decoder.config, "max_position_embeddings", None) or LENGTH
-    tokens = kv_sequences(model, None, SEQUENCES.get(kind, SEQUENCES["cpu"]), min(LENGTH, longest))
+    length = min(LENGTH, decoder.config.max_position_embeddings)
+    weights = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
+    count = ON_GPU if decoder.device.type == "cuda" else on_cpu(weights, length)
+    tokens = kv_sequences(model, None, count, length)
     total = len(decoder.blocks)
     calibrator = calibrate(decoder, model, tokens, 0, lambda done, what: lines.show(done, total, what))
     lines.show(total, total, "solving")
     calibrator.finish({"recipe": "at start-up"}).save(out)
+
+
+def on_cpu(weights: int, length: int) -> int:
+    """Return how many sequences a model of so many weights in its blocks is shown on a CPU."""
+    return max(FEWEST, min(MOST, int(CPU_OPERATIONS / max(1, weights * length))))
 
 
 def main() -> int:

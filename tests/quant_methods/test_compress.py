@@ -230,6 +230,35 @@ def test_kv_scales_alone_links_the_weights(tiny_model: Path, text_file: Path, tm
     assert report.bytes_after == report.bytes_before
 
 
+def test_kv_scales_of_a_quantized_checkpoint_are_those_of_the_weights_it_means(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for bits, form in ((4, "compressed-tensors"), (3, "pareto")):
+        coarse = RTN(bits=bits, group_size=-1, symmetric=bits == 4, search="minmax")
+        compress(tiny_model, recipe(coarse), tmp_path / form, text=text_file)
+        compress(tmp_path / form, recipe(kv_scales=True), tmp_path / f"{form}-kv", text=text_file)
+        shutil.copytree(tiny_model, tmp_path / f"{form}-read")
+        load_reference(tmp_path / form).save_pretrained(tmp_path / f"{form}-read")
+        compress(tmp_path / f"{form}-read", recipe(kv_scales=True), tmp_path / f"{form}-expected", text=text_file)
+        found, expected = (KVScales.load(tmp_path / f"{form}-{end}").layers for end in ("kv", "expected"))
+        for layer, same in zip(found, expected, strict=True):
+            assert (layer.key_mean - same.key_mean).norm() < 0.01 * same.key_mean.norm()
+            assert torch.allclose(layer.value_size, same.value_size, rtol=0.01)
+        kept = {path.name: path.read_bytes() for path in (tmp_path / form).glob("*.safetensors")}
+        assert kept == {path.name: path.read_bytes() for path in (tmp_path / f"{form}-kv").glob("*.safetensors")}
+        configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in (form, f"{form}-kv")]
+        assert configs[0] == configs[1]
+
+
+def test_kv_scales_alone_need_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    given = dataclasses.replace(recipe(kv_scales=True), calibration=Calibration(num_samples=4, length=64))
+    compress(tiny_model, given, tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "pareto_recipe.json").read_text())["calibration"]
+    assert described["source"] == "the text that ships with vllm-pareto"
+    assert (described["num_samples"], described["length"]) == (4, 64)
+    assert KVScales.load(tmp_path / "out").metadata["calibration_tokens"] == 4 * 64 + 256
+
+
 def test_kv_scales_see_the_quantized_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     compress(tiny_model, recipe(kv_scales=True), tmp_path / "plain", text=text_file)
     coarse = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")

@@ -1,0 +1,79 @@
+"""Scales made when a server starts: once, kept, and with honest errors. No engine is started."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kv_cache.errors import ParetoError
+from kv_cache.scales import SCALES_FILE, KVScales
+from vllm_ext import auto_calibration
+from vllm_ext.auto_calibration import calibrate
+
+TOKENIZER = Path(__file__).parents[2] / "quant_methods" / "models" / "ref-7m"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random model of one block with the reference model's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, head_dim=64, vocab_size=8192,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER / name, tmp_path / "model" / name)
+    return tmp_path / "model"
+
+
+def test_a_model_is_calibrated_once(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = calibrate(str(model), device="cpu")
+    assert KVScales.load(folder).head_dim == 64
+    said = capsys.readouterr().err.splitlines()
+    assert "has no calibrated KV scales; calibrating on a short text on cpu" in said[0]
+    assert all(line.startswith("pareto: KV scales: ") for line in said[1:-1])
+    assert "done in" in said[-2]
+    assert said[-1] == f"pareto: KV scales kept in {folder}"
+    assert sorted(path.name for path in folder.iterdir()) == ["kv_scales", "lock"]
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert calibrate(str(model), device="cpu") == folder
+    assert not capsys.readouterr().err
+    # Another model, or another way of calibrating, has scales of its own.
+    changed = load_file(model / "model.safetensors")
+    changed["model.layers.0.self_attn.k_proj.weight"] *= 2
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TypeError):
+        calibrate(str(model), device="cpu")
+    changed["model.layers.0.self_attn.k_proj.weight"] /= 2
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    for name, value in (("REVISION", 10**6), ("SCHEMA", "vllm-pareto/kv-scales/other")):
+        with monkeypatch.context() as patch:
+            patch.setattr(auto_calibration, name, value)
+            with pytest.raises(TypeError):
+                calibrate(str(model), device="cpu")
+    assert (folder / SCALES_FILE).is_file()
+
+
+def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
+    with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none can be made at start-up: "):
+        calibrate("./no/such", device="cpu")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ParetoError, match=r"failed \(.*k_proj.weight is not in the checkpoint.*\): make them with"):
+        calibrate(str(model), device="cpu")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    with pytest.raises(ParetoError, match=r"failed \(.*quantized by 'hqq'; expected .*\): make them with 'pareto"):
+        calibrate(str(model), device="cpu")
