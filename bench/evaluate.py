@@ -29,7 +29,7 @@ from bench.needle import summarize as summarize_needle
 from bench.plan import Configuration, Plan
 from bench.schema import ConfigurationResult, EvalReport, KVCache, TextQuality
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import cache_dir
+from kv_cache.user_cache import cache_dir
 
 RESULT = "eval.json"
 Arrays = dict[str, np.ndarray]

@@ -12,9 +12,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kv_cache.errors import ParetoError
+from kv_cache.formats import MIXED
 from quant_methods.backends.command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
 from quant_methods.backends.environment import BACKENDS
-from quant_methods.command_modes import add_modes, budget_of, run_budget, run_statistics, run_sweep
+from quant_methods.command_modes import add_modes, budget_of, kv_bits_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
 from quant_methods.progress import Lines
 
@@ -37,6 +38,7 @@ examples:
   pareto compress ref-7m --recipe gptq-w4 --group-size 64 --symmetric --verbose --out ref-7m-w4-g64
   pareto compress ref-7m --recipe kv-scales --out ref-7m-kv        (weights as they are, KV scales added)
   pareto compress ref-7m --budget 4.25bits --text calibration.jsonl --out ref-7m-mixed     (finds each layer's bits)
+  pareto compress ref-7m --recipe kv-scales --kv-budget 3.5bits --out ref-7m-kv   (finds each layer's KV bits)
   pareto compress ref-7m --sweep grid.yaml --text calibration.jsonl --out sweep            (many recipes, one table)
   pareto compress ref-7m --statistics --recipe smoothquant-w8a8 --out statistics           (outliers, before and after)
 
@@ -123,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    kv_bits = kv_bits_of(args, console)
     from quant_methods.compress import compress, default_device
     from quant_methods.model_source import resolve_model
     from quant_methods.overrides import override
@@ -158,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
                 "device": args.device,
                 "overwrite": args.overwrite,
                 "progress": show,
+                "kv_bits": kv_bits,
             }
             if budget is None:
                 report = compress(args.model, recipe, args.out, **common)
@@ -166,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last finished block")
             raise
-    _print_report(console, report, recipe, verbose=args.verbose)
+    _print_report(console, report, recipe, dtype="int4_per_head" if kv_bits is None else MIXED, verbose=args.verbose)
     return 0
 
 
@@ -184,7 +188,7 @@ def _recipes_table() -> Table:
     return table
 
 
-def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: bool) -> None:
+def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: str, verbose: bool) -> None:
     if verbose and report.layers:
         table = Table(title="relative output error of each layer", title_justify="left")
         for heading in ("layer", "shape", "bits/weight", "error"):
@@ -212,7 +216,7 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, verbose: 
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"
     )
     if recipe.kv_scales:
-        lines.append("KV scales    calibrated; serve with --kv-cache-dtype int4_per_head (or another per-head dtype)")
+        lines.append(f"KV scales    calibrated; serve with --kv-cache-dtype {dtype} (or another per-head dtype)")
     resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
     lines.append(f"served by    {report.serving}")

@@ -15,6 +15,8 @@ from kv_cache.errors import ParetoError
 # Imported when they are used: they load torch, and --help should not.
 if TYPE_CHECKING:
     from quant_methods.mixed_precision.budget import Assignment, Budget
+    from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget
+    from quant_methods.mixed_precision.kv_choice import KVChoice
     from quant_methods.mixed_precision.sensitivity import Settings
     from quant_methods.recipe import Recipe
     from quant_methods.run import Report
@@ -53,6 +55,18 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--sensitivity-sequences", type=int, default=4, metavar="N", help="for kl (default: 4)")
     budget.add_argument(
         "--sensitivity-file", type=Path, metavar="FILE", help="an earlier pareto_sensitivity.json, instead of measuring"
+    )
+    cache = parser.add_argument_group(
+        "bits for each layer of the KV cache",
+        "Measures what every layer's keys and values lose at 2, 3, 4, 6 and 8 bits, and chooses the\n"
+        "bits that lose least within a budget (exactly), for --kv-cache-dtype mixed_per_head. The\n"
+        "measures are left beside the weights: pareto_kv_bits.json and .png.",
+    )
+    cache.add_argument(
+        "--kv-budget", metavar="B", help="3.5bits: of a cached element, scales and zeros included, the layers' mean"
+    )
+    cache.add_argument(
+        "--kv-sequences", type=int, metavar="N", help="calibration sequences that losses are measured on (default: 8)"
     )
     sweep = parser.add_argument_group(
         "sweep",
@@ -93,6 +107,51 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
         if getattr(args, flag) is not None:
             raise ParetoError(f"--{flag.replace('_', '-')} is for --budget; give both or neither")
     return None
+
+
+def kv_bits_of(args: argparse.Namespace, console: Console) -> KVChoice | None:
+    """Return what chooses the KV cache's bits, if there is a budget for them.
+
+    Raises:
+        ParetoError: the budget cannot be read, or flags were given that do not go together.
+
+    """
+    if args.kv_budget is None:
+        if args.kv_sequences is not None:
+            raise ParetoError("--kv-sequences is for --kv-budget; give both or neither")
+        return None
+    for mode in ("sweep", "statistics"):
+        if getattr(args, mode):
+            raise ParetoError(f"--kv-budget does not go with --{mode}, which writes no KV scales; leave it out")
+    if args.kv_sequences is not None and args.kv_sequences < 1:
+        raise ParetoError(f"--kv-sequences {args.kv_sequences}: at least 1 is needed")
+    from quant_methods.mixed_precision.kv_budget import KVBudget
+    from quant_methods.mixed_precision.kv_choice import KVChoice
+    from quant_methods.mixed_precision.kv_sensitivity import KVSettings
+
+    settings = KVSettings() if args.kv_sequences is None else KVSettings(sequences=args.kv_sequences)
+    budget = KVBudget.parse(args.kv_budget)
+    return KVChoice(budget, settings, lambda assignment, kl: _print_kv_bits(console, assignment, kl, budget))
+
+
+def _print_kv_bits(console: Console, assignment: KVAssignment, kl: float, budget: KVBudget) -> None:
+    table = Table(title=f"KV bits chosen for {budget.text}", title_justify="left")
+    for heading in ("layer", "keys", "values", "loss of keys", "of values"):
+        table.add_column(heading, justify="right")
+    for index, (found, (key, value)) in enumerate(zip(assignment.losses, assignment.bits, strict=True)):
+        losses = (f"{found[kind][bits]:.5f}" for kind, bits in (("key", key), ("value", value)))
+        table.add_row(str(index), str(key), str(value), *losses)
+    console.print(table)
+    others = "; ".join(
+        f"{name} {each.predicted:.4f} at {each.bits_per_element:.2f}" for name, each in assignment.uniform().items()
+    )
+    console.print(
+        f"takes        {assignment.bits_per_element:.3f} bits an element, scales and zeros included\n"
+        f"loses        KL {kl:.4f} nats a token on calibration data ({assignment.predicted:.4f} predicted)\n"
+        f"predicted    of the other dtypes: {others}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

@@ -18,7 +18,7 @@ from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
-from quant_methods.run import Progress, Report, Run
+from quant_methods.run import KVBits, Progress, Report, Run
 
 
 def compress(
@@ -31,6 +31,7 @@ def compress(
     overwrite: bool = False,
     progress: Progress = lambda done, total, what: None,
     attachments: Mapping[str, bytes] | None = None,
+    kv_bits: KVBits | None = None,
 ) -> Report:
     """Write a compressed checkpoint that vLLM serves.
 
@@ -44,6 +45,7 @@ def compress(
         overwrite: replace ``out``, and drop an unfinished run of something else.
         progress: told how far the run is.
         attachments: files to put beside the weights, by name.
+        kv_bits: chooses bits for each layer's KV cache; None: the checkpoint names none.
 
     Raises:
         ParetoError: bad input; see the modules of this room.
@@ -55,6 +57,8 @@ def compress(
     model_dir, decoder, plan = prepare(
         model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps
     )
+    if kv_bits is not None:
+        kv_bits.check(decoder.config, recipe)
     work = work_of(out)
     with full_disk_explained(work):
         run = Run(
@@ -69,6 +73,7 @@ def compress(
             overwrite=overwrite,
             progress=progress,
             attachments=attachments or {},
+            kv_bits=kv_bits,
         )
         return run.finish(started)
 

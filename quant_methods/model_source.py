@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from kv_cache.errors import ParetoError
-from kv_cache.user_cache import cache_dir as cache_dir
 
 EMBEDDED = Path(__file__).parent / "models"
 DEFAULT_MODEL = "ref-7m"

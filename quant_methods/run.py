@@ -21,15 +21,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
+from kv_cache.scales import KVScales
 from quant_methods.block_solver import BlockSolver
 from quant_methods.calibration.calibrator import Decoder, clone, tf32
 from quant_methods.calibration.kv_pass import KVPass, calibrate, kv_sequences
+from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
@@ -44,6 +46,16 @@ MEASURES = "sensitivity"
 
 Progress = Callable[[int, int, str], None]
 """Called with (blocks finished, blocks in all, what happens now); while tuning, with steps in the place of blocks."""
+
+
+class KVBits(Protocol):
+    """What gives each layer's KV cache bits of its own; ``mixed_precision.kv_choice.KVChoice`` does."""
+
+    def check(self, config: Any, recipe: Recipe) -> None:
+        """Refuse, before any work, what cannot be for a model of that configuration."""
+
+    def __call__(self, model: Served, scales: KVScales, name: str, folder: Path, key: str) -> dict[str, bytes]:
+        """Enter the bits into the scales; return files to put beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +125,9 @@ class Run:
         overwrite: bool,
         progress: Progress,
         attachments: Mapping[str, bytes],
+        kv_bits: KVBits | None = None,
     ) -> None:
-        self.attachments = attachments
+        self.attachments, self.kv_bits = dict(attachments), kv_bits
         self.model_dir, self.recipe, self.out, self.work = model_dir, recipe, out, work
         self.decoder, self.plan, self.overwrite, self.progress = decoder, plan, overwrite, progress
         self.total = len(decoder.blocks)
@@ -203,8 +216,9 @@ class Run:
                 # KV scales are those of the model that is served, which the blocks are only now.
                 if self.recipe.kv_scales:
                     self._blocks(Report(self.out), self.tuner.block_result, kv_scales=True)
+            scales = self._scales()
             self.progress(self.total, self.total, "writing the checkpoint")
-            report.bytes_after = self._write(report.tuned)
+            report.bytes_after = self._write(report.tuned, scales)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
             bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in report.layers)
             report.bits_per_weight = bits / weights if weights else 16.0
@@ -223,6 +237,32 @@ class Run:
             self.recipe.calibration.seed,
             lambda done, what: self.progress(done, self.total, what),
         )
+
+    def _scales(self) -> KVScales | None:
+        """Return the calibrated scales, with bits for each layer if there is a budget."""
+        if self.kv_scales is None:
+            return None
+        scales = self.kv_scales.finish({"recipe": self.recipe.name})
+        if self.kv_bits is not None:
+            assert self.tokens is not None
+            model = Served(self.decoder, self.tokens, self._install, self._changed_outside, self.progress)
+            name = f"{self.model_dir.name}, {self.recipe.name}"
+            self.attachments |= self.kv_bits(model, scales, name, self.work / MEASURES, self._key())
+        return scales
+
+    def _finished_block(self, index: int) -> Path:
+        """Return the file of a block as it will be served; there is none for one that stays as it was."""
+        return self._block_file(index) if self.tuner is None else self.tuner.block_result(index)
+
+    def _install(self, index: int, block: nn.Module) -> None:
+        if (path := self._finished_block(index)).is_file():
+            self.solver.install(index, block, read_tensors(path)[0])
+
+    def _changed_outside(self) -> dict[str, Tensor]:
+        """Return the tensors outside of the blocks that tuning changed."""
+        if self.tuner is None or not self.tuner.outside_result.is_file():
+            return {}
+        return read_tensors(self.tuner.outside_result)[0]
 
     @contextlib.contextmanager
     def _state_directory(self) -> Iterator[None]:
@@ -305,7 +345,7 @@ class Run:
         write_tensors(path, {name: source.read(name).to(source.dtype(name)) for name in sorted(names)}, {})
         return path
 
-    def _write(self, tuned: Tuned | None) -> int:
+    def _write(self, tuned: Tuned | None, scales: KVScales | None) -> int:
         """Fill ``checkpoint/``, rename it to the output, and return the bytes of its tensors."""
         target = self.work / "checkpoint"
         if target.exists():
@@ -315,8 +355,7 @@ class Run:
         config = read_config(self.model_dir)
         if self.plan.steps:
             replaced = {f"{name}.weight" for name in self.plan.steps}
-            file_of = self._block_file if self.tuner is None else self.tuner.block_result
-            files = [file_of(index) for index in range(self.total)]
+            files = [self._finished_block(index) for index in range(self.total)]
             if self.tuner is not None:
                 files.append(self.tuner.outside_result)
             parts = [path for path in files if path.is_file()]
@@ -339,8 +378,8 @@ class Run:
             write_bytes(target / name, data)
         result = {} if tuned is None else {"tuned": {"held_out_kl": tuned.kl, "kept_step": tuned.kept}}
         write_json(target / RECIPE_FILE, {**self.provenance, **result})
-        if self.kv_scales is not None:
-            self.kv_scales.finish({"recipe": self.recipe.name}).save(target)
+        if scales is not None:
+            scales.save(target)
         if self.out.exists():
             old = self.work / "replaced"
             if old.exists():

@@ -16,7 +16,8 @@ from filelock import FileLock
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE, SCHEMA
-from quant_methods.model_source import cache_dir, resolve_model, sampled_fingerprint
+from kv_cache.user_cache import cache_dir
+from quant_methods.model_source import resolve_model, sampled_fingerprint
 
 REVISION = 5
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""

@@ -17,7 +17,7 @@ from filelock import FileLock
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, SCHEMA, KVScales, LayerScales
 from kv_cache.transforms import hadamard_sums
-from quant_methods.model_source import cache_dir
+from kv_cache.user_cache import cache_dir
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import cache_dir
+from kv_cache.user_cache import cache_dir
 
 RUNNERS = Path(__file__).with_name("runners")
 READY = "ready"

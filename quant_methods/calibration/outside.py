@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,10 @@ def load(decoder: Decoder, given: dict[str, Tensor]) -> list[nn.Module]:
     return loaded
 
 
-@torch.no_grad()
 def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Return a model's logits from what leaves its last block; ``load`` comes first.
+
+    They have a gradient where the hidden states have one.
 
     Args:
         decoder: the model.
@@ -72,9 +73,16 @@ def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def head(decoder: Decoder) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Load what lies outside of the blocks for the duration of the context, and yield ``logits`` of the decoder."""
-    loaded = load(decoder, weights(decoder))
+def head(decoder: Decoder, changed: Mapping[str, Tensor] | None = None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Load what lies outside of the blocks for the duration of the context, and yield ``logits`` of the decoder.
+
+    Args:
+        decoder: whose.
+        changed: tensors in the place of the checkpoint's, by name.
+
+    """
+    new = {name: tensor.to(decoder.device, torch.float32) for name, tensor in (changed or {}).items()}
+    loaded = load(decoder, weights(decoder) | new)
     try:
         yield lambda hidden: logits(decoder, hidden)
     finally:

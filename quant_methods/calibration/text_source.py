@@ -25,7 +25,8 @@ from typing import Any, Literal
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import cache_dir, fingerprint
+from kv_cache.user_cache import cache_dir
+from quant_methods.model_source import fingerprint
 from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]

@@ -23,7 +23,7 @@ from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.run import MEASURES, Progress, Report, locked
+from quant_methods.run import MEASURES, KVBits, Progress, Report, locked
 
 SCHEMA = "vllm-pareto/sensitivity/1"
 JSON_FILE, PLOT_FILE = "pareto_sensitivity.json", "pareto_sensitivity.png"
@@ -43,6 +43,7 @@ def compress_to_budget(
     overwrite: bool = False,
     progress: Progress = lambda done, total, what: None,
     chosen: Callable[[Assignment], None] = lambda assignment: None,
+    kv_bits: KVBits | None = None,
 ) -> tuple[Report, Recipe]:
     """Compress a model to a budget.
 
@@ -59,6 +60,7 @@ def compress_to_budget(
         overwrite: replace ``out``, and drop an unfinished run of something else.
         progress: told how far the measuring and then the compression is.
         chosen: told the assignment, before the compression starts.
+        kv_bits: chooses bits for each layer's KV cache; None: the checkpoint names none.
 
     Returns:
         The compression's report, and the recipe that was carried out.
@@ -71,6 +73,8 @@ def compress_to_budget(
     model_dir, decoder, plan, settings = check_budget(
         model, recipe, budget, out, settings=settings or Settings(), loss=loss, device=device, overwrite=overwrite
     )
+    if kv_bits is not None:
+        kv_bits.check(decoder.config, recipe)
     units, key = _measures(
         model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
     )
@@ -99,6 +103,7 @@ def compress_to_budget(
         overwrite=overwrite,
         progress=progress,
         attachments=attachments,
+        kv_bits=kv_bits,
     )
     return report, mixed
 

@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 NAMES = (*FORMATS, *MIXED)
 # Rounding to bfloat16 alone makes 1.6e-3, to float16 2e-4; queries and weights in float16 add 1e-4 to 4e-4.
-TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 8e-4}
+# bfloat16's rounding alone comes to 1.7e-3, and to more where few numbers make up most of an output's norm.
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 8e-4}
 
 
 @pytest.fixture(autouse=True)
