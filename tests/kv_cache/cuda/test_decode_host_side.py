@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kv_cache.cuda import decode, nvrtc
+from kv_cache.cuda import decode
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding, PositionTables
+from kv_cache.cuda.launch import SOURCES
+from kv_cache.cuda.runtime import nvrtc
 from kv_cache.cuda.tuning import choose, query_steps
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
@@ -75,7 +77,7 @@ def test_kernels_compile(name, dim, rows, capability, monkeypatch):
     compiled = []
 
     def load_kernel(source, kernel, macros, device, shared_bytes=0):
-        assert nvrtc.compile_cubin(source, f"sm_{capability[0]}{capability[1]}", tuple(macros))
+        assert nvrtc.compile_cubin(source, f"sm_{capability[0]}{capability[1]}", tuple(macros), SOURCES)
         assert shared_bytes <= SHARED[capability]
         compiled.append(source)
         return SimpleNamespace(blocks_per_multiprocessor=lambda threads: 1)
