@@ -41,7 +41,7 @@ MAX_PROBABILITIES = 1 << 25
 
 
 class _Layer:
-    """The sums over what was seen of one layer, float64 on the CPU but for the shift."""
+    """The sums over what was seen of one layer, float64 but for the shift, on the device of what was seen last."""
 
     def __init__(self, heads: int, dim: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -58,12 +58,20 @@ class _Layer:
         self.metric = torch.zeros(heads, dim, dim, dtype=torch.float64)
         self.value_square = torch.zeros(heads, dtype=torch.float64)
 
+    def to(self, device: torch.device) -> None:
+        """Move the sums to a device; on a GPU, sums on the CPU would make it wait for each sequence."""
+        if self.key.device != device:
+            self.first = [sum_.to(device) for sum_ in self.first]
+            for name, sum_ in vars(self).items():
+                if isinstance(sum_, Tensor):
+                    setattr(self, name, sum_.to(device))
+
 
 class KVCalibrator:
     """Sums up one model's queries, keys and values layer by layer and turns the sums into `KVScales`.
 
-    Tensors may lie on any device. What is kept lies on the CPU: two matrices of float64 [head_dim, head_dim] for each
-    KV head of each layer, 64 MiB for 32 layers of 8 heads of 128 channels.
+    Tensors may lie on any device. What is kept lies there too: two matrices of float64 [head_dim, head_dim] for each KV
+    head of each layer, 64 MiB for 32 layers of 8 heads of 128 channels.
     """
 
     def __init__(
@@ -121,9 +129,10 @@ class KVCalibrator:
         self._check(layer, query, key, value)
         record, tokens = self._layers[layer], key.shape[0]
         key, value = key.float(), value.float()
+        record.to(key.device)
         record.tokens += tokens
         several = int(tokens > 1)
-        record.first[several] += key[0].cpu().double()
+        record.first[several] += key[0]
         record.firsts[several] += 1
         if not several:
             return
@@ -132,14 +141,14 @@ class KVCalibrator:
             turned = self.rotary.turn(key[1:], -positions)
             if record.shift is None:
                 record.shift = turned.mean(0)
-            turned -= record.shift.to(turned)
+            turned -= record.shift
             record.later += tokens - 1
-            record.key += turned.sum(0, dtype=torch.float64).cpu()
+            record.key += turned.sum(0, dtype=torch.float64)
             rows = turned.transpose(0, 1)
-            record.key_product += torch.bmm(rows.mT, rows).cpu().double()
-            record.value_square += value[1:].square().mean(-1).sum(0, dtype=torch.float64).cpu()
+            record.key_product += torch.bmm(rows.mT, rows)
+            record.value_square += value[1:].square().mean(-1).sum(0, dtype=torch.float64)
             chosen = torch.randperm(tokens, generator=record.generator)[: self.queries].sort().values.to(key.device)
-            record.metric += self._metric(chosen, query[chosen].float(), key, value).cpu().double()
+            record.metric += self._metric(chosen, query[chosen].float(), key, value)
 
     def _metric(self, positions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return H of some of a sequence's queries [n, num_heads, head_dim], turned back to position 0."""
@@ -167,9 +176,10 @@ class KVCalibrator:
                 f"{where}: queries {tuple(query.shape)} must be [{shape[0]}, num_heads, {self.head_dim}] with a "
                 f"multiple of {self.num_kv_heads} heads"
             )
-        for name, tensor in (("queries", query), ("keys", key), ("values", value)):
-            if not tensor.isfinite().all():
-                raise ParetoError(f"{where}: the {name} hold NaN or infinity")
+        finite = torch.stack([tensor.isfinite().all() for tensor in (query, key, value)])
+        if not finite.all():
+            bad = ("queries", "keys", "values")[finite.tolist().index(False)]
+            raise ParetoError(f"{where}: the {bad} hold NaN or infinity")
 
     @torch.no_grad()
     def finish(self, metadata: dict[str, Any] | None = None) -> KVScales:
@@ -201,6 +211,7 @@ class KVCalibrator:
 
     def _scales(self, record: _Layer) -> LayerScales:
         """Return one layer's scales."""
+        record.to(torch.device("cpu"))
         assert record.shift is not None
         mean = record.key / record.later
         covariance = record.key_product / record.later - mean[..., None] * mean[:, None]
@@ -211,7 +222,7 @@ class KVCalibrator:
         transform = transform.to(MATRIX_DTYPE)
         one = int(not record.firsts[0])
         return LayerScales(
-            key_mean=(mean + record.shift.cpu().double()).float(),
+            key_mean=(mean + record.shift.double()).float(),
             key_first=(record.first[one] / record.firsts[one]).float(),
             key_transform=transform.float(),
             key_inverse=torch.linalg.inv(transform.double()).float(),

@@ -3,6 +3,7 @@
 ====================  ==================================================================
 ``compress.py``       the way in from Python; ``command.py`` from the shell
 ``recipe.py``         what a recipe is, and the registry of methods
+``kv_scales.py``      scales of the KV cache alone, as a process of its own
 ``plan.py``           which layer gets which step; ``run.py`` and ``block_solver.py`` do it
 ``formats/``          what a quantized weight is, and how it lies in tensors
 ``kernels/``          arithmetic of quantized layers at serving time

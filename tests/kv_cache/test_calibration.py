@@ -363,6 +363,23 @@ def test_settings_that_cannot_work_are_refused(settings):
         KVCalibrator(1, 2, 16, **{"rotary": LLAMA, **settings})
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sums_as_a_cpu_does(monkeypatch):
+    """Also where matrices may be multiplied in TF32, and where a model's layers are split between devices."""
+    sequences = [awkward(256, LLAMA, seed) for seed in range(4)]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    there = [tuple(x.cuda() for x in sequence) for sequence in sequences]
+    expected = calibrated(sequences).layers[0]
+    for given in (there, [*there[:2], *sequences[2:]]):
+        found = calibrated(given).layers[0]
+        for name in ("key_mean", "key_first", "value_size"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+        square, wanted = (x.key_transform.mT @ x.key_transform for x in (found, expected))
+        assert (square - wanted).norm() < 0.01 * wanted.norm()
+    assert torch.backends.cuda.matmul.allow_tf32
+
+
 # A real model.
 
 MODEL = Path(__file__).parents[2] / "quant_methods" / "models" / "ref-7m"

@@ -20,6 +20,9 @@ from quant_methods.calibration import calibrator, kv_pass
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import kv_rotary, observing
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
+from quant_methods.compress import compress
+from quant_methods.methods.rtn import RTN
+from quant_methods.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -230,7 +233,26 @@ def test_bfloat16_calibrates_as_float32_does(
     assert all(getattr(found[1], name).dtype == torch.float32 for name in TENSORS)
 
 
-def test_an_architecture_of_no_decoder_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [None, 4, 3])
+def test_a_gpu_calibrates_as_a_cpu_does(tiny_model: Path, text_file: Path, tmp_path: Path, bits: int | None) -> None:
+    """Weights as they are, in compressed-tensors and in our own format, which are read back on the GPU."""
+    folder = tiny_model
+    if bits is not None:
+        folder = tmp_path / "quantized"
+        compress(tiny_model, Recipe("r", steps=(RTN(bits=bits, group_size=32),), kv_scales=False), folder)
+    tokens = kv_pass.kv_sequences(folder, text_file, 6, 48)
+    found, expected = (
+        kv_pass.calibrate(Decoder(folder, device=device), folder, tokens, 0).finish().layer(2)
+        for device in ("cuda", "cpu")
+    )
+    for name in ("key_mean", "key_first", "value_size"):
+        one, other = (getattr(layer, name) for layer in (found, expected))
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_a_layer_that_the_checkpoint_lacks_is_named(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
