@@ -45,9 +45,9 @@ def test_serve_load_metrics_and_stop(ref_7m, tmp_path):
             if line.startswith("pareto_") and 'kv_cache_dtype="int4_per_head"' in line
         }
         assert gauges["pareto_kv_cache_info"] == 1
-        assert gauges["pareto_kv_cache_bits_per_element"] == 4
-        assert gauges["pareto_kv_cache_bytes_per_token"] == 6 * 2 * 64
-        assert gauges["pareto_kv_cache_compression_ratio"] == 4
+        assert gauges["pareto_kv_cache_bits_per_element"] == 4.25
+        assert gauges["pareto_kv_cache_bytes_per_token"] == 6 * 2 * 68
+        assert gauges["pareto_kv_cache_compression_ratio"] == pytest.approx(16 / 4.25)
 
         busy = pareto(*words)
         assert busy.returncode == 2
