@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load-format", default="auto", help="vLLM's; dummy serves random weights of a config.json's shape"
     )
+    parser.add_argument("--revision", help="branch, tag or commit of a model from the hub")
     parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
 
 
@@ -89,8 +90,10 @@ def run(args: argparse.Namespace) -> int:
 
     check_port(args.host, args.port)
     check_plugin(args.kv_cache_dtype)
-    dummy = args.load_format == "dummy"
-    model = str(resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True))
+    if args.load_format == "dummy":
+        model = str(resolve_shape(args.model))
+    else:
+        model = str(resolve_model(args.model, quantized=True, revision=args.revision))
     names = args.served_model_name or [args.model]
     command = [sys.executable, "-m", "vllm_ext.launch", "serve", model, "--host", args.host]
     command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--load-format", args.load_format]

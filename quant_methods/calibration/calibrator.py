@@ -149,18 +149,31 @@ class Decoder:
         """Return the full names of a block's parameters."""
         return [self.name(index, local) for local in self.blocks[index].state_dict()]
 
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """Return a block's weights by local name, on the device in the blocks' dtype.
+
+        Raises:
+            ParetoError: the checkpoint lacks one of its tensors.
+
+        """
+        state = {local: self.source.read(self.name(index, local)) for local in self.blocks[index].state_dict()}
+        # Moved first: `to` with both would widen on the CPU and move twice the bytes.
+        return {local: tensor.to(self.device).to(self.dtype) for local, tensor in state.items()}
+
     @contextlib.contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Give a block its weights on the device for the duration of the context.
+    def loaded(self, index: int, state: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Give a block its weights for the duration of the context.
+
+        Args:
+            index: of the block.
+            state: what ``read_block`` returned, which is not kept; None: it is read now.
 
         Raises:
             ParetoError: the checkpoint lacks one of its tensors.
 
         """
         block = self.blocks[index]
-        state = {local: self.source.read(self.name(index, local)) for local in block.state_dict()}
-        # Moved first: `to` with both would widen on the CPU and move twice the bytes.
-        block.load_state_dict({k: v.to(self.device).to(self.dtype) for k, v in state.items()}, assign=True)
+        block.load_state_dict(self.read_block(index) if state is None else state, assign=True)
         del state
         try:
             yield block.requires_grad_(False)

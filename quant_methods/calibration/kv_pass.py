@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,16 @@ def calibrate(
     progress(0, "embedding")
     hidden = decoder.embed(tokens)
     found = KVPass(decoder, model_dir, tokens, seed)
-    for index in range(len(decoder.blocks)):
-        progress(index, f"block {index + 1}/{len(decoder.blocks)}")
-        with decoder.loaded(index) as block:
-            found.advance(index, block, hidden)
+    total = len(decoder.blocks)
+    # The next block is read while this one runs: from a disk, reading takes the longer time of the two.
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(decoder.read_block, 0)
+        for index in range(total):
+            progress(index, f"block {index + 1}/{total}")
+            state = coming.result()
+            if index + 1 < total:
+                coming = reader.submit(decoder.read_block, index + 1)
+            with decoder.loaded(index, state) as block:
+                del state
+                found.advance(index, block, hidden)
     return found.calibrator

@@ -4,14 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import EMBEDDED, fingerprint, resolve_model
+from quant_methods.model_source import EMBEDDED, fingerprint, name_of, resolve_model, sampled_fingerprint
 
 
 @pytest.fixture
@@ -90,3 +91,45 @@ def test_the_fingerprint_follows_the_weights(copy: Path, tiny_model: Path) -> No
     assert fingerprint(copy) == fingerprint(tiny_model)
     save_file({"model.layers.0.x": torch.zeros(1)}, copy / "model.safetensors")
     assert fingerprint(copy) != fingerprint(tiny_model)
+
+
+def test_the_sampled_fingerprint_follows_every_tensor_and_the_tokenizer(copy: Path, tiny_model: Path) -> None:
+    known = sampled_fingerprint(tiny_model)
+    assert sampled_fingerprint(copy) == known
+    tensors = load_file(tiny_model / "model.safetensors")
+    for name in tensors:
+        save_file(tensors | {name: tensors[name] * 1.5}, copy / "model.safetensors", {"format": "pt"})
+        assert sampled_fingerprint(copy) != known, name
+    shutil.copyfile(tiny_model / "model.safetensors", copy / "model.safetensors")
+    assert sampled_fingerprint(copy) == known
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        text = (copy / name).read_bytes()
+        (copy / name).write_bytes(text + b"\n")
+        assert sampled_fingerprint(copy) != known, name
+        (copy / name).write_bytes(text)
+
+
+def test_hub_models_come_in_the_revision_asked_for(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--someone--some-model" / "snapshots" / "abc123"
+    asked: list[dict[str, object]] = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append({"name": name, **settings})
+        if settings["revision"] == "absent":
+            raise RevisionNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+            )
+        snapshot.parent.mkdir(parents=True, exist_ok=True)
+        return str(snapshot if snapshot.is_dir() else copy.rename(snapshot))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = resolve_model("someone/some-model", revision="v2", download_dir="/models")
+    assert found == snapshot
+    assert {key: asked[0][key] for key in ("name", "revision", "cache_dir")} == {
+        "name": "someone/some-model", "revision": "v2", "cache_dir": "/models",
+    }  # fmt: skip
+    with pytest.raises(ParetoError, match="the hub has it, and no revision 'absent' of it"):
+        resolve_model("someone/some-model", revision="absent")
+    assert name_of("someone/some-model") == "someone/some-model"
+    assert name_of(found) == "someone/some-model@abc123"
+    assert name_of(EMBEDDED / "ref-7m") == "ref-7m"
