@@ -3,7 +3,7 @@
 The KL divergence of a model's output from what it was is quadratic in small errors: half of the sum of
 ``(J e)^T (diag(p) - p p^T) (J e)`` over positions, where e is the error, J the derivative of the logits, and p the
 model's probabilities. That matrix is the Fisher information of the output, and it is the mean of ``u u^T`` over
-``u = (diag(p)^1/2 - p p^T/2) z`` with random signs z. One backward pass of ``u . logits``, all positions having signs
+``u = (I - p 1^T) diag(p)^1/2 z`` with random signs z. One backward pass of ``u . logits``, all positions having signs
 of their own, so gives a gradient g at every layer's keys and values, such that ``(g . e)^2 / 2`` is on average the sum
 of the divergences that e causes (Hutchinson 1990; KVQuant, Hooper et al. 2024, section 3.4, weighs errors of the cache
 by a Fisher information too). The errors of different tokens and heads are nearly independent, so their squares are
@@ -168,12 +168,8 @@ class KVSensitivity:
                 with torch.enable_grad():
                     hidden = last[number : number + 1].to(device).requires_grad_()
                     logits = head(hidden).float()
-                    root = logits.detach().softmax(-1).sqrt_()
                     generator = torch.Generator(device).manual_seed(self.settings.seed * 1_000_003 + number)
-                    signs = torch.randint(0, 2, root.shape, generator=generator, device=device, dtype=torch.int8)
-                    probe = root * (2 * signs - 1)
-                    probe -= root.square() * (probe * root).sum(-1, keepdim=True)
-                    logits.backward(probe)
+                    logits.backward(probe(logits.detach(), generator))
                 assert hidden.grad is not None
                 gradient[number] = hidden.grad[0]
         return gradient
@@ -234,6 +230,20 @@ class KVSensitivity:
             return None
         losses = {int(index): _with_numbers(found) for index, found in about["losses"].items()}
         return _State(about["blocks"], tensors["gradient"], losses)
+
+
+def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random u such that the mean of ``u u^T`` is the Fisher information of each position's distribution.
+
+    Args:
+        logits: float32 [..., vocabulary].
+        generator: on the logits' device.
+
+    """
+    p = logits.softmax(-1)
+    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8)
+    u = p.sqrt() * (2 * signs - 1)
+    return u - p * u.sum(-1, keepdim=True)
 
 
 def _with_numbers(losses: dict[str, dict[str, float]]) -> Losses:

@@ -27,7 +27,7 @@ from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, Losses
 from quant_methods.mixed_precision.kv_choice import JSON_FILE, PLOT_FILE, KVChoice
 from quant_methods.mixed_precision.kv_codes import KINDS, LayerCodes
-from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettings
+from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettings, probe
 from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
@@ -82,8 +82,19 @@ class Measured:
 
     scales: KVScales
     tokens: Tensor
-    losses: list[Losses]
+    found: list[list[Losses]]
     sensitivity: KVSensitivity
+
+    @property
+    def losses(self) -> list[Losses]:
+        """The mean over several seeds: so few tokens say little with one."""
+        return [
+            {
+                kind: {b: sum(one[layer][kind][b] for one in self.found) / len(self.found) for b in WIDTHS}
+                for kind in KINDS
+            }
+            for layer in range(6)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +104,13 @@ def measured(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Measu
     scales = KVScales.load(folder / "scales")
     _, decoder, _ = prepare(REF, recipe(), folder / "out", device="cpu", overwrite=False)
     tokens = load_sequences(REF, text_file, 8, 64)
-    sensitivity = KVSensitivity(
-        Served(decoder, tokens), scales, WIDTHS, settings=KVSettings(sequences=6), folder=folder, key="key"
-    )
-    return Measured(scales, tokens[2:], sensitivity.measure(), sensitivity)
+    found = [
+        KVSensitivity(
+            Served(decoder, tokens), scales, WIDTHS, settings=KVSettings(6, seed), folder=folder / str(seed), key="key"
+        )
+        for seed in range(6)
+    ]
+    return Measured(scales, tokens[2:], [one.measure() for one in found], found[0])
 
 
 @torch.no_grad()
@@ -112,15 +126,28 @@ def test_losses_are_the_divergence_of_the_whole_model(measured: Measured) -> Non
         return divergence(exact, found).double().mean().item()
 
     for kind in KINDS:
-        for bits, within in ((2, 2.0), (3, 1.4), (4, 1.4)):
+        for bits, within in ((2, 1.8), (3, 1.25), (4, 1.25)):
             pairs = [(measured.losses[layer][kind][bits], true(layer, kind, bits)) for layer in range(6)]
             for found, expected in pairs:
-                assert 1 / 2.5 < found / expected < 2.5
+                assert 0.6 < found / expected < (1.7 if bits > 2 else 2.5)
             total = sum(found for found, _ in pairs) / sum(expected for _, expected in pairs)
             assert 1 / within < total < within
             # Layers differ, and the measure knows how.
             ranks = torch.tensor(pairs).argsort(0).argsort(0).double()
-            assert torch.corrcoef(ranks.T)[0, 1] > 0.6
+            assert torch.corrcoef(ranks.T)[0, 1] > 0.8
+
+
+def test_the_mean_of_probes_is_the_fisher_information() -> None:
+    torch.manual_seed(0)
+    # A flat distribution, and one that is nearly certain.
+    logits = torch.stack([torch.randn(5), torch.tensor([8.0, 1.0, 0.0, 2.0, 1.0])])
+    u = probe(logits.expand(200_000, 2, 5).contiguous(), torch.Generator().manual_seed(1)).double()
+    p = logits.double().softmax(-1)
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    size = expected.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert (
+        (torch.einsum("nsi,nsj->sij", u, u) / len(u) - expected).abs() < 0.02 * size[:, :, None] * size[:, None]
+    ).all()
 
 
 def test_losses_fall_by_about_four_for_each_bit(measured: Measured) -> None:
@@ -174,7 +201,7 @@ def test_an_interrupted_measurement_goes_on_with_the_same_numbers(
     with pytest.raises(Interrupted):
         again.measure()
     stopped = len(seen)
-    assert again.measure() == measured.losses
+    assert again.measure() == measured.found[0]
     if moment.startswith("block"):
         assert f"loss of KV codes, {moment}" in seen[stopped:]
         later = [f"loss of KV codes, block {number}" for number in range(int(moment[-1]) + 1, 7)]
@@ -182,11 +209,11 @@ def test_an_interrupted_measurement_goes_on_with_the_same_numbers(
         assert not any("output of sequence" in what for what in seen[stopped:])
     # Finished, it is read; another key, and it is measured anew.
     stopped = len(seen)
-    assert again.measure() == measured.losses
+    assert again.measure() == measured.found[0]
     assert len(seen) == stopped
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kv-losses.json"]
     other = KVSensitivity(model, once.scales, WIDTHS, settings=KVSettings(sequences=2), folder=tmp_path, key="key")
-    assert other.measure() != measured.losses
+    assert other.measure() != measured.found[0]
 
 
 @pytest.fixture(scope="module")
