@@ -28,7 +28,8 @@ class KVChoice:
     Attributes:
         budget: the limit.
         settings: how losses are measured.
-        chosen: told the assignment, and the KL divergence that was measured with it, nats a token.
+        chosen: told the assignment, and the KL divergence that was measured with it in the median sequence, nats a
+            token.
 
     """
 

@@ -9,6 +9,9 @@ of the divergences that e causes (Hutchinson 1990; KVQuant, Hooper et al. 2024, 
 by a Fisher information too). The errors of different tokens and heads are nearly independent, so their squares are
 added up one by one, which leaves far less to chance than the square of their sum.
 
+Sequences differ in what codes cost them, some by fifty times the others (a script that the model hardly knows). Each
+is scaled to what all codes together cost the median sequence, so that no few of them decide.
+
 A pass forward and one backward so measure all layers at all widths, where coding one layer at one width and running
 the model would take a pass for each. Blocks are loaded one at a time, and run again on the way back. An interrupted
 measurement goes on from the gradient that was saved last.
@@ -17,6 +20,7 @@ measurement goes on from the gradient that was saved last.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +82,10 @@ class _Coded:
         return call.sdpa(*read)
 
 
+OfSequences = dict[str, dict[int, list[float]]]
+"""What one layer's codes cost each sequence, nats a token: by "key" and "value", then by bits."""
+
+
 @dataclass
 class _State:
     """How far a measurement is.
@@ -85,13 +93,13 @@ class _State:
     Attributes:
         blocks: the first so many blocks are still to be measured.
         gradient: of what leaves the last of them, [sequences, length, width].
-        losses: of the measured layers, by index.
+        losses: of the measured layers, by index: what each sequence loses, by kind and bits.
 
     """
 
     blocks: int
     gradient: Tensor
-    losses: dict[int, Losses]
+    losses: dict[int, OfSequences]
 
 
 class KVSensitivity:
@@ -121,11 +129,11 @@ class KVSensitivity:
         return LayerCodes(self.scales.layer(index), self.decoder.device)
 
     def measure(self) -> list[Losses]:
-        """Return every layer's losses, nats a token."""
+        """Return every layer's losses in the typical sequence (`typical`), nats a token."""
         if self.result_file.is_file():
             found = json.loads(self.result_file.read_text())
             if found["key"] == self.key:
-                return [_with_numbers(losses) for losses in found["losses"]]
+                return typical([_with_numbers(losses) for losses in found["losses"]])
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         state = self._saved()
         entering, last = self._forward(self.total if state is None else state.blocks)
@@ -144,7 +152,7 @@ class KVSensitivity:
         losses = [state.losses[index] for index in range(self.total)]
         write_json(self.result_file, {"key": self.key, "losses": losses})
         self.state_file.unlink(missing_ok=True)
-        return losses
+        return typical(losses)
 
     @torch.no_grad()
     def _forward(self, blocks: int) -> tuple[list[Tensor], Tensor]:
@@ -174,10 +182,10 @@ class KVSensitivity:
                 gradient[number] = hidden.grad[0]
         return gradient
 
-    def _backward(self, index: int, entering: Tensor, gradient: Tensor) -> Losses:
+    def _backward(self, index: int, entering: Tensor, gradient: Tensor) -> OfSequences:
         """Take the gradient back through a block, in place, and return its layer's losses."""
         codes, device = self._codes(index), self.decoder.device
-        losses = {kind: dict.fromkeys(self.widths, 0.0) for kind in KINDS}
+        losses: OfSequences = {kind: {bits: [] for bits in self.widths} for kind in KINDS}
         with self.model.loaded(index) as block:
             for number in range(len(entering)):
                 place = slice(number, number + 1)
@@ -193,12 +201,20 @@ class KVSensitivity:
                     errors = codes.errors(kind, tensor.detach().transpose(1, 2), self.widths)
                     for bits, error in zip(self.widths, errors, strict=True):
                         moved = (slope * error).sum(-1).double()
-                        losses[kind][bits] += moved.square().sum().item() / (2 * self.tokens.numel())
+                        losses[kind][bits].append(moved.square().sum().item() / (2 * self.tokens.shape[1]))
         return losses
 
     @torch.no_grad()
     def joint(self, bits: list[tuple[int, int]]) -> float:
-        """Return the KL divergence of the model with all layers coded from the model as it is, nats a token."""
+        """Return the KL divergence of the model with all layers coded from the model as it is.
+
+        Args:
+            bits: of each layer's keys and values.
+
+        Returns:
+            Nats a token, of the median sequence.
+
+        """
         exact = self.decoder.embed(self.tokens)
         coded = exact.clone()
         for index, pair in enumerate(bits):
@@ -208,13 +224,13 @@ class KVSensitivity:
                 with observing(_Coded(self._codes(index), pair)):
                     for start, batch in self.decoder.batches(coded):
                         coded[start : start + len(batch)] = self.decoder.run(index, block, batch)
-        total = 0.0
+        found = []
         with self.model.head() as head:
             for number in range(len(exact)):
                 pair_of = (head(x[number : number + 1].to(self.decoder.device)).float() for x in (exact, coded))
-                expected, found = (logits.log_softmax(-1) for logits in pair_of)
-                total += divergence(expected, found).double().mean().item() / len(exact)
-        return max(total, 0.0)
+                expected, got = (logits.log_softmax(-1) for logits in pair_of)
+                found.append(divergence(expected, got).double().mean().item())
+        return max(statistics.median(found), 0.0)
 
     def _save(self, state: _State) -> None:
         about = {"key": self.key, "blocks": state.blocks, "losses": state.losses}
@@ -246,6 +262,32 @@ def probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     return u - p * u.sum(-1, keepdim=True)
 
 
-def _with_numbers(losses: dict[str, dict[str, float]]) -> Losses:
+def typical(layers: list[OfSequences]) -> list[Losses]:
+    """Return every layer's losses, the mean over sequences that are scaled alike.
+
+    A sequence's scale is what it loses with all layers in codes of 3 bits (or the fewest above), which is what budgets
+    are about; all are scaled to the median of that.
+
+    Args:
+        layers: what each sequence loses, of each layer.
+
+    """
+    bits = min((b for b in layers[0]["key"] if b >= 3), default=max(layers[0]["key"]))
+    whole = [sum(each) for each in zip(*(found[kind][bits] for found in layers for kind in KINDS), strict=True)]
+    usual = statistics.median(whole)
+    scale = [usual / one if one > 0 else 0.0 for one in whole]
+    return [
+        {
+            kind: {
+                b: sum(s * loss for s, loss in zip(scale, losses, strict=True)) / len(scale)
+                for b, losses in found[kind].items()
+            }
+            for kind in KINDS
+        }
+        for found in layers
+    ]
+
+
+def _with_numbers(losses: dict[str, dict[str, list[float]]]) -> OfSequences:
     """Return losses from JSON, whose keys are strings."""
     return {kind: {int(bits): loss for bits, loss in found.items()} for kind, found in losses.items()}

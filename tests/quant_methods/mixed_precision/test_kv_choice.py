@@ -27,7 +27,7 @@ from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, Losses
 from quant_methods.mixed_precision.kv_choice import JSON_FILE, PLOT_FILE, KVChoice
 from quant_methods.mixed_precision.kv_codes import KINDS, LayerCodes
-from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettings, probe
+from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettings, probe, typical
 from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
@@ -150,6 +150,19 @@ def test_the_mean_of_probes_is_the_fisher_information() -> None:
     ).all()
 
 
+def test_no_sequence_outweighs_the_others() -> None:
+    # The third is a hundred times as sensitive, and to keys where the others are to values.
+    easy, hard = {"key": 1.0, "value": 3.0}, {"key": 500.0, "value": 100.0}
+    layers = [
+        {kind: {b: [4.0**-b * of[kind] for of in (easy, easy, hard, easy, easy)] for b in WIDTHS} for kind in KINDS}
+        for _ in range(3)
+    ]
+    for found in typical(layers):
+        assert found["value"][3] > 1.5 * found["key"][3]
+    total = sum(found[kind][3] for found in typical(layers) for kind in KINDS)
+    assert total == pytest.approx(3 * 4 * 4.0**-3), "what the median sequence loses"
+
+
 def test_losses_fall_by_about_four_for_each_bit(measured: Measured) -> None:
     for kind in KINDS:
         total = {bits: sum(found[kind][bits] for found in measured.losses) for bits in WIDTHS}
@@ -260,7 +273,11 @@ def test_bits_survive_what_copies_checkpoints(checkpoint: Path, text_file: Path,
     assert not (tmp_path / "w4" / JSON_FILE).exists()
 
 
-def test_codes_are_measured_on_the_quantized_model(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_codes_are_measured_on_the_quantized_model(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Weights that stay as they are run in bfloat16 where that is quick, others in float32.
+    monkeypatch.setattr("quant_methods.calibration.calibrator.quick_dtype", lambda device: torch.float32)
     seen: list[tuple[KVAssignment, float]] = []
     choice = KVChoice(KVBudget.parse("4bits"), chosen=lambda *both: seen.append(both))
     coarse = RTN(bits=3, group_size=-1, symmetric=True, search="minmax")
