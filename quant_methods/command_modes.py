@@ -147,7 +147,7 @@ def _print_kv_bits(console: Console, assignment: KVAssignment, kl: float, budget
     )
     console.print(
         f"takes        {assignment.bits_per_element:.3f} bits an element, scales and zeros included\n"
-        f"loses        KL {kl:.4f} nats a token in the median calibration sequence ({assignment.predicted:.4f} predicted)\n"
+        f"loses        KL {kl:.4f} nats a token in the median sequence ({assignment.predicted:.4f} predicted)\n"
         f"predicted    of the other dtypes: {others}",
         highlight=False,
         soft_wrap=True,
