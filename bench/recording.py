@@ -103,6 +103,7 @@ class Recording:
         self.nll = torch.full((self.rows,), torch.nan)
         self.kl = torch.full((self.rows,), torch.nan)
         self.top1 = torch.zeros(self.rows, dtype=torch.bool)
+        self.seen = torch.zeros(self.rows, dtype=torch.bool)
         self.longest = 0
         self.vocabulary = 0
         self.dtype: torch.dtype | None = None
@@ -112,7 +113,7 @@ class Recording:
     def _open(self, logits: Tensor) -> None:
         self.vocabulary = logits.shape[-1]
         self.dtype = logits.dtype if logits.dtype in _STORAGE else torch.float32
-        for name in ("tokens", "nll", "kl", "top1"):
+        for name in ("tokens", "nll", "kl", "top1", "seen"):
             setattr(self, name, getattr(self, name).to(logits.device))
         if self.store:
             self._store_file = LogitFile(Path(self.store), self.rows, self.vocabulary, self.dtype, "w")
@@ -132,11 +133,10 @@ class Recording:
             RuntimeError: some positions never came by, or came with undefined likelihoods.
 
         """
-        unseen = self.nll.isnan()
-        missing = int(unseen.sum())
-        if missing:
-            first = int(unseen.int().argmax())
-            raise RuntimeError(f"{missing} of {self.rows} positions have no likelihood, the first is {first}")
+        for wrong, what in ((~self.seen, "never came by"), (self.nll.isnan(), "have undefined logits (NaN)")):
+            if wrong.any():
+                first = int(wrong.int().argmax())
+                raise RuntimeError(f"{int(wrong.sum())} of {self.rows} positions {what}, the first is {first}")
         if self._store_file is not None:
             self._store_file.flush()
         return {
@@ -188,6 +188,7 @@ def add(blocks: list[Block], logits: Tensor) -> None:
     nll = -torch.log_softmax(scores, -1).gather(-1, target[:, None]).squeeze(-1)
     for recording, rows, own in places:
         recording.nll[rows] = nll[own]
+        recording.seen[rows] = True
         if recording._store_file is not None:
             recording._store_file.write(rows.start, logits[own])
     compared = [place for place in places if place[0]._compare_file is not None]

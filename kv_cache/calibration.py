@@ -21,9 +21,7 @@ served (`average_over_positions`): short text calibrates long contexts.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, KVScales, LayerScales
+from kv_cache.tf32 import tf32
 from kv_cache.transforms import balanced_transform
 
 QUERIES = 128
@@ -136,7 +135,7 @@ class KVCalibrator:
         record.firsts[several] += 1
         if not several:
             return
-        with _full_float32():
+        with tf32(False):
             positions = torch.arange(1, tokens, device=key.device)
             turned = self.rotary.turn(key[1:], -positions)
             if record.shift is None:
@@ -229,17 +228,6 @@ class KVCalibrator:
             value_size=(record.value_square / record.later).sqrt().clamp_min(torch.finfo(torch.float32).tiny).float(),
             rotary=self.rotary,
         )
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Keep CUDA from multiplying float32 matrices in TF32, whose 11 bits are too few for second moments."""
-    settings = torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, False
-    try:
-        yield
-    finally:
-        settings.allow_tf32 = before
 
 
 def _grouped(query: Tensor, kv_heads: int) -> Tensor:

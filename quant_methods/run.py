@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
+from kv_cache.tf32 import tf32
 from quant_methods.block_solver import BlockSolver
-from quant_methods.calibration.calibrator import Decoder, clone, tf32
+from quant_methods.calibration.calibrator import Decoder, clone
 from quant_methods.calibration.kv_pass import KVPass, calibrate, kv_sequences
 from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences

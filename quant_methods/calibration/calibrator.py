@@ -445,18 +445,3 @@ def clone(block: nn.Module) -> nn.Module:
 def batch_size(length: int) -> int:
     """Return how many sequences of ``length`` tokens go through a block at once."""
     return max(1, TOKENS_PER_BATCH // length)
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Let CUDA multiply float32 matrices in TF32, or not, for the duration of the context.
-
-    TF32 keeps 11 bits of each factor, of which the model's own bfloat16 has 8, and sums in float32. Hessians are
-    factorized in float64 in any case.
-    """
-    settings = torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, allowed
-    try:
-        yield
-    finally:
-        settings.allow_tf32 = before

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibration.calibrator import Decoder, Stage, tf32
+from kv_cache.tf32 import tf32
+from quant_methods.calibration.calibrator import Decoder, Stage
 from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem, matches
 
 if TYPE_CHECKING:

@@ -84,7 +84,16 @@ def test_a_missing_position_is_an_error():
     recording = Recording(tokens)
     add([Block(recording, 0, 16, 16)], logits[:16])
     add([Block(recording, 20, 19, 20)], logits[20:39])
-    with pytest.raises(RuntimeError, match="4 of 39 positions have no likelihood, the first is 16"):
+    with pytest.raises(RuntimeError, match="4 of 39 positions never came by, the first is 16"):
+        recording.finish()
+
+
+def test_an_undefined_logit_is_another_error():
+    tokens, logits = window()
+    recording = Recording(tokens)
+    logits[7, 3] = torch.nan
+    chunks(recording, logits, [40])
+    with pytest.raises(RuntimeError, match=r"1 of 39 positions have undefined logits \(NaN\), the first is 7"):
         recording.finish()
 
 

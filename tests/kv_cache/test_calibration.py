@@ -17,6 +17,7 @@ from kv_cache.calibration import KVCalibrator, average_over_positions, query_wei
 from kv_cache.errors import ParetoError
 from kv_cache.rotary import Rotary
 from kv_cache.scales import TENSORS, KVScales, LayerScales
+from kv_cache.tf32 import tf32
 from kv_cache.transforms import balanced_transform, mixing
 
 INV_FREQ = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
@@ -365,19 +366,19 @@ def test_settings_that_cannot_work_are_refused(settings):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_sums_as_a_cpu_does(monkeypatch):
+def test_a_gpu_sums_as_a_cpu_does():
     """Also where matrices may be multiplied in TF32, and where a model's layers are split between devices."""
     sequences = [awkward(256, LLAMA, seed) for seed in range(4)]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     there = [tuple(x.cuda() for x in sequence) for sequence in sequences]
     expected = calibrated(sequences).layers[0]
     for given in (there, [*there[:2], *sequences[2:]]):
-        found = calibrated(given).layers[0]
+        with tf32(True):
+            found = calibrated(given).layers[0]
+            assert torch.backends.cuda.matmul.allow_tf32
         for name in ("key_mean", "key_first", "value_size"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
         square, wanted = (x.key_transform.mT @ x.key_transform for x in (found, expected))
         assert (square - wanted).norm() < 0.01 * wanted.norm()
-    assert torch.backends.cuda.matmul.allow_tf32
 
 
 # A real model.
