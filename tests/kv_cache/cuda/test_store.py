@@ -80,9 +80,9 @@ def assert_codes_are_nearest(y: torch.Tensor, codes: torch.Tensor, meta: torch.T
     """What keys are coded as, for y as it is in float64.
 
     Args:
-        y: float64 [tokens, heads, channels].
+        y: float64 [keys, channels].
         codes: uint8 of y's shape.
-        meta: uint8 [tokens, heads, 2], scale and zero.
+        meta: uint8 [keys, 2], scale and zero.
         bits: of a code.
 
     """
@@ -126,16 +126,18 @@ def check_store(
     stored = slots >= 0
     got = moved(cache, CPU)
     rows, expected = (rows_at(pages, layout, slots[stored]) for pages in (got, want))
+    # Of the first token, keys of two heads are not finite, and one number swamps all else in the third's, if it can.
+    ordinary = torch.ones(int(stored.sum()), HEADS, dtype=torch.bool)
+    ordinary[0, : 3 if dtype == torch.float32 else 2] = False
     for name in rows:
         if name.startswith("value"):
             assert torch.equal(rows[name], expected[name]), name
-        # Whatever is not finite, or swamps all else.
-        assert torch.equal(rows[name][0], expected[name][0]), name
+        assert torch.equal(rows[name][~ordinary], expected[name][~ordinary]), name
     assert torch.equal(rows[META][..., 2:], expected[META][..., 2:])
-    centred = (key[:tokens].float() - codec.centres(scales, positions))[stored][1:].double()
-    y = torch.einsum("hcd,thd->thc", scales.key_transform.double(), centred)
-    codes = [codes_of(x, "key", fmt.key_bits)[1:] for x in (rows, expected)]
-    meta = [x[META][1:, :, :2] for x in (rows, expected)]
+    centred = (key[:tokens].float() - codec.centres(scales, positions))[stored].double()
+    y = torch.einsum("hcd,thd->thc", scales.key_transform.double(), centred)[ordinary]
+    codes = [codes_of(x, "key", fmt.key_bits)[ordinary] for x in (rows, expected)]
+    meta = [x[META][ordinary][:, :2] for x in (rows, expected)]
     assert_codes_are_nearest(y, codes[0], meta[0], fmt.key_bits)
     errors = [
         (codec.dequantize(c, *m.unbind(-1), fmt.key_bits, torch.float64) - y).norm()

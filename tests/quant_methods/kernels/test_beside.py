@@ -61,7 +61,7 @@ def make(out, width, kept, rank, sparse, dtype, device):
         columns = torch.randn(out, kept).to(dtype)
         weight[:, index.long()] += columns.double()
     if rank:
-        low_rank = LowRank(torch.randn(out, rank).to(dtype), (torch.randn(rank, width) / 8).to(dtype))
+        low_rank = LowRank(torch.randn(out, rank).to(dtype), (torch.randn(rank, width) / 2).to(dtype))
     if sparse:
         # Rows without any, rows with a few, a row with all, and none at the end.
         chosen = torch.rand(out, width) < torch.rand(out, 1) ** 4
