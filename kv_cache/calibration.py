@@ -110,31 +110,38 @@ class KVCalibrator:
 
     @torch.no_grad()
     def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take one sequence's tensors of one layer; its first token must be the sequence's first.
+        """Take a layer's tensors of one sequence, or of several of one length, each from its first position on.
 
         Sequences of one token say what keys at position 0 are like, and nothing else. Where there are any, they alone
         say it: which tokens come first in service, the caller knows better than the cuts of a calibration text.
 
         Args:
             layer: index of the layer, from 0.
-            query: [tokens, num_heads, head_dim], floating point, after RoPE; logits are ``q . k / sqrt(head_dim)``.
-            key: [tokens, num_kv_heads, head_dim], floating point, after RoPE.
-            value: [tokens, num_kv_heads, head_dim], floating point.
+            query: [tokens, num_heads, head_dim] or [sequences, tokens, num_heads, head_dim], floating point, after
+                RoPE; logits are ``q . k / sqrt(head_dim)``.
+            key: [..., tokens, num_kv_heads, head_dim], floating point, after RoPE.
+            value: [..., tokens, num_kv_heads, head_dim], floating point.
 
         Raises:
             ParetoError: there is no such layer, a shape is wrong, or a number is not finite.
 
         """
+        # One check for all sequences: on a GPU each one waits until everything before it is done.
         self._check(layer, query, key, value)
-        record, tokens = self._layers[layer], key.shape[0]
-        key, value = key.float(), value.float()
+        query, key, value = (x[None] if x.dim() == 3 else x for x in (query, key, value))
+        record, (sequences, tokens) = self._layers[layer], key.shape[:2]
         record.to(key.device)
-        record.tokens += tokens
+        record.tokens += sequences * tokens
         several = int(tokens > 1)
-        record.first[several] += key[0]
-        record.firsts[several] += 1
-        if not several:
-            return
+        record.first[several] += key[:, 0].double().sum(0)
+        record.firsts[several] += sequences
+        if several:
+            for sequence in zip(query, key, value, strict=True):
+                self._add(record, *sequence)
+
+    def _add(self, record: _Layer, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Sum up one sequence's tokens but the first, shapes as `observe` takes them."""
+        key, value, tokens = key.float(), value.float(), len(key)
         with tf32(False):
             positions = torch.arange(1, tokens, device=key.device)
             turned = self.rotary.turn(key[1:], -positions)
@@ -163,17 +170,18 @@ class KVCalibrator:
         if not 0 <= layer < self.num_layers:
             raise ParetoError(f"KV calibration: there is no layer {layer}; the model has {self.num_layers}")
         where = f"KV calibration, layer {layer}"
-        shape = (key.shape[0], self.num_kv_heads, self.head_dim)
-        if tuple(key.shape) != shape or tuple(value.shape) != shape or key.shape[0] == 0:
+        tokens = tuple(key.shape[:-2])
+        shape = (*tokens, self.num_kv_heads, self.head_dim)
+        if tuple(key.shape) != shape or tuple(value.shape) != shape or len(tokens) not in (1, 2) or 0 in tokens:
             raise ParetoError(
                 f"{where}: keys {tuple(key.shape)} and values {tuple(value.shape)} must both be "
-                f"[tokens, {self.num_kv_heads}, {self.head_dim}] with at least one token"
+                f"[tokens, {self.num_kv_heads}, {self.head_dim}] with at least one token, or several sequences of such"
             )
-        heads = query.shape[1] if query.dim() == 3 else 0
-        if tuple(query.shape) != (shape[0], heads, self.head_dim) or heads == 0 or heads % self.num_kv_heads:
+        heads = query.shape[-2] if query.dim() == key.dim() else 0
+        if tuple(query.shape) != (*tokens, heads, self.head_dim) or heads == 0 or heads % self.num_kv_heads:
             raise ParetoError(
-                f"{where}: queries {tuple(query.shape)} must be [{shape[0]}, num_heads, {self.head_dim}] with a "
-                f"multiple of {self.num_kv_heads} heads"
+                f"{where}: queries {tuple(query.shape)} must be [{', '.join(map(str, tokens))}, num_heads, "
+                f"{self.head_dim}] with a multiple of {self.num_kv_heads} heads"
             )
         finite = torch.stack([tensor.isfinite().all() for tensor in (query, key, value)])
         if not finite.all():

@@ -8,8 +8,10 @@ seconds; the last line of a run that failed says why.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
         ParetoError: the model or the device cannot be used.
 
     """
+    _wake(device)
     from quant_methods.calibration.calibrator import Decoder
     from quant_methods.calibration.kv_pass import calibrate, kv_sequences
     from quant_methods.compress import check_device
@@ -53,6 +56,19 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
     calibrator = calibrate(decoder, model, tokens, 0, lambda done, what: lines.show(done, total, what))
     lines.show(total, total, "solving")
     calibrator.finish({"recipe": "at start-up"}).save(out)
+
+
+def _wake(device: str) -> None:
+    """Let a GPU begin while libraries are imported; both take seconds."""
+    import torch
+
+    def begin() -> None:
+        # What is wrong with a device, its check says later.
+        with contextlib.suppress(Exception):
+            torch.zeros(1, device=device)
+
+    if device.startswith("cuda"):
+        threading.Thread(target=begin, daemon=True).start()
 
 
 def on_cpu(weights: int, length: int) -> int:

@@ -30,14 +30,14 @@ class Observer(Protocol):
     """What takes the tensors; ``kv_cache.calibration.KVCalibrator`` is one."""
 
     def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Take one sequence from its first position.
+        """Take a batch of sequences, each from its first position on.
 
         Args:
             layer: index of the decoder layer.
-            query: [tokens, num_heads, head_dim] in the model's dtype, after rotary embedding, such that logits are
-                ``q . k / sqrt(head_dim)``.
-            key: [tokens, num_kv_heads, head_dim], after rotary embedding.
-            value: [tokens, num_kv_heads, head_dim].
+            query: [sequences, tokens, num_heads, head_dim] in the model's dtype, after rotary embedding, such that
+                logits are ``q . k / sqrt(head_dim)``.
+            key: [sequences, tokens, num_kv_heads, head_dim], after rotary embedding.
+            value: [sequences, tokens, num_kv_heads, head_dim].
 
         """
 
@@ -116,8 +116,7 @@ def _observed_attention(
         # Observers take logits to be q.k / sqrt(head_dim); a few models scale them otherwise.
         factor = (kwargs.get("scaling") or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5
         asked = query if abs(factor - 1) < 1e-6 else query * factor
-        for sequence in zip(asked, key, value, strict=True):
-            observer.observe(layer, *(x.transpose(0, 1) for x in sequence))
+        observer.observe(layer, *(x.transpose(1, 2) for x in (asked, key, value)))
         after()
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

@@ -283,6 +283,16 @@ def test_the_seed_decides_and_the_order_of_layers_does_not():
     assert same(first, calibrator.finish())
 
 
+def test_sequences_may_come_together():
+    together = KVCalibrator(1, 2, 16, rotary=LLAMA)
+    for tokens, count in ((1, 5), (40, 3)):
+        batch = [torch.stack(x) for x in zip(*(qkv(tokens, seed=seed) for seed in range(count)), strict=True)]
+        together.observe(0, *batch)
+    apart = calibrated([qkv(tokens, seed=seed) for tokens, count in ((1, 5), (40, 3)) for seed in range(count)])
+    assert same(apart, together.finish())
+    assert together.finish().metadata["calibration_tokens"] == 125
+
+
 def test_long_sequences_are_looked_at_in_parts(monkeypatch):
     sequences = [qkv(200, seed=seed) for seed in range(3)]
     whole = calibrated(sequences).layers[0]
@@ -349,6 +359,8 @@ def test_wrong_shapes_are_refused():
         ((query[:, :3], key, value), "multiple of 2 heads"),
         ((query[:9], key, value), "queries"),
         ((query[:0], key[:0], value[:0]), "at least one token"),
+        ((query[None, None], key[None, None], value[None, None]), "several sequences"),
+        ((query, key[None], value[None]), r"queries .* must be \[1, 10, num_heads, 16\]"),
     ):
         with pytest.raises(ParetoError, match=message):
             calibrator.observe(0, *sequence)

@@ -142,7 +142,7 @@ class Recorder:
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.seen.append((layer, query, key, value))
+        self.seen += [(layer, *sequence) for sequence in zip(query, key, value, strict=True)]
 
 
 @pytest.fixture(params=MODELS)
