@@ -19,7 +19,7 @@ from kv_cache.scales import SCALES_FILE, SCHEMA
 from kv_cache.user_cache import cache_dir
 from quant_methods.model_source import resolve_model, sampled_fingerprint
 
-REVISION = 5
+REVISION = 6
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""
 
 

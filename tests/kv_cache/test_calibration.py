@@ -233,6 +233,9 @@ def test_a_balanced_transform_evens_out_spread_and_importance(dim):
     # The cost of equal steps, against that of a step for each channel as it was.
     plain = (covariance.diagonal(dim1=1, dim2=2) * metric.diagonal(dim1=1, dim2=2)).sum(-1)
     assert ((spread * importance).sum(-1) < 0.7 * plain).all()
+    # The widest spread moves all channels alike, which a token's zero takes.
+    even, alike = transform @ covariance @ transform.mT, torch.full((dim,), dim**-0.5, dtype=torch.float64)
+    torch.testing.assert_close(even @ alike, torch.linalg.eigvalsh(even)[:, -1:] * alike, rtol=0.01, atol=1e-3)
 
 
 # What the calibrator takes, keeps and returns.
