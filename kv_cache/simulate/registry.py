@@ -57,6 +57,7 @@ VARIATIONS: list[tuple[int, str, Options]] = [
         ("full_range", Options(full_range=True)),
         ("keep_product", Options(keep_product=True)),
         ("lloyd_max", Options(levels=True)),
+        ("widest_last", Options(widest_last=True)),
         ("feedback", Options(feedback=True)),
         ("feedback+first1", Options(feedback=True, first=1)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Options:
         feedback: a channel's rounding error is handed on to the channels not yet rounded (LDLQ, Chee et al. 2023,
             "QuIP"; GPTQ, Frantar et al. 2022), weighed by what errors of keys and of values cost.
         full_range: codes cover a token's whole range, whatever the bits.
+        widest_last: the direction of keys that spreads most is mixed like any other, instead of moving all channels
+            alike.
 
     """
 
@@ -47,6 +49,7 @@ class Options:
     levels: bool = False
     feedback: bool = False
     full_range: bool = False
+    widest_last: bool = False
 
 
 class Varied(Ours):
@@ -60,6 +63,12 @@ class Varied(Ours):
 
     def fit(self, layer: int, sample: Sample) -> None:
         """Prepare what the options need of a layer."""
+        if self.options.widest_last:
+            mix = mixing(sample.key.shape[-1]).to(sample.key.device)
+            turned = mix @ (mix.mT @ sample.scales.key_transform.double()).flip(-2)
+            found = {"key_transform": turned.float(), "key_inverse": torch.linalg.inv(turned).float()}
+            scales, sample = sample.scales, replace(sample)
+            vars(sample)["scales"] = replace(scales, **found)
         super().fit(layer, sample)
         if not self.options.transform:
             centred = sample.key[:, 1:] - self.centres(layer, sample.key.shape[1])[1:]
