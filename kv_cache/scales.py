@@ -67,6 +67,10 @@ class LayerScales:
         dim = self.key_mean.shape[-1]
         return dim & -dim
 
+    def to(self, device: torch.device) -> LayerScales:
+        """Return the same scales on a device."""
+        return LayerScales(**{name: getattr(self, name).to(device) for name in TENSORS}, rotary=self.rotary)
+
     def heads(self, start: int, stop: int) -> LayerScales:
         """Return the scales of KV heads start..stop-1, which is what one tensor-parallel rank holds."""
         mine = {name: getattr(self, name)[start:stop].contiguous() for name in TENSORS}

@@ -196,7 +196,7 @@ def test_aqua_predicts_what_can_be_predicted(layers):
     first = layers[0]
     mix = torch.randn(128, 128) / 11
     base = (unrotated(first.key, first.rotary).flatten(-2) @ mix).view_as(first.key)
-    second = replace(first, key=first.rotary.turn(base, torch.arange(TOKENS)), _centres={})
+    second = replace(first, key=first.rotary.turn(base, torch.arange(TOKENS)))
     coder = AquaKV(2)
     alone = ENTRIES["int2+first4"].make()
     for one in (coder, alone):
@@ -211,7 +211,7 @@ def test_aqua_predicts_what_can_be_predicted(layers):
 def test_low_rank_keeps_what_lies_in_the_subspace(layers):
     sample = layers[0]
     flat = torch.randn(2, TOKENS, 20) @ torch.randn(20, 128)
-    narrow = replace(sample, value=flat.view(2, TOKENS, 2, 64), _centres={})
+    narrow = replace(sample, value=flat.view(2, TOKENS, 2, 64))
     coder = LowRank(20)
     coder.fit(0, narrow)
     read = coder.code(0, narrow.key, narrow.value, Run())
