@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from kv_cache.atomic import write_bytes
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
@@ -35,7 +36,7 @@ from quant_methods.calibration.kv_pass import KVPass, calibrate, kv_sequences
 from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
-from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
+from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.methods.tuning import Tuned, Tuner
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan

@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.backends import check
 from quant_methods.backends.environment import RUNNERS, Backend, Progress, clean_environment, environment_python
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
-from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
+from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
-from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
+from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.checkpoints.quality import Yardstick
 from quant_methods.compress import compress, prepare, work_of
 from quant_methods.mixed_precision.budget import Loss
