@@ -51,7 +51,8 @@ from quant_methods.model_source import (
 )
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe, TransformStep, WeightStep
-from quant_methods.run import RECIPE_FILE, locked
+from quant_methods.run import RECIPE_FILE
+from quant_methods.work_folder import empty, locked, put_in_place
 
 
 @dataclass
@@ -214,9 +215,7 @@ def compress_with(
         provenance["backend"]["check"] = {"kl": found, "kl_round_to_nearest": bar}
         write_json(target / RECIPE_FILE, provenance)
         size = Source(target).size()
-        if out.exists():
-            out.rename(work / "replaced")
-        target.rename(out)
+        put_in_place(target, out, work)
     shutil.rmtree(work)
     version = result["versions"][backend.package]
     return BackendReport(
@@ -238,9 +237,7 @@ def _work_directory(work: Path, provenance: dict[str, Any], *, overwrite: bool) 
                 "command to finish it, or give --overwrite to start anew"
             )
         if found is None or found["key"] != key or not (work / "result.json").is_file():
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(work)
             write_json(state, {"key": key, **provenance})
         yield
 
