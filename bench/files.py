@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kv_cache import atomic
 from kv_cache.errors import ParetoError
 
 
@@ -32,20 +31,13 @@ def replacing(path: Path) -> Iterator[Path]:
         ParetoError: the place cannot be written, or the disk is full.
 
     """
-    with _written(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-    try:
-        yield Path(name)
+    with contextlib.ExitStack() as stack:
         with _written(path):
-            with open(name, "rb") as file:
-                os.fsync(file.fileno())
-            # Temporary files are private; results are read by others as any new file is.
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+            partial = stack.enter_context(atomic.replacing(path))
+        # An error of the block's own, a lost connection say, stays what it is.
+        yield partial
+        with _written(path):
+            stack.close()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -55,8 +47,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         ParetoError: the place cannot be written, or the disk is full.
 
     """
-    with replacing(path) as partial, _written(path):
-        partial.write_bytes(data)
+    with _written(path):
+        atomic.write_bytes(path, data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,9 +88,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

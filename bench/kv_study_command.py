@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto kv-study``."""
     from bench.files import write_text
-    from bench.kv_study_run import RESULT, Heartbeat, Settings, Study, read_report
+    from bench.kv_study_run import RESULT, Settings, Study, progress_lines, read_report
     from kv_cache.simulate.registry import ENTRIES, chosen
 
     if args.list:
@@ -119,10 +119,8 @@ def run(args: argparse.Namespace) -> int:
     )
     out = Path(args.out)
     command = shlex.join([Path(word).name if Path(word).exists() else word for word in sys.argv])
-    with Heartbeat() as heartbeat:
-        study = Study(
-            settings, out, device=args.device, batch_tokens=args.batch_tokens, heartbeat=heartbeat, command=command
-        )
+    with progress_lines() as lines:
+        study = Study(settings, out, device=args.device, batch_tokens=args.batch_tokens, lines=lines, command=command)
         report = study.run(names, again, lambda result: print(line(result), flush=True))
     print()
     print(table(report))

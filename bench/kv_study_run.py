@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,9 +25,9 @@ from kv_cache.errors import ParetoError
 from kv_cache.simulate.registry import ENTRIES
 from quant_methods.calibration.text_source import Split, load_sequences
 from quant_methods.model_source import fingerprint, read_config, resolve_model
+from quant_methods.progress import EVERY, Lines
 
 RESULT = "kv-study.json"
-HEARTBEAT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,36 +60,16 @@ class Settings:
     seed: int = 0
 
 
-class Heartbeat:
-    """Says every 10 seconds what is going on, in lines that a log can hold; a context manager."""
-
-    def __init__(self, write: Callable[[str], None] | None = None, seconds: float = HEARTBEAT_S) -> None:
-        self._write = write or (lambda text: print(text, file=sys.stderr, flush=True))
-        self._seconds, self._ended = seconds, threading.Event()
-        self._doing = "starting", time.monotonic()
-
-    def begin(self, doing: str) -> None:
-        """Start on something else."""
-        self._doing = doing, time.monotonic()
-
-    def __enter__(self) -> Heartbeat:
-        threading.Thread(target=self._beat, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def _beat(self) -> None:
-        while not self._ended.wait(self._seconds):
-            doing, began = self._doing
-            self._write(f"kv-study: {doing}, for {time.monotonic() - began:.0f} s")
+def progress_lines(say: Callable[[str], object] | None = None, every: float = EVERY) -> Lines:
+    """Return the lines that say what a study is doing; on stderr unless ``say`` takes them."""
+    return Lines("kv-study", say or functools.partial(print, file=sys.stderr, flush=True), every)
 
 
 class Study:
     """One run."""
 
     def __init__(
-        self, settings: Settings, out: Path, *, device: str, batch_tokens: int, heartbeat: Heartbeat, command: str
+        self, settings: Settings, out: Path, *, device: str, batch_tokens: int, lines: Lines, command: str
     ) -> None:
         """Resolve the model and the texts, and read what an earlier run has left.
 
@@ -98,21 +78,21 @@ class Study:
             out: folder of the result.
             device: torch device.
             batch_tokens: tokens that go through the model at once.
-            heartbeat: is told what is going on.
+            lines: are told what is going on.
             command: what was typed.
 
         Raises:
             ParetoError: a model or text is missing or too short, or the folder holds a study of other settings.
 
         """
-        self.heartbeat, self.path, self.command = heartbeat, out / RESULT, command
+        self.lines, self.path, self.command = lines, out / RESULT, command
         self.device, self.batch_tokens, self._settings = device, batch_tokens, settings
         self.folder = resolve_model(settings.model)
         longest = max(settings.window_tokens, settings.calibration_tokens)
         context = read_config(self.folder).get("max_position_embeddings")
         if context and longest > context:
             raise ParetoError(f"{settings.model}: windows of {longest} tokens exceed the model's {context} positions")
-        heartbeat.begin("reading texts")
+        lines.begin("reading texts")
         self.calibration = self._tokens(
             settings.calibration, settings.calibration_windows, settings.calibration_tokens, "calibration"
         )
@@ -169,7 +149,7 @@ class Study:
         perplexity = exp_estimate(mean_estimate(nll))
         kept = [coder for coder in self.report.coders if coder.name in done] if self.report else []
         for number, name in enumerate(missing, 1):
-            self.heartbeat.begin(f"coder {number} of {len(missing)}, {name}")
+            self.lines.begin(f"coder {number} of {len(missing)}, {name}")
             result = self._measured(model, name, nll)
             kept.append(result)
             order = list(ENTRIES)
@@ -190,15 +170,15 @@ class Study:
         return self.report
 
     def _prepared(self) -> tuple[StudiedModel, list[float]]:
-        self.heartbeat.begin("loading the model")
+        self.lines.begin("loading the model")
         model = StudiedModel(self.folder, self.device, self.batch_tokens)
         if self._settings.key_bias:
             plant_key_bias(model.model, self._settings.key_bias)
         if self._settings.value_outlier != 1:
             plant_value_outliers(model.model, self._settings.value_outlier, self._settings.seed)
-        self.heartbeat.begin("running the calibration text")
+        self.lines.begin("running the calibration text")
         model.calibrate(self.calibration, self._settings.seed)
-        self.heartbeat.begin("running the test windows in full precision")
+        self.lines.begin("running the test windows in full precision")
         return model, model.refer(self.windows)
 
     def _measured(self, model: StudiedModel, name: str, nll: list[float]) -> CoderResult:

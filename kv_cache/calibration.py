@@ -162,7 +162,7 @@ class KVCalibrator:
         metric = torch.zeros(self.num_kv_heads, self.head_dim, self.head_dim, device=key.device)
         for part, asked in zip(positions.split(size), query.split(size), strict=True):
             weight = query_weights(part, asked, key, value)
-            rows = _grouped(self.rotary.turn(asked, -part), self.num_kv_heads)
+            rows = grouped(self.rotary.turn(asked, -part), self.num_kv_heads)
             metric += torch.bmm((rows * weight[..., None]).mT, rows)
         return metric
 
@@ -222,70 +222,114 @@ class KVCalibrator:
         assert record.shift is not None
         mean = record.key / record.later
         covariance = record.key_product / record.later - mean[..., None] * mean[:, None]
-        transform = balanced_transform(
-            average_over_positions(covariance, self.rotary), average_over_positions(record.metric, self.rotary)
-        )
-        # Rounded first, so that the inverse is that of the matrix that is stored.
-        transform = transform.to(MATRIX_DTYPE)
         one = int(not record.firsts[0])
-        return LayerScales(
-            key_mean=(mean + record.shift.double()).float(),
-            key_first=(record.first[one] / record.firsts[one]).float(),
-            key_transform=transform.float(),
-            key_inverse=torch.linalg.inv(transform.double()).float(),
-            value_size=(record.value_square / record.later).sqrt().clamp_min(torch.finfo(torch.float32).tiny).float(),
+        return scales_of_moments(
+            key_mean=mean + record.shift.double(),
+            key_first=record.first[one] / record.firsts[one],
+            covariance=average_over_positions(covariance, self.rotary),
+            metric=average_over_positions(record.metric, self.rotary),
+            value_size=(record.value_square / record.later).sqrt(),
             rotary=self.rotary,
         )
 
 
-def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+def scales_of_moments(
+    *, key_mean: Tensor, key_first: Tensor, covariance: Tensor, metric: Tensor, value_size: Tensor, rotary: Rotary
+) -> LayerScales:
+    """Return the scales of one layer, on the device of its moments.
+
+    Args:
+        key_mean: float64 [num_kv_heads, head_dim], of keys at position 0.
+        key_first: float64 [num_kv_heads, head_dim], of first tokens' keys.
+        covariance: float64 [num_kv_heads, head_dim, head_dim], of the other keys, averaged over positions.
+        metric: H, averaged over positions, of the same shape and dtype.
+        value_size: float64 [num_kv_heads], the values' root mean square.
+        rotary: of the model.
+
+    """
+    # Rounded first, so that the inverse is that of the matrix that is stored.
+    transform = balanced_transform(covariance.cpu(), metric.cpu()).to(MATRIX_DTYPE)
+    device = key_mean.device
+    return LayerScales(
+        key_mean=key_mean.float(),
+        key_first=key_first.float(),
+        key_transform=transform.float().contiguous().to(device),
+        key_inverse=torch.linalg.inv(transform.double()).float().contiguous().to(device),
+        value_size=value_size.clamp_min(torch.finfo(torch.float32).tiny).float(),
+        rotary=rotary,
+    )
+
+
+def grouped(query: Tensor, kv_heads: int) -> Tensor:
     """Return queries [n, num_heads, head_dim] as [num_kv_heads, group * n, head_dim]."""
     return query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def query_weights(positions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def query_weights(positions: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
     """Return ``w_t = sum_j a_tj^2 |v_j - o_t|^2`` of causal attention, over all keys j but the first.
+
+    Args:
+        positions: see `attention_of`, as the rest.
+        query: of some tokens.
+        key: of the whole sequence.
+        value: likewise.
+        scaling: of logits.
+
+    Returns:
+        [num_kv_heads, group * queries], heads of a group one after the other.
+
+    """
+    attention, distance = attention_of(positions, query, key, value, scaling)
+    return attention.square_().mul_(distance)[..., 1:].sum(-1)
+
+
+def attention_of(
+    positions: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the probabilities ``a_tj`` of causal attention, and how far values lie from outputs, ``|v_j - o_t|^2``.
 
     Args:
         positions: [queries], integers; where in the sequence the queries stand.
         query: [queries, num_heads, head_dim], floating point.
         key: [tokens, num_kv_heads, head_dim], of the whole sequence, in the queries' dtype; ``value`` likewise.
         value: see ``key``.
+        scaling: what ``q . k`` is multiplied by; None: 1 / sqrt(head_dim).
 
     Returns:
-        [num_kv_heads, group * queries], heads of a group one after the other.
+        [num_kv_heads, group * queries, tokens] twice, heads of a group one after the other.
 
     """
     tokens, kv_heads, dim = key.shape
     keys, values = key.transpose(0, 1), value.transpose(0, 1)
-    grouped = _grouped(query, kv_heads)
     future = torch.arange(tokens, device=key.device) > positions[:, None]
-    logits = torch.bmm(grouped, keys.mT).mul_(1 / math.sqrt(dim)).unflatten(1, (-1, len(positions)))
-    attention = logits.masked_fill_(future, -math.inf).flatten(1, 2).softmax(-1)
+    logits = torch.bmm(grouped(query, kv_heads), keys.mT).mul_(1 / math.sqrt(dim) if scaling is None else scaling)
+    logits = logits.unflatten(1, (-1, len(positions))).masked_fill_(future, -math.inf)
+    attention = logits.flatten(1, 2).softmax(-1)
     output = torch.bmm(attention, values)
     # |v - o|^2 expanded, so that no [queries, tokens, head_dim] tensor is needed; rounding may leave it below 0.
     distance = torch.baddbmm(values.square().sum(-1)[:, None], output, values.mT, alpha=-2)
     distance += output.square().sum(-1, keepdim=True)
-    return attention.square_().mul_(distance.clamp_min_(0))[..., 1:].sum(-1)
+    return attention, distance.clamp_min_(0)
 
 
-def average_over_positions(matrix: Tensor, rotary: Rotary) -> Tensor:
-    """Return the mean of ``R_p M R_p^T`` over the positions p below ``rotary.max_position``; R_p turns by p positions.
+def average_over_positions(matrix: Tensor, rotary: Rotary, positions: int | None = None) -> Tensor:
+    """Return the mean of ``R_p M R_p^T`` over the positions p from 0 on, where R_p turns by p positions.
 
     With a pair of channels as a complex number ``z = first + i second``, turning multiplies it by ``e^(i p f)``, f its
     frequency. So ``E[z_j conj(z_k)]`` takes the mean of ``e^(i p (f_j - f_k))`` as a factor, and ``E[z_j z_k]`` that of
     ``e^(i p (f_j + f_k))``; both means are geometric sums.
 
     Args:
-        matrix: float64 [heads, head_dim, head_dim], symmetric, of vectors at position 0.
+        matrix: float64 [heads, head_dim, head_dim], symmetric, of vectors at position 0; on any device.
         rotary: how positions turn them.
+        positions: how many; None: ``rotary.max_position``.
 
     """
-    first, second = rotary.channels()
+    first, second = (channels.to(matrix.device) for channels in rotary.channels())
     aa, ab = matrix[:, first][:, :, first], matrix[:, first][:, :, second]
     ba, bb = matrix[:, second][:, :, first], matrix[:, second][:, :, second]
-    frequency = rotary.inv_freq.double()
-    count = rotary.max_position
+    frequency = rotary.inv_freq.to(matrix.device, torch.float64)
+    count = rotary.max_position if positions is None else positions
     hermitian = torch.complex(aa + bb, ba - ab) * _mean_phase(frequency[:, None] - frequency, count)
     symmetric = torch.complex(aa - bb, ba + ab) * _mean_phase(frequency[:, None] + frequency, count)
     result = torch.empty_like(matrix)
@@ -314,4 +358,6 @@ def _mean_phase(angle: Tensor, count: int) -> Tensor:
     return torch.polar(torch.ones_like(phase), phase) * size
 
 
-__all__ = ["KVCalibrator", "average_over_positions", "query_weights"]
+__all__ = [
+    "KVCalibrator", "attention_of", "average_over_positions", "grouped", "query_weights", "scales_of_moments",
+]  # fmt: skip

@@ -101,7 +101,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, dtype: tor
 
 
 def centres(scales: LayerScales, positions: Tensor | None) -> Tensor:
-    """Return the centres of keys at some positions, float32 [tokens, heads, head_dim].
+    """Return the centres of keys at some positions, float32 [tokens, heads, head_dim], on the device of the scales.
 
     Raises:
         ParetoError: no positions.
@@ -110,6 +110,7 @@ def centres(scales: LayerScales, positions: Tensor | None) -> Tensor:
     if positions is None:
         raise ParetoError("keys need their positions")
     table = scales.rotary.table(int(positions.max()) + 1 if len(positions) else 1)
+    positions = positions.to(scales.key_mean.device)
     centre = table.centre(scales.key_mean, positions)
     centre[positions == 0] = scales.key_first
     return centre

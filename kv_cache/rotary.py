@@ -125,20 +125,21 @@ class CentreTable:
         """Return the centres of keys at some positions, in float32 without fused operations.
 
         Args:
-            mean: float32 [heads, head_dim], the keys' mean before rotary embedding.
-            positions: int64 [tokens], below SPAN times the number of anchors.
+            mean: float32 [heads, head_dim], the keys' mean before rotary embedding, on any device.
+            positions: int64 [tokens], below SPAN times the number of anchors, on the same device.
 
         Returns:
             float32 [tokens, heads, head_dim].
 
         """
-        anchor, fine = positions // SPAN, positions % SPAN
-        first, second = self.rotary.channels()
+        device, anchor, fine = mean.device, positions // SPAN, positions % SPAN
+        first, second = (channels.to(device) for channels in self.rotary.channels())
         x, y = mean[:, first], mean[:, second]
-        cos, sin = self.anchor_cos[anchor, None], self.anchor_sin[anchor, None]
+        cos, sin = (table.to(device)[anchor, None] for table in (self.anchor_cos, self.anchor_sin))
         x, y = x * cos - y * sin, y * cos + x * sin
-        cos, sin = self.read(self.cos_codes)[fine, None], self.read(self.sin_codes)[fine, None]
-        result = torch.zeros(len(positions), *mean.shape)
+        # Read before they are moved: CUDA divides by a number by multiplying by its reciprocal, which rounds otherwise.
+        cos, sin = (self.read(table).to(device)[fine, None] for table in (self.cos_codes, self.sin_codes))
+        result = torch.zeros(len(positions), *mean.shape, device=device)
         result[..., first] = cos * x - sin * y
         result[..., second] = cos * y + sin * x
         return result

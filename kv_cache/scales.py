@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from kv_cache.formats import MIXED, KVFormat, get_format, layer_format
 from kv_cache.rotary import Rotary
@@ -66,6 +66,10 @@ class LayerScales:
     def _run(self) -> int:
         dim = self.key_mean.shape[-1]
         return dim & -dim
+
+    def to(self, device: torch.device) -> LayerScales:
+        """Return the same scales on a device."""
+        return LayerScales(**{name: getattr(self, name).to(device) for name in TENSORS}, rotary=self.rotary)
 
     def heads(self, start: int, stop: int) -> LayerScales:
         """Return the scales of KV heads start..stop-1, which is what one tensor-parallel rank holds."""
@@ -140,7 +144,6 @@ class KVScales:
     def save(self, checkpoint: Path | str) -> Path:
         """Write ``kv_scales/scales.safetensors`` into a checkpoint's folder, atomically; returns its path."""
         path = Path(checkpoint) / SCALES_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name in TENSORS:
             stack = torch.stack([getattr(layer, name) for layer in self.layers]).float()
@@ -156,10 +159,8 @@ class KVScales:
             "bits": self.bits,
             **self.metadata,
         }
-        partial = path.with_suffix(f".partial-{os.getpid()}")
         # save_file would make a file that only its owner may read.
-        partial.write_bytes(save(tensors, metadata={"kv_scales": json.dumps(header, sort_keys=True)}))
-        os.replace(partial, path)
+        write_bytes(path, save(tensors, metadata={"kv_scales": json.dumps(header, sort_keys=True)}))
         return path
 
     @classmethod

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibration.calibrator import Decoder, Statistics
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.stages import Statistics, find_stages, stage_statistics
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
 from quant_methods.formats.quantized import QuantizedLinear
@@ -74,7 +75,7 @@ class BlockSolver:
         errors: dict[str, float] = {}
         if self.plan.needs_data:
             assert hidden is not None
-            stages = self.decoder.stages(index, block, hidden)
+            stages = find_stages(self.decoder, index, block, hidden)
             never = set(local) - {name for stage in stages for name in stage.names}
             if never:
                 raise ParetoError(
@@ -92,8 +93,15 @@ class BlockSolver:
             if position != seen and hidden is not None:
                 own = [self.plan.steps[self.decoder.name(index, n)] for p, n in order if p == position]
                 ranges = any(one.outliers or one.static for one in own)
-                statistics = self.decoder.statistics(
-                    index, block, hidden, stages=stages, position=position, original=original, ranges=ranges
+                statistics = stage_statistics(
+                    self.decoder,
+                    index,
+                    block,
+                    hidden,
+                    stages=stages,
+                    position=position,
+                    original=original,
+                    ranges=ranges,
                 )
                 seen = position
             linear = block.get_submodule(name)

@@ -24,8 +24,9 @@ class Lines:
 
         """
         self.name, self.say, self.every = name, say, every
-        self.now = "starting"
         self._started = time.monotonic()
+        # What happens now, and when that step began; None: the lines count from the start of the run.
+        self._now: tuple[str, float | None] = "starting", None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -50,7 +51,11 @@ class Lines:
             what: what happens now.
 
         """
-        self.now = what if what.startswith("block") else f"{what} ({done} of {total} blocks done)"
+        self._now = what if what.startswith("block") else f"{what} ({done} of {total} blocks done)", None
+
+    def begin(self, what: str) -> None:
+        """Note the step that begins, whose own seconds the lines then give."""
+        self._now = what, time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -59,4 +64,6 @@ class Lines:
 
     def _run(self) -> None:
         while not self._over.wait(self.every):
-            self.say(f"{self.name}: {self.now}, {self.seconds:.0f} s")
+            what, began = self._now
+            lasted = f"{self.seconds:.0f} s" if began is None else f"for {time.monotonic() - began:.0f} s"
+            self.say(f"{self.name}: {what}, {lasted}")

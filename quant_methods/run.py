@@ -10,7 +10,6 @@ where it was interrupted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from kv_cache.atomic import write_bytes
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
@@ -35,11 +35,12 @@ from quant_methods.calibration.kv_pass import KVPass, calibrate, kv_sequences
 from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
-from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
+from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.methods.tuning import Tuned, Tuner
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
+from quant_methods.work_folder import empty, locked, put_in_place
 
 RECIPE_FILE = "pareto_recipe.json"
 # Measures of sensitivity in the state directory; they have keys of their own.
@@ -275,9 +276,7 @@ class Run:
                 if found["key"] != self._key():
                     if not self.overwrite:
                         raise ParetoError(_mismatch(self.work, found, self.provenance))
-                    for path in self.work.iterdir():
-                        if path.name not in ("lock", MEASURES):
-                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    empty(self.work, keep=(MEASURES,))
             write_json(state, {"key": self._key(), **self.provenance})
             yield
 
@@ -381,30 +380,8 @@ class Run:
         write_json(target / RECIPE_FILE, {**self.provenance, **result})
         if scales is not None:
             scales.save(target)
-        if self.out.exists():
-            old = self.work / "replaced"
-            if old.exists():
-                shutil.rmtree(old)
-            self.out.rename(old)
-        target.rename(self.out)
+        put_in_place(target, self.out, self.work)
         return size
-
-
-@contextlib.contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Create a state directory if there is none, and keep other runs out of it.
-
-    Raises:
-        ParetoError: another run is in it.
-
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ParetoError(f"{work} is in use by another run; wait for it or give another --out") from None
-        yield
 
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -10,14 +10,13 @@ Shapes: keys and values are float32 [windows, tokens, KV heads, head_dim]; a win
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kv_cache import codec
 from kv_cache.rotary import Rotary
-from kv_cache.scales import TENSORS, LayerScales
+from kv_cache.scales import LayerScales
 from kv_cache.simulate.moments import KeyMoments, key_moments, layer_scales
 
 FULL = 16
@@ -57,7 +56,6 @@ class Sample:
     scaling: float
     rotary: Rotary
     value_metric: Tensor | None = None
-    _centres: dict[int, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
     def moments(self) -> KeyMoments:
@@ -68,14 +66,6 @@ class Sample:
     def scales(self) -> LayerScales:
         """The scales that this project's formats have, on the sample's device."""
         return layer_scales(self)
-
-    def centres(self, tokens: int) -> Tensor:
-        """Return the centres of keys at positions 0 .. tokens - 1, float32 [tokens, KV heads, head_dim]."""
-        if tokens not in self._centres:
-            host = {name: getattr(self.scales, name).cpu() for name in TENSORS}
-            made = codec.centres(LayerScales(**host, rotary=self.rotary), torch.arange(tokens))
-            self._centres[tokens] = made.to(self.key.device)
-        return self._centres[tokens]
 
 
 @dataclass

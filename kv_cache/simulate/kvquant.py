@@ -19,10 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kv_cache.calibration import attention_of, grouped
 from kv_cache.rotary import Rotary
 from kv_cache.simulate.coder import Coder, Decoded, Run, Sample, Shape, first_exact, rotated, unrotated, with_exact
 from kv_cache.simulate.lloyd_max import fitted_levels, nearest
-from kv_cache.simulate.moments import AT_ONCE, attention_of
 from kv_cache.simulate.uniform import HALF_PAIR_BITS, half
 
 OUTLIERS = 0.01
@@ -125,11 +125,10 @@ def _outliers_at_an_end(width: int) -> int:
 def _sensitivity(sample: Sample) -> tuple[Tensor, Tensor]:
     """Return what a key and a value of each token count, [windows, tokens, KV heads]."""
     keys, values = [], []
-    for start in range(0, len(sample.key), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
-        weights, distances = attention_of(sample, part)
-        size = sample.query[part].unflatten(2, (sample.key.shape[2], -1)).square().sum(-1)
-        squares = weights.square()
-        keys.append(torch.einsum("wgrts,wgrts,wtgr->wsg", squares, distances, size))
-        values.append(squares.sum((2, 3)).transpose(1, 2))
-    return torch.cat(keys), torch.cat(values)
+    for query, key, value in zip(sample.query, sample.key, sample.value, strict=True):
+        attention, distance = attention_of(sample.query_positions, query, key, value, sample.scaling)
+        squares = attention.square_()
+        size = grouped(query, key.shape[1]).square().sum(-1)
+        values.append(squares.sum(1).T)
+        keys.append(torch.einsum("gts,gts,gt->sg", squares, distance, size))
+    return torch.stack(keys), torch.stack(values)

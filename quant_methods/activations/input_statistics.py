@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_methods.calibration.calibrator import Decoder, Ranges
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.stages import Ranges, find_stages, stage_statistics
 from quant_methods.formats.grid import round_tokens
 from quant_methods.methods.scaling import ScaledBlock, scale_block
 from quant_methods.mixed_precision.units import common_name
@@ -160,9 +161,9 @@ def measure(
         with decoder.loaded(index) as block:
             if plan is not None and plan.transforms:
                 scale_block(ScaledBlock(decoder, index, block, hidden, plan))
-            stages = decoder.stages(index, block, hidden)
+            stages = find_stages(decoder, index, block, hidden)
             for position, stage in enumerate(stages):
-                seen = decoder.statistics(index, block, hidden, stages=stages, position=position, ranges=True)
+                seen = stage_statistics(decoder, index, block, hidden, stages=stages, position=position, ranges=True)
                 assert seen.ranges is not None
                 name = common_name(tuple(decoder.name(index, local) for local in stage.names))
                 found.append(describe(name, seen.ranges, criteria))

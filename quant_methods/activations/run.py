@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from kv_cache.atomic import write_bytes
 from quant_methods.activations.input_statistics import Criteria, InputStatistics, document, markdown, measure
 from quant_methods.activations.plot import plot
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import load_sequences
-from quant_methods.checkpoints.checkpoint import Source, full_disk_explained, write_bytes, write_json
+from quant_methods.checkpoints.checkpoint import Source, full_disk_explained, write_json
 from quant_methods.compress import prepare
 from quant_methods.methods.rotation import RotatedSource
 from quant_methods.recipe import Recipe

@@ -24,13 +24,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.backends import check
 from quant_methods.backends.environment import RUNNERS, Backend, Progress, clean_environment, environment_python
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
-from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
+from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
@@ -50,7 +51,8 @@ from quant_methods.model_source import (
 )
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe, TransformStep, WeightStep
-from quant_methods.run import RECIPE_FILE, locked
+from quant_methods.run import RECIPE_FILE
+from quant_methods.work_folder import empty, locked, put_in_place
 
 
 @dataclass
@@ -213,9 +215,7 @@ def compress_with(
         provenance["backend"]["check"] = {"kl": found, "kl_round_to_nearest": bar}
         write_json(target / RECIPE_FILE, provenance)
         size = Source(target).size()
-        if out.exists():
-            out.rename(work / "replaced")
-        target.rename(out)
+        put_in_place(target, out, work)
     shutil.rmtree(work)
     version = result["versions"][backend.package]
     return BackendReport(
@@ -237,9 +237,7 @@ def _work_directory(work: Path, provenance: dict[str, Any], *, overwrite: bool) 
                 "command to finish it, or give --overwrite to start anew"
             )
         if found is None or found["key"] != key or not (work / "result.json").is_file():
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(work)
             write_json(state, {"key": key, **provenance})
         yield
 

@@ -1,12 +1,8 @@
-"""Runs a decoder one block at a time over the calibration set and gathers what the methods need to know.
+"""Runs a decoder one block at a time over the calibration set.
 
 Only one block's weights are on the device at a time (two copies when a step compares with the original model). Between
 blocks the calibration set lives as hidden states in one buffer, which each block overwrites with its output: on the
 device where it takes little of its memory, else on the CPU.
-
-Inside a block, linear layers that share an input form a stage (q, k, v; o; gate, up; down in a Llama), found by
-watching one forward pass. Stages are solved in the order in which they run, and each sees inputs computed with the
-stages before it already quantized ("true sequential" in GPTQ's code).
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,62 +25,12 @@ from quant_methods.checkpoints.readback import ReadBack
 
 # Tokens that go through a block at once; bounds the activations' memory.
 TOKENS_PER_BATCH = 8192
-SAMPLE_TOKENS = 1024
 # Of a device's free memory, what hidden states (and as many of the original model's) may take.
 HIDDEN_SHARE = 0.25
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass early, once what it was run for has been seen."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Linear layers of a block that share one input.
-
-    Attributes:
-        names: module names within the block, in call order.
-        joins_residual: its one layer's output is added to the residual stream.
-
-    """
-
-    names: tuple[str, ...]
-    joins_residual: bool
-
-
-@dataclass
-class Ranges:
-    """Sizes of a stage's inputs x [tokens, in], float32 on the device.
-
-    Attributes:
-        largest: the largest |x|, [in].
-        mean: the mean |x|, [in].
-        sample: inputs of about SAMPLE_TOKENS tokens, evenly spread, [n, in].
-
-    """
-
-    largest: Tensor
-    mean: Tensor
-    sample: Tensor
-
-
-@dataclass
-class Statistics:
-    """What a stage's inputs x [tokens, in] were, as means over the calibration tokens.
-
-    Attributes:
-        hessian: x^T x, [in, in].
-        cross: (x_original - x)^T x, [in, in], or None.
-        residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None.
-        ranges: sizes of x, or None.
-
-    All are float32 on the device.
-    """
-
-    hessian: Tensor
-    cross: Tensor | None = None
-    residual: Tensor | None = None
-    ranges: Ranges | None = None
 
 
 class Decoder:
@@ -198,7 +143,7 @@ class Decoder:
             for start in range(0, len(tokens), step):
                 batch = tokens[start : start + step].to(self.device)
                 seen.clear()
-                with contextlib.suppress(_Stop):
+                with contextlib.suppress(Stop):
                     self.base(input_ids=batch, use_cache=False)
                 first = seen[0][0]
                 if hidden is None:
@@ -258,7 +203,7 @@ class Decoder:
             def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
                 seen.append((hidden_states, arguments))
                 if last:
-                    raise _Stop
+                    raise Stop
                 return hidden_states
 
             return forward
@@ -281,7 +226,7 @@ class Decoder:
         """Run a block on one batch of hidden states [batch, length, width] on the device."""
         shape = hidden.shape[:2]
         if shape not in self._arguments:
-            with torch.no_grad(), self._stubs() as seen, contextlib.suppress(_Stop):
+            with torch.no_grad(), self._stubs() as seen, contextlib.suppress(Stop):
                 self.base(inputs_embeds=hidden, use_cache=False)
             self._arguments[shape] = [arguments for _, arguments in seen]
         out = block(hidden, **self._arguments[shape][index])
@@ -292,11 +237,11 @@ class Decoder:
         """Show a block's attention to ``observer``, and go no further than that."""
 
         def stop(*_: Any) -> None:
-            raise _Stop
+            raise Stop
 
         with observing(observer, stop):
             for _, batch in self.batches(hidden):
-                with contextlib.suppress(_Stop):
+                with contextlib.suppress(Stop):
                     self.run(index, block, batch)
 
     @torch.no_grad()
@@ -311,120 +256,6 @@ class Decoder:
         step = batch_size(hidden.shape[1])
         for start in range(0, len(hidden), step):
             yield start, hidden[start : start + step].to(self.device)
-
-    @torch.no_grad()
-    def stages(self, index: int, block: nn.Module, hidden: Tensor) -> list[Stage]:
-        """Return the block's stages in the order in which they run, found by running it on one sequence."""
-        calls: list[tuple[str, Tensor, Tensor]] = []
-        hooks = []
-        for name, module in self.linears(index).items():
-
-            def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                calls.append((name, args[0], output))
-
-            hooks.append(module.register_forward_hook(record))
-        start = next(self.batches(hidden))[1]
-        try:
-            end = self.run(index, block, start)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        groups: list[list[tuple[str, Tensor, Tensor]]] = []
-        for call in calls:
-            # `calls` keeps every input alive, so identity is equality of tensors here.
-            if groups and groups[-1][0][1] is call[1]:
-                groups[-1].append(call)
-            else:
-                groups.append([call])
-        if len(calls) != len({name for name, _, _ in calls}):
-            raise ParetoError(f"{self.name(index, calls[0][0])}: a linear layer runs twice in its block; unsupported")
-        writers = [group[0] for group in groups if len(group) == 1 and group[0][2].shape == start.shape]
-        total = start + sum(output for _, _, output in writers)
-        # Holds for pre-norm blocks; models that normalize or scale a layer's output before adding it differ.
-        plain = torch.allclose(total, end, rtol=1e-3, atol=1e-4 * end.abs().max().item())
-        joining = {name for name, _, _ in writers} if plain else set()
-        return [Stage(tuple(name for name, _, _ in group), group[0][0] in joining) for group in groups]
-
-    @torch.no_grad()
-    def statistics(
-        self,
-        index: int,
-        block: nn.Module,
-        hidden: Tensor,
-        *,
-        stages: list[Stage],
-        position: int,
-        original: tuple[nn.Module, Tensor] | None = None,
-        ranges: bool = False,
-    ) -> Statistics:
-        """Gather the statistics of one stage's inputs over the calibration set.
-
-        Args:
-            index: the block's index.
-            block: the block, stages before ``position`` already quantized.
-            hidden: the hidden states that enter it, float32 [sequences, length, width].
-            stages: the block's stages.
-            position: which stage.
-            original: the original block and the original model's hidden states, to compare with.
-            ranges: gather the sizes of the inputs too.
-
-        """
-        stage = stages[position]
-        before = [s.names[0] for s in stages[:position] if s.joins_residual]
-        width = block.get_submodule(stage.names[0]).in_features
-        hessian = torch.zeros((width, width), device=self.device)
-        cross = torch.zeros_like(hessian) if original else None
-        residual = (
-            torch.zeros((hidden.shape[-1], width), device=self.device) if original and stage.joins_residual else None
-        )
-        tokens = hidden.shape[0] * hidden.shape[1]
-        largest, mean = (torch.zeros(width, device=self.device) for _ in range(2))
-        sample: list[Tensor] = []
-        for start, batch in self.batches(hidden):
-            inputs, stream = self._inputs(index, block, batch, stage, before)
-            hessian.addmm_(inputs.T, inputs)
-            if ranges:
-                size = inputs.abs()
-                torch.maximum(largest, size.amax(0), out=largest)
-                mean += size.sum(0) / tokens
-                sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
-            if original:
-                original_block, original_hidden = original
-                original_batch = original_hidden[start : start + len(batch)].to(self.device)
-                original_inputs, original_stream = self._inputs(index, original_block, original_batch, stage, before)
-                assert cross is not None
-                cross.addmm_((original_inputs - inputs).T, inputs)
-                if residual is not None:
-                    residual.addmm_((original_stream - stream).T, inputs)
-        for matrix in (hessian, cross, residual):
-            if matrix is not None:
-                matrix.div_(tokens)
-        return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
-
-    def _inputs(
-        self, index: int, block: nn.Module, hidden: Tensor, stage: Stage, before: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Return a stage's inputs [tokens, in] and the residual stream [tokens, width] before it."""
-        found: list[Tensor] = []
-        stream = hidden
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found.append(args[0])
-            raise _Stop
-
-        def join(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal stream
-            stream = stream + output
-
-        hooks = [block.get_submodule(stage.names[0]).register_forward_pre_hook(stop)]
-        hooks += [block.get_submodule(name).register_forward_hook(join) for name in before]
-        try:
-            with contextlib.suppress(_Stop):
-                self.run(index, block, hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found[0].flatten(0, 1), stream.flatten(0, 1)
 
 
 def quick_dtype(device: torch.device) -> torch.dtype:

@@ -16,14 +16,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir
 from quant_methods.model_source import fingerprint
@@ -184,10 +183,7 @@ def _sampled(
         tokens = sample_sequences(model_dir, num, length, seed, split=split, device=device, progress=progress)
     # A cache that cannot be written costs time, not correctness.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(save({"tokens": tokens}))
-        os.replace(file.name, path)
+        write_bytes(path, save({"tokens": tokens}))
     return tokens
 
 

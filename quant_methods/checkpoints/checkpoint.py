@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.formats.foreign_formats import unpack_stream
 from quant_methods.formats.grid import Grid
@@ -289,16 +290,6 @@ _ALIGNMENT = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16":
 def write_json(path: Path, data: Any) -> None:
     """Write JSON atomically."""
     write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent or whole, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

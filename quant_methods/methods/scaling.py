@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from kv_cache.tf32 import tf32
-from quant_methods.calibration.calibrator import Decoder, Stage
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.stages import Stage, find_stages, stage_statistics
 from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem, matches
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class ScaledBlock:
         """
         self.decoder, self.index, self.block, self.hidden, self.plan = decoder, index, block, hidden, plan
         self.original, self.say = original, say
-        self.stages = decoder.stages(index, block, hidden)
+        self.stages = find_stages(decoder, index, block, hidden)
         self.folds = find_folds(decoder, index, block, hidden, self.stages)
         self.learned: dict[str, Learned] = {}
         self._batch = next(decoder.batches(hidden))[1]
@@ -117,8 +118,8 @@ class ScaledBlock:
 
     def problem(self, fold: Fold) -> ScalingProblem:
         """Return what a transform step gets to see of a fold."""
-        seen = self.decoder.statistics(
-            self.index, self.block, self.hidden, stages=self.stages, position=fold.position, ranges=True
+        seen = stage_statistics(
+            self.decoder, self.index, self.block, self.hidden, stages=self.stages, position=fold.position, ranges=True
         )
         assert seen.ranges is not None
         steps = [self.plan.steps.get(name) for name in self.names(fold)]

@@ -23,7 +23,8 @@ from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.run import MEASURES, KVBits, Progress, Report, locked
+from quant_methods.run import MEASURES, KVBits, Progress, Report
+from quant_methods.work_folder import locked
 
 SCHEMA = "vllm-pareto/sensitivity/1"
 JSON_FILE, PLOT_FILE = "pareto_sensitivity.json", "pareto_sensitivity.png"

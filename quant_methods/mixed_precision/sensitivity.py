@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibration import outside
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.stages import find_stages, stage_statistics
 from quant_methods.checkpoints.checkpoint import write_json
 from quant_methods.checkpoints.quality import divergence
 from quant_methods.formats.grid import Search, expand, fit, round_to_grid
@@ -174,7 +175,7 @@ class Sensitivity:
         """
         if self.plan.transforms:
             scale_block(ScaledBlock(self.decoder, index, block, seen, self.plan))
-        stages = self.decoder.stages(index, block, seen)
+        stages = find_stages(self.decoder, index, block, seen)
         position = {name: place for place, stage in enumerate(stages) for name in stage.names}
         hessians: dict[int, Tensor] = {}
         errors: list[float] = []
@@ -188,7 +189,8 @@ class Sensitivity:
                     raise ParetoError(f"{self.decoder.name(index, local)} never runs on the calibration set; ignore it")
                 place = position[local]
                 if place not in hessians:
-                    hessians[place] = self.decoder.statistics(index, block, seen, stages=stages, position=place).hessian
+                    known = stage_statistics(self.decoder, index, block, seen, stages=stages, position=place)
+                    hessians[place] = known.hessian
             for width in self.measured:
                 self.progress(index, self.total, f"block {index + 1}/{self.total}: {group[0]} in {width} bits")
                 lost, whole = 0.0, 0.0

@@ -21,18 +21,20 @@ from typing import Any
 
 import torch
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
-from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
+from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.checkpoints.quality import Yardstick
 from quant_methods.compress import compress, prepare, work_of
 from quant_methods.mixed_precision.budget import Loss
 from quant_methods.mixed_precision.mixed import check_budget, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.model_source import digest, fingerprint, resolve_model
-from quant_methods.run import RECIPE_FILE, locked
+from quant_methods.run import RECIPE_FILE
 from quant_methods.sweeps.file import Point, Sweep
 from quant_methods.sweeps.plot import plot
+from quant_methods.work_folder import locked
 
 SCHEMA = "vllm-pareto/sweep/1"
 Progress = Callable[[int, int, str, int, int, str], None]

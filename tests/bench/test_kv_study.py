@@ -258,10 +258,10 @@ def test_a_damaged_result_is_not_overwritten(tmp_path, capsys):
 
 def test_lines_say_what_is_going_on_and_end_with_it():
     lines = []
-    with kv_study_run.Heartbeat(lines.append, seconds=0.05) as heartbeat:
-        heartbeat.begin("coder 1 of 2, fp8")
+    with kv_study_run.progress_lines(lines.append, every=0.05) as running:
+        running.begin("coder 1 of 2, fp8")
         time.sleep(0.4)
-    assert kv_study_run.HEARTBEAT_S == 10
+    assert kv_study_run.EVERY == 10
     assert len(lines) >= 2
     assert set(lines) <= {"kv-study: coder 1 of 2, fp8, for 0 s", "kv-study: coder 1 of 2, fp8, for 1 s"}
     time.sleep(0.2)

@@ -94,8 +94,10 @@ def test_the_average_over_positions_is_that_of_turning(name, count):
     known = ROTARIES[name]
     rotary = Rotary(known.inv_freq, count, known.rotated, known.interleaved)
     root = draws(3, 16, 16, seed=1).double()
-    found = average_over_positions(root @ root.mT, rotary)
-    torch.testing.assert_close(found, turned_average(root, rotary), rtol=1e-10, atol=1e-10)
+    expected = turned_average(root, rotary)
+    # The embedding's own positions, or as many of another's.
+    for found in (average_over_positions(root @ root.mT, rotary), average_over_positions(root @ root.mT, known, count)):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_average_holds_near_angle_zero_and_around_full_turns():
@@ -124,6 +126,11 @@ def test_the_metric_is_the_curvature_of_attention():
     weights = query_weights(positions, query[positions], key, value)
     found = torch.einsum("hn,hnc,hnd->hcd", weights, rows, rows) / 8
     torch.testing.assert_close(found, expected)
+    # Logits of another scale are those of other queries.
+    torch.testing.assert_close(
+        query_weights(positions, query[positions], key, value, 0.7),
+        query_weights(positions, query[positions] * (0.7 * math.sqrt(8)), key, value),
+    )
 
 
 # Sums against the definition, in float64.

@@ -182,6 +182,15 @@ def test_the_first_position_has_a_centre_of_its_own():
     assert ((centre[[1, 3]] - turned).norm() / turned.norm()) < 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_centres_are_the_same_on_a_gpu():
+    scales, positions = random_scales(2, 64), torch.tensor([0, 1, 255, 256, 4000])
+    found = codec.centres(scales.to(torch.device("cuda")), positions)
+    assert found.device.type == "cuda"
+    assert torch.equal(found.cpu(), codec.centres(scales, positions))
+
+
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 def test_hadamard_sums_twice_multiply_by_their_length(dim):
     x = torch.randn(3, dim, dtype=torch.float64)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
+from kv_cache.atomic import write_bytes
 from kv_cache.user_cache import cache_dir
 
 
@@ -29,7 +27,7 @@ def kept(key: bytes, make: Callable[[], bytes]) -> bytes:
             return code
     code = make()
     with contextlib.suppress(OSError):
-        _write(path, hashlib.sha256(code).digest() + code)
+        write_bytes(path, hashlib.sha256(code).digest() + code)
     return code
 
 
@@ -37,16 +35,3 @@ def _split(entry: bytes) -> tuple[bytes, bytes]:
     """Return the digest of an entry's machine code, with which it starts, and the machine code."""
     size = hashlib.sha256().digest_size
     return entry[:size], entry[size:]
-
-
-def _write(path: Path, entry: bytes) -> None:
-    """Write a file that nobody ever sees in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(entry)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise

@@ -14,7 +14,6 @@ from kv_cache.simulate.kivi import Kivi
 from kv_cache.simulate.kvarn import balanced
 from kv_cache.simulate.lloyd_max import fitted_levels, normal_levels
 from kv_cache.simulate.low_rank import LowRank, PairedLowRank
-from kv_cache.simulate.moments import mean_over_positions
 from kv_cache.simulate.registry import ENTRIES, chosen
 from kv_cache.simulate.varied import feedback
 from tests.kv_cache.simulate.random_sample import random_sample
@@ -151,18 +150,6 @@ def test_attention_over_all_codes_agrees_with_partly_exact_attention():
     torch.testing.assert_close(attend(query, key, value, read, 0.3), attend(query, key, value, partly, 0.3))
 
 
-def test_mean_over_positions_is_the_mean_over_turned_matrices():
-    rotary = replace(random_sample(dim=16, tokens=4, queries=2).rotary, rotated=8)
-    matrix = torch.randn(2, 16, 16, dtype=torch.float64)
-    matrix = matrix @ matrix.mT
-    identity = torch.eye(16, dtype=torch.float64)[:, None]
-    turned = torch.zeros_like(matrix)
-    for position in range(37):
-        rotation = rotary.turn(identity, position)[:, 0].T
-        turned += rotation @ matrix @ rotation.T / 37
-    torch.testing.assert_close(mean_over_positions(matrix, rotary, 37), turned, rtol=1e-5, atol=1e-5)
-
-
 def test_feedback_makes_the_weighed_error_smaller():
     root = torch.randn(3, 32, 32, dtype=torch.float64)
     metric = root @ root.mT
@@ -209,7 +196,7 @@ def test_aqua_predicts_what_can_be_predicted(layers):
     first = layers[0]
     mix = torch.randn(128, 128) / 11
     base = (unrotated(first.key, first.rotary).flatten(-2) @ mix).view_as(first.key)
-    second = replace(first, key=first.rotary.turn(base, torch.arange(TOKENS)), _centres={})
+    second = replace(first, key=first.rotary.turn(base, torch.arange(TOKENS)))
     coder = AquaKV(2)
     alone = ENTRIES["int2+first4"].make()
     for one in (coder, alone):
@@ -224,7 +211,7 @@ def test_aqua_predicts_what_can_be_predicted(layers):
 def test_low_rank_keeps_what_lies_in_the_subspace(layers):
     sample = layers[0]
     flat = torch.randn(2, TOKENS, 20) @ torch.randn(20, 128)
-    narrow = replace(sample, value=flat.view(2, TOKENS, 2, 64), _centres={})
+    narrow = replace(sample, value=flat.view(2, TOKENS, 2, 64))
     coder = LowRank(20)
     coder.fit(0, narrow)
     read = coder.code(0, narrow.key, narrow.value, Run())

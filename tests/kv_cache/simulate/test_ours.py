@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kv_cache import codec
+from kv_cache import batched, codec
 from kv_cache.layout import PageLayout
 from kv_cache.simulate.coder import Run, Shape
 from kv_cache.simulate.ours import Ours
@@ -52,7 +52,7 @@ def test_bits_are_those_of_the_page():
 def test_scales_balance_the_keys():
     sample = random_sample(windows=6)
     scales = sample.scales
-    residual = sample.key[:, 1:] - sample.centres(sample.key.shape[1])[1:]
+    residual = sample.key[:, 1:] - batched.centres(scales, sample.key.shape[1])[1:]
     even = torch.einsum("hcd,wthd->wthc", scales.key_transform, residual)
     spread = even.flatten(0, 1).std(0)
     assert spread.amax() / spread.amin() < 1.6

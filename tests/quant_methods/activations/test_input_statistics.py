@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kv_cache.errors import ParetoError
 from quant_methods.activations.input_statistics import Criteria, InputStatistics, describe, kurtosis, quantile
 from quant_methods.activations.run import statistics
-from quant_methods.calibration.calibrator import Ranges
+from quant_methods.calibration.stages import Ranges
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant

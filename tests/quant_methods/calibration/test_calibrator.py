@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from quant_methods.calibration import calibrator
 from quant_methods.calibration.calibrator import Decoder, clone
 from quant_methods.calibration.kv_observer import kv_geometry
+from quant_methods.calibration.stages import find_stages, stage_statistics
 from quant_methods.checkpoints.checkpoint import Source
 
 
@@ -63,7 +64,7 @@ def test_statistics_are_those_of_the_layers_inputs(tiny_model: Path, tokens: Ten
     decoder = Decoder(tiny_model, Source(tiny_model))
     hidden = decoder.embed(tokens)
     with decoder.loaded(0) as block:
-        stages = decoder.stages(0, block, hidden)
+        stages = find_stages(decoder, 0, block, hidden)
         assert [stage.names for stage in stages] == [
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("self_attn.o_proj",),
@@ -91,13 +92,13 @@ def test_statistics_are_those_of_the_layers_inputs(tiny_model: Path, tokens: Ten
 
         x, r = inputs(block, hidden)
         x_original, r_original = inputs(original, other)
-        found = decoder.statistics(0, block, hidden, stages=stages, position=3, original=(original, other))
+        found = stage_statistics(decoder, 0, block, hidden, stages=stages, position=3, original=(original, other))
         assert found.cross is not None
         assert found.residual is not None
         assert torch.allclose(found.hessian, x.T @ x / 200, atol=1e-5)
         assert torch.allclose(found.cross, (x_original - x).T @ x / 200, atol=1e-5)
         assert torch.allclose(found.residual, (r_original - r).T @ x / 200, atol=1e-5)
-        alone = decoder.statistics(0, block, hidden, stages=stages, position=0)
+        alone = stage_statistics(decoder, 0, block, hidden, stages=stages, position=0)
         assert alone.cross is None
         assert alone.hessian.shape == (128, 128)
 

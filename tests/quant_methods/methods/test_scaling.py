@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.stages import find_stages
 from quant_methods.checkpoints.checkpoint import Source, write_tensors
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
@@ -80,7 +81,7 @@ def test_folds_are_found_by_watching(tiny_model: Path) -> None:
     decoder = Decoder(tiny_model, Source(tiny_model))
     hidden = decoder.embed(torch.randint(2, 8192, (4, 40)))
     with decoder.loaded(0) as block:
-        folds = find_folds(decoder, 0, block, hidden, decoder.stages(0, block, hidden))
+        folds = find_folds(decoder, 0, block, hidden, find_stages(decoder, 0, block, hidden))
     assert [(fold.stage.names[0], fold.producer) for fold in folds] == [
         ("self_attn.q_proj", "input_layernorm"),
         ("mlp.gate_proj", "post_attention_layernorm"),

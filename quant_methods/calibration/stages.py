@@ -1,0 +1,186 @@
+"""What the methods need to know of a block: which linear layers share an input, and what those inputs are.
+
+Linear layers that share an input form a stage (q, k, v; o; gate, up; down in a Llama), found by watching one forward
+pass. Stages are solved in the order in which they run, and each sees inputs computed with the stages before it already
+quantized ("true sequential" in GPTQ's code).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.calibrator import Decoder, Stop
+
+SAMPLE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers of a block that share one input.
+
+    Attributes:
+        names: module names within the block, in call order.
+        joins_residual: its one layer's output is added to the residual stream.
+
+    """
+
+    names: tuple[str, ...]
+    joins_residual: bool
+
+
+@dataclass
+class Ranges:
+    """Sizes of a stage's inputs x [tokens, in], float32 on the device.
+
+    Attributes:
+        largest: the largest |x|, [in].
+        mean: the mean |x|, [in].
+        sample: inputs of about SAMPLE_TOKENS tokens, evenly spread, [n, in].
+
+    """
+
+    largest: Tensor
+    mean: Tensor
+    sample: Tensor
+
+
+@dataclass
+class Statistics:
+    """What a stage's inputs x [tokens, in] were, as means over the calibration tokens.
+
+    Attributes:
+        hessian: x^T x, [in, in].
+        cross: (x_original - x)^T x, [in, in], or None.
+        residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None.
+        ranges: sizes of x, or None.
+
+    All are float32 on the device.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+    residual: Tensor | None = None
+    ranges: Ranges | None = None
+
+
+@torch.no_grad()
+def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) -> list[Stage]:
+    """Return the block's stages in the order in which they run, found by running it on one sequence."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    hooks = []
+    for name, module in decoder.linears(index).items():
+
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            calls.append((name, args[0], output))
+
+        hooks.append(module.register_forward_hook(record))
+    start = next(decoder.batches(hidden))[1]
+    try:
+        end = decoder.run(index, block, start)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[tuple[str, Tensor, Tensor]]] = []
+    for call in calls:
+        # `calls` keeps every input alive, so identity is equality of tensors here.
+        if groups and groups[-1][0][1] is call[1]:
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+    if len(calls) != len({name for name, _, _ in calls}):
+        raise ParetoError(f"{decoder.name(index, calls[0][0])}: a linear layer runs twice in its block; unsupported")
+    writers = [group[0] for group in groups if len(group) == 1 and group[0][2].shape == start.shape]
+    total = start + sum(output for _, _, output in writers)
+    # Holds for pre-norm blocks; models that normalize or scale a layer's output before adding it differ.
+    plain = torch.allclose(total, end, rtol=1e-3, atol=1e-4 * end.abs().max().item())
+    joining = {name for name, _, _ in writers} if plain else set()
+    return [Stage(tuple(name for name, _, _ in group), group[0][0] in joining) for group in groups]
+
+
+@torch.no_grad()
+def stage_statistics(
+    decoder: Decoder,
+    index: int,
+    block: nn.Module,
+    hidden: Tensor,
+    *,
+    stages: list[Stage],
+    position: int,
+    original: tuple[nn.Module, Tensor] | None = None,
+    ranges: bool = False,
+) -> Statistics:
+    """Gather the statistics of one stage's inputs over the calibration set.
+
+    Args:
+        decoder: the model.
+        index: the block's index.
+        block: the block, stages before ``position`` already quantized.
+        hidden: the hidden states that enter it, float32 [sequences, length, width].
+        stages: the block's stages.
+        position: which stage.
+        original: the original block and the original model's hidden states, to compare with.
+        ranges: gather the sizes of the inputs too.
+
+    """
+    stage = stages[position]
+    before = [s.names[0] for s in stages[:position] if s.joins_residual]
+    width = block.get_submodule(stage.names[0]).in_features
+    hessian = torch.zeros((width, width), device=decoder.device)
+    cross = torch.zeros_like(hessian) if original else None
+    residual = (
+        torch.zeros((hidden.shape[-1], width), device=decoder.device) if original and stage.joins_residual else None
+    )
+    tokens = hidden.shape[0] * hidden.shape[1]
+    largest, mean = (torch.zeros(width, device=decoder.device) for _ in range(2))
+    sample: list[Tensor] = []
+    for start, batch in decoder.batches(hidden):
+        inputs, stream = _inputs(decoder, index, block, batch, stage, before)
+        hessian.addmm_(inputs.T, inputs)
+        if ranges:
+            size = inputs.abs()
+            torch.maximum(largest, size.amax(0), out=largest)
+            mean += size.sum(0) / tokens
+            sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
+        if original:
+            original_block, original_hidden = original
+            original_batch = original_hidden[start : start + len(batch)].to(decoder.device)
+            original_inputs, original_stream = _inputs(decoder, index, original_block, original_batch, stage, before)
+            assert cross is not None
+            cross.addmm_((original_inputs - inputs).T, inputs)
+            if residual is not None:
+                residual.addmm_((original_stream - stream).T, inputs)
+    for matrix in (hessian, cross, residual):
+        if matrix is not None:
+            matrix.div_(tokens)
+    return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
+
+
+def _inputs(
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, stage: Stage, before: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Return a stage's inputs [tokens, in] and the residual stream [tokens, width] before it."""
+    found: list[Tensor] = []
+    stream = hidden
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise Stop
+
+    def join(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal stream
+        stream = stream + output
+
+    hooks = [block.get_submodule(stage.names[0]).register_forward_pre_hook(stop)]
+    hooks += [block.get_submodule(name).register_forward_hook(join) for name in before]
+    try:
+        with contextlib.suppress(Stop):
+            decoder.run(index, block, hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0].flatten(0, 1), stream.flatten(0, 1)
