@@ -6,7 +6,7 @@ A token's key or value of one head goes three steps, in float32:
 
 1. It is made even (`even_keys`, `even_values`): channels of about equal spread and importance, of size about 1.
 2. Its range, widened to hold 0 and cut to ``RANGE_SHARE``, gives the scale and the zero, one byte each (`fit`).
-3. Codes are ``clamp(round(y / step + zero), 0, 2**bits - 1)`` (`quantize`), and read as ``(code - zero) * step``.
+3. Codes are ``clamp(round(GAIN * y / step + zero), 0, 2**bits - 1)`` (`quantize`), read as ``(code - zero) * step``.
 
 The scale's byte is a floating-point number of 4 exponent and 4 mantissa bits, ``(1 + m / 16) * 2**(e - 10)``, in
 units of ``2**(2 - bits)``: byte 160 means 1, and what is even has a scale of about 1 whatever the bits. The zero's byte
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import PLANES, RANGE_SHARE, KVFormat
+from kv_cache.formats import GAIN, PLANES, RANGE_SHARE, KVFormat
 from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
 from kv_cache.transforms import hadamard_sums
@@ -53,6 +53,12 @@ def decode_scale(byte: Tensor) -> Tensor:
     return ((byte.to(torch.int32) + _UNIT_BYTE) << _MANTISSA_SHIFT).view(torch.float32)
 
 
+def factors(bits: int) -> tuple[float, float, float]:
+    """Return what `fit` multiplies a range by, and what lies below 0 in steps, and what `quantize` multiplies by."""
+    share = RANGE_SHARE[bits] * GAIN[bits]
+    return share * 2.0 ** (bits - 2) / (2**bits - 1), share * 2.0 ** (8 - bits), GAIN[bits]
+
+
 def fit(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Choose the scale and the zero of each token.
 
@@ -65,9 +71,9 @@ def fit(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     """
     low, high = y.amin(-1).clamp_max(0.0), y.amax(-1).clamp_min(0.0)
-    share = RANGE_SHARE[bits]
-    scale = encode_scale((high - low) * torch.tensor(share * 2.0 ** (bits - 2) / (2**bits - 1)))
-    zero = -low * inverse_step(scale, bits) * torch.tensor(share * 2.0 ** (8 - bits))
+    to_scale, to_zero, _ = factors(bits)
+    scale = encode_scale((high - low) * torch.tensor(to_scale))
+    zero = -low * inverse_step(scale, bits) * torch.tensor(to_zero)
     return scale, zero.nan_to_num(0.0).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -89,8 +95,8 @@ def quantize(y: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     y = torch.where(y.isnan(), 0.0, y.float())
     scale, zero = fit(y, bits)
-    shift = zero.float() * 2.0 ** (bits - 8)
-    scaled = fused_multiply_add(y, inverse_step(scale, bits)[..., None], shift[..., None])
+    inverse, shift = inverse_step(scale, bits) * torch.tensor(factors(bits)[2]), zero.float() * 2.0 ** (bits - 8)
+    scaled = fused_multiply_add(y, inverse[..., None], shift[..., None])
     return scaled.clamp(0, 2**bits - 1).round().to(torch.uint8), scale, zero
 
 

@@ -13,8 +13,9 @@ import os
 
 import torch
 
+from kv_cache import codec
 from kv_cache.errors import ParetoError
-from kv_cache.formats import PLANES, RANGE_SHARE
+from kv_cache.formats import PLANES
 from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import SPAN, CentreTable
 from kv_cache.scales import LayerScales
@@ -85,6 +86,7 @@ class _Store(ctypes.Structure):
         ("value_encode", _ptr),
         ("range_factor", _f32 * 2),
         ("zero_factor", _f32 * 2),
+        ("gain", _f32 * 2),
         ("slots", _ptr),
         ("positions", _ptr),
         ("num_tokens", _i64),
@@ -213,10 +215,8 @@ class PagedCache:
             len(table.anchor_cos),
             *map(self._address, ("key_inverse", "key_first", "value_decode", "key_mean", *TURN_TABLES)),
         )
-        # What codec.fit multiplies by, in the order of its operations.
-        bits = [layout.fmt.bits(kind) for kind in KINDS]
-        self._range_factor = (_f32 * 2)(*(RANGE_SHARE[b] * 2.0 ** (b - 2) / (2**b - 1) for b in bits))
-        self._zero_factor = (_f32 * 2)(*(RANGE_SHARE[b] * 2.0 ** (8 - b) for b in bits))
+        factors = zip(*(codec.factors(layout.fmt.bits(kind)) for kind in KINDS), strict=True)
+        self._factors = [(_f32 * 2)(*sides) for sides in factors]
 
     def _address(self, name: str) -> int:
         return self._tensors[name].data_ptr()
@@ -256,8 +256,7 @@ class PagedCache:
             value.stride(1),
             self._address("key_transform"),
             self._address("value_encode"),
-            self._range_factor,
-            self._zero_factor,
+            *self._factors,
             slots.data_ptr(),
             positions.data_ptr(),
             count,

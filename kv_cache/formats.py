@@ -24,6 +24,15 @@ PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8:
 RANGE_SHARE = {2: 0.8, 3: 0.92, 4: 0.98, 6: 1.0, 8: 1.0}
 """The share of a token's range that codes of so many bits cover: few bits spend better what a rare clip costs."""
 
+GAIN = {2: 1.028, 3: 1.01, 4: 1.0025, 6: 1.0, 8: 1.0}
+"""What numbers are multiplied by before they are rounded to codes of so many bits, and not divided by afterwards.
+
+Clipped numbers are read too small. With the others read too large by as much, a vector's product with what is read of
+it is on average its square, as EDEN (Vargaftik et al. 2022) asks of each vector. The figures are those of normally
+distributed numbers, between head sizes 64 and 128. KL of 3-bit codes on SmolLM2, 12 windows of 1,024 tokens: 0.0456
+without, 0.0431 with 1.012, 0.0528 with 1.03, 0.0413 with an exact gain for each token, which no byte can hold.
+"""
+
 META_BYTES = 4
 """Bytes that a token of one head keeps beside its codes: scale and zero of its key, scale and zero of its value."""
 

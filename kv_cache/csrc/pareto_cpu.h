@@ -65,8 +65,9 @@ typedef struct {
     int64_t value_token_stride, value_head_stride;
     const float *key_transform; // [num_kv_heads][head_dim][head_dim]
     const float *value_encode;  // [num_kv_heads]
-    // Of keys and of values: what a token's range and what -lowest / step are multiplied by (kv_cache/codec.py, fit).
-    float range_factor[2], zero_factor[2];
+    // Of keys and of values: what a token's range, what -lowest / step and what is rounded are multiplied by
+    // (kv_cache/codec.py, factors).
+    float range_factor[2], zero_factor[2], gain[2];
     const int64_t *slots;       // [num_tokens] block * block_size + offset; negative: not stored
     const int64_t *positions;   // [num_tokens] in the sequence; not read where a slot is negative
     int64_t num_tokens;

@@ -79,7 +79,7 @@ static void mix_lanes(float *x, int dim, float factor) {
 
 // What is even to codes, in place, their low bits being those of an integer; NaN counts as 0. meta: the bytes of scale
 // and zero.
-static void quantize_lanes(float *y, int dim, int bits, float range_factor, float zero_factor,
+static void quantize_lanes(float *y, int dim, int bits, float range_factor, float zero_factor, float gain,
                            int32_t meta[2][LANES]) {
     const vf none = part_splat(0), magic = part_splat(ROUND_MAGIC), top = part_splat((float)((1 << bits) - 1));
     for (int lane = 0; lane < LANES; lane += PART, y += PART) {
@@ -96,9 +96,9 @@ static void quantize_lanes(float *y, int dim, int bits, float range_factor, floa
         const vf inverse = part_splat((float)(1 << (bits - 2))) / (vf)SCALE_FLOAT(scale, SCALE_EXPONENT);
         const vf place = part_min(-low * inverse * part_splat(zero_factor), part_splat(255));
         const vf zero = place + magic - magic;
-        const vf shift = zero * part_splat((float)(1 << bits) / 256);
+        const vf shift = zero * part_splat((float)(1 << bits) / 256), factor = inverse * part_splat(gain);
         for (int c = 0; c < dim; c++) {
-            const vf scaled = part_fma(part_load(y + LANES * c), inverse, shift);
+            const vf scaled = part_fma(part_load(y + LANES * c), factor, shift);
             part_store(y + LANES * c, part_min(part_max(scaled, none), top) + magic);
         }
         part_store_i(meta[0] + lane, scale);
@@ -145,7 +145,7 @@ static void store_head(const pareto_store_args *a, int64_t first, int count, int
     if (side) mix_lanes(x, dim, a->value_encode[head]);
     else transform_lanes(a->key_transform + (int64_t)head * dim * dim, x, y, dim);
     float *even = side ? x : y;
-    quantize_lanes(even, dim, bits, a->range_factor[side], a->zero_factor[side], meta);
+    quantize_lanes(even, dim, bits, a->range_factor[side], a->zero_factor[side], a->gain[side], meta);
     for (int p = 0, low = 0; p < 2 && c->planes[side][p].width; low += c->planes[side][p++].width) {
         const int row = dim * c->planes[side][p].width / 8;
         pack_lanes(even, row, c->planes[side][p].width, low, words);

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
+from kv_cache import codec
 from kv_cache.cuda.constants import TOKENS, Centres, LayerConstants, PlaneOffsets, aligned
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.runtime.device import device_limits
 from kv_cache.cuda.runtime.launch import Kernel
 from kv_cache.errors import ParetoError
-from kv_cache.formats import RANGE_SHARE
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = {64: 4, 80: 8, 96: 8, 128: 8, 256: 16}
@@ -28,6 +27,7 @@ class _Side(ctypes.Structure):
         ("planes", PlaneOffsets),
         ("range_scale", _f32),
         ("range_zero", _f32),
+        ("gain", _f32),
     )
 
 
@@ -91,7 +91,7 @@ def store(
     inputs = [aligned(x) for x in (key, value)]
     for side, x, planes, bits in zip(sides, inputs, layer.planes, _bits(layer), strict=True):
         side.x, (side.token_stride, side.head_stride, _), side.planes = x.data_ptr(), x.stride(), planes
-        side.range_scale, side.range_zero = _range_factors(bits)
+        side.range_scale, side.range_zero, side.gain = codec.factors(bits)
     params = _Params(
         cache=cache.data_ptr(),
         block_stride=cache.stride(0),
@@ -123,13 +123,6 @@ def preload(layer: LayerConstants, dtype: torch.dtype, device: torch.device) -> 
 
 def _bits(layer: LayerConstants) -> tuple[int, int]:
     return layer.layout.fmt.key_bits, layer.layout.fmt.value_bits
-
-
-@functools.cache
-def _range_factors(bits: int) -> tuple[float, float]:
-    """Return the factors of :func:`kv_cache.codec.fit`, which ctypes rounds to float32 as it does."""
-    share = RANGE_SHARE[bits]
-    return share * 2.0 ** (bits - 2) / (2**bits - 1), share * 2.0 ** (8 - bits)
 
 
 def _warps(dim: int, few: bool) -> int:

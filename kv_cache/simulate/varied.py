@@ -155,7 +155,8 @@ def feedback(metric: Tensor) -> Tensor:
 def _with_feedback(even: Tensor, bits: int, fed: Tensor) -> Tensor:
     """Round channels from the last to the first; a token's channels share a step, so errors need no rescaling."""
     scale, zero = codec.fit(even, bits)
-    left = even * codec.inverse_step(scale, bits)[..., None] + (zero.float() * 2.0 ** (bits - 8))[..., None]
+    inverse = codec.inverse_step(scale, bits) * codec.factors(bits)[2]
+    left = even * inverse[..., None] + (zero.float() * 2.0 ** (bits - 8))[..., None]
     codes = torch.empty_like(left)
     for channel in reversed(range(even.shape[-1])):
         codes[..., channel] = left[..., channel].round().clamp(0, 2**bits - 1)

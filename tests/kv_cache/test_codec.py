@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kv_cache import codec
-from kv_cache.formats import FORMATS, HEAD_SIZES, PLANES, KVFormat, layer_format
+from kv_cache.formats import FORMATS, GAIN, HEAD_SIZES, PLANES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.transforms import hadamard_sums
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales
@@ -73,14 +73,24 @@ def test_quantize_is_within_half_a_step(bits):
     codes, scale, zero = codec.quantize(y, bits)
     assert int(codes.max()) < 2**bits
     step, shift = codec.decode_scale(scale) * 2.0 ** (2 - bits), zero.float() * 2.0 ** (bits - 8)
-    error = (codec.dequantize(codes, scale, zero, bits, torch.float64) - y).abs()
+    error = (codec.dequantize(codes, scale, zero, bits, torch.float64) - GAIN[bits] * y).abs()
     # Between the ends of the codes' range a code is the nearest there is; beyond, it is the end.
-    place = y / step[..., None] + shift[..., None]
+    place = GAIN[bits] * y / step[..., None] + shift[..., None]
     inside = (place > 0) & (place < 2**bits - 1)
     assert inside.double().mean() > 0.5
     assert (error <= 0.5001 * step[..., None])[inside].all()
     assert (codes[place <= 0] == 0).all()
     assert (codes[place >= 2**bits - 1] == 2**bits - 1).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", PLANES)
+def test_clipping_does_not_shorten_what_is_read(bits, dim):
+    y = torch.randn(5000, dim) + 0.7 * torch.randn(5000, 1)
+    read = codec.dequantize(*codec.quantize(y, bits), bits)
+    length = (y * read).sum(-1) / y.square().sum(-1)
+    # Without a gain 2 bits read 0.968, 3 bits 0.988 and 4 bits 0.997 of the length at head size 64.
+    assert abs(length.mean() - 1) < {2: 0.012, 3: 0.004}.get(bits, 0.0015)
 
 
 @pytest.mark.parametrize("bits", [6, 8])

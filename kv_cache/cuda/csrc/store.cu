@@ -24,6 +24,7 @@ struct Side {
     int planes[2];      // Offsets in bytes in the page of one head.
     float range_scale;  // From a token's range to its scale, and from the range below 0 in steps to its zero:
     float range_zero;   // kv_cache/codec.py, fit.
+    float gain;         // What is multiplied by it before it is rounded to codes.
 };
 
 struct Params {
@@ -119,7 +120,7 @@ struct Place {
         const float inverse = __frcp_rn(step_of<BITS>(scale));
         const float below = __fmul_rn(__fmul_rn(-low, inverse), side.range_zero);
         const float zero = __fadd_rn(fminf(fmaxf(below, 0.0f), 255.0f), MAGIC);
-        const float shift = shift_of<BITS>(__fsub_rn(zero, MAGIC));
+        const float shift = shift_of<BITS>(__fsub_rn(zero, MAGIC)), factor = __fmul_rn(inverse, side.gain);
 
         u32* codes = reinterpret_cast<Scratch*>(shared)->codes + threadIdx.x / LANES % TOKENS * CODE_STRIDE;
         const bool stored = slot >= 0;
@@ -129,7 +130,7 @@ struct Place {
                 u32 sums[4];
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const float scaled = __fmaf_rn(y[i][k], inverse, shift);
+                    const float scaled = __fmaf_rn(y[i][k], factor, shift);
                     sums[k] = __float_as_uint(__fadd_rn(fminf(fmaxf(scaled, 0.0f), (1 << BITS) - 1), MAGIC));
                 }
                 const u32 pairs[2] = {__byte_perm(sums[0], sums[1], 0x0040), __byte_perm(sums[2], sums[3], 0x0040)};

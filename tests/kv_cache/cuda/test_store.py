@@ -17,7 +17,7 @@ from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.read import gather, plan
 from kv_cache.cuda.store import store
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, HEAD_SIZES, RANGE_SHARE, KVFormat, layer_format
+from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
@@ -89,14 +89,14 @@ def assert_codes_are_nearest(y: torch.Tensor, codes: torch.Tensor, meta: torch.T
     scale, zero = meta.unbind(-1)
     low, high = y.amin(-1).clamp_max(0), y.amax(-1).clamp_min(0)
     slack = SLACK * y.abs().amax(-1)
-    factor = RANGE_SHARE[bits] * 2.0 ** (bits - 2) / (2**bits - 1)
-    least, most = (codec.encode_scale(((high - low + sign * 2 * slack) * factor).float()) for sign in (-1, 1))
+    to_scale, to_zero, gain = codec.factors(bits)
+    least, most = (codec.encode_scale(((high - low + sign * 2 * slack) * to_scale).float()) for sign in (-1, 1))
     assert ((least <= scale) & (scale <= most)).all()
     inverse = codec.inverse_step(scale, bits).double()
-    wanted = (-low * inverse * RANGE_SHARE[bits] * 2.0 ** (8 - bits)).clamp(0, 255)
+    wanted = (-low * inverse * to_zero).clamp(0, 255)
     off = (wanted - zero).abs()
     assert (off <= 0.5 + slack * inverse * 2.0 ** (8 - bits)).all()
-    scaled = (y * inverse[..., None] + (zero.double() * 2.0 ** (bits - 8))[..., None]).clamp(0, 2**bits - 1)
+    scaled = (y * gain * inverse[..., None] + (zero.double() * 2.0 ** (bits - 8))[..., None]).clamp(0, 2**bits - 1)
     off = (scaled - codes).abs()
     assert (off <= 0.5 + (slack * inverse)[..., None]).all()
 
