@@ -29,17 +29,7 @@ def cuda_device(layout: PageLayout, device: torch.device) -> tuple[torch.device,
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a decode-attention object was made for.
-
-    Attributes:
-        layout: of a page.
-        kv_heads: of a layer.
-        heads: query heads of a layer; a multiple of ``kv_heads``.
-        dtype: of queries and outputs, float16 or bfloat16.
-        max_requests: most requests of a call.
-        max_tokens: most query tokens of a call.
-        max_query_len: most query tokens of a request, 1 to 16.
-        soft_cap: whether calls have a soft cap.
+    """What a :class:`kv_cache.cuda.decode.DecodeAttention` was made for; its arguments say what the attributes are.
 
     Raises:
         ParetoError: no kernel serves it.

@@ -25,12 +25,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    torch.manual_seed(value)
-    print(f"seed {value}")
-    return value
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)

@@ -18,7 +18,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, PLANES, layer_format
 from kv_cache.layout import PageLayout
 from kv_cache.scales import LayerScales
-from tests.kv_cache.empty_pages import empty_pages
+from tests.kv_cache.empty_pages import empty_pages, scattered_table, slots_of
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 try:
@@ -41,13 +41,7 @@ def shapes(names):
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-3, torch.float16: 1.2e-3}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    random.seed(value)
-    torch.manual_seed(value)
-    print(f"seed {value}")
-    return value
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 @pytest.fixture(autouse=True)
@@ -123,21 +117,15 @@ def make(
     **more,
 ) -> Batch:
     layout, scales = PageLayout(FMTS.get(name, name), dim, block), random_scales(kv_heads, dim)
-    counts = [-(-n // block) for n in lens]
-    cache = empty_pages(layout, sum(counts) + 1, kv_heads, padded)
-    order = torch.randperm(sum(counts) + 1).tolist()
-    # Table entries beyond a request's blocks are never to be followed.
-    table = torch.full((len(lens), max(counts) + 2), 2**30, dtype=torch.int32)
-    slots = []
-    for request, n in enumerate(counts):
-        table[request, :n] = torch.tensor([order.pop() for _ in range(n)], dtype=torch.int32)
-        slots += [int(table[request, t // block]) * block + t % block for t in range(lens[request])]
+    blocks = sum(-(-n // block) for n in lens) + 1
+    cache, table = empty_pages(layout, blocks, kv_heads, padded), scattered_table(lens, block, blocks)
+    slots = torch.cat([slots_of(row, n, block) for row, n in zip(table, lens, strict=True)])
     # Keys and values are slices of one projection, as vLLM passes them.
     qkv = torch.randn(len(slots), (group + 2) * kv_heads, dim).to(dtype)
     key, value = qkv[:, group * kv_heads : -kv_heads], qkv[:, -kv_heads:]
     value *= 10 ** torch.rand(len(slots), 1, 1)  # tokens' values differ in size
     positions = torch.cat([torch.arange(n) for n in lens])
-    PagedCache(cache, layout, scales).store(key, value, torch.tensor(slots), positions)
+    PagedCache(cache, layout, scales).store(key, value, slots, positions)
     query = (torch.randn(sum(query_lens), (group + 2) * kv_heads, dim) * 2).to(dtype)[:, : group * kv_heads]
     return Batch(layout, scales, cache, table, list(lens), list(query_lens), query, **more)
 

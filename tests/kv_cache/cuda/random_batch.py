@@ -13,6 +13,7 @@ from kv_cache.cuda.folding import Folding
 from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.scales import LayerScales
+from tests.kv_cache.empty_pages import scattered_table, slots_of
 from tests.kv_cache.random_scales import random_scales
 
 MIXED = {"k8v2": (8, 2), "k3v6": (3, 6), "k2v4": (2, 4), "k6v8": (6, 8)}
@@ -95,18 +96,13 @@ class Batch:
         where = torch.device(device)
         layout = PageLayout(format_of(name), dim, block)
         scales = random_scales(kv_heads, dim)
-        counts = [-(-length // block) for length in lens]
         pad = 48 if padded else 0
         strides = (kv_heads * (layout.page_bytes + pad) + 2 * pad, layout.page_bytes + pad, layout.bytes_per_token, 1)
-        blocks = sum(counts) + 3
+        blocks = sum(-(-length // block) for length in lens) + 3
         raw = torch.randint(256, (blocks * strides[0],), dtype=torch.uint8, device=where)
         cache = raw.as_strided((blocks, kv_heads, block, layout.bytes_per_token), strides)
         cache.copy_(random_pages(layout, (blocks, kv_heads), where).view(cache.shape))
-        # Entries beyond a request's blocks must never be followed.
-        table = torch.full((len(lens), max(counts, default=0) + 1), 2**30, dtype=torch.int32, device=where)
-        ids = torch.randperm(blocks, device=where).int()
-        for request, (start, count) in enumerate(zip(itertools.accumulate(counts, initial=0), counts, strict=False)):
-            table[request, :count] = ids[start : start + count]
+        table = scattered_table(lens, block, blocks).to(where)
         query = torch.randn(sum(query_lens), kv_heads * group, dim, device=where) * sharpness
         folding = Folding.of(scales, max(lens), where)
         batch = cls(layout, scales, folding, cache, table, lens, query_lens, query.to(dtype), **more)
@@ -119,11 +115,9 @@ class Batch:
         codes = self.cache.cpu()
         for request, length in enumerate(self.lens):
             positions = torch.arange(length)
-            table = self.table[request].cpu().long()
-            slots = table[positions // self.layout.block_size] * self.layout.block_size
+            slots = slots_of(self.table[request].cpu(), length, self.layout.block_size)
             shape = (length, self.cache.shape[1], self.layout.head_dim)
             key = codec.centres(self.scales, positions) + torch.randn(shape)
-            slots += positions % self.layout.block_size
             codec.write_pages(codes, key, torch.randn(shape), slots, self.layout, self.scales, positions)
         self.cache.copy_(codes)
 

@@ -14,21 +14,16 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
 from tests.kv_cache.cuda.random_batch import MIXED, Batch, relative_error, served
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("fresh_numbers"),
+]
 
 NAMES = (*FORMATS, *MIXED)
 # Rounding to bfloat16 alone makes 1.6e-3, to float16 2e-4; queries and weights in float16 add 1e-4 to 4e-4.
 # bfloat16's rounding alone comes to 1.7e-3, and to more where few numbers make up most of an output's norm.
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 8e-4}
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    random.seed(value)
-    torch.manual_seed(value)
-    print(f"seed {value}")
-    return value
 
 
 def check(batch: Batch, factor: float = 1.0) -> None:

@@ -9,10 +9,10 @@ from kv_cache import reference
 from kv_cache.cuda import decode
 from tests.kv_cache.cuda.emulator import emulated
 from tests.kv_cache.cuda.random_batch import MIXED, Batch, relative_error
-from tests.kv_cache.cuda.test_decode import NAMES, check, seed
+from tests.kv_cache.cuda.test_decode import NAMES, check
 
-__all__ = ["emulated", "seed"]
-pytestmark = pytest.mark.usefixtures("emulated")
+__all__ = ["emulated"]
+pytestmark = pytest.mark.usefixtures("emulated", "fresh_numbers")
 
 HALF = {"dtype": torch.float16, "device": "cpu"}
 

@@ -13,17 +13,12 @@ from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat
 from kv_cache.layout import PageLayout
 from tests.kv_cache.cuda.emulator import DEVICE, PROCESSORS, SHARED_BYTES, EmulatedKernel, emulated
 from tests.kv_cache.cuda.test_beside_store import DecodeStep
-from tests.kv_cache.cuda.test_store import BITS, ROTARIES, STORES, check_gather, check_store, seeded
+from tests.kv_cache.cuda.test_store import BITS, ROTARIES, STORES, check_gather, check_store
 from tests.kv_cache.empty_pages import empty_pages
 from tests.kv_cache.random_scales import random_scales
 
 __all__ = ["emulated"]
-pytestmark = pytest.mark.usefixtures("emulated")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    seeded()
+pytestmark = pytest.mark.usefixtures("emulated", "fresh_numbers")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ another way: each byte is checked to be the nearest, in float64, given those tha
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from kv_cache.formats import FORMATS, HEAD_SIZES, KVFormat, layer_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
-from tests.kv_cache.empty_pages import empty_pages
+from tests.kv_cache.empty_pages import empty_pages, slots_of
 from tests.kv_cache.random_scales import MAX_POSITION, random_scales
 
 gpu = [
@@ -39,12 +38,6 @@ HEADS, BLOCKS, BLOCK = 3, 5, 16
 
 def served(bits: tuple[int, int], dim: int) -> bool:
     return dim % 32 == 0 or 3 not in bits
-
-
-def seeded() -> None:
-    seed = random.SystemRandom().randrange(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
 
 
 def moved(cache: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -161,7 +154,7 @@ def check_gather(
     pages = empty_pages(layout, 8, HEADS, True)
     for request, length in enumerate(earlier):
         at = torch.arange(length)
-        slots = table[request].long()[at // block] * block + at % block
+        slots = slots_of(table[request], length, block)
         key, value = torch.randn(2, length, HEADS, dim).mul(torch.rand(2, length, HEADS, 1) * 3)
         codec.write_pages(pages, key, value, slots, layout, scales, at)
     cache, tiles = moved(pages, device), plan(earlier, new).to(device)
@@ -211,8 +204,7 @@ class TestOnADevice:
     pytestmark = gpu
 
     @pytest.fixture(autouse=True)
-    def device(self):
-        seeded()
+    def device(self, fresh_numbers):
         return torch.device("cuda", 0)
 
     @pytest.fixture(params=["few tokens", "many tokens"])

@@ -8,7 +8,6 @@ of their own; in float16, since it has no products in bfloat16.
 from __future__ import annotations
 
 import os
-import random
 from importlib.util import find_spec
 
 import pytest
@@ -38,11 +37,7 @@ CASES = [
 DENSE_CASES = [case[:5] for case in CASES if case[3] or case[4]]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = random.SystemRandom().randrange(2**31)
-    torch.manual_seed(value)
-    print(f"seed {value}")
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 def apart(*shape, dtype, device):

@@ -7,7 +7,6 @@ is imported, so they do so in a process of their own.
 from __future__ import annotations
 
 import os
-import random
 from importlib.util import find_spec
 
 import pytest
@@ -21,11 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = random.SystemRandom().randrange(2**31)
-    torch.manual_seed(value)
-    print(f"seed {value}")
+pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
 class Fused(_Groups):
