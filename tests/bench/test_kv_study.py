@@ -92,7 +92,7 @@ def test_attention_is_causal_over_what_was_read_back(model):
 def test_the_newest_tokens_are_seen_as_they_are_if_the_coder_says_so(model):
     coder = Given(spoiled(20), coded_values=lambda key: all_but_newest(key, 8))
     moved = (hidden_of(model, coder) - model.reference[0]).abs().amax(-1)
-    assert moved[:28].max() < 1e-5
+    assert moved[:28].max() < 5e-5
     assert moved[28] > 1e-4
 
 
