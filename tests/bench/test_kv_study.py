@@ -83,7 +83,7 @@ def spoiled(token):
 
 def test_attention_is_causal_over_what_was_read_back(model):
     moved = (hidden_of(model, Given(spoiled(20))) - model.reference[0]).abs().amax(-1)
-    assert moved[:20].max() < 1e-5
+    assert moved[:20].max() < 5e-5
     # The query's own token is read from codes too.
     assert moved[20] > 1e-3
     assert moved[21:].min() > 1e-4
