@@ -7,8 +7,8 @@ what a logit's change does.
   mixed, so that every channel has about the same spread and the same importance. With eigenvalues l of the product of
   both matrices, equal steps then cost ``mean(sqrt(l))^2`` instead of ``mean(l)`` (Cauchy-Schwarz). Mixing is what
   QuaRot (Ashkboos et al. 2024) does, balancing what SmoothAttention (QServe, Lin et al. 2024, section 4.2) does by
-  channel. The direction of the widest spread meets the mixing matrix' first column, which is constant: what it adds to a
-  token is the same in every channel, so that the token's zero takes it and its range need not.
+  channel. The direction of the widest spread meets the mixing matrix' first column, which is constant: what it adds to
+  a token is the same in every channel, so that the token's zero takes it and its range need not.
 - `hadamard_sums`: values are mixed only. What a calibration knows of them, their mean and their channels' spread,
   did harm: tokens' values differ in size by ten times, and the small ones, the first token's above all, are those
   that attention looks at (docs/kv-study.md).

@@ -63,15 +63,19 @@ def check_plugin(kv_cache_dtype: str) -> None:
     """Raise unless vLLM will load this plugin and knows the dtype.
 
     Raises:
-        ParetoError: an unsupported vLLM, a plugin switched off by VLLM_PLUGINS, or an unknown dtype.
+        ParetoError: no vLLM, one that is unsupported and shall serve a dtype of ours, a plugin switched off by
+            VLLM_PLUGINS, or an unknown dtype.
 
     """
     from typing import get_args
 
+    from kv_cache.formats import DTYPES
     from vllm_ext.plugin import register
-    from vllm_ext.versions import check_vllm_version
+    from vllm_ext.versions import check_vllm_version, vllm_version
 
-    check_vllm_version()
+    vllm_version()
+    if kv_cache_dtype in DTYPES:
+        check_vllm_version()
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "pareto" not in allowed.split(","):
         raise ParetoError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading this plugin: add 'pareto' to it or unset it")
