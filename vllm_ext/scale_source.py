@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,8 @@ from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_ext.auto_calibration import Origin
 
 
 @contextlib.contextmanager
@@ -61,38 +63,37 @@ def find_scales(config: VllmConfig) -> Path:
 
 
 def _find(config: VllmConfig) -> Path:
-    model = config.model_config
     named = config.additional_config.get(SCALES_KEY)
-    folder = Path(named) if named else _checkpoint_folder(model, config.load_config.download_dir)
-    if folder is None or not (folder / SCALES_FILE).is_file():
-        if named:
+    if named:
+        if not (Path(named) / SCALES_FILE).is_file():
             raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
-        if config.load_config.load_format == "dummy":
-            from vllm_ext import dummy_scales
+        return Path(named)
+    from vllm_ext.auto_calibration import Origin, calibrate
 
-            return dummy_scales.make(config)
-        from vllm.platforms import current_platform
+    origin = Origin.of(config)
+    folder = _checkpoint_folder(origin)
+    if folder is not None and (folder / SCALES_FILE).is_file():
+        return folder
+    if config.load_config.load_format == "dummy":
+        from vllm_ext import dummy_scales
 
-        from vllm_ext.auto_calibration import calibrate
+        return dummy_scales.make(config)
+    from vllm.platforms import current_platform
 
-        return calibrate(
-            model.model,
-            device="cuda" if current_platform.is_cuda() else "cpu",
-            revision=model.revision,
-            download_dir=config.load_config.download_dir,
-        )
-    return folder
+    return calibrate(origin, device="cuda" if current_platform.is_cuda() else "cpu")
 
 
-def _checkpoint_folder(model: Any, download_dir: str | None) -> Path | None:
+def _checkpoint_folder(origin: Origin) -> Path | None:
     """Return the checkpoint's local folder, fetching only the scales of a hub model; None where it has none."""
-    if Path(model.model).is_dir():
-        return Path(model.model)
+    if Path(origin.model).is_dir():
+        return Path(origin.model)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        found = hf_hub_download(model.model, str(SCALES_FILE), revision=model.revision, cache_dir=download_dir)
+        found = hf_hub_download(
+            origin.model, str(SCALES_FILE), revision=origin.revision, cache_dir=origin.download_dir, token=origin.token
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
     return Path(found).parent.parent

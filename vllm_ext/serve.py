@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+from pathlib import Path
 
 from kv_cache.errors import ParetoError
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-format", default="auto", help="vLLM's; dummy serves random weights of a config.json's shape"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a model from the hub")
+    parser.add_argument("--hf-token", nargs="?", const=True, help="the hub's token (default: the one logged in with)")
     parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
 
 
@@ -88,20 +90,41 @@ def check_plugin(kv_cache_dtype: str) -> None:
         raise ParetoError(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; valid: {', '.join(get_args(CacheDType))}")
 
 
+def find_model(args: argparse.Namespace) -> str:
+    """Return the model as vLLM shall be told it: an embedded one's folder, or what was given.
+
+    A hub name stays one. vLLM resolves it with all flags that say which files are meant (``--revision``,
+    ``--tokenizer-revision``, ``--code-revision``, ``--download-dir``), none of which means anything beside a folder.
+
+    Raises:
+        ParetoError: there is no such model.
+
+    """
+    from quant_methods.model_source import EMBEDDED, check_on_hub, resolve_model, resolve_shape
+
+    name: str = args.model
+    local = Path(name).expanduser().exists() or (EMBEDDED / name / "config.json").is_file()
+    if args.load_format == "dummy":
+        return str(resolve_shape(name))
+    if local or name.count("/") != 1:
+        return str(resolve_model(name, quantized=True))
+    check_on_hub(name, revision=args.revision, token=args.hf_token)
+    return name
+
+
 def run(args: argparse.Namespace) -> int:
     """Become ``vllm serve``; only returns by raising."""
-    from quant_methods.model_source import resolve_model, resolve_shape
-
     check_port(args.host, args.port)
     check_plugin(args.kv_cache_dtype)
-    if args.load_format == "dummy":
-        model = str(resolve_shape(args.model))
-    else:
-        model = str(resolve_model(args.model, quantized=True, revision=args.revision))
+    model = find_model(args)
     names = args.served_model_name or [args.model]
     command = [sys.executable, "-m", "vllm_ext.launch", "serve", model, "--host", args.host]
     command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--load-format", args.load_format]
     command += ["--served-model-name", *names]
+    if args.revision is not None:
+        command += ["--revision", args.revision]
+    if args.hf_token is not None:
+        command += ["--hf-token"] if args.hf_token is True else ["--hf-token", args.hf_token]
     sys.stdout.flush()
     # The server replaces this process, so that signals reach it and nothing is left behind.
     os.execv(sys.executable, [*command, *args.rest])
