@@ -36,7 +36,8 @@ def test_serve_leaves_a_hub_model_to_vllm_with_all_flags(started, monkeypatch):
     run("org/m", "--revision", "v2", "--hf-token", "secret", *versions)
     words = " ".join(started[0])
     assert " serve org/m " in words
-    for expected in ("--revision v2", "--hf-token secret", *(f"{a} {b}" for a, b in zip(versions[::2], versions[1::2], strict=True))):
+    assert " ".join(versions) in words
+    for expected in ("--revision v2", "--hf-token secret"):
         assert expected in words
     assert asked == [("org/m", "config.json", {"revision": "v2", "token": "secret"})]
     run("org/m", "--hf-token")
@@ -66,7 +67,8 @@ def test_scales_are_fetched_and_made_from_the_files_that_are_served(monkeypatch,
     def fetch(name, *file, **settings):
         asked.append((name, *file, settings["revision"], settings["cache_dir"], settings["token"]))
         if file:
-            raise huggingface_hub.errors.RemoteEntryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+            response = SimpleNamespace(headers={}, request=None)
+            raise huggingface_hub.errors.RemoteEntryNotFoundError("404", response=response)
         folder = tmp_path / name.replace("/", "-") / str(settings["revision"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(str(folder))
