@@ -15,11 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE, SCHEMA
-from kv_cache.user_cache import cache_dir
+from kv_cache.user_cache import cache_dir, making
 from quant_methods.model_source import resolve_model, resolve_tokenizer, sampled_fingerprint
 
 if TYPE_CHECKING:
@@ -95,9 +93,10 @@ def calibrate(origin: Origin, *, device: str) -> Path:
         key = f"{key}-{_fingerprint(tokenizer)}"
     folder = cache_dir() / "kv-scales" / key
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+    with making(folder):
         if not (folder / SCALES_FILE).is_file():
             _run(source, folder, device, tokenizer)
+        os.utime(folder)
     return folder
 
 
