@@ -13,8 +13,8 @@ from kv_cache.errors import ParetoError
 from vllm_ext.versions import vllm_version
 
 
-def main() -> None:
-    """Run ``vllm`` with this process's arguments."""
+def name_vllm() -> None:
+    """Answer for a distribution named ``vllm`` where the CPU build is installed."""
     original = importlib.metadata.version
     try:
         found = original("vllm")
@@ -25,6 +25,11 @@ def main() -> None:
         return found if distribution_name == "vllm" else original(distribution_name)
 
     importlib.metadata.version = version
+
+
+def main() -> None:
+    """Run ``vllm`` with this process's arguments."""
+    name_vllm()
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv[0] = "vllm"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -43,6 +44,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a model from the hub")
     parser.add_argument("--hf-token", nargs="?", const=True, help="the hub's token (default: the one logged in with)")
     parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
+
+
+def ordered(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Return the words with MODEL first, where it need not be told from the value of a flag.
+
+    Whether a flag has a value only vLLM knows where it is one of vLLM's, and asking takes as long as importing vLLM: it
+    is asked only when a flag of its own, followed by a word, comes before MODEL.
+
+    Raises:
+        ParetoError: vLLM is of a version that cannot be asked.
+
+    """
+    if not words or not words[0].startswith("-"):
+        return words
+    own: dict[str, argparse.Action] = dict(parser._option_string_actions)
+    foreign = [i for i, word in enumerate(words) if _is_flag(word) and "=" not in word and word not in own]
+    if not any(i + 1 < len(words) and not _is_flag(words[i + 1]) for i in foreign):
+        return words
+    actions = _vllm_flags() | own
+    bare: list[str] = []
+    flags: list[str] = []
+    place = 0
+    while place < len(words):
+        word = words[place]
+        place += 1
+        if not _is_flag(word):
+            bare.append(word)
+            continue
+        flags.append(word)
+        most = 0 if "=" in word else _values(actions, word)
+        while most and place < len(words) and not _is_flag(words[place]):
+            flags.append(words[place])
+            place, most = place + 1, most - 1
+    return [*bare, *flags]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-\d+(\.\d*)?|-\.\d+|-", word)
+
+
+def _values(actions: dict[str, argparse.Action], word: str) -> int:
+    """Return how many words a flag takes at most."""
+    name, dot, _ = word.partition(".")
+    if dot:
+        return 1  # vLLM's way to set one field of a JSON value.
+    action = actions.get(word) or actions.get("--" + name.removeprefix("--").replace("_", "-"))
+    if action is None:
+        return 0
+    if action.nargs in ("*", "+", "..."):
+        return sys.maxsize
+    if isinstance(action.nargs, int):
+        return action.nargs
+    return 1
+
+
+def _vllm_flags() -> dict[str, argparse.Action]:
+    from vllm_ext.launch import name_vllm
+
+    name_vllm()
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        return dict(make_arg_parser(FlexibleArgumentParser())._option_string_actions)
+    except ImportError as error:
+        raise ParetoError("give MODEL first: pareto serve MODEL --flag value ...") from error
 
 
 def check_port(host: str, port: int) -> None:
