@@ -319,6 +319,11 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
     if not config.get("model_type") or not any(str(a).endswith("ForCausalLM") for a in architectures) or not layers:
         found = ", ".join(map(str, architectures)) or config.get("model_type") or "no architecture"
         raise ParetoError(f"{model_dir}: {found} is not a supported decoder (a transformers ...ForCausalLM model)")
+    if not any("layers." in name for name in present):
+        raise ParetoError(
+            f"{model_dir}: {architectures[0]} is not a supported decoder (its weights are not named ...layers.N...; "
+            f"one is {min(present, default='none')})"
+        )
     for index in range(int(layers)):
         if not any(f"layers.{index}." in name for name in present):
             raise ParetoError(

@@ -167,16 +167,46 @@ def find_model(args: argparse.Namespace) -> str:
         ParetoError: there is no such model.
 
     """
-    from quant_methods.model_source import EMBEDDED, check_on_hub, resolve_model, resolve_shape
+    from quant_methods.model_source import EMBEDDED, check_on_hub, embedded_models
 
     name: str = args.model
-    local = Path(name).expanduser().exists() or (EMBEDDED / name / "config.json").is_file()
-    if args.load_format == "dummy":
-        return str(resolve_shape(name))
-    if local or name.count("/") != 1:
-        return str(resolve_model(name, quantized=True))
-    check_on_hub(name, revision=args.revision, token=args.hf_token)
+    path = Path(name).expanduser()
+    if path.exists():
+        if path.is_dir():
+            check_folder(path, dummy=args.load_format == "dummy")
+        return str(path)
+    if (EMBEDDED / name / "config.json").is_file():
+        return str(EMBEDDED / name)
+    if "://" in name:
+        return name  # Object stores are vLLM's business.
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ParetoError(f"model {name!r} not found: no such directory")
+    try:
+        # What follows a colon says which file of a hub model is meant.
+        check_on_hub(name.partition(":")[0], revision=args.revision, token=args.hf_token)
+    except ParetoError as error:
+        if "/" in name:
+            raise
+        raise ParetoError(f"{error}; the embedded models are {', '.join(embedded_models())}") from error
     return name
+
+
+def check_folder(folder: Path, *, dummy: bool) -> None:
+    """Raise if no server can start from a folder: its config.json is no JSON, or its safetensors are cut short.
+
+    Which architectures and file formats there are is vLLM's business: it knows more of them than ``pareto compress``.
+
+    Raises:
+        ParetoError: what is wrong with which file.
+
+    """
+    from quant_methods.model_source import INDEX, SINGLE, read_config, read_header, weight_files
+
+    if (folder / "config.json").exists() or not (folder / "params.json").exists():
+        read_config(folder)
+    if not dummy and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        for file in weight_files(folder):
+            read_header(file)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -268,10 +268,8 @@ def test_serve_takes_a_shape_alone_for_random_weights(tmp_path, monkeypatch):
         args.rest = ["--max-num-seqs", "4"]
         serve.run(args)
 
-    with pytest.raises(ParetoError, match=r"no model\.safetensors"):
-        run()
     run("--load-format", "dummy")
     assert " ".join(started[0]).endswith(f"--load-format dummy --served-model-name {tmp_path} --max-num-seqs 4")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ParetoError, match=r"has no config\.json"):
+    with pytest.raises(ParetoError, match=r"no config\.json"):
         run("--load-format", "dummy")
