@@ -115,3 +115,40 @@ def test_a_revision_that_is_not_there_is_said_before_vllm_starts(started, monkey
     with pytest.raises(ParetoError, match="no revision 'v9' of it"):
         run("org/m", "--revision", "v9")
     assert not started
+
+
+def test_trouble_with_the_hub_is_not_taken_for_no_scales(monkeypatch):
+    errors = huggingface_hub.errors
+    response = SimpleNamespace(headers={}, request=None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: None)
+    late = errors.LocalEntryNotFoundError("An error happened while trying to locate the file")
+    late.__cause__ = TimeoutError("timed out")
+    for trouble, said in (
+        (errors.HfHubHTTPError("401 Client Error: Unauthorized", response=response), "401 Client Error"),
+        (errors.HfHubHTTPError("500 Server Error", response=response), "500 Server Error"),
+        (late, "TimeoutError: timed out"),
+    ):
+
+        def fail(*args, trouble=trouble, **settings):
+            raise trouble
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        with pytest.raises(ParetoError, match=rf"whether org/m has KV scales of its own \(.*{said}.*HF_HUB_OFFLINE=1"):
+            scale_source._checkpoint_folder(Origin("org/m"))
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: huggingface_hub._CACHED_NO_EXIST)
+        assert scale_source._checkpoint_folder(Origin("org/m")) is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert scale_source._checkpoint_folder(Origin("org/m")) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(["a"], "--additional-config is list, and --kv-cache-dtype int4"), ({"pareto_kv_scales": 1}, "a folder's name")],
+)
+def test_additional_config_of_another_kind_gets_one_line(value, said):
+    made = config()
+    made.additional_config = value
+    made.cache_config = SimpleNamespace(cache_dtype="int4_per_head")
+    with pytest.raises(ParetoError, match=said):
+        scale_source._find(made)
