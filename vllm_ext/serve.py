@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
+from vllm_ext.names import LOW_BIT_KERNEL_VARIABLE
 
 HELP = "serve a model with vLLM over an OpenAI-compatible endpoint"
 USER_ERRORS = (ParetoError,)
@@ -26,6 +27,9 @@ KV-cache dtypes of this plugin (vLLM's own stay available):
   int8_per_head, int6_per_head, int4_per_head, k4v3_per_head, int3_per_head   8, 6, 4, 4 and 3, 3 bits
   mixed_per_head   bits of its own for each layer: pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits
 Each token and head keeps four bytes beside its codes (0.25 bits an element at head size 64, 0.125 at 128).
+
+4-bit checkpoints of any origin (GPTQ, AWQ, compressed-tensors) are multiplied by this project's kernel on CUDA where at
+most 32 sequences run at once (--max-num-seqs 32); VLLM_PARETO_LOW_BIT_KERNEL=0 leaves them to vLLM's.
 
 A checkpoint without calibrated scales is calibrated when it is first served; 'pareto compress --recipe kv-scales'
 does it ahead of time.
@@ -222,6 +226,8 @@ def run(args: argparse.Namespace) -> int:
         command += ["--revision", args.revision]
     if args.hf_token is not None:
         command += ["--hf-token"] if args.hf_token is True else ["--hf-token", args.hf_token]
+    # Outside this command vLLM's own kernels serve other people's checkpoints: nobody chose anything else there.
+    os.environ.setdefault(LOW_BIT_KERNEL_VARIABLE, "1")
     sys.stdout.flush()
     # The server replaces this process, so that signals reach it and nothing is left behind.
     os.execv(sys.executable, [*command, *args.rest])

@@ -15,6 +15,7 @@ from vllm_ext.auto_calibration import Origin
 @pytest.fixture
 def started(monkeypatch):
     commands = []
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")  # What a server sets for itself is no other test's.
     monkeypatch.setattr(serve, "check_port", lambda host, port: None)
     monkeypatch.setattr(serve, "check_plugin", lambda dtype: None)
     monkeypatch.setattr(serve.os, "execv", lambda program, command: commands.append(command))

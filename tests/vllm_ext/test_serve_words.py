@@ -1,6 +1,7 @@
 """How ``pareto serve`` reads its words: MODEL anywhere, and a file whose keys are its own flags or vLLM's."""
 
 import argparse
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from vllm_ext import cli, serve
 @pytest.fixture
 def started(monkeypatch):
     commands = []
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")  # What a server sets for itself is no other test's.
     monkeypatch.setattr(serve, "check_port", lambda host, port: None)
     monkeypatch.setattr(serve, "check_plugin", lambda dtype: None)
     monkeypatch.setattr(serve, "find_model", lambda args: args.model)
@@ -78,3 +80,12 @@ def test_vllm_reads_no_file_of_another_ending(started, tmp_path, capsys):
     (tmp_path / "c.conf").write_text("max-model-len: 2048\n")
     assert cli.main(["serve", "--config", str(tmp_path / "c.conf")]) == 2
     assert "'max-model-len' is vLLM's key, and vLLM reads .yaml and .yml only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_our_4_bit_kernel_is_this_commands_default(started, monkeypatch, before, after):
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", before or "")
+    if before is None:
+        monkeypatch.delenv("VLLM_PARETO_LOW_BIT_KERNEL")
+    served(started, "m")
+    assert os.environ["VLLM_PARETO_LOW_BIT_KERNEL"] == after

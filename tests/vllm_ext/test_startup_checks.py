@@ -260,6 +260,7 @@ def test_serve_takes_a_shape_alone_for_random_weights(tmp_path, monkeypatch):
     serve.add_arguments(parser)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     started = []
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")
     monkeypatch.setattr(serve, "check_port", lambda host, port: None)
     monkeypatch.setattr(serve.os, "execv", lambda program, command: started.append(command))
 
