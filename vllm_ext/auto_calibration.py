@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 REVISION = 6
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""
+INSTEAD = "use --kv-cache-dtype auto or another of vLLM's own, which need no scales"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def calibrate(origin: Origin, *, device: str) -> Path:
             tokenizer = resolve_tokenizer(origin.tokenizer, revision=origin.tokenizer_revision, **where)
     except ParetoError as error:
         raise ParetoError(
-            f"{origin.model} has no calibrated KV scales, and none can be made at start-up: {error}"
+            f"{origin.model} has no calibrated KV scales, and none can be made at start-up ({error}): {INSTEAD}"
         ) from error
     # Scales of another schema could not be read.
     key = f"{sampled_fingerprint(source)}-{SCHEMA.rpartition('/')[-1]}-{REVISION}"
@@ -123,10 +124,8 @@ def _run(source: Path, folder: Path, device: str, tokenizer: Path | None) -> Non
                 if line.startswith("KV scales: "):
                     _say(line.strip())
         if process.returncode or not (Path(scratch) / SCALES_FILE).is_file():
-            raise ParetoError(
-                f"calibrating KV scales at start-up failed ({last}): make them with 'pareto compress {source} --recipe "
-                "kv-scales --out DIR' and serve DIR"
-            )
+            # Not "pareto compress --recipe kv-scales": it does the same, and would fail the same way.
+            raise ParetoError(f"calibrating KV scales at start-up failed ({last}): {INSTEAD}")
         (folder / SCALES_FILE).parent.mkdir(exist_ok=True)
         os.replace(Path(scratch) / SCALES_FILE, folder / SCALES_FILE)
     _say(f"KV scales kept in {folder}")

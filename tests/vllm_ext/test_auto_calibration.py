@@ -66,14 +66,19 @@ def test_a_model_is_calibrated_once(
 
 
 def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
-    with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none can be made at start-up: "):
+    with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none .*--kv-cache-dtype"):
         calibrate(Origin("./no/such"), device="cpu")
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.0.self_attn.k_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ParetoError, match=r"failed \(.*k_proj.weight is not in the checkpoint.*\): make them with"):
+    with pytest.raises(ParetoError, match=r"failed \(.*k_proj.weight is not in the checkpoint.*\): use --kv-"):
         calibrate(Origin(str(model)), device="cpu")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
-    with pytest.raises(ParetoError, match=r"failed \(.*quantized by 'hqq'; expected .*\): make them with 'pareto"):
+    with pytest.raises(ParetoError, match=r"failed \(.*quantized by 'hqq'; expected .*\): use --kv-cache-dtype auto"):
         calibrate(Origin(str(model)), device="cpu")
+    # A model of another kind is refused at once; the command that makes scales would refuse it too.
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ParetoError, match=r"GPT2LMHeadModel is not a supported decoder .*: use --kv-") as said:
+        calibrate(Origin(str(model)), device="cpu")
+    assert "--recipe" not in str(said.value)
