@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.files import read_json, write_json
-from bench.report_rows import plain_dtype, short_model
+from bench.report_models import short_model
+from bench.report_rows import plain_dtype
 from bench.server import serving, stop_group, terminated_like_interrupted
 from kv_cache.errors import ParetoError
 

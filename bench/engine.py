@@ -163,23 +163,16 @@ def kv_cache(llm: Any, settings: EngineSettings) -> KVCache:
     if tokens is None:
         tokens = cache.num_gpu_blocks * cache.block_size
     memory = sum(llm.collective_rpc("pareto_kv_bytes"))
-    ranks = settings.tensor_parallel_size
+    costs = [tuple(cost) for cost in llm.collective_rpc("pareto_token_cost")]
+    per_token = sum(cost for cost, _ in costs)
+    counts = [elements for _, elements in costs]
+    elements = None if None in counts else sum(counts)
     return KVCache(
         dtype=settings.kv_cache_dtype,
         memory_bytes=int(memory),
         tokens=int(tokens),
-        budget_bytes=settings.kv_cache_memory_bytes * ranks,
-        bytes_per_token=memory / tokens,
-        bits_per_element=_bits_per_element(config.model_config, memory / tokens),
+        budget_bytes=settings.kv_cache_memory_bytes * settings.tensor_parallel_size,
+        bytes_per_token=per_token,
+        bits_per_element=8 * per_token / elements if elements else None,
         block_size=int(cache.block_size),
     )
-
-
-def _bits_per_element(model_config: Any, bytes_per_token: float) -> float | None:
-    """Return bits for each element of a key or value, for models that keep both for each KV head."""
-    text = model_config.hf_text_config
-    layers = getattr(text, "num_hidden_layers", None)
-    heads = getattr(text, "num_key_value_heads", None)
-    if not layers or not heads or model_config.use_mla:
-        return None
-    return 8 * bytes_per_token / (2 * layers * heads * model_config.get_head_size())

@@ -2,7 +2,8 @@
 
 The baseline's logits and figures lie in the user's cache, keyed by model and settings, and serve every later evaluation
 against the same baseline; a tested configuration's figures lie in ``OUT/.work``. An interrupted run goes on where it
-stopped, and a configuration whose figures are all there starts no engine.
+stopped, and a configuration whose figures are all there starts no engine. Evaluations that run at the same time measure
+what they have in common one after the other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.needle import summarize as summarize_needle
 from bench.plan import Configuration, Plan
 from bench.schema import ConfigurationResult, EvalReport, KVCache, TextQuality
 from kv_cache.errors import ParetoError
-from kv_cache.user_cache import cache_dir
+from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using
 
 RESULT = "eval.json"
 Arrays = dict[str, np.ndarray]
@@ -102,15 +103,29 @@ class Evaluation:
             ParetoError: an engine does not start, the disk is too small, or a result is impossible.
 
         """
-        self._check_disk()
+        limit_bytes()  # A limit that is no number is said before the work, not after it.
         results: list[ConfigurationResult] = []
-        for configuration in self.plan.configurations:
-            self._measure(configuration)
-            results.append(self._result(configuration))
-            status = "complete" if len(results) == len(self.plan.configurations) else "partial"
-            report = self._report(status, results)
-            write_json(self.out / RESULT, report.to_dict())
+        with using(self.base_store.folder):
+            for configuration in self.plan.configurations:
+                self._measure_alone(configuration)
+                results.append(self._result(configuration))
+                status = "complete" if len(results) == len(self.plan.configurations) else "partial"
+                report = self._report(status, results)
+                write_json(self.out / RESULT, report.to_dict())
         return report
+
+    def _measure_alone(self, configuration: Configuration) -> None:
+        """Measure while no other evaluation measures the same: it would write over the answers of this one."""
+        folder = self.store(configuration).folder
+        if is_being_made(folder):
+            print(f"{configuration.name}: waiting for another evaluation of the same", file=sys.stderr, flush=True)
+        with making(folder):
+            if configuration.is_baseline:
+                self._check_disk()
+            self._measure(configuration)
+        if configuration.is_baseline:
+            for entry in trim():
+                print(f"the cache was above its limit: removed {entry.path}", file=sys.stderr, flush=True)
 
     def _check_disk(self) -> None:
         missing = [i for i in range(len(self.windows)) if self.base_store.window(i, True) is None]
@@ -150,7 +165,6 @@ class Evaluation:
             for index in indices:
                 partial = compare = None
                 if configuration.is_baseline:
-                    # Another evaluation may be measuring the same baseline.
                     partial = str(written.enter_context(replacing(store.logits_file(index))))
                 else:
                     base = self.base_store.window(index, True)
@@ -190,6 +204,8 @@ class Evaluation:
         answers = store.answers()
         trials = self.plan.trials
         needle = None
+        if any(index not in answers for index in range(len(trials))):
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
         if trials:
             needle = summarize_needle(trials, [is_correct(t, answers[i]) for i, t in enumerate(trials)])
         cache = store.kv_cache()

@@ -218,7 +218,11 @@ def _configuration(
     }
     key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:24]
     kv = "bf16 KV" if dtype in PLAIN_DTYPES else f"{dtype} KV"
-    return Configuration(f"{_label(checkpoint.info.name)}, {kv}", checkpoint, dtype, is_baseline, key)
+    name = _label(checkpoint.info.name)
+    # A model and its baseline may lie in folders of the same name.
+    if checkpoint.info.fingerprint != base.info.fingerprint and name == _label(base.info.name):
+        name = checkpoint.info.name
+    return Configuration(f"{name}, {kv}", checkpoint, dtype, is_baseline, key)
 
 
 def _label(name: str) -> str:

@@ -11,7 +11,8 @@ from jinja2 import Environment
 
 from bench import plots
 from bench.report_inputs import Document, Inputs
-from bench.report_rows import Frontier, Row, plain_dtype, short_model, stage_label
+from bench.report_models import short_model
+from bench.report_rows import Frontier, Row, plain_dtype, stage_label
 
 Cell = dict[str, str]
 NONE = "\u2013"
@@ -33,7 +34,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
     )
     load_documents = [(_load_name(d, rows, p), d) for p, d in inputs.loadtests]
     budgets = {row.kv_budget_bytes for row in rows if row.kv_budget_bytes}
-    needles = _needles(inputs)
+    needles = _needles(inputs, rows)
     trials = {cell["accuracy"]["n"] for cell in _cells(inputs)}
     return template.render(
         title=title,
@@ -137,9 +138,10 @@ def _cells(inputs: Inputs) -> list[Document]:
     ]
 
 
-def _needles(inputs: Inputs) -> list[dict[str, Any]]:
+def _needles(inputs: Inputs, rows: list[Row]) -> list[dict[str, Any]]:
     """Return a heat map for each configuration, its worst cell deciding nothing but its own colour."""
     maps: dict[str, dict[str, Any]] = {}
+    names = {(row.fingerprint, row.kv_cache_dtype): row.name for row in rows}
     for _, document in inputs.evals:
         for entry in document["configurations"]:
             if not entry["needle"]:
@@ -150,7 +152,8 @@ def _needles(inputs: Inputs) -> list[dict[str, Any]]:
                 (f"{length:,}", [_heat(cells.get((length, depth))) for depth in depths])
                 for length in sorted({length for length, _ in cells})
             ]
-            name = f"{short_model(entry['model']['name'])}, {plain_dtype(entry['kv_cache']['dtype'])} KV"
+            key = (entry["model"].get("fingerprint") or entry["model"]["name"], plain_dtype(entry["kv_cache"]["dtype"]))
+            name = names.get(key, str(entry["name"]))
             maps[name] = {"name": name, "depths": [f"{d:.0%}" for d in depths], "lines": lines}
     return list(maps.values())
 

@@ -63,7 +63,8 @@ class KVCache:
         memory_bytes: bytes of the allocated cache tensors, all layers, all ranks.
         tokens: tokens that vLLM reports to fit. Compare between dtypes only at the same ``budget_bytes``.
         budget_bytes: the memory that vLLM was told to use.
-        bytes_per_token: ``memory_bytes / tokens``: all layers, keys and values, padding included.
+        bytes_per_token: of one token in the pages of all layers and ranks, by the pages' shape: ``tokens`` are whole
+            windows, so that ``memory_bytes / tokens`` depends on the window's length.
         bits_per_element: the same for one element of a key or value; None when the model's geometry is unknown.
         block_size: tokens in a page.
 

@@ -59,6 +59,10 @@ class LogitsTap:
             storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
+    def pareto_token_cost(self) -> tuple[float, float | None]:
+        """Return what one token takes of this rank's pages, all layers; see :func:`token_cost`."""
+        return token_cost(self.model_runner.kv_cache_config.kv_cache_groups)
+
     def pareto_copy_rate(self) -> float | None:
         """Return the bytes read plus written per second by a copy within the GPU; None on CPU."""
         if not torch.cuda.is_available():
@@ -66,6 +70,33 @@ class LogitsTap:
         rate = copy_rate()
         torch.cuda.empty_cache()
         return rate
+
+
+def token_cost(groups: list[Any]) -> tuple[float, float | None]:
+    """Return the bytes of one token in the pages of all layers, and for how many elements of keys and values.
+
+    By the pages' own shape: the tokens that vLLM says fit into the memory are whole windows, and so fewer than its
+    pages hold.
+
+    Args:
+        groups: vLLM's groups of layers whose pages are alike.
+
+    Returns:
+        The bytes, padding excluded, and the elements; None for these where a layer keeps something else than keys and
+        values, such as a latent or a state.
+
+    """
+    total, elements, plain = 0.0, 0, True
+    for group in groups:
+        for name in group.layer_names:
+            spec = group.kv_cache_spec
+            spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
+            total += getattr(spec, "real_page_size_bytes", spec.page_size_bytes) / spec.block_size
+            kind = type(spec).__name__
+            plain = plain and hasattr(spec, "num_kv_heads") and "MLA" not in kind and "Mamba" not in kind
+            if plain:
+                elements += spec.num_kv_heads * (spec.head_size + (getattr(spec, "head_size_v", 0) or spec.head_size))
+    return total, elements if plain and elements else None
 
 
 class _Requests:

@@ -14,6 +14,7 @@ import os
 import torch
 
 from kv_cache import codec
+from kv_cache.doors import are_heads, expect, is_table, is_vector
 from kv_cache.errors import ParetoError
 from kv_cache.formats import PLANES
 from kv_cache.layout import META, PageLayout
@@ -240,9 +241,23 @@ class PagedCache:
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
 
         Raises:
-            ParetoError: the instruction set is not there, or a position is missing or beyond ``max_tokens``.
+            ParetoError: the instruction set is not there, a position is missing or beyond ``max_tokens``, or shapes,
+                strides or dtypes do not fit.
 
         """
+        heads, dim = self.cache.shape[1], self.layout.head_dim
+        expect(
+            f"{self.layout.fmt.name} store",
+            (
+                (key.dtype in DTYPES and key.dtype == value.dtype, "keys and values alike, of 16 or 32 bits"),
+                (are_heads(key, heads, dim), f"keys [tokens, {heads}, {dim}] with contiguous channels"),
+                (are_heads(value, heads, dim), f"values [tokens, {heads}, {dim}] with contiguous channels"),
+                (key.shape[0] == value.shape[0], "as many values as keys"),
+                (is_vector(slots, torch.int64), "contiguous int64 slots"),
+                (is_vector(positions, torch.int64), "contiguous int64 positions"),
+                (all(t.is_cpu for t in (key, value, slots, positions)), "tensors on the CPU"),
+            ),
+        )
         count = min(slots.shape[0], key.shape[0])
         if positions.shape[0] < count:
             raise ParetoError(f"{self.layout.fmt.name}: positions of {positions.shape[0]} tokens for {count} tokens")
@@ -302,10 +317,28 @@ class PagedCache:
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
 
         Raises:
-            ParetoError: the instruction set is not there, or a sequence is longer than ``max_tokens``.
+            ParetoError: the instruction set is not there, a sequence is longer than ``max_tokens``, or shapes, strides
+                or dtypes do not fit.
             MemoryError: no memory for scratch.
 
         """
+        heads, dim, requests = self.cache.shape[1], self.layout.head_dim, seq_lens.shape[0]
+        of_query = query.shape[1] if query.dim() == 3 else 0
+        expect(
+            f"{self.layout.fmt.name} attention",
+            (
+                (query.dtype in DTYPES and query.dtype == out.dtype, "queries and outputs alike, of 16 or 32 bits"),
+                (of_query > 0 and of_query % heads == 0, f"[tokens, heads, {dim}], heads in multiples of {heads}"),
+                (are_heads(query, of_query, dim), f"queries [tokens, heads, {dim}] with contiguous channels"),
+                (are_heads(out, of_query, dim), f"outputs [tokens, heads, {dim}] with contiguous channels"),
+                (query.shape[0] == out.shape[0], "as many outputs as queries"),
+                (is_table(block_table, torch.int32), "an int32 block table with contiguous rows"),
+                (is_vector(seq_lens, torch.int32), "contiguous int32 lengths"),
+                (is_vector(query_start, torch.int32), "contiguous int32 starts of queries"),
+                (block_table.shape[0] >= requests < query_start.shape[0], "a row and a start for each request"),
+                (all(t.is_cpu for t in (query, out, block_table, seq_lens, query_start)), "tensors on the CPU"),
+            ),
+        )
         args = _Attention(
             self._struct,
             query.data_ptr(),

@@ -28,7 +28,7 @@ ON_GPU = 64
 """Sequences on a GPU: all that the shipped text has."""
 
 
-def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
+def make_scales(model: Path, out: Path, device: str, lines: Lines, tokenizer: Path | None = None) -> None:
     """Write ``kv_scales/`` into a folder.
 
     Args:
@@ -36,6 +36,7 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
         out: the folder.
         device: torch device.
         lines: is told how far it is.
+        tokenizer: folder of the tokenizer that is served with the model; None: the model's own.
 
     Raises:
         ParetoError: the model or the device cannot be used.
@@ -51,9 +52,10 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines) -> None:
     length = min(LENGTH, decoder.config.max_position_embeddings)
     weights = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
     count = ON_GPU if decoder.device.type == "cuda" else on_cpu(weights, length)
-    tokens = kv_sequences(model, None, count, length)
+    source = tokenizer or model
+    tokens = kv_sequences(source, None, count, length)
     total = len(decoder.blocks)
-    calibrator = calibrate(decoder, model, tokens, 0, lambda done, what: lines.show(done, total, what))
+    calibrator = calibrate(decoder, source, tokens, 0, lambda done, what: lines.show(done, total, what))
     lines.show(total, total, "solving")
     calibrator.finish({"recipe": "at start-up"}).save(out)
 
@@ -82,6 +84,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="directory of a checkpoint")
     parser.add_argument("out", type=Path, help="folder to write kv_scales/ into")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the model's own)")
     args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Threads that wait without sleeping take the cores from those that work, where something else runs beside: 234 s
@@ -94,7 +97,7 @@ def main() -> int:
 
     try:
         with Lines(NAME, say) as lines:
-            make_scales(args.model, args.out, args.device, lines)
+            make_scales(args.model, args.out, args.device, lines, args.tokenizer)
     except ParetoError as error:
         say(str(error))
         return 1

@@ -6,10 +6,12 @@ checkpoint of a decoder that this project supports, or it raises one clear line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ SINGLE = "model.safetensors"
 # What AutoGPTQ calls the one file that it writes.
 AUTOGPTQ = "gptq_model-*.safetensors"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+TOKENIZER_PATTERNS = [pattern for pattern in HUB_PATTERNS if pattern != "*.safetensors"]
+Token = str | bool | None
 # Bytes per element of safetensors' dtype names, to check that a header's ranges are what its shapes say.
 _DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
@@ -36,6 +40,7 @@ def resolve_model(
     quantized: bool = False,
     revision: str | None = None,
     download_dir: str | None = None,
+    token: Token = None,
 ) -> Path:
     """Return the directory of a model's checkpoint, validated.
 
@@ -45,6 +50,7 @@ def resolve_model(
         quantized: accept a checkpoint that is already quantized (to serve or evaluate it).
         revision: branch, tag or commit of a hub model; others have none.
         download_dir: where to keep a hub model; None: in the hub's own cache.
+        token: the hub's, True for the one that was logged in with; None for what the environment says.
 
     Returns:
         A local directory.
@@ -62,7 +68,7 @@ def resolve_model(
     elif (EMBEDDED / text / "config.json").is_file():
         path = EMBEDDED / text
     elif text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
-        path = _download(text, revision, download_dir)
+        path = _download(text, revision, download_dir, token)
     else:
         raise ParetoError(
             f"model {text!r} not found: no such directory, and not one of the embedded models "
@@ -102,29 +108,89 @@ def embedded_models() -> list[str]:
     return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
 
 
-def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(name: str, revision: str | None, download_dir: str | None, token: Token) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    with hub_errors(name, revision):
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, cache_dir=download_dir, allow_patterns=HUB_PATTERNS, token=token
+            )
+        )
+
+
+def check_on_hub(name: str, *, revision: str | None = None, token: Token = None) -> None:
+    """Raise unless the hub, or its cache on this machine, has a model; at most its config.json is fetched.
+
+    Raises:
+        ParetoError: it has not, or not in that revision, or cannot be asked.
+
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with hub_errors(name, revision), contextlib.suppress(RemoteEntryNotFoundError):
+        huggingface_hub.hf_hub_download(name, "config.json", revision=revision, token=token)
+
+
+def resolve_tokenizer(
+    name: str, *, revision: str | None = None, download_dir: str | None = None, token: Token = None
+) -> Path:
+    """Return the folder of a tokenizer that is not the model's own; of a hub model no weights are fetched.
+
+    Raises:
+        ParetoError: it cannot be found.
+
+    """
+    import huggingface_hub
+
+    if Path(name).is_dir():
+        return Path(name)
+    with hub_errors(name, revision):
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, cache_dir=download_dir, allow_patterns=TOKENIZER_PATTERNS, token=token
+            )
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub's library raises while it fetches from a model into one line."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.errors import RepositoryNotFoundError as NotFound
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, cache_dir=download_dir, allow_patterns=HUB_PATTERNS
-            )
-        )
+        yield
     except HFValidationError as error:
         raise ParetoError(f"model {name!r}: no such directory, and not a valid hub name") from error
     except RevisionNotFoundError as error:
         raise ParetoError(f"model {name!r}: the hub has it, and no revision {revision!r} of it") from error
+    except GatedRepoError as error:
+        raise ParetoError(
+            f"model {name!r}: the hub gives it only to accounts that were granted access: ask for it on the model's "
+            "page, then log in with 'hf auth login' or set HF_TOKEN"
+        ) from error
     except NotFound as error:
         raise ParetoError(f"model {name!r}: no such directory, and the hub has no such (public) model") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise ParetoError(
-            f"model {name!r}: no such directory, and the hub cannot be reached ({reason}); "
+            f"model {name!r}: no such directory, and the hub cannot be reached ({hub_trouble(error)}); "
             f"give a local directory or the embedded model {DEFAULT_MODEL}"
         ) from error
+
+
+def hub_trouble(error: BaseException) -> str:
+    """Return what went wrong between this machine and the hub, on one short line."""
+    # The library's own words for whatever keeps it from the hub are the same; the cause tells a time-out from a 500.
+    told = error.__cause__ if error.__cause__ is not None and str(error.__cause__) else error
+    return f"{type(told).__name__}: {' '.join(str(told).split())[:160]}"
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
@@ -253,6 +319,11 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
     if not config.get("model_type") or not any(str(a).endswith("ForCausalLM") for a in architectures) or not layers:
         found = ", ".join(map(str, architectures)) or config.get("model_type") or "no architecture"
         raise ParetoError(f"{model_dir}: {found} is not a supported decoder (a transformers ...ForCausalLM model)")
+    if not any("layers." in name for name in present):
+        raise ParetoError(
+            f"{model_dir}: {architectures[0]} is not a supported decoder (its weights are not named ...layers.N...; "
+            f"one is {min(present, default='none')})"
+        )
     for index in range(int(layers)):
         if not any(f"layers.{index}." in name for name in present):
             raise ParetoError(

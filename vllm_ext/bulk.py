@@ -35,7 +35,7 @@ from vllm.scalar_type import scalar_types
 from quant_methods.formats.native_format import Form, pack_codes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
-from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
+from vllm_ext.low_bit_kernel import takes
 
 logger = init_logger(__name__)
 
@@ -69,14 +69,13 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
         return Int8Bulk(linear)
     if not form.table and (form.bits == 4 or (form.bits < 4 and not cuda) or (form.bits == 8 and cuda)):
         config = _mixed_config(linear, form, dtype, zero_points=zero_points)
-        if config is not None:
+        if config is not None and not takes(config):
             try:
                 kernel = choose_mp_linear_kernel(config)
             except ValueError as error:
                 logger.warning_once("vLLM has no kernel for %s [%d, %d]: %s", what, out, width, str(error))
             else:
-                if kernel is not ParetoLowBitLinearKernel:
-                    return MixedBulk(linear, config, kernel)
+                return MixedBulk(linear, config, kernel)
     if cuda:
         return LowBitBulk(low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits))
     logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)

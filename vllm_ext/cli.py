@@ -43,13 +43,16 @@ def commands() -> dict[str, importlib.metadata.EntryPoint]:
     return {name: found[name] for name in [*known, *sorted(set(found) - set(known))]}
 
 
-def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+def config_arguments(path: str, parser: argparse.ArgumentParser, others: dict[str, Any] | None = None) -> list[str]:
     """Turn a YAML file into command-line words, to be placed before the user's own so that flags win.
+
+    The words end with a flag of one value, so that a list before it does not take what the user wrote for its own.
 
     Args:
         path: a YAML mapping whose keys are the flags' names without dashes in front (``max-tokens: 64``); a list
             gives a flag several values, ``true``/``false`` switch a flag on or off.
         parser: the subcommand's parser, which knows the flags.
+        others: takes the keys that are no flags; None: there must be none.
 
     Raises:
         ParetoError: the file is missing, is no mapping, or has a key that is no flag.
@@ -67,6 +70,9 @@ def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     words: list[str] = []
     for key, value in data.items():
         name = str(key).replace("_", "-")
+        if name not in flags and others is not None:
+            others[name] = value
+            continue
         if name not in flags or name in ("help", "config"):
             valid = ", ".join(sorted(f for f in flags if len(f) > 1 and f not in ("-h", "help", "config")))
             raise ParetoError(f"--config {path}: unknown key {key!r}; valid keys: {valid}")
@@ -79,7 +85,7 @@ def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
-    return words
+    return [*words, f"--config={path}"]
 
 
 def build_parser(name: str, command: Command) -> argparse.ArgumentParser:
@@ -141,14 +147,37 @@ def _run(parser: argparse.ArgumentParser, command: Command, words: list[str]) ->
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config")
     config: Any = peek.parse_known_args(words)[0].config
+    if getattr(command, "PASS_THROUGH", False):
+        return _run_in_front(parser, command, words, config)
     if config:
         words = config_arguments(config, parser) + words
-    if getattr(command, "PASS_THROUGH", False):
-        args, args_rest = parser.parse_known_args(words)
-        args.rest = args_rest
-    else:
-        args = parser.parse_args(words)
-    return command.run(args)
+    return command.run(parser.parse_args(words))
+
+
+def _run_in_front(parser: argparse.ArgumentParser, command: Any, words: list[str], config: str | None) -> int:
+    """Run a command in front of another program's, which gets all flags that are not the command's own.
+
+    Such a module has ``ordered(words, parser)`` too, which puts what is no flag's value first.
+    """
+    words = command.ordered(words, parser)
+    foreign: list[str] = []
+    others: dict[str, Any] = {}
+    if config:
+        from_file = config_arguments(config, parser, others)
+        model = others.pop("model", None)
+        if model is not None and (not words or words[0].startswith("-")):
+            words = [str(model), *words]
+        first = 1 if words and not words[0].startswith("-") else 0
+        words = [*words[:first], *from_file, *words[first:]]
+        if others:
+            # The other program reads its own keys itself: how it takes lists, mappings and switches is its business.
+            if Path(config).suffix not in (".yaml", ".yml"):
+                key = min(others)
+                raise ParetoError(f"--config {config}: {key!r} is vLLM's key, and vLLM reads .yaml and .yml only")
+            foreign = ["--config", config]
+    args, rest = parser.parse_known_args(words)
+    args.rest = [*foreign, *rest]
+    return cast(Command, command).run(args)
 
 
 if __name__ == "__main__":

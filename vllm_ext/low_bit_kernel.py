@@ -1,14 +1,16 @@
-"""Offers vLLM our kernel for 4-bit weights: GPTQ, AWQ and compressed-tensors checkpoints use it on CUDA too.
+"""Our kernel for 4-bit weights behind vLLM's interface, for GPTQ, AWQ and compressed-tensors checkpoints on CUDA too.
 
-vLLM asks a list of kernels, in order, which one takes a layer; ``patches.py`` puts this one first. It takes a layer
-where it is the faster one, which is while few sequences decode at once (docs/weight-format.md has the times); on a
-server that may run more, nothing changes. ``VLLM_DISABLED_KERNELS=ParetoLowBitLinearKernel`` turns it off.
+vLLM asks a list of kernels, in order, which one takes a layer; ``patches.py`` puts this one first where the user chose
+it: under ``pareto serve``, or with ``VLLM_PARETO_LOW_BIT_KERNEL=1``. It takes a layer where it is the faster one, which
+is while few sequences decode at once (docs/weight-format.md has the times). Checkpoints in the format of ours
+(``bulk.py``) use it in any case.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
@@ -22,6 +24,11 @@ FEW_SEQUENCES = 32
 """That a server may run at once (``--max-num-seqs``) for this kernel to be taken."""
 HALF = 8
 """Codes here are signed, vLLM's count from 0."""
+
+
+def takes(c: MPLinearLayerConfig) -> bool:
+    """Return whether this kernel is to take a layer of a checkpoint in the format of ours."""
+    return "ParetoLowBitLinearKernel" not in envs.VLLM_DISABLED_KERNELS and ParetoLowBitLinearKernel.can_implement(c)[0]
 
 
 class ParetoLowBitLinearKernel(MPLinearKernel):

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import os
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,11 @@ def apply() -> None:
 
 
 def _offer_kernel() -> None:
+    """Offer the 4-bit kernel for checkpoints of any origin, if the user chose so: to install a package is no choice."""
+    from vllm_ext.names import LOW_BIT_KERNEL_VARIABLE
+
+    if os.environ.get(LOW_BIT_KERNEL_VARIABLE, "").lower() in ("", "0", "false", "no", "off"):
+        return
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 

@@ -2,18 +2,87 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from typing import Any
+
+from kv_cache.errors import ParetoError
+from kv_cache.formats import DTYPES
+from quant_methods.formats.native_format import QUANT_METHOD
 from vllm_ext.versions import check_vllm_version
+
+WARNED = "VLLM_PARETO_WARNED"
+"""Set once the warning was printed: a server has many processes, which inherit the environment."""
+_MARK = "_pareto_refuses"
 
 
 def register() -> None:
     """Make the KV-cache dtypes and the checkpoint format known to vLLM; calling it again changes nothing.
 
-    Raises:
-        ParetoError: an unsupported vLLM.
-
+    A vLLM that this plugin was not made for stays as it is, and says so once: whoever upgrades vLLM must not lose the
+    models that need nothing of ours. Only what asks for a dtype or a checkpoint of ours is refused.
     """
-    check_vllm_version()
+    try:
+        check_vllm_version()
+    except ParetoError as error:
+        _warn(error)
+        _refuse_dtypes(error)
+        _refuse_checkpoints(error)
+        return
     # Importing the second registers the checkpoint format.
     from vllm_ext import patches, weights_config  # noqa: F401
 
     patches.apply()
+
+
+def _warn(error: ParetoError) -> None:
+    if os.environ.get(WARNED):
+        return
+    os.environ[WARNED] = "1"
+    print(
+        f"pareto: warning: the plugin is off, and its KV-cache dtypes ({', '.join(DTYPES)}) and checkpoints with it; "
+        f"all else works: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _refuse_dtypes(error: ParetoError) -> None:
+    """Say why where an engine is asked for a dtype of ours; vLLM would only say that it does not know the name."""
+    # vLLM loads plugins when it makes engine arguments. A process that has not loaded them makes none, and what another
+    # version has in their place is not looked for.
+    args = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", None)
+    original = getattr(args, "create_engine_config", None)
+    if original is None or hasattr(original, _MARK):
+        return
+    message = str(error)
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "kv_cache_dtype", None) in DTYPES:
+            raise ParetoError(f"--kv-cache-dtype {self.kv_cache_dtype}: {message}")
+        return original(self, *args, **kwargs)
+
+    setattr(create_engine_config, _MARK, True)
+    args.create_engine_config = create_engine_config  # type: ignore[union-attr]
+
+
+def _refuse_checkpoints(error: ParetoError) -> None:
+    """Say why where a checkpoint in the format of ours is loaded."""
+    message = str(error)
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+        if QUANT_METHOD in QUANTIZATION_METHODS:
+            return
+
+        def from_config(cls: type, config: dict[str, Any]) -> Any:
+            raise ParetoError(f"the checkpoint is of the format {QUANT_METHOD!r}: {message}")
+
+        refusal = type("UnsupportedParetoConfig", (QuantizationConfig,), {"from_config": classmethod(from_config)})
+        register_quantization_config(QUANT_METHOD)(refusal)
+    # What an unknown version has instead may fail in any way; it then says itself that it does not know the format.
+    except Exception:
+        return

@@ -17,10 +17,13 @@ import torch
 from kv_cache.errors import ParetoError
 from kv_cache.formats import MIXED, KVFormat, get_format
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
+from quant_methods.model_source import hub_trouble
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from vllm_ext.auto_calibration import Origin
 
 
 @contextlib.contextmanager
@@ -60,41 +63,69 @@ def find_scales(config: VllmConfig) -> Path:
     return folder
 
 
-def _find(config: VllmConfig) -> Path:
-    model = config.model_config
-    named = config.additional_config.get(SCALES_KEY)
-    folder = Path(named) if named else _checkpoint_folder(model, config.load_config.download_dir)
-    if folder is None or not (folder / SCALES_FILE).is_file():
-        if named:
-            raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
-        if config.load_config.load_format == "dummy":
-            from vllm_ext import dummy_scales
+def _additional(config: VllmConfig) -> dict[str, Any]:
+    """Return the engine's additional configuration, in which scales are named and passed on to workers.
 
-            return dummy_scales.make(config)
-        from vllm.platforms import current_platform
+    Raises:
+        ParetoError: it is no mapping; vLLM lets other platforms' plugins have objects of their own.
 
-        from vllm_ext.auto_calibration import calibrate
-
-        return calibrate(
-            model.model,
-            device="cuda" if current_platform.is_cuda() else "cpu",
-            revision=model.revision,
-            download_dir=config.load_config.download_dir,
+    """
+    found = config.additional_config
+    if not isinstance(found, dict):
+        raise ParetoError(
+            f"--additional-config is {type(found).__name__}, and --kv-cache-dtype {config.cache_config.cache_dtype} "
+            f'needs a mapping to name its scales in, such as \'{{"{SCALES_KEY}": "DIR"}}\': give one or none'
         )
-    return folder
+    return found
 
 
-def _checkpoint_folder(model: Any, download_dir: str | None) -> Path | None:
+def _find(config: VllmConfig) -> Path:
+    named = _additional(config).get(SCALES_KEY)
+    if named:
+        if not isinstance(named, str):
+            raise ParetoError(f"{SCALES_KEY} in --additional-config is a folder's name, not {named!r}")
+        if not (Path(named) / SCALES_FILE).is_file():
+            raise ParetoError(f"{SCALES_KEY}: there is no {SCALES_FILE} in {named}")
+        return Path(named)
+    from vllm_ext.auto_calibration import Origin, calibrate
+
+    origin = Origin.of(config)
+    folder = _checkpoint_folder(origin)
+    if folder is not None and (folder / SCALES_FILE).is_file():
+        return folder
+    if config.load_config.load_format == "dummy":
+        from vllm_ext import dummy_scales
+
+        return dummy_scales.make(config)
+    from vllm.platforms import current_platform
+
+    return calibrate(origin, device="cuda" if current_platform.is_cuda() else "cpu")
+
+
+def _checkpoint_folder(origin: Origin) -> Path | None:
     """Return the checkpoint's local folder, fetching only the scales of a hub model; None where it has none."""
-    if Path(model.model).is_dir():
-        return Path(model.model)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    if Path(origin.model).is_dir():
+        return Path(origin.model)
+    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
+    where: dict[str, Any] = {"revision": origin.revision, "cache_dir": origin.download_dir}
     try:
-        found = hf_hub_download(model.model, str(SCALES_FILE), revision=model.revision, cache_dir=download_dir)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        found = huggingface_hub.hf_hub_download(origin.model, str(SCALES_FILE), token=origin.token, **where)
+    except RemoteEntryNotFoundError:
         return None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Told to stay offline, the cache is all there is. Otherwise trouble with the hub is no answer, unless an
+        # earlier one is remembered: scales made here in place of the checkpoint's own would serve other tokens.
+        remembered = huggingface_hub.try_to_load_from_cache(origin.model, str(SCALES_FILE), **where)
+        if HF_HUB_OFFLINE or remembered is huggingface_hub._CACHED_NO_EXIST:
+            return None
+        raise ParetoError(
+            f"cannot find out whether {origin.model} has KV scales of its own ({hub_trouble(error)}): try again, set "
+            "HF_HUB_OFFLINE=1 to go by what this machine has, or name a folder with scales, --additional-config "
+            f'\'{{"{SCALES_KEY}": "DIR"}}\''
+        ) from error
     return Path(found).parent.parent
 
 

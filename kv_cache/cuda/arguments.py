@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kv_cache.doors import expect, in_line
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 
@@ -53,9 +54,28 @@ class Geometry:
                 f"{self.kv_heads}, {self.max_query_len}"
             )
 
-    def verify(
+    def verify_queries(self, query: torch.Tensor, device: torch.device) -> None:
+        """Check the argument of :meth:`kv_cache.cuda.decode.DecodeAttention.prepare`.
+
+        Raises:
+            ParetoError: shapes, strides, dtypes or devices do not fit.
+
+        """
+        self._expect(
+            [
+                (query.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
+                (
+                    tuple(query.shape[1:]) == (self.heads, self.layout.head_dim),
+                    f"{self.heads} heads of {self.layout.head_dim}",
+                ),
+                (in_line(query), "contiguous channels"),
+                (query.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
+                (query.device == device, f"tensors on {device}"),
+            ]
+        )
+
+    def verify_pages(
         self,
-        query: torch.Tensor,
         out: torch.Tensor,
         cache: torch.Tensor,
         block_table: torch.Tensor,
@@ -64,31 +84,29 @@ class Geometry:
         soft_cap: float,
         device: torch.device,
     ) -> None:
-        """Check a call's arguments, which are those of :meth:`kv_cache.cuda.decode.DecodeAttention.__call__`.
-
-        Raises:
-            ParetoError: shapes, strides, dtypes or devices do not fit.
-
-        """
+        """Check the arguments of :meth:`kv_cache.cuda.decode.DecodeAttention.attend`; see :meth:`verify_queries`."""
         layout, dim = self.layout, self.layout.head_dim
         page = (self.kv_heads, layout.block_size, layout.bytes_per_token)
         aligned = cache.stride(0) % 16 == cache.stride(1) % 16 == cache.data_ptr() % 16 == 0
         aligned_out = out.stride(0) % 4 == out.stride(1) % 4 == out.data_ptr() % 8 == 0
         indices, requests = (block_table, seq_lens, query_start), seq_lens.shape[0]
-        for valid, what in (
-            (cache.dtype == torch.uint8 and tuple(cache.shape[1:]) == page, f"uint8 pages {page}"),
-            (cache.stride()[2:] == (layout.bytes_per_token, 1), "contiguous pages of a head"),
-            (aligned, "pages at multiples of 16 bytes"),
-            (query.dtype == out.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
-            (tuple(query.shape[1:]) == (self.heads, dim) and query.shape == out.shape, f"{self.heads} heads of {dim}"),
-            (query.stride(2) == out.stride(2) == 1, "contiguous channels"),
-            (aligned_out, "output rows at multiples of 8 bytes"),
-            (query.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
-            (requests <= self.max_requests, f"at most {self.max_requests} requests"),
-            (requests == query_start.shape[0] - 1 == block_table.shape[0], "as many rows as requests"),
-            (all(t.dtype == torch.int32 and t.stride(-1) == 1 for t in indices), "dense int32 indices"),
-            (bool(soft_cap) == self.soft_cap, "a soft cap exactly if the kernel was made for one"),
-            (all(t.device == device for t in (query, out, cache, *indices)), f"tensors on {device}"),
-        ):
-            if not valid:
-                raise ParetoError(f"{layout.fmt.name} decode attention expects {what}")
+        self._expect(
+            [
+                (cache.dtype == torch.uint8 and tuple(cache.shape[1:]) == page, f"uint8 pages {page}"),
+                (cache.stride()[2:] == (layout.bytes_per_token, 1), "contiguous pages of a head"),
+                (aligned, "pages at multiples of 16 bytes"),
+                (out.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
+                (tuple(out.shape[1:]) == (self.heads, dim), f"{self.heads} heads of {dim}"),
+                (in_line(out), "contiguous channels"),
+                (aligned_out, "output rows at multiples of 8 bytes"),
+                (out.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
+                (requests <= self.max_requests, f"at most {self.max_requests} requests"),
+                (requests == query_start.shape[0] - 1 == block_table.shape[0], "as many rows as requests"),
+                (all(t.dtype == torch.int32 and in_line(t) for t in indices), "dense int32 indices"),
+                (bool(soft_cap) == self.soft_cap, "a soft cap exactly if the kernel was made for one"),
+                (all(t.device == device for t in (out, cache, *indices)), f"tensors on {device}"),
+            ]
+        )
+
+    def _expect(self, conditions: list[tuple[bool, str]]) -> None:
+        expect(f"{self.layout.fmt.name} decode attention", conditions)

@@ -166,6 +166,7 @@ class DecodeAttention:
                 next launch may run beside it.
 
         """
+        self.geometry.verify_queries(query, self.device)
         tokens = query.shape[0]
         params = _PrepareParams(
             query.data_ptr(),
@@ -214,6 +215,7 @@ class DecodeAttention:
             soft_cap: c in ``c * tanh(score / c)``; 0 means none.
 
         """
+        self.geometry.verify_pages(out, cache, block_table, seq_lens, query_start, soft_cap, self.device)
         params = _DecodeParams(
             cache.data_ptr(),
             cache.stride(0),
@@ -275,7 +277,8 @@ class DecodeAttention:
             ParetoError: shapes, strides or dtypes do not fit.
 
         """
-        self.geometry.verify(query, out, cache, block_table, seq_lens, query_start, soft_cap, self.device)
+        if query.shape != out.shape:
+            raise ParetoError(f"{self.layout.fmt.name} decode attention expects as many outputs as queries")
         self._verify(folding)
         self.prepare(query, folding, scale)
         self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap)

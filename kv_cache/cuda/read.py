@@ -11,6 +11,7 @@ from kv_cache.cuda.constants import TOKENS, Centres, LayerConstants, PlaneOffset
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.runtime.device import device_limits
 from kv_cache.cuda.runtime.launch import Kernel
+from kv_cache.doors import expect, is_table
 from kv_cache.errors import ParetoError
 
 OUTPUTS = {torch.bfloat16: 1, torch.float16: 0}
@@ -108,6 +109,15 @@ def gather(
         raise ParetoError(
             f"{layer.layout.fmt.name}: keys and values to gather must be bfloat16 or float16 [tokens, {rows}]"
         )
+    expect(
+        f"{layer.layout.fmt.name} gather",
+        (
+            (all(x.is_contiguous() for x in out), "contiguous outputs"),
+            (is_table(block_table, torch.int32), "an int32 block table with contiguous rows"),
+            (tiles.dtype == torch.int32 and tiles.is_contiguous() and tiles.shape[1:] == (4,), "int32 tiles [n, 4]"),
+            (all(x.device == cache.device for x in (*out, *fresh, block_table, tiles)), f"tensors on {cache.device}"),
+        ),
+    )
     if not len(tiles):
         return
     sides = (_Side * 2)()

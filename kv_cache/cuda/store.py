@@ -11,6 +11,7 @@ from kv_cache.cuda.constants import TOKENS, Centres, LayerConstants, PlaneOffset
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.runtime.device import device_limits
 from kv_cache.cuda.runtime.launch import Kernel
+from kv_cache.doors import expect, is_vector
 from kv_cache.errors import ParetoError
 
 INPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -85,6 +86,16 @@ def store(
         raise ParetoError(f"{name}: keys need the position of every token")
     if key.dtype not in INPUTS or value.dtype != key.dtype:
         raise ParetoError(f"{name}: keys and values must both be float32, bfloat16 or float16")
+    rows = (layer.kv_heads, layer.layout.head_dim)
+    expect(
+        f"{name} store",
+        (
+            (key.dim() == 3 and tuple(key.shape[1:]) == rows and key.shape == value.shape, f"[tokens, {rows}]"),
+            (is_vector(slots, torch.int64), "contiguous int64 slots"),
+            (is_vector(positions, torch.int64), "contiguous int64 positions"),
+            (all(t.device == cache.device for t in (key, value, slots, positions)), f"tensors on {cache.device}"),
+        ),
+    )
     if not count:
         return False
     sides = (_Side * 2)()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
+from kv_cache.doors import expect, in_line
 from kv_cache.errors import ParetoError
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
@@ -160,7 +161,24 @@ class PackedMatrix:
         )  # fmt: skip
 
     def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
-        """Write x W^T to y, both in rows."""
+        """Write x W^T to y, both in rows.
+
+        Raises:
+            ParetoError: shapes, strides or dtypes do not fit: the kernel sees addresses alone.
+
+        """
+        side = self.groups if self.table is None else self.table
+        expect(
+            "the low-bit kernel",
+            (
+                (x.dtype in (torch.bfloat16, torch.float16), f"16-bit inputs, not {x.dtype}"),
+                (x.dim() == 2 and x.shape[1] == self.channels, f"inputs [tokens, {self.channels}]"),
+                (side is None or self.table is not None or side.dtype == x.dtype, "scales in the inputs' dtype"),
+                (y.dtype == x.dtype and tuple(y.shape) == (len(x), self.rows), f"as many outputs, {self.rows} wide"),
+                (in_line(y), "outputs whose rows have no gaps"),
+                (x.device == y.device == self.words.device, f"tensors on {self.words.device}"),
+            ),
+        )
         tokens, device = x.shape[0], self.words.device
         if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kv_cache.cuda.runtime.device import device_limits
 from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
+from kv_cache.doors import expect, in_line, is_table, is_vector
 from quant_methods.kernels.low_bit_matrix import FOLDER
 
 BOUNDS = (1, 2, 4, 8, 16, 32, 64)
@@ -36,6 +37,7 @@ class Arrangement(NamedTuple):
     resident: int
 
 
+DTYPES = (torch.bfloat16, torch.float16)
 ARRANGEMENTS = {
     1: Arrangement(8, 4, 8),
     2: Arrangement(8, 4, 8),
@@ -113,6 +115,14 @@ def turn(x: Tensor) -> Tensor:
         [in + 1, tokens' bound], contiguous, with zeros for tokens that are not there, and as the last channel.
 
     """
+    expect(
+        "the kernel of single weights",
+        (
+            (x.dtype in DTYPES, f"16-bit inputs, not {x.dtype}"),
+            (x.dim() == 2 and in_line(x), "inputs [tokens, in] whose rows have no gaps"),
+            (1 < len(x) <= BOUNDS[-1], f"2 to {BOUNDS[-1]} tokens to turn around, not {len(x)}"),
+        ),
+    )
     (tokens, channels), most = x.shape, bound(x.shape[0])
     turned = x.new_empty(channels + 1, most)
     params = _Params(x=x.data_ptr(), turned=turned.data_ptr(), x_stride=x.stride(0), tokens=tokens, channels=channels)
@@ -145,7 +155,21 @@ def add(
             not written itself is then complete.
 
     """
-    (tokens, rows), most = y.shape, bound(y.shape[0])
+    most = bound(y.shape[0])
+    expect(
+        "the kernel of single weights",
+        (
+            (y.dtype in DTYPES and y.dtype == x.dtype == values.dtype == result.dtype, "16-bit numbers of one dtype"),
+            (y.dim() == 2 and in_line(y) and in_line(result), "outputs [tokens, out] whose rows have no gaps"),
+            (result.shape == y.shape, "a result of the shape of what is added to"),
+            (is_table(x, x.dtype) and (most == 1 or (x.is_contiguous() and x.shape[1] == most)), "turned inputs"),
+            (is_vector(starts, torch.int32) and len(starts) == y.shape[1] + 1, f"int32 starts [{y.shape[1] + 1}]"),
+            (is_vector(inputs, torch.int32) and len(inputs) == len(values), "an int32 channel for each weight"),
+            (is_vector(values, values.dtype), "weights without gaps"),
+            (all(t.device == y.device for t in (x, starts, inputs, values, result)), f"tensors on {y.device}"),
+        ),
+    )
+    tokens, rows = y.shape
     channels = x.shape[1] if most == 1 else x.shape[0] - 1
     own = max(LEAST_OWN, -(-OWN_SHARE * len(values) // rows))
     params = _Params(

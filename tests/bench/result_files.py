@@ -1,5 +1,6 @@
 """Small result documents of every kind, built from the schemas."""
 
+import hashlib
 from dataclasses import asdict
 
 from bench.estimates import exp_estimate, mean_estimate, proportion
@@ -24,7 +25,8 @@ def configuration(dtype="auto", bits=16, kl=None, needle=1.0, model="ref-7m", we
         None if base else mean_estimate([0.9, 0.91, 0.92]),
     )  # fmt: skip
     cells = [NeedleCell(n, d, proportion(round(4 * needle), 4)) for n in (2048, 8192) for d in (0.0, 0.5)]
-    info = ModelInfo(model, "f" * 64, int(6_800_000 * weight_bits / 8), 6_800_000, weight_bits, None)
+    fingerprint = hashlib.sha256(f"{model} {weight_bits}".encode()).hexdigest()
+    info = ModelInfo(model, fingerprint, int(6_800_000 * weight_bits / 8), 6_800_000, weight_bits, None)
     kv = "bf16" if dtype == "auto" else dtype
     return ConfigurationResult(
         f"{model}, {kv} KV", base, info, kv_cache(dtype, bits), [text], text,

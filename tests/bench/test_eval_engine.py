@@ -80,7 +80,7 @@ def test_the_capacity_is_what_the_memory_holds(llm):
     assert cache.bytes_per_token == 6 * 2 * 64 * 2 * 2
     assert cache.bits_per_element == 16
     assert cache.budget_bytes * 0.98 < cache.memory_bytes <= cache.budget_bytes
-    assert cache.tokens * cache.bytes_per_token == cache.memory_bytes
+    assert cache.tokens * cache.bytes_per_token <= cache.memory_bytes
 
 
 def test_the_embedded_model_finds_needles(llm, model):

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -175,3 +177,38 @@ def test_a_full_disk_is_noticed_first(evaluate, monkeypatch):
     with pytest.raises(ParetoError, match="lower --num-windows or point PARETO_CACHE"):
         evaluate()
     assert FakeLLM.log == []
+
+
+def test_evaluations_at_the_same_time_share_a_baseline(evaluate, monkeypatch):
+    """Each once wrote over the answers of the other, and one of them ended with a KeyError."""
+    generate = FakeLLM.generate
+
+    def slowly(self, *args, **kwargs):
+        time.sleep(0.05)
+        return generate(self, *args, **kwargs)
+
+    tokenizer()  # What it imports does not stand being imported by two threads at once.
+    monkeypatch.setattr(FakeLLM, "generate", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(evaluate, dtype, kv_cache_dtypes=(dtype,)) for dtype in ("fp8", "int4_per_head")]
+        one, other = (run.result() for run in runs)
+    assert one.configurations[0] == other.configurations[0]
+    assert [dtype for dtype, _ in FakeLLM.log].count("auto") == 5
+    assert one.configurations[1].needle.accuracy.value == 1.0
+
+
+def test_answers_that_are_gone_are_no_bug(evaluate, monkeypatch):
+    monkeypatch.setattr("bench.evaluate.Store.add_answers", lambda self, answers: None)
+    with pytest.raises(ParetoError, match="was changed while the evaluation ran; run again"):
+        evaluate()
+
+
+def test_the_cache_keeps_within_its_limit(evaluate, monkeypatch, tmp_path):
+    baselines = tmp_path / "cache/baselines"
+    evaluate(kv_cache_dtypes=("fp8",))
+    (old,) = baselines.iterdir()
+    monkeypatch.setenv("PARETO_CACHE_LIMIT_GB", "0.001")
+    evaluate("other", kv_cache_dtypes=("fp8",), window_tokens=100)
+    # The one in use stays, although it is above the limit by itself.
+    (left,) = baselines.iterdir()
+    assert left != old

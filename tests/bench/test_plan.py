@@ -103,3 +103,12 @@ def test_flags_out_of_range(words, message):
     add_arguments(parser)
     with pytest.raises(ParetoError, match=message):
         settings_from(parser.parse_args(["ref-7m", "--out", "x", *words]))
+
+
+def test_a_model_called_as_its_baseline_has_a_name_of_its_own(text, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = shutil.copytree(EMBEDDED / "ref-7m", tmp_path / "other" / "ref-7m")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    p = plan(text, model=str(other), baseline="ref-7m")
+    assert [c.name for c in p.configurations] == ["ref-7m, bf16 KV", f"{other}, bf16 KV"]

@@ -197,3 +197,63 @@ def test_kv_plots_draw_what_both_results_have(tmp_path):
             assert picture.convert("L").getextrema()[0] < 128
     with pytest.raises(SystemExit):
         kv_plots.main([str(tmp_path / "absent.json"), str(quality), "--out", str(tmp_path)])
+
+
+def written(folder, **documents):
+    folder.mkdir()
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    return collect([folder])
+
+
+def test_two_models_of_the_same_short_name_stay_two(tmp_path):
+    inputs = written(
+        tmp_path / "r",
+        one=eval_document(configuration(), configuration(kl=0.1, model="/a/w4", weight_bits=4.0)),
+        two=eval_document(configuration(), configuration(kl=0.2, model="/b/w4", weight_bits=4.5)),
+        # One server says which it is, the other's name is that of both.
+        load1=loadtest_document("first", model="/b/w4", rates=(70.0,)),
+        load2=loadtest_document("second", model="w4", rates=(50.0,)),
+        bench=kv_bench_document(auto=0.020) | {"model": "/a/w4"},
+    )
+    rows, notes = make_rows(inputs, 1000)
+    found = {row.name: row for row in rows}
+    assert set(found) == {"ref-7m, bf16 KV", "a/w4, bf16 KV", "b/w4, bf16 KV", "w4, bf16 KV"}
+    assert found["a/w4, bf16 KV"].kl["value"] == pytest.approx(0.1)
+    assert found["a/w4, bf16 KV"].step_ratio == 1
+    assert found["b/w4, bf16 KV"].load["output_tokens_per_s"] == 70
+    assert found["w4, bf16 KV"].load["output_tokens_per_s"] == 50
+    assert any("load2.json: 2 models are called 'w4'" in note for note in notes)
+
+
+def test_the_same_weights_under_two_names_are_one_model(tmp_path):
+    elsewhere = eval_document(configuration("fp8", 8, 0.03))
+    elsewhere["configurations"][0]["model"]["name"] = "/copy/of/ref-7m"
+    rows, _ = make_rows(written(tmp_path / "r", a=eval_document(configuration()), b=elsewhere), 1000)
+    assert [row.name for row in rows] == ["ref-7m, bf16 KV", "ref-7m, fp8 KV"]
+    # Different weights in one place, at different times, are told apart by their fingerprints.
+    later = eval_document(configuration(kl=0.1, weight_bits=4.0))
+    rows, _ = make_rows(written(tmp_path / "s", a=eval_document(configuration()), b=later), 1000)
+    assert len({row.name for row in rows}) == 2
+    assert all(re.fullmatch(r"ref-7m \[[0-9a-f]{8}\], bf16 KV", row.name) for row in rows)
+
+
+def test_speed_is_compared_at_equal_load(tmp_path):
+    four = loadtest_document("ref-7m, int4_per_head KV", dtype="int4_per_head", rates=(90.0, 300.0, 900.0))
+    inputs = written(
+        tmp_path / "r",
+        quality=eval_document(configuration(), configuration("int4_per_head", 4, 0.02), configuration("fp8", 8, 0.03)),
+        plain=loadtest_document("ref-7m, bf16 KV", rates=(100.0, 400.0)),
+        four=four,
+        # Other prompts: another load, whatever the number of users.
+        fp8=loadtest_document("ref-7m, fp8 KV", dtype="fp8") | {"settings": {"prompt_tokens": "32000"}},
+    )
+    rows, notes = make_rows(inputs, 1000)
+    loads = {row.kv_cache_dtype: row.load for row in rows}
+    assert (loads["bf16"]["stage"], loads["bf16"]["output_tokens_per_s"]) == ("4 users", 400)
+    assert (loads["int4_per_head"]["stage"], loads["int4_per_head"]["output_tokens_per_s"]) == ("4 users", 300)
+    assert loads["fp8"] is None
+    assert [note for note in notes if note.startswith("ref-7m, fp8 KV: no load test under the load of the others")]
+    throughput = next(f for f in frontiers(rows, 1000) if f.key == "throughput")
+    assert throughput.x_label == "output tokens per second at 4 users"
+    assert len(throughput.points) == 2

@@ -225,6 +225,7 @@ def serve(tokens: Path, out: Path, checkpoints: Iterable[Path], *, plugin: bool)
         # By default vLLM's CPU kernel rounds the activations of 4-bit layers to 8 bits too, where the CPU has AMX.
         "VLLM_CPU_INT4_W4A8": "0",
         "VLLM_PLUGINS": "pareto" if plugin else "",
+        "VLLM_PARETO_LOW_BIT_KERNEL": "1" if plugin else "0",
     }
     command = [sys.executable, script, str(tokens), str(out), *map(str, checkpoints)]
     run = subprocess.run(command, env={**os.environ, **settings}, cwd=out, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE, KVScales
 from vllm_ext import auto_calibration
-from vllm_ext.auto_calibration import calibrate
+from vllm_ext.auto_calibration import Origin, calibrate
 
 TOKENIZER = Path(__file__).parents[2] / "quant_methods" / "models" / "ref-7m"
 
@@ -38,7 +38,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_is_calibrated_once(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = calibrate(str(model), device="cpu")
+    folder = calibrate(Origin(str(model)), device="cpu")
     assert KVScales.load(folder).head_dim == 64
     said = capsys.readouterr().err.splitlines()
     assert "has no calibrated KV scales; calibrating on a short text on cpu" in said[0]
@@ -47,33 +47,38 @@ def test_a_model_is_calibrated_once(
     assert said[-1] == f"pareto: KV scales kept in {folder}"
     assert sorted(path.name for path in folder.iterdir()) == ["kv_scales", "lock"]
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert calibrate(str(model), device="cpu") == folder
+    assert calibrate(Origin(str(model)), device="cpu") == folder
     assert not capsys.readouterr().err
     # Another model, or another way of calibrating, has scales of its own.
     changed = load_file(model / "model.safetensors")
     changed["model.layers.0.self_attn.k_proj.weight"] *= 2
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(TypeError):
-        calibrate(str(model), device="cpu")
+        calibrate(Origin(str(model)), device="cpu")
     changed["model.layers.0.self_attn.k_proj.weight"] /= 2
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     for name, value in (("REVISION", 10**6), ("SCHEMA", "vllm-pareto/kv-scales/other")):
         with monkeypatch.context() as patch:
             patch.setattr(auto_calibration, name, value)
             with pytest.raises(TypeError):
-                calibrate(str(model), device="cpu")
+                calibrate(Origin(str(model)), device="cpu")
     assert (folder / SCALES_FILE).is_file()
 
 
 def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
-    with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none can be made at start-up: "):
-        calibrate("./no/such", device="cpu")
+    with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none .*--kv-cache-dtype"):
+        calibrate(Origin("./no/such"), device="cpu")
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.0.self_attn.k_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ParetoError, match=r"failed \(.*k_proj.weight is not in the checkpoint.*\): make them with"):
-        calibrate(str(model), device="cpu")
+    with pytest.raises(ParetoError, match=r"failed \(.*k_proj.weight is not in the checkpoint.*\): use --kv-"):
+        calibrate(Origin(str(model)), device="cpu")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
-    with pytest.raises(ParetoError, match=r"failed \(.*quantized by 'hqq'; expected .*\): make them with 'pareto"):
-        calibrate(str(model), device="cpu")
+    with pytest.raises(ParetoError, match=r"failed \(.*quantized by 'hqq'; expected .*\): use --kv-cache-dtype auto"):
+        calibrate(Origin(str(model)), device="cpu")
+    # A model of another kind is refused at once; the command that makes scales would refuse it too.
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(ParetoError, match=r"GPT2LMHeadModel is not a supported decoder .*: use --kv-") as said:
+        calibrate(Origin(str(model)), device="cpu")
+    assert "--recipe" not in str(said.value)

@@ -114,3 +114,16 @@ def test_every_installed_command_teaches(capsys):
     assert cli.main([]) == 0
     overview = capsys.readouterr().out
     assert all(name in overview for name in cli.commands())
+
+
+def test_a_list_in_the_file_does_not_swallow_what_follows(front_door, tmp_path):
+    seen = {}
+    module = command(lambda args: seen.update(vars(args)) or 0)
+    add = module.add_arguments
+    module.add_arguments = lambda parser: (parser.add_argument("model"), add(parser))
+    front_door(module)
+    config = tmp_path / "c.yaml"
+    config.write_text("sizes: [1, 2]\n")
+    assert cli.main(["try", "--config", str(config), "mine"]) == 0
+    assert cli.main(["try", "mine", "--config", str(config)]) == 0
+    assert (seen["model"], seen["sizes"]) == ("mine", [1, 2])

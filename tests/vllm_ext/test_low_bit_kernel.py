@@ -72,10 +72,40 @@ def test_it_takes_what_it_is_faster_for(cuda: None) -> None:
         assert ParetoLowBitLinearKernel.can_implement(config()) == (False, "it is for at most 32 sequences at once")
 
 
-def test_it_is_asked_first_and_once() -> None:
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list:
+    """vLLM's list, as it comes."""
+    known = vllm_kernels._POSSIBLE_KERNELS
+    stock = [kernel for kernel in known[PlatformEnum.CUDA] if kernel is not ParetoLowBitLinearKernel]
+    monkeypatch.setitem(known, PlatformEnum.CUDA, stock)
+    return stock
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "off"])
+def test_to_install_the_package_is_no_choice(kernels: list, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    if value is None:
+        monkeypatch.delenv("VLLM_PARETO_LOW_BIT_KERNEL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", value)
+    patches.apply()
+    assert ParetoLowBitLinearKernel not in kernels
+
+
+def test_checkpoints_in_the_format_of_ours_use_it_in_any_case(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PARETO_LOW_BIT_KERNEL", raising=False)
+    with set_current_vllm_config(server(32)):
+        assert low_bit_kernel.takes(config())
+        monkeypatch.setenv("VLLM_DISABLED_KERNELS", "ParetoLowBitLinearKernel")
+        assert not low_bit_kernel.takes(config())
+    monkeypatch.delenv("VLLM_DISABLED_KERNELS")
+    with set_current_vllm_config(server(33)):
+        assert not low_bit_kernel.takes(config())
+
+
+def test_it_is_asked_first_and_once(kernels: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "1")
     patches.apply()
     patches.apply()
-    kernels = vllm_kernels._POSSIBLE_KERNELS[PlatformEnum.CUDA]
     assert kernels[0] is ParetoLowBitLinearKernel
     assert kernels.count(ParetoLowBitLinearKernel) == 1
 

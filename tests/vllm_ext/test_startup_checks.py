@@ -260,6 +260,7 @@ def test_serve_takes_a_shape_alone_for_random_weights(tmp_path, monkeypatch):
     serve.add_arguments(parser)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     started = []
+    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")
     monkeypatch.setattr(serve, "check_port", lambda host, port: None)
     monkeypatch.setattr(serve.os, "execv", lambda program, command: started.append(command))
 
@@ -268,10 +269,8 @@ def test_serve_takes_a_shape_alone_for_random_weights(tmp_path, monkeypatch):
         args.rest = ["--max-num-seqs", "4"]
         serve.run(args)
 
-    with pytest.raises(ParetoError, match=r"no model\.safetensors"):
-        run()
     run("--load-format", "dummy")
     assert " ".join(started[0]).endswith(f"--load-format dummy --served-model-name {tmp_path} --max-num-seqs 4")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ParetoError, match=r"has no config\.json"):
+    with pytest.raises(ParetoError, match=r"no config\.json"):
         run("--load-format", "dummy")

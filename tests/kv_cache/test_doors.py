@@ -1,0 +1,139 @@
+"""Kernels see addresses alone: what has another dtype, shape or stride is refused at the door, not computed with."""
+
+import pytest
+import torch
+
+from kv_cache import cpu_kernels
+from kv_cache.cpu_kernels import PagedCache
+from kv_cache.cuda.arguments import Geometry
+from kv_cache.doors import in_line, is_table, is_vector
+from kv_cache.errors import ParetoError
+from kv_cache.formats import FORMATS
+from kv_cache.layout import PageLayout
+from quant_methods.kernels import sparse_cuda
+from quant_methods.kernels.low_bit_matrix import PackedMatrix
+from tests.kv_cache.random_scales import random_scales
+
+HEADS, DIM, BLOCK = 2, 64, 32
+
+
+@pytest.fixture
+def pages():
+    try:
+        cpu_kernels.best_isa()
+    except ParetoError as missing:
+        pytest.skip(str(missing))
+    layout = PageLayout(FORMATS["int4_per_head"], DIM, BLOCK)
+    cache = torch.zeros(4, HEADS, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
+    return PagedCache(cache, layout, random_scales(HEADS, DIM))
+
+
+def attention(**changes):
+    made = {
+        "query": torch.randn(3, 4, DIM), "out": torch.zeros(3, 4, DIM),
+        "block_table": torch.zeros(1, 2, dtype=torch.int32), "seq_lens": torch.tensor([3], dtype=torch.int32),
+        "query_start": torch.tensor([0, 3], dtype=torch.int32),
+    }  # fmt: skip
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"seq_lens": torch.tensor([3])}, "int32 lengths"),
+        ({"query_start": torch.tensor([0, 3])}, "int32 starts"),
+        ({"query_start": torch.tensor([0, 9, 3], dtype=torch.int32)[::2]}, "int32 starts"),
+        ({"query_start": torch.tensor([0], dtype=torch.int32)}, "a start for each request"),
+        ({"block_table": torch.zeros(1, 2, dtype=torch.int64)}, "int32 block table"),
+        ({"block_table": torch.zeros(1, 4, dtype=torch.int32)[:, ::2]}, "contiguous rows"),
+        ({"query": torch.randn(3, DIM, 4).transpose(1, 2)}, "queries .* contiguous channels"),
+        ({"out": torch.zeros(3, 4, 2 * DIM)[:, :, ::2]}, "outputs .* contiguous channels"),
+        ({"query": torch.randn(3, 4, DIM).double()}, "queries and outputs"),
+        ({"out": torch.zeros(3, 4, DIM).half()}, "queries and outputs"),
+        ({"query": torch.randn(3, 3, DIM), "out": torch.zeros(3, 3, DIM)}, "heads in multiples of 2"),
+        ({"query": torch.randn(2, 4, DIM)}, "as many outputs"),
+    ],
+)
+def test_cpu_attention(pages, changes, what):
+    pages.attend(**attention(), scale=0.1)
+    with pytest.raises(ParetoError, match=f"int4_per_head attention expects .*{what}"):
+        pages.attend(**attention(**changes), scale=0.1)
+
+
+def test_rows_may_lie_apart(pages):
+    """Queries, keys and values are slices of one product in vLLM."""
+    whole = torch.randn(3, 8, DIM)
+    tokens = torch.arange(3)
+    pages.store(whole[:, 4:6], whole[:, 6:], tokens, tokens)
+    apart, together = torch.zeros(3, 4, DIM), torch.zeros(3, 4, DIM)
+    pages.attend(**attention(query=whole[:, :4], out=apart), scale=0.1)
+    pages.attend(**attention(query=whole[:, :4].contiguous(), out=together), scale=0.1)
+    assert torch.equal(apart, together)
+    assert apart.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"slots": torch.arange(3).int()}, "int64 slots"),
+        ({"slots": torch.arange(6)[::2]}, "int64 slots"),
+        ({"positions": torch.arange(3).int()}, "int64 positions"),
+        ({"key": torch.randn(3, DIM, HEADS).transpose(1, 2)}, "keys .* contiguous channels"),
+        ({"value": torch.randn(3, HEADS, 32)}, "values"),
+        ({"value": torch.randn(3, HEADS, DIM).half()}, "alike"),
+        ({"value": torch.randn(2, HEADS, DIM)}, "as many values"),
+    ],
+)
+def test_cpu_store(pages, changes, what):
+    made = {
+        "key": torch.randn(3, HEADS, DIM), "value": torch.randn(3, HEADS, DIM), "slots": torch.arange(3),
+        "positions": torch.arange(3),
+    }  # fmt: skip
+    pages.store(**made)
+    with pytest.raises(ParetoError, match=f"int4_per_head store expects .*{what}"):
+        pages.store(**(made | changes))
+
+
+def test_decode_attention_on_a_gpu_asks_for_both_of_its_steps():
+    layout = PageLayout(FORMATS["int4_per_head"], 128, BLOCK)
+    shape = Geometry(layout, HEADS, 4, torch.bfloat16, 2, 3, 1, False)
+    cpu = torch.device("cpu")
+    query = torch.zeros(3, 4, 128, dtype=torch.bfloat16)
+    shape.verify_queries(query, cpu)
+    for wrong in (query.float(), query[:, :3], query.repeat(2, 1, 1), query.transpose(1, 2).contiguous().mT):
+        with pytest.raises(ParetoError, match="decode attention expects"):
+            shape.verify_queries(wrong, cpu)
+    cache = torch.zeros(4, HEADS, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
+    table, lens = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    start = torch.zeros(3, dtype=torch.int32)
+    shape.verify_pages(query, cache, table, lens, start, 0.0, cpu)
+    for wrong in ((table.long(), lens, start), (table, lens.long(), start), (table, lens, start[:2]),
+                  (table, torch.zeros(4, dtype=torch.int32)[::2], start)):  # fmt: skip
+        with pytest.raises(ParetoError, match="decode attention expects"):
+            shape.verify_pages(query, cache, *wrong, 0.0, cpu)
+
+
+def test_the_low_bit_kernels():
+    words = torch.zeros(1, 4, dtype=torch.int32)
+    matrix = PackedMatrix(words, torch.zeros(1, dtype=torch.bfloat16), None, 32, 64, 4, 2)
+    x, y = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 32, dtype=torch.bfloat16)
+    for wrong_x, wrong_y in ((x.float(), y), (x[:, :32], y), (x, y[:1]), (x, y.half()), (x.half(), y.half()),
+                             (x, torch.zeros(32, 2, dtype=torch.bfloat16).T)):  # fmt: skip
+        with pytest.raises(ParetoError, match="the low-bit kernel expects"):
+            matrix.multiply(wrong_x, wrong_y)
+    starts, inputs = torch.zeros(33, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    values, one = torch.zeros(0, dtype=torch.bfloat16), y[:1]
+    for wrong in ((starts.long(), inputs, values), (starts[:-1], inputs, values), (starts, inputs.long(), values),
+                  (starts, inputs, values.float()), (starts, torch.zeros(2, dtype=torch.int32), values)):  # fmt: skip
+        with pytest.raises(ParetoError, match="the kernel of single weights expects"):
+            sparse_cuda.add(one, x[:1], *wrong, one, early=False)
+    for wrong_x in (x.float(), x.T, x[:1]):
+        with pytest.raises(ParetoError, match="the kernel of single weights expects"):
+            sparse_cuda.turn(wrong_x)
+
+
+def test_strides_of_single_elements_do_not_matter():
+    assert in_line(torch.zeros(4, 2)[:, :1])
+    assert is_vector(torch.zeros(8)[::8], torch.float32)
+    assert is_table(torch.zeros(4, 8)[:, :3], torch.float32)
+    assert not is_table(torch.zeros(4, 8).T, torch.float32)
