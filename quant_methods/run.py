@@ -36,12 +36,12 @@ from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_bytes, write_json, write_tensors
+from quant_methods.checkpoints.replaceable import RECIPE_FILE, check_replaceable
 from quant_methods.methods.tuning import Tuned, Tuner
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
 
-RECIPE_FILE = "pareto_recipe.json"
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
 
@@ -381,6 +381,8 @@ class Run:
         write_json(target / RECIPE_FILE, {**self.provenance, **result})
         if scales is not None:
             scales.save(target)
+        # Hours after the first check, something else may lie there.
+        check_replaceable(self.out)
         if self.out.exists():
             old = self.work / "replaced"
             if old.exists():

@@ -31,6 +31,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import Source, write_bytes, write_json
+from quant_methods.checkpoints.replaceable import RECIPE_FILE, check_replaceable
 from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
@@ -50,7 +51,7 @@ from quant_methods.model_source import (
 )
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe, TransformStep, WeightStep
-from quant_methods.run import RECIPE_FILE, locked
+from quant_methods.run import locked
 
 
 @dataclass
@@ -164,7 +165,7 @@ def compress_with(
     out = Path(out)
     model_dir = resolve_model(model)
     check_device(device)
-    check_out(out, model_dir, overwrite=overwrite)
+    check_out(out, model_dir, overwrite=overwrite, text=text)
     decoder = Decoder(model_dir, Source(model_dir), "cpu")
     plan = make_plan(decoder, dataclasses.replace(recipe, kv_scales=False), model_dir)
     inside = [name for name in plan.ignored if name.startswith(decoder.prefix + ".")]
@@ -213,6 +214,7 @@ def compress_with(
         provenance["backend"]["check"] = {"kl": found, "kl_round_to_nearest": bar}
         write_json(target / RECIPE_FILE, provenance)
         size = Source(target).size()
+        check_replaceable(out)
         if out.exists():
             out.rename(work / "replaced")
         target.rename(out)
