@@ -12,6 +12,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.finite import check_weights
 from quant_methods.checkpoints.checkpoint import Source, full_disk_explained
 from quant_methods.checkpoints.replaceable import check_apart, check_replaceable, check_unfinished
 from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
@@ -118,8 +119,23 @@ def prepare(
     if isinstance(decoder.source, RotatedSource):
         check_norms(decoder.blocks[0], decoder.config)
     plan = make_plan(decoder, recipe, model_dir)
+    check_outside(decoder)
     _check_disk(out, decoder.source, plan)
     return model_dir, decoder, plan
+
+
+def check_outside(decoder: Decoder) -> None:
+    """Refuse a checkpoint with NaN or infinity outside of its blocks, where no step looks and all of it is copied.
+
+    Raises:
+        ParetoError: with the tensor's name.
+
+    """
+    if isinstance(decoder.source, Source):
+        for name in decoder.source.entries:
+            # A quantized checkpoint stores tensors that are none of the model's parameters.
+            if not name.startswith(f"{decoder.prefix}.") and name in decoder.source:
+                check_weights({name: decoder.source.read(name)})
 
 
 def _source(model_dir: Path, recipe: Recipe) -> Source:
