@@ -39,11 +39,11 @@ from quant_methods.backends.environment import BACKENDS
 from quant_methods.backends.run import compress_with
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.quality import Yardstick
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import compress
 from quant_methods.model_source import fingerprint, resolve_model
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
-from quant_methods.run import RECIPE_FILE
 
 SCHEMA = "vllm-pareto/compare-compressors/1"
 OURS = "pareto"

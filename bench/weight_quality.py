@@ -22,8 +22,8 @@ from bench.files import write_json
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.quality import Quality, Yardstick
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.model_source import resolve_model
-from quant_methods.run import RECIPE_FILE
 
 SCHEMA = "vllm-pareto/weight-quality/1"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -113,6 +114,11 @@ class BlockSolver:
                 result.input_scale = static_scale(seen_inputs.sample, seen_inputs.largest.max().item(), 8)
             hessian = statistics.hessian if statistics else None
             errors[full] = relative_error(linear.weight.data, result, hessian)
+            if not math.isfinite(errors[full]):
+                raise ParetoError(
+                    f"layer {full}: its weights, or their error after rounding, overflow to NaN or infinity; they are "
+                    "too large to be compressed"
+                )
             linear.weight.copy_(result.read())
             tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors

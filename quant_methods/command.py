@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the checkpoint")
     parser.add_argument("--text", type=Path, metavar="FILE", help="calibration text: .txt, or .jsonl with a text field")
     parser.add_argument("--list-recipes", action="store_true", help="list the built-in recipes and exit")
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR, or another unfinished run of it")
+    parser.add_argument("--overwrite", action="store_true", help="replace our checkpoint in DIR, or another run")
     parser.add_argument("--verbose", action="store_true", help="print the error of every layer")
     parser.add_argument(
         "--device", help="torch device for the arithmetic (default: cpu; for KV scales alone cuda where there is one)"

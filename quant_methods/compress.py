@@ -12,7 +12,9 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.finite import check_weights
 from quant_methods.checkpoints.checkpoint import Source, full_disk_explained
+from quant_methods.checkpoints.replaceable import check_apart, check_replaceable, check_unfinished
 from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
@@ -55,7 +57,7 @@ def compress(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     out = Path(out)
     model_dir, decoder, plan = prepare(
-        model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps
+        model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps, text=text
     )
     if kv_bits is not None:
         kv_bits.check(decoder.config, recipe)
@@ -91,6 +93,8 @@ def prepare(
     device: str,
     overwrite: bool,
     as_stored: bool = False,
+    text: str | os.PathLike[str] | None = None,
+    inside: bool = False,
 ) -> tuple[Path, Decoder, Plan]:
     """Check everything that can be checked before any work; return the model's directory, its decoder and the plan.
 
@@ -101,6 +105,8 @@ def prepare(
         device: torch device for the arithmetic.
         overwrite: replace ``out``.
         as_stored: blocks are only watched, so that the model may be stored in any way, quantized or not.
+        text: calibration text, which must not lie in what is replaced.
+        inside: results are written beside what lies in ``out``, and replace only files of the same names.
 
     Raises:
         ParetoError: bad input.
@@ -108,13 +114,28 @@ def prepare(
     """
     model_dir = resolve_model(model, quantized=as_stored)
     device = check_device(device)
-    check_out(out, model_dir, overwrite=overwrite)
+    check_out(out, model_dir, overwrite=overwrite, text=text, inside=inside)
     decoder = Decoder(model_dir, None if as_stored else _source(model_dir, recipe), device)
     if isinstance(decoder.source, RotatedSource):
         check_norms(decoder.blocks[0], decoder.config)
     plan = make_plan(decoder, recipe, model_dir)
+    check_outside(decoder)
     _check_disk(out, decoder.source, plan)
     return model_dir, decoder, plan
+
+
+def check_outside(decoder: Decoder) -> None:
+    """Refuse a checkpoint with NaN or infinity outside of its blocks, where no step looks and all of it is copied.
+
+    Raises:
+        ParetoError: with the tensor's name.
+
+    """
+    if isinstance(decoder.source, Source):
+        for name in decoder.source.entries:
+            # A quantized checkpoint stores tensors that are none of the model's parameters.
+            if not name.startswith(f"{decoder.prefix}.") and name in decoder.source:
+                check_weights({name: decoder.source.read(name)})
 
 
 def _source(model_dir: Path, recipe: Recipe) -> Source:
@@ -126,17 +147,31 @@ def _source(model_dir: Path, recipe: Recipe) -> Source:
     return RotatedSource(source, rotations[0]) if rotations else source
 
 
-def check_out(out: Path, model_dir: Path, *, overwrite: bool) -> None:
+def check_out(
+    out: Path, model_dir: Path, *, overwrite: bool, text: str | os.PathLike[str] | None = None, inside: bool = False
+) -> None:
     """Refuse a place for results that has something else.
 
+    Args:
+        out: the place.
+        model_dir: the model's directory.
+        overwrite: replace what a run of ours left there.
+        text: calibration text, which may lie there.
+        inside: results are written beside what lies there already, so nothing is replaced.
+
     Raises:
-        ParetoError: ``out`` exists, or is the model.
+        ParetoError: ``out`` exists, or is or holds something that has to stay.
 
     """
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise ParetoError(f"{out} exists; give --overwrite to replace it, or another --out")
-    if out.resolve() == model_dir.resolve():
-        raise ParetoError(f"{out} is the model itself; give another --out")
+    if inside:
+        check_apart(out, {"the model": model_dir})
+        return
+    needed = {"the model": model_dir} | ({} if text is None else {"the calibration text": Path(text)})
+    check_apart(out, needed | {"the current folder": Path.cwd(), "the home folder": Path.home()})
+    check_replaceable(out)
+    check_unfinished(work_of(out))
 
 
 def default_device(recipe: Recipe) -> str:

@@ -36,13 +36,13 @@ from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.methods.tuning import Tuned, Tuner
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe, Serving
 from quant_methods.work_folder import empty, locked, put_in_place
 
-RECIPE_FILE = "pareto_recipe.json"
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
+from quant_methods.checkpoints.replaceable import check_replaceable
 
 LOCK = "lock"
 
@@ -38,7 +39,13 @@ def empty(work: Path, keep: Collection[str] = ()) -> None:
 
 
 def put_in_place(made: Path, out: Path, work: Path) -> None:
-    """Rename a finished folder to the output; what was there before moves into the work folder."""
+    """Rename a finished folder to the output; what was there before moves into the work folder.
+
+    Raises:
+        ParetoError: what lies there now, hours after the first look, must not be replaced.
+
+    """
+    check_replaceable(out)
     if out.exists():
         old = work / "replaced"
         if old.exists():

@@ -52,7 +52,7 @@ def statistics(
 
     """
     out, criteria = Path(out), criteria or Criteria()
-    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
+    model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite, inside=True)
     tokens = load_sequences(
         model_dir,
         None if text is None else Path(text),

@@ -32,6 +32,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import Source, write_json
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
@@ -51,7 +52,6 @@ from quant_methods.model_source import (
 )
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe, TransformStep, WeightStep
-from quant_methods.run import RECIPE_FILE
 from quant_methods.work_folder import empty, locked, put_in_place
 
 
@@ -166,7 +166,7 @@ def compress_with(
     out = Path(out)
     model_dir = resolve_model(model)
     check_device(device)
-    check_out(out, model_dir, overwrite=overwrite)
+    check_out(out, model_dir, overwrite=overwrite, text=text)
     decoder = Decoder(model_dir, Source(model_dir), "cpu")
     plan = make_plan(decoder, dataclasses.replace(recipe, kv_scales=False), model_dir)
     inside = [name for name in plan.ignored if name.startswith(decoder.prefix + ".")]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.finite import check_inputs, check_weights
 from quant_methods.calibration.kv_observer import ATTENTION, Observer, observing
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.readback import ReadBack
@@ -103,7 +104,9 @@ class Decoder:
         """
         state = {local: self.source.read(self.name(index, local)) for local in self.blocks[index].state_dict()}
         # Moved first: `to` with both would widen on the CPU and move twice the bytes.
-        return {local: tensor.to(self.device).to(self.dtype) for local, tensor in state.items()}
+        moved = {local: tensor.to(self.device).to(self.dtype) for local, tensor in state.items()}
+        check_weights({self.name(index, local): tensor for local, tensor in moved.items()})
+        return moved
 
     @contextlib.contextmanager
     def loaded(self, index: int, state: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
@@ -172,6 +175,7 @@ class Decoder:
                 continue
             for local in own:
                 weight = self.source.read(f"{name}.{local}").to(self.device, self.dtype)
+                check_weights({f"{name}.{local}": weight})
                 module._parameters[local] = nn.Parameter(weight, requires_grad=False)
             loaded.append(module)
         return loaded
@@ -250,6 +254,7 @@ class Decoder:
         with observing(observer):
             for start, batch in self.batches(hidden):
                 hidden[start : start + len(batch)] = self.run(index, block, batch)
+        check_inputs({f"{self.prefix}.{index}: its outputs": hidden})
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (first sequence, hidden states on the device) of each batch."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Stop
+from quant_methods.calibration.finite import check_inputs
 
 SAMPLE_TOKENS = 1024
 
@@ -85,6 +86,10 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
     finally:
         for hook in hooks:
             hook.remove()
+    check_inputs(
+        {f"{decoder.name(index, name)}: its outputs": output for name, _, output in calls}
+        | {f"{decoder.prefix}.{index}: its outputs": end}
+    )
     groups: list[list[tuple[str, Tensor, Tensor]]] = []
     for call in calls:
         # `calls` keeps every input alive, so identity is equality of tensors here.
@@ -157,6 +162,7 @@ def stage_statistics(
     for matrix in (hessian, cross, residual):
         if matrix is not None:
             matrix.div_(tokens)
+    check_inputs({f"{decoder.name(index, stage.names[0])}: the squares of its inputs": hessian})
     return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
 
 

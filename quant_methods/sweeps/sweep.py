@@ -7,6 +7,7 @@ block. Checkpoints are removed once they are measured, unless they are to be kep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,12 +27,12 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.checkpoints.quality import Yardstick
+from quant_methods.checkpoints.replaceable import RECIPE_FILE, check_unfinished
 from quant_methods.compress import compress, prepare, work_of
 from quant_methods.mixed_precision.budget import Loss
 from quant_methods.mixed_precision.mixed import check_budget, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.model_source import digest, fingerprint, resolve_model
-from quant_methods.run import RECIPE_FILE
 from quant_methods.sweeps.file import Point, Sweep
 from quant_methods.sweeps.plot import plot
 from quant_methods.work_folder import locked
@@ -109,6 +110,7 @@ class SweepRun:
         points, total = self.sweep.points, len(self.sweep.points)
         evaluation = self.sweep.evaluation
         self.out.mkdir(parents=True, exist_ok=True)
+        check_unfinished(work_of(self.out))
         with locked(work_of(self.out)):
             windows = load_sequences(
                 self.folder,
@@ -150,7 +152,9 @@ class SweepRun:
             self._write(measured_on)
         shutil.rmtree(work_of(self.out))
         if not self.keep:
-            shutil.rmtree(self.out / "points", ignore_errors=True)
+            # Only once it is empty: whatever else lies there is not of this run.
+            with contextlib.suppress(OSError):
+                (self.out / "points").rmdir()
         self.progress(total, total, "", 0, 0, "")
         return self.ordered()
 

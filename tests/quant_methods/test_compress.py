@@ -20,12 +20,12 @@ from quant_methods import run as run_module
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import read_tensors, unpack_linear, write_tensors
 from quant_methods.checkpoints.reference import load_reference
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import compress
 from quant_methods.formats.native_format import NativeConfig
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
 from quant_methods.recipe import Calibration, Recipe, Step
-from quant_methods.run import RECIPE_FILE
 from tests.quant_methods.random_layers import Parts
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
@@ -296,8 +296,13 @@ def test_existing_output_is_kept_unless_told(tiny_model: Path, text_file: Path, 
     with pytest.raises(ParetoError, match="out exists; give --overwrite"):
         compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file)
     assert (out / "precious.txt").read_text() == "mine"
-    compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file, overwrite=True)
-    assert not (out / "precious.txt").exists()
+    with pytest.raises(ParetoError, match=r"no checkpoint that pareto wrote \(it has precious\.txt"):
+        compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file, overwrite=True)
+    assert (out / "precious.txt").read_text() == "mine"
+    (out / "precious.txt").unlink()
+    compress(tiny_model, recipe(RTN(group_size=64)), out, text=text_file)
+    compress(tiny_model, recipe(RTN(group_size=32)), out, text=text_file, overwrite=True)
+    assert json.loads((out / RECIPE_FILE).read_text())["recipe"]["steps"][0]["group_size"] == 32
 
 
 def test_a_full_disk_is_one_clear_line(

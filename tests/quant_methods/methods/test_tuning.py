@@ -18,6 +18,7 @@ from quant_methods.calibration import calibrator
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import read_tensors
 from quant_methods.checkpoints.reference import load_reference
+from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rotation import Rotate
@@ -25,7 +26,6 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.methods.tuning import LOOKS, Tune
 from quant_methods.recipe import Calibration, Recipe, Step
 from quant_methods.recipe_file import parse_recipe
-from quant_methods.run import RECIPE_FILE
 from tests.quant_methods.random_layers import Parts
 
 COARSE = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")
