@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.checkpoints.checkpoint import Source, copy_companions, link_or_copy, write_tensors
+from quant_methods.checkpoints.checkpoint import Source, copy_companions, copy_file, write_tensors
 from quant_methods.methods.rotation import READERS
 from quant_methods.model_source import SINGLE, resolve_model
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ParetoError(f"{args.out} exists; give another folder")
         args.out.mkdir(parents=True)
         copy_companions(folder, args.out)
-        link_or_copy(folder / "config.json", args.out / "config.json")
+        copy_file(folder / "config.json", args.out / "config.json")
         write_tensors(args.out / SINGLE, tensors, {"format": "pt"})
     except ParetoError as error:
         print(f"plant_outliers: error: {error}", file=sys.stderr)

@@ -42,8 +42,9 @@ examples:
   pareto compress ref-7m --sweep grid.yaml --text calibration.jsonl --out sweep            (many recipes, one table)
   pareto compress ref-7m --statistics --recipe smoothquant-w8a8 --out statistics           (outliers, before and after)
 
-Calibration runs on --text (a .txt file, or .jsonl with a "text" field). Without it, weights are calibrated on text that
-the model writes itself from a fixed seed, KV scales alone on a short text that ships with this package. Layers run one
+Calibration runs on --text: a .txt file, or .jsonl with a "text" field or with "messages", which the model's chat
+template writes out. Without it, weights are calibrated on text that the model writes itself from a fixed seed, KV
+scales alone on a short text that ships with this package. Layers run one
 block at a time, so the model need not fit in memory. KV scales can be made for checkpoints that are quantized already.
 
 Interrupted? The same command goes on from the first unfinished block and writes the same bytes.

@@ -208,7 +208,7 @@ def _check_disk(out: Path, source: Source, plan: Plan) -> None:
         int(plan.steps[n.removesuffix(".weight")].bits / 8 * size[n] / 2 * 1.1) for n in quantized if n in size
     )
     kept = source.size() - sum(size.get(name, 0) for name in quantized)
-    needed = (2 if plan.tune is None else 3) * blocks + (kept if quantized else 0)
+    needed = (2 if plan.tune is None else 3) * blocks + kept
     parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -10,6 +10,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.exempt import globs
 from quant_methods.formats.native_format import INPUT_MULTIPLE
 from quant_methods.methods.tuning import Tune
+from quant_methods.patterns import check_patterns
 from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
 
 # Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
@@ -75,8 +76,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     """Assign a step to every linear layer.
 
     Raises:
-        ParetoError: nothing is matched, a group size does not divide a layer's width, layers that vLLM merges would
-            be stored differently, or a step is out of place.
+        ParetoError: nothing is matched, or nothing by one of the globs, a group size does not divide a layer's width,
+            layers that vLLM merges would be stored differently, or a step is out of place.
 
     """
     tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
@@ -86,6 +87,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     steps: dict[str, WeightStep] = {}
     ignored: list[str] = []
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
+    _check_names(decoder, recipe)
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(len(decoder.blocks)):
         chosen: dict[str, WeightStep | None] = {}
@@ -131,12 +133,32 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
-    outside = [
+    outside = _outside(decoder)
+    return Plan(steps, ignored + outside, transforms, len(outside), tune)
+
+
+def _outside(decoder: Decoder) -> list[str]:
+    """Return the names of the linear layers that are not in blocks."""
+    return [
         name
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
     ]
-    return Plan(steps, ignored + outside, transforms, len(outside), tune)
+
+
+def _check_names(decoder: Decoder, recipe: Recipe) -> None:
+    """Refuse globs that match nothing."""
+    inside = [decoder.name(index, local) for index in range(len(decoder.blocks)) for local in decoder.linears(index)]
+    check_patterns(f"recipe {recipe.name}, ignore", recipe.ignore, [*inside, *_outside(decoder), *_embeddings(decoder)])
+    for step in recipe.steps:
+        targets: tuple[str, ...] = getattr(step, "targets", ())
+        check_patterns(f"recipe {recipe.name}, targets of {step.method}", targets, inside)
+
+
+def _embeddings(decoder: Decoder) -> list[str]:
+    """Return the names of the embeddings, which are never quantized and may be ignored all the same."""
+    given = decoder.model.get_input_embeddings()
+    return [name for name, module in decoder.model.named_modules() if module is given]
 
 
 def _check_width(name: str, width: int, rows: int, step: WeightStep, *, native: bool) -> None:

@@ -368,7 +368,7 @@ class Run:
             config["quantization_config"] = self.solver.storage.config(self.plan, parts)
         else:
             for path in weight_files(self.model_dir):
-                checkpoint.link_or_copy(path, target / path.name)
+                checkpoint.copy_file(path, target / path.name)
             index = self.model_dir / checkpoint.INDEX
             if index.is_file():
                 shutil.copyfile(index, target / index.name)

@@ -25,7 +25,7 @@ import torch
 from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir
-from quant_methods.model_source import fingerprint
+from quant_methods.model_source import fingerprint, read_config
 from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]
@@ -53,7 +53,7 @@ def load_sequences(
 
     Args:
         model_dir: the model's directory (its tokenizer encodes the text; it samples when there is none).
-        text: a ``.txt`` file, or a ``.jsonl`` file whose lines have a ``text`` field; None to sample.
+        text: a ``.txt`` file, or a ``.jsonl`` file whose lines have a ``text`` or a ``messages`` field; None to sample.
         num: number of sequences.
         length: tokens in each.
         seed: seed of the sampling; unused with a text.
@@ -72,22 +72,31 @@ def load_sequences(
         raise ParetoError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
     if num < 1 or length < 2:
         raise ParetoError(f"need at least 1 sequence of at least 2 tokens, got {num} of {length}")
+    context = read_config(model_dir).get("max_position_embeddings")
+    if split == "calibration" and isinstance(context, int) and length > context:
+        raise ParetoError(
+            f"{model_dir}: sequences of {length} tokens exceed the model's context of {context}; give "
+            f"--calibration-length {context} or less"
+        )
     if text is None:
         return _sampled(model_dir, num, length, seed, split=split, device=device, progress=progress)
     return _windows(model_dir, Path(text), num, length, split)
 
 
-def read_documents(text: Path) -> Iterator[str]:
-    """Yield the documents of a text file in file order (a ``.txt`` file is one document).
+def read_documents(text: Path) -> Iterator[str | list[dict[str, Any]]]:
+    """Yield the documents of a text file in file order (a ``.txt`` file is one document): strings, or chats' messages.
+
+    A byte order mark, which some editors write first, is no part of the text.
 
     Raises:
-        ParetoError: the file cannot be read, is of another type, or has a line without a ``text`` field.
+        ParetoError: the file cannot be read, is of another type, or has a line with neither a ``text`` nor a
+            ``messages`` field.
 
     """
     if text.suffix not in (".txt", ".jsonl"):
-        raise ParetoError(f"{text}: expected a .txt file, or a .jsonl file with a 'text' field")
+        raise ParetoError(f"{text}: expected a .txt file, or a .jsonl file with a 'text' or a 'messages' field")
     try:
-        with text.open(encoding="utf-8") as file:
+        with text.open(encoding="utf-8-sig") as file:
             if text.suffix == ".txt":
                 yield file.read()
                 return
@@ -95,16 +104,55 @@ def read_documents(text: Path) -> Iterator[str]:
                 if not line.strip():
                     continue
                 try:
-                    document = json.loads(line)["text"]
+                    given = json.loads(line)
+                    document = given["text"] if "text" in given else given["messages"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ParetoError(f"{text}, line {number}: not a JSON object with a 'text' field") from error
-                if not isinstance(document, str):
+                    raise ParetoError(
+                        f"{text}, line {number}: not a JSON object with a 'text' or a 'messages' field"
+                    ) from error
+                if "text" not in given:
+                    if not _is_chat(document):
+                        raise ParetoError(
+                            f"{text}, line {number}: 'messages' is not a list of objects with 'role' and 'content'"
+                        )
+                elif not isinstance(document, str):
                     raise ParetoError(f"{text}, line {number}: 'text' is not a string")
                 yield document
     except OSError as error:
         raise ParetoError(f"{text}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ParetoError(f"{text}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _is_chat(document: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return (
+        isinstance(document, list)
+        and bool(document)
+        and all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in document)
+    )
+
+
+def _encode_chat(tokenizer: Any, messages: list[dict[str, Any]], text: Path) -> list[int]:
+    """Return a chat's tokens as the model's template writes it; the template adds special tokens, so nothing else does.
+
+    Raises:
+        ParetoError: there is no template, or it refuses the messages.
+
+    """
+    if not tokenizer.chat_template:
+        raise ParetoError(
+            f"{text} holds chats ('messages'), and the model has no chat template to write them with; give lines with "
+            "a 'text' field"
+        )
+    try:
+        written = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # A template is a program of the model's, and may raise anything.
+        reason = " ".join(str(error).split())[:160]
+        raise ParetoError(
+            f"{text}: the model's chat template refuses the chat {str(messages)[:60]}: {reason}"
+        ) from error
+    return list(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -145,8 +193,12 @@ def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -
     ids: list[int] = []
     content = False
     for document in read_documents(text):
-        content = content or bool(document.strip())
-        ids += tokenizer(document, verbose=False)["input_ids"]
+        if isinstance(document, str):
+            content = content or bool(document.strip())
+            ids += tokenizer(document, verbose=False)["input_ids"]
+        else:
+            content = True
+            ids += _encode_chat(tokenizer, document, text)
         if len(ids) >= needed:
             break
     if not content:

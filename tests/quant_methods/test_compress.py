@@ -220,10 +220,11 @@ def test_seeds_decide_the_samples(tiny_model: Path, tmp_path: Path) -> None:
     assert first["model.safetensors"] != other["model.safetensors"]
 
 
-def test_kv_scales_alone_links_the_weights(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+def test_kv_scales_alone_copies_the_weights(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     given = recipe(kv_scales=True)
     report = compress(tiny_model, given, tmp_path / "out", text=text_file)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / "model.safetensors").samefile(tiny_model / "model.safetensors"), "edits stay apart"
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     scales = KVScales.load(tmp_path / "out")
     assert (scales.num_layers, scales.num_kv_heads, scales.head_dim) == (3, 1, 64)

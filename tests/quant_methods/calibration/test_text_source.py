@@ -1,6 +1,7 @@
 """Token sequences: windows of a text in order, samples by seed, and clear refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,13 @@ def test_windows_are_the_documents_in_file_order(tiny_model: Path, tmp_path: Pat
         ("empty.txt", "", "is empty"),
         ("blank.jsonl", "\n\n", "is empty"),
         ("short.txt", "Too short.", r"has \d+ tokens; 4 x 64 = 256 are needed for calibration"),
-        ("bad.jsonl", '{"text": "fine"}\n{"txt": "no"}\n', "line 2: not a JSON object with a 'text' field"),
+        (
+            "bad.jsonl",
+            '{"text": "fine"}\n{"txt": "no"}\n',
+            "line 2: not a JSON object with a 'text' or a 'messages' field",
+        ),
         ("bad.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("bad.jsonl", '{"messages": ["hi"]}\n', "line 1: 'messages' is not a list of objects with 'role'"),
         ("bad.jsonl", '{"text": 5}\n', "'text' is not a string"),
         ("data.csv", "a,b", r"expected a \.txt file, or a \.jsonl file"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
@@ -44,6 +50,43 @@ def test_bad_texts_are_one_clear_line(
         load_sequences(tiny_model, path, 4, 64)
     with pytest.raises(ParetoError, match=r"missing\.txt: No such file"):
         load_sequences(tiny_model, tmp_path / "missing.txt", 4, 64)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tiny_model: Path, tmp_path: Path, suffix: str) -> None:
+    text = "Some text to read, of more than a few words. " * 20
+    content = (text if suffix == ".txt" else json.dumps({"text": text})).encode()
+    plain, marked = tmp_path / f"plain{suffix}", tmp_path / f"marked{suffix}"
+    plain.write_bytes(content)
+    marked.write_bytes(b"\xef\xbb\xbf" + content)
+    found, wanted = (load_sequences(tiny_model, path, 2, 32) for path in (marked, plain))
+    assert torch.equal(found, wanted)
+
+
+def test_chats_are_written_by_the_template(tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}")
+    chats, path = (
+        [{"role": "user", "content": "What is 3 times 7?"}, {"role": "assistant", "content": "21."}],
+        tmp_path / "c.jsonl",
+    )
+    path.write_text("\n".join([json.dumps({"messages": chats})] * 9))
+    wanted = load_tokenizer(model)("<user>What is 3 times 7?|<assistant>21.|", add_special_tokens=False)["input_ids"]
+    assert load_sequences(model, path, 3, len(wanted)).tolist() == [wanted] * 3
+    (model / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ParetoError, match=r"chat template refuses the chat .*roles must alternate"):
+        load_sequences(model, path, 3, 8)
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(ParetoError, match="no chat template to write them with; give lines with a 'text' field"):
+        load_sequences(model, path, 3, 8)
+
+
+def test_calibration_is_no_longer_than_the_context(tiny_model: Path, text_file: Path) -> None:
+    with pytest.raises(
+        ParetoError, match="257 tokens exceed the model's context of 256; give --calibration-length 256"
+    ):
+        load_sequences(tiny_model, text_file, 1, 257)
 
 
 def test_samples_follow_seed_and_split(tiny_model: Path) -> None:
