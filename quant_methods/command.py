@@ -148,7 +148,9 @@ def run(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with (
         Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar,
-        Lines(recipe.name, print if not console.is_terminal else lambda line: None) as lines,
+        Lines(
+            recipe.name, lambda line: None if console.is_terminal else print(line, flush=True), milestones=True
+        ) as lines,
     ):
         task = bar.add_task(f"{recipe.name}", total=None)
 

@@ -14,16 +14,21 @@ EVERY = 10.0
 class Lines:
     """Says how far a run is, every EVERY seconds for as long as the context is open, also while a step takes long."""
 
-    def __init__(self, name: str, say: Callable[[str], object], every: float = EVERY) -> None:
+    def __init__(
+        self, name: str, say: Callable[[str], object], every: float = EVERY, *, milestones: bool = False
+    ) -> None:
         """Start with nothing to report.
 
         Args:
             name: what runs; every line starts with it.
             say: takes a line; called from a thread of its own.
             every: seconds between two lines.
+            milestones: say a line also when the first block is done, and each further tenth of the blocks, so that
+                a log of a short run shows how it went.
 
         """
-        self.name, self.say, self.every = name, say, every
+        self.name, self.say, self.every, self.milestones = name, say, every, milestones
+        self._done = 0
         self._started = time.monotonic()
         # What happens now, and when that step began; None: the lines count from the start of the run.
         self._now: tuple[str, float | None] = "starting", None
@@ -52,6 +57,9 @@ class Lines:
 
         """
         self._now = what if what.startswith("block") else f"{what} ({done} of {total} blocks done)", None
+        before, self._done = self._done, done
+        if self.milestones and total and done > before and (before == 0 or done * 10 // total > before * 10 // total):
+            self.say(f"{self.name}: {done} of {total} blocks done, {self.seconds:.0f} s")
 
     def begin(self, what: str) -> None:
         """Note the step that begins, whose own seconds the lines then give."""

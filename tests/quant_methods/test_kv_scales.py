@@ -74,3 +74,13 @@ def test_lines_come_while_a_step_takes_long() -> None:
     with pytest.raises(ZeroDivisionError), Lines("recipe", said.append, every=100):
         raise ZeroDivisionError
     assert len(said) == count
+
+
+def test_a_short_run_leaves_lines_in_a_log_too() -> None:
+    said: list[str] = []
+    with Lines("recipe", said.append, every=100, milestones=True) as lines:
+        for done in range(31):
+            lines.show(done, 30, f"block {min(done + 1, 30)}/30")
+            lines.show(done, 30, "another step of the same block")
+    counts = [int(re.fullmatch(r"recipe: (\d+) of 30 blocks done, \d+ s", line)[1]) for line in said]
+    assert counts == [1, *range(3, 31, 3)]
