@@ -230,8 +230,12 @@ class Decoder:
         """Run a block on one batch of hidden states [batch, length, width] on the device."""
         shape = hidden.shape[:2]
         if shape not in self._arguments:
+            # Some models (OPT) add embeddings of positions to whatever they are given.
+            loaded = self._load_before_blocks()
             with torch.no_grad(), self._stubs() as seen, contextlib.suppress(Stop):
                 self.base(inputs_embeds=hidden, use_cache=False)
+            for module in loaded:
+                module.to("meta")
             self._arguments[shape] = [arguments for _, arguments in seen]
         out = block(hidden, **self._arguments[shape][index])
         return out[0] if isinstance(out, tuple) else out

@@ -99,8 +99,9 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
             groups.append([call])
     if len(calls) != len({name for name, _, _ in calls}):
         raise ParetoError(f"{decoder.name(index, calls[0][0])}: a linear layer runs twice in its block; unsupported")
-    writers = [group[0] for group in groups if len(group) == 1 and group[0][2].shape == start.shape]
-    total = start + sum(output for _, _, output in writers)
+    # Some models (OPT) hand a block's tokens on without their sequences, [tokens, width].
+    writers = [group[0] for group in groups if len(group) == 1 and group[0][2].numel() == start.numel()]
+    total = start + sum(output.view_as(start) for _, _, output in writers)
     # Holds for pre-norm blocks; models that normalize or scale a layer's output before adding it differ.
     plain = torch.allclose(total, end, rtol=1e-3, atol=1e-4 * end.abs().max().item())
     joining = {name for name, _, _ in writers} if plain else set()
@@ -179,7 +180,7 @@ def _inputs(
 
     def join(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal stream
-        stream = stream + output
+        stream = stream + output.view_as(stream)
 
     hooks = [block.get_submodule(stage.names[0]).register_forward_pre_hook(stop)]
     hooks += [block.get_submodule(name).register_forward_hook(join) for name in before]
@@ -189,4 +190,4 @@ def _inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0].flatten(0, 1), stream.flatten(0, 1)
+    return found[0].flatten(0, -2), stream.flatten(0, -2)
