@@ -179,7 +179,8 @@ def compress_with(
     calibration = recipe.calibration
     needs_data = settings["rounding"] != "rtn" or settings["transform"] is not None
     # Without a method that needs data, there must be enough to check with.
-    shape = (calibration.num_samples, calibration.length) if needs_data else (check.SEQUENCES, check.TOKENS)
+    most = min(check.TOKENS, getattr(decoder.config, "max_position_embeddings", None) or check.TOKENS)
+    shape = (calibration.num_samples, calibration.length) if needs_data else (check.SEQUENCES, most)
     progress(0, 0, "calibration data")
     tokens = load_sequences(
         model_dir, Path(text) if text else None, *shape, calibration.seed,

@@ -60,7 +60,9 @@ def test_a_query_sees_nothing_of_later_tokens_and_codes_cost_something(name, lay
     whole = run_through(coder, layers, queries, TOKENS)
     for tokens in (1, 129, 200):
         part = run_through(coder, layers, queries, tokens)
-        torch.testing.assert_close(part, whole[:, :, :tokens], rtol=1e-3, atol=1e-3)
+        # All that these two heads have is rank 128, so that the last directions are rounding errors made large.
+        close = 5e-3 if name.startswith("low_rank") else 1e-3
+        torch.testing.assert_close(part, whole[:, :, :tokens], rtol=close, atol=close)
     # The two layers at either end are not coded by some of vLLM's dtypes.
     middle = slice(2, 4)
     exact = torch.stack([
