@@ -12,16 +12,6 @@ from vllm_ext import auto_calibration, scale_source, serve
 from vllm_ext.auto_calibration import Origin
 
 
-@pytest.fixture
-def started(monkeypatch):
-    commands = []
-    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")  # What a server sets for itself is no other test's.
-    monkeypatch.setattr(serve, "check_port", lambda host, port: None)
-    monkeypatch.setattr(serve, "check_plugin", lambda dtype: None)
-    monkeypatch.setattr(serve.os, "execv", lambda program, command: commands.append(command))
-    return commands
-
-
 def run(*words):
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)

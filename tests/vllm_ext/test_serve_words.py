@@ -9,16 +9,11 @@ from vllm_ext import cli, serve
 
 
 @pytest.fixture
-def started(monkeypatch):
-    commands = []
-    monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "0")  # What a server sets for itself is no other test's.
-    monkeypatch.setattr(serve, "check_port", lambda host, port: None)
-    monkeypatch.setattr(serve, "check_plugin", lambda dtype: None)
+def started(started, monkeypatch):
     monkeypatch.setattr(serve, "find_model", lambda args: args.model)
-    monkeypatch.setattr(serve.os, "execv", lambda program, command: commands.append(command))
     monkeypatch.setattr(cli, "commands", lambda: {"serve": argparse.Namespace(load=lambda: serve)})
     monkeypatch.setattr(serve, "run", lambda args, original=serve.run: original(args) or 0)
-    return commands
+    return started
 
 
 def served(started, *words):
