@@ -159,8 +159,11 @@ class Decoder:
         assert hidden is not None
         return hidden
 
-    def _load_before_blocks(self) -> list[nn.Module]:
+    def _load_before_blocks(self, but: nn.Module | None = None) -> list[nn.Module]:
         """Give the decoder's modules outside of the blocks their weights: embeddings of tokens and, if any, positions.
+
+        Args:
+            but: a module that is not needed.
 
         Returns:
             The modules that had none before.
@@ -172,6 +175,8 @@ class Decoder:
                 local for local, parameter in module._parameters.items() if parameter is not None and parameter.is_meta
             ]
             if not name.startswith(self._base_prefix) or f"{name}.".startswith(self.prefix + ".") or not own:
+                continue
+            if module is but:
                 continue
             for local in own:
                 weight = self.source.read(f"{name}.{local}").to(self.device, self.dtype)
@@ -231,7 +236,7 @@ class Decoder:
         shape = hidden.shape[:2]
         if shape not in self._arguments:
             # Some models (OPT) add embeddings of positions to whatever they are given.
-            loaded = self._load_before_blocks()
+            loaded = self._load_before_blocks(but=self.model.get_input_embeddings())
             with torch.no_grad(), self._stubs() as seen, contextlib.suppress(Stop):
                 self.base(inputs_embeds=hidden, use_cache=False)
             for module in loaded:
