@@ -28,6 +28,7 @@ from kv_cache.formats import FORMATS, get_format
 from kv_cache.layout import META, PageLayout
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
+from kv_cache.transforms import mirror
 
 SCHEMA = "vllm-pareto/gpu-decode-kernel/2"
 SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
@@ -118,7 +119,7 @@ class Problem:
         matrix = torch.randn(*head.shape, case.head_dim) * self.scale
         inv_freq = 10000.0 ** (-torch.arange(0, case.head_dim, 2) / case.head_dim)
         rotary = Rotary.over(case.head_dim, inv_freq, case.context)
-        scales = LayerScales(head, head, matrix, matrix, torch.ones(case.kv_heads), rotary)
+        scales = LayerScales(head, head, matrix, matrix, torch.ones(case.kv_heads), mirror(head), rotary)
         self.folding = Folding.of(scales, case.context, device)
 
         def attention(choice: Tuning | None) -> DecodeAttention:

@@ -31,6 +31,7 @@ from kv_cache.formats import FORMATS, get_format
 from kv_cache.layout import PageLayout
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, LayerScales
+from kv_cache.transforms import mirror
 
 SCHEMA = "vllm-pareto/gpu-layer/2"
 SHAPES = ("1x2048", "8x2048", "32x2048", "32x8192", "8x32768")
@@ -43,7 +44,7 @@ def random_layer(rotary: Rotary) -> LayerScales:
     """Return scales that take as long as calibrated ones; what they make of keys is none of a benchmark's business."""
     matrix = torch.randn(KV_HEADS, HEAD_DIM, HEAD_DIM).mul(HEAD_DIM**-0.5).to(MATRIX_DTYPE).float()
     mean = torch.randn(KV_HEADS, HEAD_DIM)
-    return LayerScales(mean, mean, matrix, matrix.mT.contiguous(), torch.ones(KV_HEADS), rotary)
+    return LayerScales(mean, mean, matrix, matrix.mT.contiguous(), torch.ones(KV_HEADS), mirror(mean), rotary)
 
 
 class Layers:

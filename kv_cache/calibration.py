@@ -11,7 +11,7 @@ makes the scales of them:
   ``e^T H e`` with ``H = sum_t w_t q_t q_t^T`` and ``w_t = sum_j a_tj^2 |v_j - o_t|^2``: the Gauss-Newton matrix of the
   attention output, in the role that the Fisher information of the loss has in KVQuant (Hooper et al. 2024,
   section 3.4).
-- Values need their root mean square only.
+- Of values, the root mean square and the direction in which most of them lie.
 
 Rotary embedding turns pairs of channels by angles that grow with the position, so keys and queries at position 8,000
 point elsewhere than those of short text. Turned together they leave attention unchanged (RoFormer, Su et al. 2021,
@@ -31,7 +31,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, KVScales, LayerScales
 from kv_cache.tf32 import tf32
-from kv_cache.transforms import balanced_transform
+from kv_cache.transforms import balanced_transform, mirror_to_constant
 
 QUERIES = 128
 """Queries of a sequence that H looks at."""
@@ -56,6 +56,7 @@ class _Layer:
         self.key_product = torch.zeros(heads, dim, dim, dtype=torch.float64)
         self.metric = torch.zeros(heads, dim, dim, dtype=torch.float64)
         self.value_square = torch.zeros(heads, dtype=torch.float64)
+        self.value_direction = torch.zeros(heads, dim, dim, dtype=torch.float64)
 
     def to(self, device: torch.device) -> None:
         """Move the sums to a device; on a GPU, sums on the CPU would make it wait for each sequence."""
@@ -69,8 +70,8 @@ class _Layer:
 class KVCalibrator:
     """Sums up one model's queries, keys and values layer by layer and turns the sums into `KVScales`.
 
-    Tensors may lie on any device. What is kept lies there too: two matrices of float64 [head_dim, head_dim] for each KV
-    head of each layer, 64 MiB for 32 layers of 8 heads of 128 channels.
+    Tensors may lie on any device. What is kept lies there too: three matrices of float64 [head_dim, head_dim] for each
+    KV head of each layer, 96 MiB for 32 layers of 8 heads of 128 channels.
     """
 
     def __init__(
@@ -153,6 +154,8 @@ class KVCalibrator:
             rows = turned.transpose(0, 1)
             record.key_product += torch.bmm(rows.mT, rows)
             record.value_square += value[1:].square().mean(-1).sum(0, dtype=torch.float64)
+            rows = directions(value[1:]).transpose(0, 1)
+            record.value_direction += torch.bmm(rows.mT, rows)
             chosen = torch.randperm(tokens, generator=record.generator)[: self.queries].sort().values.to(key.device)
             record.metric += self._metric(chosen, query[chosen].float(), key, value)
 
@@ -229,12 +232,20 @@ class KVCalibrator:
             covariance=average_over_positions(covariance, self.rotary),
             metric=average_over_positions(record.metric, self.rotary),
             value_size=(record.value_square / record.later).sqrt(),
+            value_direction=record.value_direction / record.later,
             rotary=self.rotary,
         )
 
 
 def scales_of_moments(
-    *, key_mean: Tensor, key_first: Tensor, covariance: Tensor, metric: Tensor, value_size: Tensor, rotary: Rotary
+    *,
+    key_mean: Tensor,
+    key_first: Tensor,
+    covariance: Tensor,
+    metric: Tensor,
+    value_size: Tensor,
+    value_direction: Tensor,
+    rotary: Rotary,
 ) -> LayerScales:
     """Return the scales of one layer, on the device of its moments.
 
@@ -244,6 +255,7 @@ def scales_of_moments(
         covariance: float64 [num_kv_heads, head_dim, head_dim], of the other keys, averaged over positions.
         metric: H, averaged over positions, of the same shape and dtype.
         value_size: float64 [num_kv_heads], the values' root mean square.
+        value_direction: float64 [num_kv_heads, head_dim, head_dim], the mean of ``v v^T / |v|^2``.
         rotary: of the model.
 
     """
@@ -256,8 +268,14 @@ def scales_of_moments(
         key_transform=transform.float().contiguous().to(device),
         key_inverse=torch.linalg.inv(transform.double()).float().contiguous().to(device),
         value_size=value_size.clamp_min(torch.finfo(torch.float32).tiny).float(),
+        value_mirror=mirror_to_constant(value_direction.cpu()).float().to(device),
         rotary=rotary,
     )
+
+
+def directions(value: Tensor) -> Tensor:
+    """Return values [..., channels] of length 1, zeros where they are zeros."""
+    return torch.nn.functional.normalize(value, dim=-1, eps=torch.finfo(torch.float32).tiny)
 
 
 def grouped(query: Tensor, kv_heads: int) -> Tensor:
@@ -359,5 +377,6 @@ def _mean_phase(angle: Tensor, count: int) -> Tensor:
 
 
 __all__ = [
-    "KVCalibrator", "attention_of", "average_over_positions", "grouped", "query_weights", "scales_of_moments",
+    "KVCalibrator", "attention_of", "average_over_positions", "directions", "grouped", "query_weights",
+    "scales_of_moments",
 ]  # fmt: skip

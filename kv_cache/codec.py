@@ -138,9 +138,22 @@ def even_keys(key: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
     return y
 
 
+def reflect(x: Tensor, mirror: Tensor) -> Tensor:
+    """Return ``x - mirror (mirror . x)``; the product is summed in float64 and rounded to x's dtype, as the result is.
+
+    Args:
+        x: floating point [..., heads, channels].
+        mirror: float32 [heads, channels].
+
+    """
+    exact, normal = x.double(), mirror.double()
+    along = (exact * normal).sum(-1, keepdim=True).to(x.dtype).double()
+    return (exact - along * normal).to(x.dtype)
+
+
 def even_values(value: Tensor, scales: LayerScales) -> Tensor:
-    """Return values, [tokens, heads, head_dim] of any float dtype, mixed and brought to size 1."""
-    return hadamard_sums(value.float()) * scales.value_encode[:, None]
+    """Return values, [tokens, heads, head_dim] of any float dtype, reflected, mixed and brought to size 1."""
+    return hadamard_sums(reflect(value.float(), scales.value_mirror)) * scales.value_encode[:, None]
 
 
 def uneven_keys(y: Tensor, scales: LayerScales, positions: Tensor | None) -> Tensor:
@@ -150,7 +163,7 @@ def uneven_keys(y: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
 
 def uneven_values(y: Tensor, scales: LayerScales) -> Tensor:
     """Undo `even_values`, in y's dtype."""
-    return hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype)
+    return reflect(hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype), scales.value_mirror)
 
 
 def pack_plane(part: Tensor, width: int) -> Tensor:

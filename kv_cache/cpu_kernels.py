@@ -27,7 +27,8 @@ ISA_VARIABLE = "VLLM_PARETO_CPU_ISA"
 """Environment variable that names an instruction set below the best one, for tests and for bug reports."""
 
 KINDS = ("key", "value")
-SCALES = ("key_first", "key_transform", "key_inverse", "value_encode", "value_decode")
+SCALES = ("key_first", "key_transform", "key_inverse", "value_encode", "value_decode", "value_mirror")
+READ_SCALES = ("key_inverse", "key_first", "value_decode", "value_mirror", "key_mean")
 TURN_TABLES = ("pair_channels", "turn_fine", "turn_anchors", "turn_tiles")
 PAIRS = 32
 """Pairs of channels that one tile of the table of centres holds."""
@@ -47,7 +48,7 @@ class _Cache(ctypes.Structure):
         ("meta_offset", _i32),
         ("pairs", _i32),
         ("num_anchors", _i32),
-        *((name, _ptr) for name in ("key_inverse", "key_first", "value_decode", "key_mean", *TURN_TABLES)),
+        *((name, _ptr) for name in (*READ_SCALES, *TURN_TABLES)),
     )
 
 
@@ -214,7 +215,7 @@ class PagedCache:
             layout.offsets[META],
             self._tensors["key_mean"].shape[-1],
             len(table.anchor_cos),
-            *map(self._address, ("key_inverse", "key_first", "value_decode", "key_mean", *TURN_TABLES)),
+            *map(self._address, (*READ_SCALES, *TURN_TABLES)),
         )
         factors = zip(*(codec.factors(layout.fmt.bits(kind)) for kind in KINDS), strict=True)
         self._factors = [(_f32 * 2)(*sides) for sides in factors]

@@ -25,7 +25,7 @@ from kv_cache.formats import MIXED, KVFormat, get_format, layer_format
 from kv_cache.rotary import Rotary
 
 SCALES_FILE = Path("kv_scales") / "scales.safetensors"
-SCHEMA = "vllm-pareto/kv-scales/3"
+SCHEMA = "vllm-pareto/kv-scales/4"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LayerScales:
         key_inverse: float32 [num_kv_heads, head_dim, head_dim], of the transform. Kept rather than computed: a server
             must not call LAPACK, whose threads hang beside those that vLLM has pinned.
         value_size: float32 [num_kv_heads], positive: the root mean square of a head's values.
+        value_mirror: float32 [num_kv_heads, head_dim], a vector n of length sqrt(2), or zeros: values are reflected,
+            ``v - n (n . v)``, before they are mixed. That undoes itself.
         rotary: of the model.
 
     """
@@ -50,6 +52,7 @@ class LayerScales:
     key_transform: torch.Tensor
     key_inverse: torch.Tensor
     value_size: torch.Tensor
+    value_mirror: torch.Tensor
     rotary: Rotary
 
     @functools.cached_property
@@ -77,7 +80,7 @@ class LayerScales:
         return LayerScales(**mine, rotary=self.rotary)
 
 
-TENSORS = ("key_mean", "key_first", "key_transform", "key_inverse", "value_size")
+TENSORS = ("key_mean", "key_first", "key_transform", "key_inverse", "value_size", "value_mirror")
 MATRIX_DTYPE = torch.bfloat16
 """In which the file keeps ``key_transform``."""
 
@@ -186,7 +189,7 @@ class KVScales:
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ParetoError(f"{path} is truncated or no KV-scales file: make the scales again") from error
         head, square = (layers, heads, dim), (layers, heads, dim, dim)
-        shapes = dict(zip(TENSORS, (head, head, square, square, (layers, heads)), strict=True))
+        shapes = dict(zip(TENSORS, (head, head, square, square, (layers, heads), head), strict=True))
         for name, stack in stacks.items():
             if tuple(stack.shape) != shapes[name]:
                 raise ParetoError(f"{path}: {name} has the shape {tuple(stack.shape)} instead of {shapes[name]}")
@@ -194,6 +197,9 @@ class KVScales:
                 raise ParetoError(f"{path}: {name} is not finite")
         if not (stacks["value_size"] > 0).all():
             raise ParetoError(f"{path}: value_size is not positive")
+        length = stacks["value_mirror"].double().square().sum(-1)
+        if not torch.isclose(torch.where(length == 0, 2.0, length), torch.tensor(2.0).double(), atol=1e-5).all():
+            raise ParetoError(f"{path}: value_mirror is neither 0 nor of length sqrt(2)")
         if rotary.inv_freq.numel() * 2 != dim:
             raise ParetoError(
                 f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels"

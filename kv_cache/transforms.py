@@ -9,9 +9,10 @@ what a logit's change does.
   QuaRot (Ashkboos et al. 2024) does, balancing what SmoothAttention (QServe, Lin et al. 2024, section 4.2) does by
   channel. The direction of the widest spread meets the mixing matrix' first column, which is constant: what it adds to
   a token is the same in every channel, so that the token's zero takes it and its range need not.
-- `hadamard_sums`: values are mixed only. What a calibration knows of them, their mean and their channels' spread,
-  did harm: tokens' values differ in size by ten times, and the small ones, the first token's above all, are those
-  that attention looks at (docs/kv-study.md).
+- `hadamard_sums`: values are mixed, once a reflection (`mirror_to_constant`) has taken the direction in which most of
+  them lie to where the mixing is constant, for the same reason. Both are orthogonal. What else a calibration knows of
+  values, their mean and their channels' spread, did harm: tokens' values differ in size by ten times, and the small
+  ones, the first token's above all, are those that attention looks at (docs/kv-study.md).
 """
 
 from __future__ import annotations
@@ -67,6 +68,34 @@ def balanced_transform(covariance: Tensor, metric: Tensor) -> Tensor:
     return mixing(covariance.shape[-1]) @ balanced
 
 
+def mirror(normal: Tensor) -> Tensor:
+    """Return n, along normals [..., dim], of the reflection ``x - n (n . x)``: its length is sqrt(2)."""
+    return torch.nn.functional.normalize(normal, dim=-1) * math.sqrt(2)
+
+
+def mirror_to_constant(directions: Tensor) -> Tensor:
+    """Return n of the reflection ``x - n (n . x)`` of the main direction to what `hadamard_sums` makes constant.
+
+    A Householder reflection (Householder 1958), of which n is the normal times sqrt(2).
+
+    Args:
+        directions: [heads, dim, dim], the mean of ``x x^T / |x|^2``: a vector counts whatever its size.
+
+    Returns:
+        float64 [heads, dim].
+
+    """
+    dim = directions.shape[-1]
+    main = torch.linalg.eigh(directions.double())[1][..., -1]
+    constant = torch.zeros(dim, dtype=torch.float64)
+    # Mixing spreads the first channel of a run evenly over the run.
+    constant[:: dim & -dim] = 1
+    constant /= constant.norm()
+    # A direction has no sign. With this one the difference is long, and its direction exact.
+    main = torch.where((main @ constant)[:, None] > 0, -main, main)
+    return mirror(main - constant)
+
+
 def hadamard_sums(x: Tensor) -> Tensor:
     """Multiply runs of channels by an unscaled Hadamard matrix (Sylvester's), in x's dtype.
 
@@ -87,4 +116,4 @@ def hadamard_sums(x: Tensor) -> Tensor:
     return x
 
 
-__all__ = ["balanced_transform", "hadamard_sums", "mixing"]
+__all__ = ["balanced_transform", "hadamard_sums", "mirror", "mirror_to_constant", "mixing"]

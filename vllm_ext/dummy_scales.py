@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, SCHEMA, KVScales, LayerScales
-from kv_cache.transforms import hadamard_sums
+from kv_cache.transforms import hadamard_sums, mirror
 from kv_cache.user_cache import cache_dir
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def random_scales(layers: int, heads: int, dim: int, spread: float, rotary: Rota
                 key_first=spread * torch.randn(heads, dim, generator=draw),
                 key_transform=turn * entry,
                 key_inverse=(turn / (entry * (dim & -dim))).mT.contiguous(),
+                value_mirror=mirror(torch.randn(heads, dim, generator=draw)),
                 value_size=spread * (0.9 + 0.2 * torch.rand(heads, generator=draw)),
                 rotary=rotary,
             )

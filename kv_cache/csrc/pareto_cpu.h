@@ -30,6 +30,7 @@ typedef struct {
     const float *key_inverse;       // [num_kv_heads][head_dim][head_dim]
     const float *key_first;         // [num_kv_heads][head_dim]
     const float *value_decode;      // [num_kv_heads]
+    const float *value_mirror;      // [num_kv_heads][head_dim]
     // Centres of keys (kv_cache/rotary.py).
     const float *key_mean;          // [num_kv_heads][2][pairs]: first, second channel
     const int32_t *pair_channels;   // [2][pairs]

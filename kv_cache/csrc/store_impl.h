@@ -61,6 +61,22 @@ static void transform_lanes(const float *matrix, const float *x, float *y, int d
         }
 }
 
+// kv_cache/codec.py, reflect.
+static void reflect_lanes(float *x, const float *mirror, int dim) {
+    double sum[LANES] = {0};
+    float along[LANES];
+    for (int i = 0; i < dim; i++)
+        for (int l = 0; l < LANES; l++) sum[l] += (double)mirror[i] * x[LANES * i + l];
+    for (int l = 0; l < LANES; l++) along[l] = (float)-sum[l];
+    for (int lane = 0; lane < LANES; lane += PART) {
+        const vf factor = part_load(along + lane);
+        for (int i = 0; i < dim; i++) {
+            float *at = x + LANES * i + lane;
+            part_store(at, part_fma(part_splat(mirror[i]), factor, part_load(at)));
+        }
+    }
+}
+
 // kv_cache/transforms.py, hadamard_sums, times a factor.
 static void mix_lanes(float *x, int dim, float factor) {
     const int run = dim & -dim;
@@ -142,8 +158,10 @@ static void store_head(const pareto_store_args *a, int64_t first, int count, int
         }
         for (int i = 0; i < dim; i++) x[LANES * i + l] = row[i];
     }
-    if (side) mix_lanes(x, dim, a->value_encode[head]);
-    else transform_lanes(a->key_transform + (int64_t)head * dim * dim, x, y, dim);
+    if (side) {
+        reflect_lanes(x, c->value_mirror + (int64_t)head * dim, dim);
+        mix_lanes(x, dim, a->value_encode[head]);
+    } else transform_lanes(a->key_transform + (int64_t)head * dim * dim, x, y, dim);
     float *even = side ? x : y;
     quantize_lanes(even, dim, bits, a->range_factor[side], a->zero_factor[side], a->gain[side], meta);
     for (int p = 0, low = 0; p < 2 && c->planes[side][p].width; low += c->planes[side][p++].width) {

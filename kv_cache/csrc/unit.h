@@ -261,6 +261,15 @@ static void mix_channels(float *x, int dim, float factor) {
         }
 }
 
+// kv_cache/codec.py, reflect.
+static void reflect_channels(float *x, const float *mirror, int dim) {
+    v16f sum = splat(0);
+    for (int i = 0; i < dim; i += 16) sum += load16(x + i) * load16(mirror + i);
+    float along = 0;
+    for (int i = 0; i < 16; i++) along += sum[i];
+    for (int i = 0; i < dim; i += 16) store16(x + i, load16(x + i) - splat(along) * load16(mirror + i));
+}
+
 static void unit_finish(const unit_t *u, const pareto_attention_args *a, int request, int kv_head) {
     const pareto_cache *c = &a->cache;
     const int dim = c->head_dim, group = a->num_heads / c->num_kv_heads;
@@ -270,6 +279,7 @@ static void unit_finish(const unit_t *u, const pareto_attention_args *a, int req
             + (kv_head * group + row % group) * a->out_head_stride;
         float *total = u->total + r * dim;
         mix_channels(total, dim, u->sum[r] > 0 ? value_factor(c, kv_head) / u->sum[r] : 0.0f);
+        reflect_channels(total, c->value_mirror + (int64_t)kv_head * dim, dim);
         for (int i = 0; i < dim; i += 16) store_row16(a->out, at + i, a->dtype, load16(total + i));
     }
 }

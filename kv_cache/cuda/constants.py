@@ -48,7 +48,7 @@ class LayerConstants:
         tensors: by their names in the kernels: ``mean`` and ``first`` [KV heads, 2, pairs], first and second channels
             of each pair; ``fine`` and ``anchors`` (:func:`_tables`); ``transform`` and ``inverse``, operands of the
             tensor cores (:func:`operands`), the latter as the sum of two matrices; ``row_sums`` [KV heads, head_dim] of
-            the inverse; ``value_encode`` and ``value_decode`` [KV heads].
+            the inverse; ``value_encode`` and ``value_decode`` [KV heads]; ``value_mirror`` [KV heads, head_dim].
         pairs_apart: pairs of channels i and i + ``pairs_apart``; the others are neighbours.
 
     """
@@ -94,6 +94,7 @@ class LayerConstants:
             "row_sums": (head.double() + tail.double()).sum(-1).float(),
             "value_encode": scales.value_encode,
             "value_decode": scales.value_decode,
+            "value_mirror": scales.value_mirror,
         }
         on_device = {name: tensor.to(device).contiguous() for name, tensor in tensors.items()}
         return cls(layout, on_device, 0 if rotary.interleaved else rotary.rotated)

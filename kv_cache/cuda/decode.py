@@ -13,7 +13,7 @@ import torch
 
 from kv_cache.cuda import tuning as tunings
 from kv_cache.cuda.arguments import Geometry, cuda_device
-from kv_cache.cuda.folding import Folding
+from kv_cache.cuda.folding import FOLDED, Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
 from kv_cache.errors import ParetoError
@@ -61,6 +61,7 @@ class _DecodeParams(ctypes.Structure):
         ("seq_lens", _ptr),
         ("query_start", _ptr),
         ("value_decode", _ptr),
+        ("value_mirror", _ptr),
         ("partial", _ptr),
         ("partial_stats", _ptr),
         ("counters", _ptr),
@@ -230,6 +231,7 @@ class DecodeAttention:
             seq_lens.data_ptr(),
             query_start.data_ptr(),
             folding.value_decode.data_ptr(),
+            folding.value_mirror.data_ptr(),
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
             self._counters.data_ptr(),
@@ -285,8 +287,8 @@ class DecodeAttention:
 
     def _verify(self, folding: Folding) -> None:
         heads, dim = self.kv_heads, self.layout.head_dim
-        folded = (folding.key_inverse, folding.key_mean, folding.key_first, folding.value_decode)
-        shapes = [(heads, dim, dim), (heads, dim), (heads, dim), (heads,)]
+        folded = [getattr(folding, name) for name in FOLDED]
+        shapes = [(heads, dim, dim), (heads, dim), (heads, dim), (heads,), (heads, dim)]
         for valid, what in (
             (all(t.dtype == torch.float32 and t.is_contiguous() for t in folded), "float32 contiguous scales"),
             ([tuple(t.shape) for t in folded] == shapes, f"scales of {heads} KV heads of {dim}"),

@@ -44,6 +44,8 @@ class PositionTables:
         return cls(operands.to(device), far.to(device), table.rotary.rotated, table.rotary.interleaved)
 
 
+FOLDED = ("key_inverse", "key_mean", "key_first", "value_decode", "value_mirror")
+"""Of a layer's scales."""
 _position_tables = functools.lru_cache(maxsize=8)(PositionTables.of)
 
 
@@ -57,6 +59,7 @@ class Folding:
         key_mean: [KV heads, head_dim], before rotary embedding.
         key_first: [KV heads, head_dim], the centre at position 0.
         value_decode: [KV heads], see :class:`kv_cache.scales.LayerScales`.
+        value_mirror: [KV heads, head_dim], likewise.
         positions: the centres' tables.
 
     """
@@ -65,6 +68,7 @@ class Folding:
     key_mean: torch.Tensor
     key_first: torch.Tensor
     value_decode: torch.Tensor
+    value_mirror: torch.Tensor
     positions: PositionTables
 
     @classmethod
@@ -77,6 +81,5 @@ class Folding:
             device: CUDA device.
 
         """
-        names = ("key_inverse", "key_mean", "key_first", "value_decode")
-        folded = {name: getattr(scales, name).float().to(device).contiguous() for name in names}
+        folded = {name: getattr(scales, name).float().to(device).contiguous() for name in FOLDED}
         return cls(**folded, positions=_position_tables(scales.rotary.table(max_tokens), device))

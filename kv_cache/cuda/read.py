@@ -49,6 +49,7 @@ class _Params(ctypes.Structure):
         ("row_sums", _ptr),
         ("centres", Centres),
         ("value_decode", _ptr),
+        ("value_mirror", _ptr),
         ("sides", _Side * 2),
         ("count", _i32),
         ("meta", _i32),
@@ -137,7 +138,7 @@ def gather(
         sides=sides,
         count=len(tiles),
         meta=layer.meta,
-        **{name: layer.addresses[name] for name in ("inverse", "row_sums", "value_decode")},
+        **{name: layer.addresses[name] for name in ("inverse", "row_sums", "value_decode", "value_mirror")},
     )
     device = cache.device
     processors, limit, _ = device_limits(device)

@@ -42,6 +42,7 @@ class _Params(ctypes.Structure):
         ("centres", Centres),
         ("transform", _ptr),
         ("value_encode", _ptr),
+        ("value_mirror", _ptr),
         ("sides", _Side * 2),
         ("tokens", _i32),
         ("meta", _i32),
@@ -110,11 +111,10 @@ def store(
         slots=slots.data_ptr(),
         positions=positions.data_ptr(),
         centres=layer.centres,
-        transform=layer.addresses["transform"],
-        value_encode=layer.addresses["value_encode"],
         sides=sides,
         tokens=count,
         meta=layer.meta,
+        **{name: layer.addresses[name] for name in ("transform", "value_encode", "value_mirror")},
     )
     device = cache.device
     processors, _, overlap = device_limits(device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kv_cache.calibration import average_over_positions, grouped, query_weights, scales_of_moments
+from kv_cache.calibration import average_over_positions, directions, grouped, query_weights, scales_of_moments
 from kv_cache.scales import LayerScales
 
 if TYPE_CHECKING:
@@ -62,11 +62,13 @@ def key_moments(sample: Sample) -> KeyMoments:
 def layer_scales(sample: Sample) -> LayerScales:
     """Return the scales of this project's formats, on the sample's device."""
     moments = sample.moments
+    rows = directions(sample.value[:, 1:].flatten(0, 1).double()).transpose(0, 1)
     return scales_of_moments(
         key_mean=moments.mean,
         key_first=sample.first_key.double().mean(0),
         covariance=moments.covariance,
         metric=moments.metric,
         value_size=sample.value.double().square().mean((0, 1, 3)).sqrt(),
+        value_direction=torch.bmm(rows.mT, rows) / rows.shape[1],
         rotary=sample.rotary,
     )

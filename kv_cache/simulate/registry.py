@@ -58,6 +58,7 @@ VARIATIONS: list[tuple[int, str, Options]] = [
         ("keep_product", Options(keep_product=True)),
         ("lloyd_max", Options(levels=True)),
         ("widest_last", Options(widest_last=True)),
+        ("no_mirror", Options(no_mirror=True)),
         ("feedback", Options(feedback=True)),
         ("feedback+first1", Options(feedback=True, first=1)),
     )

@@ -36,6 +36,7 @@ class Options:
         full_range: codes cover a token's whole range, whatever the bits.
         widest_last: the direction of keys that spreads most is mixed like any other, instead of moving all channels
             alike.
+        no_mirror: values are mixed without being reflected first.
 
     """
 
@@ -50,6 +51,7 @@ class Options:
     feedback: bool = False
     full_range: bool = False
     widest_last: bool = False
+    no_mirror: bool = False
 
 
 class Varied(Ours):
@@ -63,12 +65,12 @@ class Varied(Ours):
 
     def fit(self, layer: int, sample: Sample) -> None:
         """Prepare what the options need of a layer."""
+        if self.options.no_mirror:
+            sample = _with_scales(sample, value_mirror=torch.zeros_like(sample.scales.value_mirror))
         if self.options.widest_last:
             mix = mixing(sample.key.shape[-1]).to(sample.key.device)
             turned = mix @ (mix.mT @ sample.scales.key_transform.double()).flip(-2)
-            found = {"key_transform": turned.float(), "key_inverse": torch.linalg.inv(turned).float()}
-            scales, sample = sample.scales, replace(sample)
-            vars(sample)["scales"] = replace(scales, **found)
+            sample = _with_scales(sample, key_transform=turned.float(), key_inverse=torch.linalg.inv(turned).float())
         super().fit(layer, sample)
         if not self.options.transform:
             centred = sample.key[:, 1:] - self.centres(layer, sample.key.shape[1])[1:]
@@ -77,7 +79,9 @@ class Varied(Ours):
             inverse = sample.scales.key_inverse.double()
             self._feedback[layer, "key"] = feedback(inverse.mT @ sample.moments.metric @ inverse)
             if sample.value_metric is not None:
-                mix = mixing(sample.value.shape[-1]).to(sample.value.device)
+                mirror = sample.scales.value_mirror.double()
+                reflection = torch.eye(mirror.shape[-1], device=mirror.device) - mirror[:, :, None] * mirror[:, None]
+                mix = mixing(sample.value.shape[-1]).to(sample.value.device) @ reflection
                 self._feedback[layer, "value"] = feedback(mix @ sample.value_metric.double() @ mix.mT)
 
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
@@ -134,6 +138,13 @@ class Varied(Ours):
         if self.options.symmetric or self.options.levels:
             bits -= META_BYTES / 2 * 8 / (2 * shape.head_dim)
         return with_exact(bits, self.options.first + self.options.newest, tokens)
+
+
+def _with_scales(sample: Sample, **changed: Tensor) -> Sample:
+    """Return a sample whose scales differ."""
+    scales, sample = sample.scales, replace(sample)
+    vars(sample)["scales"] = replace(scales, **changed)
+    return sample
 
 
 def feedback(metric: Tensor) -> Tensor:

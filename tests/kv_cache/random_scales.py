@@ -4,7 +4,7 @@ import torch
 
 from kv_cache.rotary import Rotary
 from kv_cache.scales import LayerScales
-from kv_cache.transforms import mixing
+from kv_cache.transforms import mirror, mixing
 
 MAX_POSITION = 5000
 
@@ -34,5 +34,6 @@ def random_scales(kv_heads: int, dim: int) -> LayerScales:
         key_transform=transform.float().contiguous(),
         key_inverse=inverse(transform, (mixing(dim)[:, order] / spread).mT.double()).float().contiguous(),
         value_size=0.5 + torch.rand(kv_heads),
+        value_mirror=mirror(torch.randn(kv_heads, dim)),
         rotary=random_rotary(dim),
     )

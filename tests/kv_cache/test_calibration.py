@@ -14,11 +14,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kv_cache import codec
 from kv_cache.calibration import KVCalibrator, average_over_positions, query_weights
+from kv_cache.codec import reflect
 from kv_cache.errors import ParetoError
 from kv_cache.rotary import Rotary
 from kv_cache.scales import TENSORS, KVScales, LayerScales
 from kv_cache.tf32 import tf32
-from kv_cache.transforms import balanced_transform, mixing
+from kv_cache.transforms import balanced_transform, hadamard_sums, mirror_to_constant, mixing
 
 INV_FREQ = 10000.0 ** (-torch.arange(0, 16, 2) / 16)
 LLAMA = Rotary.over(16, INV_FREQ, 4096)
@@ -169,6 +170,9 @@ def test_scales_are_those_of_the_definition(name):
     torch.testing.assert_close(found.key_first, first)
     values = torch.cat([value[1:] for _, _, value in sequences])
     torch.testing.assert_close(found.value_size, values.square().mean((0, 2)).sqrt())
+    rows = torch.nn.functional.normalize(values.double(), dim=-1)
+    mirror = mirror_to_constant(torch.einsum("thc,thd->hcd", rows, rows) / len(rows)).float()
+    torch.testing.assert_close(found.value_mirror, mirror, rtol=1e-3, atol=1e-4)
     scattered = keys - keys.mean(0)
     covariance = average_over_positions(torch.einsum("thc,thd->hcd", scattered, scattered) / len(keys), rotary)
     expected = balanced_transform(covariance, average_over_positions(metric, rotary))
@@ -245,6 +249,29 @@ def test_a_balanced_transform_evens_out_spread_and_importance(dim):
     torch.testing.assert_close(even @ alike, torch.linalg.eigvalsh(even)[:, -1:] * alike, rtol=0.01, atol=1e-3)
 
 
+@pytest.mark.parametrize("dim", [16, 80, 96])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_main_direction_of_values_is_mixed_to_a_constant(dim, sign):
+    main = torch.nn.functional.normalize(draws(3, dim, seed=dim).double(), dim=-1)
+    # The last head's is mixed to a constant as it is: with one of its signs, no difference would be left.
+    main[2] = torch.arange(dim) % (dim & -dim) == 0
+    main[2] *= sign / main[2].norm()
+    noise = correlated(3, dim=dim, seed=3)
+    other = noise / noise.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
+    mirror = mirror_to_constant(main[..., :, None] * main[:, None] + 1e-9 * other)
+    torch.testing.assert_close(mirror.square().sum(-1), torch.full((3,), 2.0).double())
+    mixed = hadamard_sums(reflect(main, mirror))
+    size = ((dim & -dim) / dim) ** 0.5
+    torch.testing.assert_close(mixed, (mixed[:, :1].sign() * size).expand_as(mixed), rtol=0, atol=1e-5)
+
+
+def test_values_that_are_zeros_have_some_mirror():
+    sequence = list(qkv(50))
+    sequence[2] = torch.zeros_like(sequence[2])
+    mirror = calibrated([tuple(sequence)]).layers[0].value_mirror
+    torch.testing.assert_close(mirror.square().sum(-1), torch.full((2,), 2.0))
+
+
 # What the calibrator takes, keeps and returns.
 
 
@@ -252,7 +279,7 @@ def test_shapes_and_dtypes():
     scales = calibrated([qkv(50)], layers=3)
     assert len(scales.layers) == 3
     assert scales.bits is None
-    shapes = {"key_mean": (2, 16), "key_first": (2, 16), "value_size": (2,)}
+    shapes = {"key_mean": (2, 16), "key_first": (2, 16), "value_size": (2,), "value_mirror": (2, 16)}
     for layer in scales.layers:
         assert layer.rotary is LLAMA
         for name in TENSORS:
@@ -329,7 +356,7 @@ def test_nothing_is_kept_but_sums():
     calibrator = KVCalibrator(1, 2, 16, rotary=LLAMA)
     calibrator.observe(0, *qkv(1000))
     size = kept(calibrator)
-    assert 2 * 2 * 16 * 16 * 8 < size < 3 * 2 * 16 * 16 * 8
+    assert 2 * 2 * 16 * 16 * 8 < size < 4 * 2 * 16 * 16 * 8
     calibrator.observe(0, *qkv(5000, seed=1))
     assert kept(calibrator) == size
     assert not any(isinstance(getattr(calibrator.finish(), f.name), torch.Tensor) for f in fields(KVScales))
@@ -397,8 +424,8 @@ def test_a_gpu_sums_as_a_cpu_does():
         with tf32(True):
             found = calibrated(given).layers[0]
             assert torch.backends.cuda.matmul.allow_tf32
-        for name in ("key_mean", "key_first", "value_size"):
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
+        for name in ("key_mean", "key_first", "value_size", "value_mirror"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
         square, wanted = (x.key_transform.mT @ x.key_transform for x in (found, expected))
         assert (square - wanted).norm() < 0.01 * wanted.norm()
 

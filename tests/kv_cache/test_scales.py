@@ -176,6 +176,10 @@ def _no_size(tensors, header):
     tensors["value_size"][2, 0] = 0.0
 
 
+def _long_mirror(tensors, header):
+    tensors["value_mirror"][1, 1] *= 1.01
+
+
 def _missing(tensors, header):
     del tensors["key_first"]
 
@@ -212,6 +216,7 @@ def _no_bits(tensors, header):
         (_nan, "key_first is not finite"),
         (_infinite, "key_transform is not finite"),
         (_no_size, "value_size is not positive"),
+        (_long_mirror, "value_mirror is neither 0 nor"),
         (_missing, "truncated"),
         (_no_rotary, "truncated"),
         (_matrix_shape, "key_inverse has the shape"),

@@ -30,6 +30,9 @@ DEVICE u16* output_row(const Params& p, const Piece& piece, int row) {
 constexpr int RUN = HEAD_DIM & -HEAD_DIM;
 constexpr int SHARE = RUN > 128 ? RUN / 32 : 4;
 constexpr int RUN_LANES = RUN / SHARE, SHARES = HEAD_DIM / SHARE;
+// Lanes of a warp that a row is given, whether it needs them all or not: then sums over a row stay within them.
+constexpr int ROW_LANES = SHARES <= 16 ? 16 : 32;
+static_assert(SHARES <= ROW_LANES);
 static_assert(SHARE % 4 == 0 && RUN_LANES <= 32 && SHARES % RUN_LANES == 0, "a run is some lanes of one warp");
 
 // hadamard_sums of what RUN_LANES lanes have.
@@ -51,10 +54,28 @@ DEVICE void mix(float (&x)[SHARE]) {
     }
 }
 
+// kv_cache/codec.py, reflect.
+DEVICE void reflect(const float* mirror, float (&x)[SHARE]) {
+    float normal[SHARE], along = 0;
+#pragma unroll
+    for (int i = 0; i < SHARE; i += 4) {
+        const float4 n = load_constant(reinterpret_cast<const float4*>(mirror + i));
+        normal[i] = n.x, normal[i + 1] = n.y, normal[i + 2] = n.z, normal[i + 3] = n.w;
+    }
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) along += normal[i] * x[i];
+#pragma unroll
+    for (int apart = 1; apart < ROW_LANES; apart *= 2) along += __shfl_xor_sync(ALL_LANES, along, apart);
+#pragma unroll
+    for (int i = 0; i < SHARE; ++i) x[i] -= along * normal[i];
+}
+
 // Turn a row's sums of weighted codes into its output, and write them if `there`. All lanes of a warp call this.
 DEVICE void finish(const Params& p, const Piece& piece, int row, int share, float (&sum)[SHARE], float weight,
                    bool there) {
     mix(sum);
+    // A lane that has no share has zeros.
+    reflect(p.value_mirror + piece.head * HEAD_DIM + min(share, SHARES - 1) * SHARE, sum);
     if (!there) return;
     // Of a code's 2^-24 and of its scale's unit, see codes.cuh.
     constexpr float UNIT_OF_SUMS = 0x1p24f * 4 / (1 << VALUE_BITS);
@@ -97,10 +118,10 @@ struct Merge {
             if (part) __syncthreads();  // The sums of the rows before are read.
             if (has && t / 2 == part % 2) put(own[n], sums + (warp * MERGE_ROWS + t % 2 * 2) * MERGE_WIDTH, g);
             __syncthreads();
-            const int count = min(MERGE_ROWS, rows - first_row) * SHARES;
+            const int count = min(MERGE_ROWS, rows - first_row) * ROW_LANES;
             for (int first = 32 * warp; first < count; first += THREADS) {
-                const int i = first + lane, share = i % SHARES, row = first_row + i / SHARES;
-                const bool there = i < count;
+                const int i = first + lane, share = i % ROW_LANES, row = first_row + i / ROW_LANES;
+                const bool there = i < count && share < SHARES;
                 float best = NEG_INF, weight = 0, sum[SHARE] = {};
                 if (there) {
 #pragma unroll
@@ -111,7 +132,7 @@ struct Merge {
                         if (stat.x == NEG_INF) continue;
                         const float factor = exp2_fast(stat.x - best);
                         weight += factor * stat.y;
-                        const float* from = sums + (w * MERGE_ROWS + i / SHARES) * MERGE_WIDTH + share * SHARE;
+                        const float* from = sums + (w * MERGE_ROWS + i / ROW_LANES) * MERGE_WIDTH + share * SHARE;
 #pragma unroll
                         for (int c = 0; c < SHARE; c += 4) {
                             const float4 x = *reinterpret_cast<const float4*>(from + c);
@@ -171,9 +192,9 @@ private:
         __syncthreads();
         if (!*last) return;
         constexpr int QUADS = SHARE / 4, AHEAD = 4;
-        for (int base = threadIdx.x / 32 * 32; base < rows * SHARES; base += THREADS) {
-            const int i = base + threadIdx.x % 32, row = i / SHARES, share = i % SHARES;
-            const bool there = row < rows;
+        for (int base = threadIdx.x / 32 * 32; base < rows * ROW_LANES; base += THREADS) {
+            const int i = base + threadIdx.x % 32, row = i / ROW_LANES, share = i % ROW_LANES;
+            const bool there = row < rows && share < SHARES;
             float top = NEG_INF, weight = 0, sum[SHARE] = {};
             for (int first = 0; there && first < piece.pieces; first += AHEAD) {
                 float2 stat[AHEAD];

@@ -43,6 +43,7 @@ struct Params {
     const float* row_sums;      // [KV heads, HEAD_DIM]
     Centres centres;
     const float* value_decode;  // [KV heads]
+    const float* value_mirror;  // [KV heads, HEAD_DIM]
     Side sides[2];
     int count;                  // Tiles.
     int meta;                   // Offset in bytes in the page of one head.
@@ -94,6 +95,8 @@ struct Tile {
 DEVICE void read_values(const Params& p, int head, const Tile& tile) {
     const Side& side = p.sides[1];
     const float decode = load_constant(p.value_decode + head);
+    Mirror mirror;
+    mirror.load(p.value_mirror, head);
     tile.for_each_token<VALUE_BITS>(side, [&](int token, const u32 (&codes)[OWN]) {
         const u32 meta = tile.meta(p, 1, token);
         const float step = step_of<VALUE_BITS>(meta & 255), shift = shift_of<VALUE_BITS>(meta >> 8);
@@ -105,13 +108,18 @@ DEVICE void read_values(const Params& p, int head, const Tile& tile) {
                 y[i][k] = has_quad(i) ? __fmul_rn(__fsub_rn(code_of(codes[i], k), shift), step) : 0.0f;
         }
         hadamard_sums(y);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) y[i][k] *= decode;
+        }
+        mirror.reflect(y);
         if (token >= tile.count) return;
         u16* out = tile.out(side, head, token);
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             if (has_quad(i))
-                *reinterpret_cast<uint2*>(out + 4 * quad(i)) = {pair_of(y[i][0] * decode, y[i][1] * decode),
-                                                                pair_of(y[i][2] * decode, y[i][3] * decode)};
+                *reinterpret_cast<uint2*>(out + 4 * quad(i)) = {pair_of(y[i][0], y[i][1]), pair_of(y[i][2], y[i][3])};
         }
     });
 }

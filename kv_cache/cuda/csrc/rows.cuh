@@ -48,6 +48,39 @@ DEVICE void hadamard_sums(float (&x)[OWN][4]) {
     }
 }
 
+// The normal times sqrt(2) of the reflection of a head's values, in the lanes that share a token.
+struct Mirror {
+    float4 normal[OWN];
+
+    DEVICE void load(const float* mirrors, int head) {
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            normal[i] = {};
+            if (has_quad(i))
+                normal[i] = load_constant(reinterpret_cast<const float4*>(mirrors + head * HEAD_DIM) + quad(i));
+        }
+    }
+
+    // kv_cache/codec.py, reflect.
+    DEVICE void reflect(float (&x)[OWN][4]) const {
+        double along = 0;
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            const float n[4] = {normal[i].x, normal[i].y, normal[i].z, normal[i].w};
+#pragma unroll
+            for (int k = 0; k < 4; ++k) along += static_cast<double>(n[k]) * x[i][k];
+        }
+#pragma unroll
+        for (int apart = 1; apart < LANES; apart *= 2) along += __shfl_xor_sync(ALL_LANES, along, apart);
+        const float back = -static_cast<float>(along);
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            x[i][0] = __fmaf_rn(back, normal[i].x, x[i][0]), x[i][1] = __fmaf_rn(back, normal[i].y, x[i][1]);
+            x[i][2] = __fmaf_rn(back, normal[i].z, x[i][2]), x[i][3] = __fmaf_rn(back, normal[i].w, x[i][3]);
+        }
+    }
+};
+
 // The planes of codes of BITS bits (kv_cache/formats.py, PLANES): the low one has as many bits as the largest power of
 // two in BITS, the high one the rest.
 template <int BITS>

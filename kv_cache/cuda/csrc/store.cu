@@ -36,6 +36,7 @@ struct Params {
     Centres centres;
     const uint2* transform;     // [KV heads, STEPS, TILES, 32] operands.
     const float* value_encode;  // [KV heads]
+    const float* value_mirror;  // [KV heads, HEAD_DIM]
     Side sides[2];
     int tokens;
     int meta;                   // Offset in bytes in the page of one head.
@@ -267,6 +268,10 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void store(const __gr
     Keys keys;
     if (codes_keys) keys.load(p, head);
     const float encode = load_constant(p.value_encode + head);
+    // Few tokens have registers for it, and are waited for; many find it in the cache.
+    constexpr bool MIRROR_AHEAD = RESIDENT == 1;
+    Mirror mirror;
+    if (MIRROR_AHEAD && codes_values) mirror.load(p.value_mirror, head);
     wait_for_previous_kernel();
     let_next_kernel_start();
     for (int first = blockIdx.x * TOKENS; first < p.tokens; first += gridDim.x * TOKENS) {
@@ -294,6 +299,8 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void store(const __gr
 #pragma unroll
                 for (int k = 0; k < 4; ++k) y[i][k] = values[i][k];
             }
+            if (!MIRROR_AHEAD) mirror.load(p.value_mirror, head);
+            mirror.reflect(y);
             hadamard_sums(y);
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {

@@ -32,6 +32,7 @@ struct Params {
     const int* seq_lens;         // [requests]: tokens, the query's included; 0 for padding.
     const int* query_start;      // [requests + 1]: first query token.
     const float* value_decode;   // [KV heads]: what values are multiplied by once they are mixed.
+    const float* value_mirror;   // [KV heads, HEAD_DIM]: kv_cache/scales.py.
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.
     int* counters;               // [requests, row blocks, KV heads]: pieces done; 0 between launches.
