@@ -139,16 +139,20 @@ def even_keys(key: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
 
 
 def reflect(x: Tensor, mirror: Tensor) -> Tensor:
-    """Return ``x - mirror (mirror . x)``; the product is summed in float64 and rounded to x's dtype, as the result is.
+    """Return ``x - mirror (mirror . x)`` of float32 [..., heads, channels] and [heads, channels].
 
-    Args:
-        x: floating point [..., heads, channels].
-        mirror: float32 [heads, channels].
-
+    Products are summed fused over the channels c, c + w, c + 2 w and so on, then the w sums by neighbours, with w a
+    quarter of the number of channels, made up to a power of two.
     """
-    exact, normal = x.double(), mirror.double()
-    along = (exact * normal).sum(-1, keepdim=True).to(x.dtype).double()
-    return (exact - along * normal).to(x.dtype)
+    dim = x.shape[-1]
+    width = max(1 << (dim - 1).bit_length() >> 2, 1)
+    sums = torch.zeros(*x.shape[:-1], width, device=x.device)
+    for part, normal in zip(x.split(width, -1), mirror.split(width, -1), strict=True):
+        count = part.shape[-1]
+        sums[..., :count] = fused_multiply_add(normal, part, sums[..., :count])
+    while sums.shape[-1] > 1:
+        sums = sums[..., ::2] + sums[..., 1::2]
+    return fused_multiply_add(-sums, mirror, x)
 
 
 def even_values(value: Tensor, scales: LayerScales) -> Tensor:
@@ -163,7 +167,8 @@ def uneven_keys(y: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
 
 def uneven_values(y: Tensor, scales: LayerScales) -> Tensor:
     """Undo `even_values`, in y's dtype."""
-    return reflect(hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype), scales.value_mirror)
+    value, mirror = hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype), scales.value_mirror.to(y.dtype)
+    return value - (value * mirror).sum(-1, keepdim=True) * mirror
 
 
 def pack_plane(part: Tensor, width: int) -> Tensor:

@@ -63,16 +63,18 @@ static void transform_lanes(const float *matrix, const float *x, float *y, int d
 
 // kv_cache/codec.py, reflect.
 static void reflect_lanes(float *x, const float *mirror, int dim) {
-    double sum[LANES] = {0};
-    float along[LANES];
-    for (int i = 0; i < dim; i++)
-        for (int l = 0; l < LANES; l++) sum[l] += (double)mirror[i] * x[LANES * i + l];
-    for (int l = 0; l < LANES; l++) along[l] = (float)-sum[l];
+    int width = 1;
+    while (4 * width < dim) width *= 2;
     for (int lane = 0; lane < LANES; lane += PART) {
-        const vf factor = part_load(along + lane);
+        vf sum[MAX_DIM / 4];
+        for (int i = 0; i < width; i++) sum[i] = part_splat(0);
+        for (int i = 0; i < dim; i++)
+            sum[i % width] = part_fma(part_splat(mirror[i]), part_load(x + LANES * i + lane), sum[i % width]);
+        for (int n = width; n > 1; n /= 2)
+            for (int i = 0; i < n / 2; i++) sum[i] = sum[2 * i] + sum[2 * i + 1];
         for (int i = 0; i < dim; i++) {
             float *at = x + LANES * i + lane;
-            part_store(at, part_fma(part_splat(mirror[i]), factor, part_load(at)));
+            part_store(at, part_fma(part_splat(mirror[i]), -sum[0], part_load(at)));
         }
     }
 }

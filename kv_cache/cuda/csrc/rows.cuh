@@ -63,16 +63,17 @@ struct Mirror {
 
     // kv_cache/codec.py, reflect.
     DEVICE void reflect(float (&x)[OWN][4]) const {
-        double along = 0;
+        float sums[4] = {};
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
-            const float n[4] = {normal[i].x, normal[i].y, normal[i].z, normal[i].w};
-#pragma unroll
-            for (int k = 0; k < 4; ++k) along += static_cast<double>(n[k]) * x[i][k];
+            sums[0] = __fmaf_rn(normal[i].x, x[i][0], sums[0]), sums[1] = __fmaf_rn(normal[i].y, x[i][1], sums[1]);
+            sums[2] = __fmaf_rn(normal[i].z, x[i][2], sums[2]), sums[3] = __fmaf_rn(normal[i].w, x[i][3], sums[3]);
         }
+        float along = __fadd_rn(__fadd_rn(sums[0], sums[1]), __fadd_rn(sums[2], sums[3]));
 #pragma unroll
-        for (int apart = 1; apart < LANES; apart *= 2) along += __shfl_xor_sync(ALL_LANES, along, apart);
-        const float back = -static_cast<float>(along);
+        for (int apart = 1; apart < LANES; apart *= 2)
+            along = __fadd_rn(along, __shfl_xor_sync(ALL_LANES, along, apart));
+        const float back = -along;
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             x[i][0] = __fmaf_rn(back, normal[i].x, x[i][0]), x[i][1] = __fmaf_rn(back, normal[i].y, x[i][1]);
