@@ -32,11 +32,11 @@ _MANTISSA_SHIFT = 23 - MANTISSA_BITS
 
 
 def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Return ``a * b + c`` rounded once, float32.
+    """Return ``a * b + c`` in c's dtype, of float32 numbers rounded once.
 
     Products of float32 are exact in float64; the sum's second rounding differs from a single one once in 2**29.
     """
-    return (a.double() * b.double() + c.double()).float()
+    return (a.double() * b.double() + c.double()).to(c.dtype)
 
 
 def encode_scale(scale: Tensor) -> Tensor:
@@ -139,14 +139,14 @@ def even_keys(key: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
 
 
 def reflect(x: Tensor, mirror: Tensor) -> Tensor:
-    """Return ``x - mirror (mirror . x)`` of float32 [..., heads, channels] and [heads, channels].
+    """Return ``x - mirror (mirror . x)`` of [..., heads, channels] and [heads, channels], in x's dtype.
 
     Products are summed fused over the channels c, c + w, c + 2 w and so on, then the w sums by neighbours, with w a
     quarter of the number of channels, made up to a power of two.
     """
     dim = x.shape[-1]
     width = max(1 << (dim - 1).bit_length() >> 2, 1)
-    sums = torch.zeros(*x.shape[:-1], width, device=x.device)
+    sums = torch.zeros(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     for part, normal in zip(x.split(width, -1), mirror.split(width, -1), strict=True):
         count = part.shape[-1]
         sums[..., :count] = fused_multiply_add(normal, part, sums[..., :count])
@@ -167,8 +167,7 @@ def uneven_keys(y: Tensor, scales: LayerScales, positions: Tensor | None) -> Ten
 
 def uneven_values(y: Tensor, scales: LayerScales) -> Tensor:
     """Undo `even_values`, in y's dtype."""
-    value, mirror = hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype), scales.value_mirror.to(y.dtype)
-    return value - (value * mirror).sum(-1, keepdim=True) * mirror
+    return reflect(hadamard_sums(y) * scales.value_decode[:, None].to(y.dtype), scales.value_mirror)
 
 
 def pack_plane(part: Tensor, width: int) -> Tensor:

@@ -260,7 +260,7 @@ def test_the_main_direction_of_values_is_mixed_to_a_constant(dim, sign):
     other = noise / noise.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
     mirror = mirror_to_constant(main[..., :, None] * main[:, None] + 1e-9 * other)
     torch.testing.assert_close(mirror.square().sum(-1), torch.full((3,), 2.0).double())
-    mixed = hadamard_sums(reflect(main.float(), mirror.float())).double()
+    mixed = hadamard_sums(reflect(main, mirror))
     size = ((dim & -dim) / dim) ** 0.5
     torch.testing.assert_close(mixed, (mixed[:, :1].sign() * size).expand_as(mixed), rtol=0, atol=1e-5)
 
