@@ -13,7 +13,7 @@ import torch
 
 from kv_cache.cuda import tuning as tunings
 from kv_cache.cuda.arguments import Geometry, cuda_device
-from kv_cache.cuda.folding import FOLDED, Folding
+from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
 from kv_cache.errors import ParetoError
@@ -60,8 +60,7 @@ class _DecodeParams(ctypes.Structure):
         ("table_stride", _i64),
         ("seq_lens", _ptr),
         ("query_start", _ptr),
-        ("value_decode", _ptr),
-        ("value_mirror", _ptr),
+        ("value_output", _ptr),
         ("partial", _ptr),
         ("partial_stats", _ptr),
         ("counters", _ptr),
@@ -230,8 +229,7 @@ class DecodeAttention:
             block_table.stride(0),
             seq_lens.data_ptr(),
             query_start.data_ptr(),
-            folding.value_decode.data_ptr(),
-            folding.value_mirror.data_ptr(),
+            folding.value_output.data_ptr(),
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
             self._counters.data_ptr(),
@@ -287,8 +285,8 @@ class DecodeAttention:
 
     def _verify(self, folding: Folding) -> None:
         heads, dim = self.kv_heads, self.layout.head_dim
-        folded = [getattr(folding, name) for name in FOLDED]
-        shapes = [(heads, dim, dim), (heads, dim), (heads, dim), (heads,), (heads, dim)]
+        folded = (folding.key_inverse, folding.key_mean, folding.key_first, folding.value_output)
+        shapes = [(heads, dim, dim), (heads, dim), (heads, dim), (heads, dim + 4)]
         for valid, what in (
             (all(t.dtype == torch.float32 and t.is_contiguous() for t in folded), "float32 contiguous scales"),
             ([tuple(t.shape) for t in folded] == shapes, f"scales of {heads} KV heads of {dim}"),

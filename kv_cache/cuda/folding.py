@@ -44,8 +44,6 @@ class PositionTables:
         return cls(operands.to(device), far.to(device), table.rotary.rotated, table.rotary.interleaved)
 
 
-FOLDED = ("key_inverse", "key_mean", "key_first", "value_decode", "value_mirror")
-"""Of a layer's scales."""
 _position_tables = functools.lru_cache(maxsize=8)(PositionTables.of)
 
 
@@ -58,8 +56,8 @@ class Folding:
             q @ key_inverse . (codes - zero) * step + q . centre.
         key_mean: [KV heads, head_dim], before rotary embedding.
         key_first: [KV heads, head_dim], the centre at position 0.
-        value_decode: [KV heads], see :class:`kv_cache.scales.LayerScales`.
-        value_mirror: [KV heads, head_dim], likewise.
+        value_output: [KV heads, head_dim + 4], what outputs need: ``value_mirror`` of
+            :class:`kv_cache.scales.LayerScales`, then its ``value_decode``, then zeros up to a multiple of 16 bytes.
         positions: the centres' tables.
 
     """
@@ -67,8 +65,7 @@ class Folding:
     key_inverse: torch.Tensor
     key_mean: torch.Tensor
     key_first: torch.Tensor
-    value_decode: torch.Tensor
-    value_mirror: torch.Tensor
+    value_output: torch.Tensor
     positions: PositionTables
 
     @classmethod
@@ -81,5 +78,8 @@ class Folding:
             device: CUDA device.
 
         """
-        folded = {name: getattr(scales, name).float().to(device).contiguous() for name in FOLDED}
-        return cls(**folded, positions=_position_tables(scales.rotary.table(max_tokens), device))
+        decode = torch.nn.functional.pad(scales.value_decode[:, None], (0, 3))
+        output = torch.cat([scales.value_mirror, decode], 1)
+        folded = (scales.key_inverse, scales.key_mean, scales.key_first, output)
+        inverse, mean, first, output = (tensor.float().to(device).contiguous() for tensor in folded)
+        return cls(inverse, mean, first, output, _position_tables(scales.rotary.table(max_tokens), device))

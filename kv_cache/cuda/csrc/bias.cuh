@@ -22,13 +22,15 @@ constexpr int COEFFICIENTS = HEAD_DIM + 16;       // Floats of a row's coefficie
 
 // What the rows of a piece need, in shared memory.
 struct BiasRows {
-    static constexpr int BYTES = ROWS * (sizeof(float4) + COEFFICIENTS * sizeof(float));
+    static constexpr int BYTES = ROWS * (sizeof(float4) + COEFFICIENTS * sizeof(float)) + OUTPUT_ROW * sizeof(float);
     float4* numbers;      // [ROWS]: of Params::rows.
     float* coefficients;  // [ROWS, COEFFICIENTS]: A, then B.
+    float* output;        // [OUTPUT_ROW]: the head's of Params::value_output.
 
     DEVICE explicit BiasRows(u8* room)
         : numbers(reinterpret_cast<float4*>(room)),
-          coefficients(reinterpret_cast<float*>(room + ROWS * sizeof(float4))) {}
+          coefficients(reinterpret_cast<float*>(room + ROWS * sizeof(float4))),
+          output(coefficients + ROWS * COEFFICIENTS) {}
 
     DEVICE void fetch(const Params& p, const Piece& piece, int rows) const {
         static_assert(ROWS <= THREADS, "a thread fetches a row's numbers");
@@ -40,6 +42,8 @@ struct BiasRows {
             const i64 index = piece.query_of(p, row);
             fetch_16(coefficients + row * COEFFICIENTS + channel, p.bias_rows + index * HEAD_DIM + channel);
         }
+        for (int i = threadIdx.x * 4; i < OUTPUT_ROW; i += THREADS * 4)
+            fetch_16(output + i, p.value_output + piece.head * OUTPUT_ROW + i);
     }
 };
 

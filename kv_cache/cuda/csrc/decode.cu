@@ -275,7 +275,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
             bias.prefetch(next_first * TILE, next_last * TILE);
             query.load(p, next, next_rows, reinterpret_cast<uint2*>(query_rooms + parity * QUERY_BYTES), bias_rows);
         }
-        if (any) merge.warps(p, piece, rows, first < last, sums);
+        if (any) {
+            const BiasRows own(bias_rooms + (parity ^ 1) * BiasRows::BYTES);
+            merge.warps(p, piece, own.output, rows, first < last, sums);
+        }
         fetches_done();
         if (!more) break;
         __syncthreads();  // Rows are there, and the merge is over.

@@ -54,41 +54,31 @@ DEVICE void mix(float (&x)[SHARE]) {
     }
 }
 
-// The lane's share of the mirror of a head's values. It is asked for long before it is needed.
-struct MirrorShare {
-    float normal[SHARE];
-
-    DEVICE MirrorShare(const Params& p, int head) {
-        const int share = min(static_cast<int>(threadIdx.x) % ROW_LANES, SHARES - 1);
-        const float4* from = reinterpret_cast<const float4*>(p.value_mirror + head * HEAD_DIM + share * SHARE);
+// kv_cache/codec.py, reflect. A lane that has no share has zeros.
+DEVICE void reflect(const float* mirror, float (&x)[SHARE]) {
+    float normal[SHARE], along = 0;
 #pragma unroll
-        for (int i = 0; i < SHARE; i += 4) {
-            const float4 n = load_constant(from + i / 4);
-            normal[i] = n.x, normal[i + 1] = n.y, normal[i + 2] = n.z, normal[i + 3] = n.w;
-        }
+    for (int i = 0; i < SHARE; i += 4) {
+        const float4 n = *reinterpret_cast<const float4*>(mirror + i);
+        normal[i] = n.x, normal[i + 1] = n.y, normal[i + 2] = n.z, normal[i + 3] = n.w;
     }
-
-    // kv_cache/codec.py, reflect. A lane that has no share has zeros.
-    DEVICE void reflect(float (&x)[SHARE]) const {
-        float along = 0;
 #pragma unroll
-        for (int i = 0; i < SHARE; ++i) along += normal[i] * x[i];
+    for (int i = 0; i < SHARE; ++i) along += normal[i] * x[i];
 #pragma unroll
-        for (int apart = 1; apart < ROW_LANES; apart *= 2) along += __shfl_xor_sync(ALL_LANES, along, apart);
+    for (int apart = 1; apart < ROW_LANES; apart *= 2) along += __shfl_xor_sync(ALL_LANES, along, apart);
 #pragma unroll
-        for (int i = 0; i < SHARE; ++i) x[i] -= along * normal[i];
-    }
-};
+    for (int i = 0; i < SHARE; ++i) x[i] -= along * normal[i];
+}
 
 // Turn a row's sums of weighted codes into its output, and write them if `there`. All lanes of a warp call this.
-DEVICE void finish(const Params& p, const Piece& piece, const MirrorShare& mirror, int row, int share,
-                   float (&sum)[SHARE], float weight, bool there) {
+DEVICE void finish(const Params& p, const Piece& piece, const float* output, int row, int share, float (&sum)[SHARE],
+                   float weight, bool there) {
     mix(sum);
-    mirror.reflect(sum);
+    reflect(output + min(share, SHARES - 1) * SHARE, sum);
     if (!there) return;
     // Of a code's 2^-24 and of its scale's unit, see codes.cuh.
     constexpr float UNIT_OF_SUMS = 0x1p24f * 4 / (1 << VALUE_BITS);
-    const float factor = p.value_decode[piece.head] * UNIT_OF_SUMS / weight;
+    const float factor = output[HEAD_DIM] * UNIT_OF_SUMS / weight;
     ushort4* out = reinterpret_cast<ushort4*>(output_row(p, piece, row) + share * SHARE);
 #pragma unroll
     for (int i = 0; i < SHARE; i += 4) {
@@ -106,10 +96,11 @@ struct Merge {
 
     // Merge the warps of this thread block; `has` says whether this warp attended to any tile. All warps must have done
     // so before one of them attends to the next piece or writes to `sums` and `stats` again.
-    DEVICE void warps(const Params& p, const Piece& piece, int rows, bool has, const RowSums (&own)[ROW_TILES]) const {
+    // `output` is the head's part of Params::value_output, in shared memory.
+    DEVICE void warps(const Params& p, const Piece& piece, const float* output, int rows, bool has,
+                      const RowSums (&own)[ROW_TILES]) const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const bool whole = piece.pieces == 1;
-        const MirrorShare mirror(p, piece.head);
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
             float weight[2] = {own[n].l[0], own[n].l[1]};
@@ -152,7 +143,7 @@ struct Merge {
                     }
                 }
                 if (whole) {
-                    finish(p, piece, mirror, row, share, sum, weight, there);
+                    finish(p, piece, output, row, share, sum, weight, there);
                 } else if (there) {
                     const i64 slot = piece.own_slot * ROWS + row;
                     float4* to = reinterpret_cast<float4*>(p.partial + slot * HEAD_DIM + share * SHARE);
@@ -162,7 +153,7 @@ struct Merge {
                 }
             }
         }
-        if (!whole) pieces(p, piece, mirror, rows);
+        if (!whole) pieces(p, piece, output, rows);
     }
 
 private:
@@ -190,7 +181,7 @@ private:
     }
 
     // Merge a sequence's pieces if this thread block is the last to have finished one.
-    DEVICE void pieces(const Params& p, const Piece& piece, const MirrorShare& mirror, int rows) const {
+    DEVICE void pieces(const Params& p, const Piece& piece, const float* output, int rows) const {
         int* counter = p.counters + (piece.request * p.row_blocks + piece.row_block) * p.kv_heads + piece.head;
         __threadfence();
         __syncthreads();
@@ -236,7 +227,7 @@ private:
                     }
                 }
             }
-            finish(p, piece, mirror, row, share, sum, weight, there);
+            finish(p, piece, output, row, share, sum, weight, there);
         }
     }
 };

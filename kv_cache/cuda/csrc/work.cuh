@@ -18,6 +18,8 @@ constexpr int MIN_SHARE = WARPS;     // Tiles of a piece: below that, merging co
 constexpr int CHAINS = UNITS * ROW_TILES <= 2 ? 2 : 1;
 constexpr int SWITCH = 32;           // Tiles that a thread block could read in the time that a change of pieces takes.
 
+constexpr int OUTPUT_ROW = HEAD_DIM + 4;  // Floats that a head's outputs need: the mirror, the factor, padding.
+
 struct Params {
     const u8* cache;             // Pages; see kv_cache/layout.py.
     i64 block_stride;            // Bytes.
@@ -31,8 +33,7 @@ struct Params {
     i64 table_stride;            // Elements.
     const int* seq_lens;         // [requests]: tokens, the query's included; 0 for padding.
     const int* query_start;      // [requests + 1]: first query token.
-    const float* value_decode;   // [KV heads]: what values are multiplied by once they are mixed.
-    const float* value_mirror;   // [KV heads, HEAD_DIM]: kv_cache/scales.py.
+    const float* value_output;   // [KV heads, OUTPUT_ROW]: kv_cache/cuda/folding.py.
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.
     int* counters;               // [requests, row blocks, KV heads]: pieces done; 0 between launches.

