@@ -114,6 +114,7 @@ class Problem:
         tokens = case.batch * case.query_len
         self.query = torch.randn(tokens, case.heads, case.head_dim, device=device).bfloat16()
         self.out = torch.empty_like(self.query)
+        self.own = tuple(torch.randn(2, tokens, case.kv_heads, case.head_dim, device=device).bfloat16())
 
         head = torch.randn(case.kv_heads, case.head_dim)
         matrix = torch.randn(*head.shape, case.head_dim) * self.scale
@@ -134,7 +135,7 @@ class Problem:
 
     def prepare(self) -> None:
         """Prepare the queries."""
-        self.attention.prepare(self.query, self.folding, self.scale)
+        self.attention.prepare(self.query, self.folding, self.scale, own=self.own)
 
     def attend(self, turn: int) -> None:
         """Attend with prepared queries to the pages of one turn."""

@@ -95,7 +95,7 @@ class Layers:
     def attend(self, turn: int, beside: bool = False) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
-        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, beside)
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, beside, (self.key, self.value))
         self.attention.attend(self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding)
 
     def step(self, turn: int) -> None:

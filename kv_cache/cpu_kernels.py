@@ -61,6 +61,12 @@ class _Attention(ctypes.Structure):
         ("query_head_stride", _i64),
         ("out_token_stride", _i64),
         ("out_head_stride", _i64),
+        ("key", _ptr),
+        ("value", _ptr),
+        ("key_token_stride", _i64),
+        ("key_head_stride", _i64),
+        ("value_token_stride", _i64),
+        ("value_head_stride", _i64),
         ("block_table", _ptr),
         ("table_stride", _i64),
         ("seq_lens", _ptr),
@@ -302,6 +308,7 @@ class PagedCache:
         window: int = 0,
         soft_cap: float = 0.0,
         isa: str | None = None,
+        own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
@@ -316,6 +323,8 @@ class PagedCache:
             window: a token sees the last ``window`` tokens, itself included; 0 means all.
             soft_cap: c in ``c * tanh(score / c)``; 0 means none.
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
+            own: keys and values of the query's tokens, [tokens, KV heads, head_dim] of its dtype, channels contiguous;
+                None: they are read from codes like all others.
 
         Raises:
             ParetoError: the instruction set is not there, a sequence is longer than ``max_tokens``, or shapes, strides
@@ -338,8 +347,16 @@ class PagedCache:
                 (is_vector(query_start, torch.int32), "contiguous int32 starts of queries"),
                 (block_table.shape[0] >= requests < query_start.shape[0], "a row and a start for each request"),
                 (all(t.is_cpu for t in (query, out, block_table, seq_lens, query_start)), "tensors on the CPU"),
+                *(
+                    (
+                        _of_tokens(x, query, heads),
+                        f"own keys and values like queries, [tokens, {heads}, {dim}] with contiguous channels",
+                    )
+                    for x in own or ()
+                ),
             ),
         )
+        key, value = own or (None, None)
         args = _Attention(
             self._struct,
             query.data_ptr(),
@@ -348,6 +365,8 @@ class PagedCache:
             query.stride(1),
             out.stride(0),
             out.stride(1),
+            *(None if x is None else x.data_ptr() for x in (key, value)),
+            *(0 if x is None else x.stride(axis) for x in (key, value) for axis in (0, 1)),
             block_table.data_ptr(),
             block_table.stride(0),
             seq_lens.data_ptr(),
@@ -361,3 +380,9 @@ class PagedCache:
             soft_cap,
         )
         self._check(_library().pareto_attention(ctypes.byref(args), ISAS.index(isa or _default_isa())), isa)
+
+
+def _of_tokens(x: torch.Tensor, query: torch.Tensor, heads: int) -> bool:
+    """Return whether x [tokens, heads, head_dim] are keys or values of a query's tokens."""
+    alike = x.dtype == query.dtype and x.shape[0] == query.shape[0] and x.is_cpu
+    return alike and are_heads(x, heads, query.shape[2])

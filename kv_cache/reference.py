@@ -21,8 +21,12 @@ def paged_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    own: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Attend causally over codes; every key and value, a token's own included, is read from its page.
+    """Attend causally over codes; a token's own key and value are as they were before they were coded, if given.
+
+    WKVQuant (Yue et al. 2024, section 3.2) calls it past-only quantization: a token sees itself in full precision, and
+    that costs no memory, as its key and value have just been computed.
 
     Args:
         query: [tokens, heads, head_dim], any float dtype; a request's tokens are the last of its sequence.
@@ -36,6 +40,8 @@ def paged_attention(
         window: a token sees the last ``window`` tokens, itself included; 0 means all.
         soft_cap: c in ``c * tanh(score / c)``; 0 means none.
         dtype: of the arithmetic.
+        own: keys, after rotary embedding, and values of the query's tokens, each [tokens, KV heads, head_dim]; None:
+            they too are read from their pages.
 
     Returns:
         [tokens, heads, head_dim] in ``dtype``.
@@ -61,8 +67,14 @@ def paged_attention(
             keys, values = (torch.cat(parts)[:length] for parts in zip(*pages, strict=True))
             group = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
             scores = torch.einsum("qhd,td->hqt", query[start:stop, group].to(dtype), keys) * scale
+            row, at = torch.arange(stop - start), position
+            if own is not None:
+                own_key, own_value = (x[start:stop, kv_head].to(dtype) for x in own)
+                scores[:, row, at] = torch.einsum("qhd,qd->hq", query[start:stop, group].to(dtype), own_key) * scale
             if soft_cap:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             out[start:stop, group] = torch.einsum("hqt,td->qhd", weights, values)
+            if own is not None:
+                out[start:stop, group] += torch.einsum("hq,qd->qhd", weights[:, row, at], own_value - values[at])
     return out

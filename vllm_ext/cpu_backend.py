@@ -134,7 +134,10 @@ class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend over the pages; ``query`` and ``output`` are [tokens, heads, head size]."""
+        """Attend over the pages; ``query`` and ``output`` are [tokens, heads, head size].
+
+        A token's own key and value are taken as they are, but in a layer that has none of its own.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported")
         if attn_metadata is None:  # the warm-up run has neither batch nor cache
@@ -149,5 +152,6 @@ class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             self.scale,
             self.window,
             self.soft_cap,
+            own=None if self.kv_sharing_target_layer_name else (key[:tokens], value[:tokens]),
         )
         return output

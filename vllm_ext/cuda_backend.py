@@ -272,7 +272,8 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         beside = store(parts.constants, kv_cache, key[:count], value[:count], batch.slot_mapping, batch.positions)
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
-            parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside)
+            own = key[:tokens], value[:tokens]
+            parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside, own)
             parts.decode.attend(output[:tokens], *pages, parts.folding, self.window, self.soft_cap)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)

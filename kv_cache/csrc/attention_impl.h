@@ -7,14 +7,15 @@
 //   out[r][c]   = sum_t p[r][t] * step[t] * (code[t][c] - zero[t])        p * step: 16-bit fixed point (softmax.h)
 //
 // where q has the keys' inverse transform folded in, and the output still has to be mixed back. Scales and zeros are a
-// token's, for all channels of a head, so that they never touch a code.
+// token's, for all channels of a head, so that they never touch a code. A token's own key and value, if given, are not
+// read from codes: their score and their share of the output are added when a row is complete.
 //
 // bias is q . centre(position) (kv_cache/rotary.py). In one chunk that is a sum over pairs of channels of a cosine and a
 // sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more product, of the
 // coefficients and tiles that are the same for everything, with the coefficients' own fixed point. Position 0 has a centre
 // of its own, and bias is q . key_first there.
 //
-// Every row's result is a function of its query and the codes alone: chunks start at multiples of 256 tokens, a chunk's
+// Every row's result is a function of its query, its own key and value and the codes alone: chunks start at multiples of 256 tokens, a chunk's
 // partial result starts from nothing, chunks merge in order, and tokens that are hidden from a row leave its numbers
 // unchanged to the bit. So neither batching, nor how a prompt was cut into pieces, nor the number of threads changes a
 // bit of the output; nor does the instruction set, as all round alike (vector.h).

@@ -45,13 +45,18 @@ typedef struct {
     void *out;
     int64_t query_token_stride, query_head_stride;
     int64_t out_token_stride, out_head_stride;
+    // The query tokens' own keys and values, as they were before they were coded; null: they are read from codes too.
+    const void *key;            // [tokens][num_kv_heads][head_dim]; strides in elements, channels contiguous
+    const void *value;
+    int64_t key_token_stride, key_head_stride;
+    int64_t value_token_stride, value_head_stride;
     const int32_t *block_table; // [num_reqs][table_stride]
     int64_t table_stride;
     const int32_t *seq_lens;    // [num_reqs], the new tokens included
     const int32_t *query_start; // [num_reqs + 1]
     int32_t num_reqs;
     int32_t num_heads;
-    int32_t dtype;              // enum pareto_dtype of query and out
+    int32_t dtype;              // enum pareto_dtype of query, out, key and value
     int32_t window;             // a token attends to the last `window` tokens, itself included; 0: to all
     int32_t num_threads;
     float scale;                // of q.k, before the soft cap

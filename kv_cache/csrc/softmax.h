@@ -17,15 +17,6 @@ INLINE int is_special(const unit_t *u, int from, int to) {
     return to - 1 > u->lowest_last || from < u->highest_first || from == 0;
 }
 
-// c * tanh(score / c) in base 2, by exp2: tanh |x| = (1 - t) / (1 + t) where t = exp(-2 |x|).
-INLINE vf soft_cap(vf score, float cap) {
-    const vi sign = (vi)score & part_splat_i(INT32_MIN);
-    const vf size = (vf)((vi)score ^ sign);
-    const vf t = part_exp2(size * part_splat(-2.0f * LOG2E / cap));
-    const vf capped = part_splat(cap * LOG2E) * ((part_splat(1) - t) / (part_splat(1) + t));
-    return (vf)((vi)capped | sign);
-}
-
 // `count` sixteens of a row's products with codes, `dots`, and with the turn table, `turns`, to scores, which take the
 // place of `dots`; -infinity where the row does not see. `token`: the first one's position. Returns `top`.
 INLINE float score_row(const unit_t *u, int r, int32_t *dots, const int32_t *turns, const meta_t *m, int token,

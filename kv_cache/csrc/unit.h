@@ -9,11 +9,12 @@
 typedef struct {
     int rows, padded_rows;  // rows there are, and rows that the item's tiles have
     int first_row;
-    int32_t first[UNIT_ROWS], last[UNIT_ROWS];  // positions that a row sees, inclusive
+    int32_t first[UNIT_ROWS], last[UNIT_ROWS];  // positions whose codes a row sees, inclusive; last < first: none
     int32_t lowest_first, highest_first, lowest_last, highest_last;
     float step[16];        // of the fixed-point query
     float zero[16];        // what one of a key's zero byte adds to a product, in these steps
     float first_bias[16];  // query . centre of the first token's key
+    float own[16];         // score of the row's own token, if that is not read from codes; else -infinity
     // Other centres: the coefficients at position 0 in steps, [8][2][pairs]; a step; what the current ones' sum adds.
     float *turn;
     float turn_step[16], turn_offset[16];
@@ -147,6 +148,27 @@ static float fixed_point(float largest, float *inverse) {
     return largest / PARETO_ONE;
 }
 
+// c * tanh(score / c) in base 2, by exp2: tanh |x| = (1 - t) / (1 + t) where t = exp(-2 |x|).
+INLINE vf soft_cap(vf score, float cap) {
+    const vi sign = (vi)score & part_splat_i(INT32_MIN);
+    const vf size = (vf)((vi)score ^ sign);
+    const vf t = part_exp2(size * part_splat(-2.0f * LOG2E / cap));
+    const vf capped = part_splat(cap * LOG2E) * ((part_splat(1) - t) / (part_splat(1) + t));
+    return (vf)((vi)capped | sign);
+}
+
+// The score of a row's own token, in base 2.
+static float own_score(const pareto_attention_args *a, int token, int kv_head, const float *plain) {
+    const int64_t at = token * a->key_token_stride + kv_head * a->key_head_stride;
+    v16f sum = splat(0);
+    for (int i = 0; i < a->cache.head_dim; i += 16)
+        sum = fma16(load16(plain + i), load_row16(a->key, at + i, a->dtype), sum);
+    const float score = lanes_sum(sum);
+    if (a->soft_cap <= 0) return score;
+    const vf capped = soft_cap(part_splat(score), a->soft_cap);
+    return capped[0];
+}
+
 // One query row as fixed-point activations, step * x: the row itself, which meets centres, and transformed, for codes.
 static void prepare_row(unit_t *u, const pareto_cache *c, int kv_head, int r, const float *plain, const float *q) {
     const int dim = c->head_dim;
@@ -186,8 +208,8 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
     u->padded_rows = padded_rows;
     u->rows = length * group - first_row < UNIT_ROWS ? length * group - first_row : UNIT_ROWS;
     for (int r = 0; r < u->rows; r++) {
-        const int token = (first_row + r) / group, last = context + token;
-        const int first = a->window > 0 && last - a->window + 1 > 0 ? last - a->window + 1 : 0;
+        const int token = (first_row + r) / group, place = context + token, last = place - (a->key != NULL);
+        const int first = a->window > 0 && place - a->window + 1 > 0 ? place - a->window + 1 : 0;
         u->first[r] = first;
         u->last[r] = last;
         u->lowest_first = r && u->lowest_first < first ? u->lowest_first : first;
@@ -200,6 +222,7 @@ static void unit_prepare(unit_t *u, const pareto_attention_args *a, int request,
         const int64_t later = at + 4 * a->query_token_stride;
         __builtin_prefetch((const char *)a->query + later * (a->dtype == PARETO_F32 ? 4 : 2));
         for (int i = 0; i < dim; i += 16) store16(plain + r * dim + i, load_row16(a->query, at + i, a->dtype) * factor);
+        u->own[r] = a->key ? own_score(a, start + token, kv_head, plain + r * dim) : -INFINITY;
     }
     transform_queries(plain, u->rows, c->key_inverse + (int64_t)kv_head * dim * dim, dim, q);
     for (int r = 0; r < u->rows; r++) prepare_row(u, c, kv_head, r, plain + r * dim, q + r * dim);
@@ -277,10 +300,26 @@ static void unit_finish(const unit_t *u, const pareto_attention_args *a, int req
         const int row = u->first_row + r;
         const int64_t at = ((int64_t)a->query_start[request] + row / group) * a->out_token_stride
             + (kv_head * group + row % group) * a->out_head_stride;
-        float *total = u->total + r * dim;
-        mix_channels(total, dim, u->sum[r] > 0 ? value_factor(c, kv_head) / u->sum[r] : 0.0f);
+        float *total = u->total + r * dim, keep = 1, weight = 0;
+        // The row's own token, merged like one more chunk.
+        if (a->key) {
+            const float top = u->max[r] > u->own[r] ? u->max[r] : u->own[r];
+            const v16f powers = exp2_or_0((v16f){u->max[r] - top, u->own[r] - top});
+            keep = u->max[r] == top ? 1 : powers[0], weight = u->own[r] == top ? 1 : powers[1];
+        }
+        const float sum = u->sum[r] * keep + weight;
+        mix_channels(total, dim, sum > 0 ? value_factor(c, kv_head) * keep / sum : 0.0f);
         reflect_channels(total, c->value_mirror + (int64_t)kv_head * dim, dim);
-        for (int i = 0; i < dim; i += 16) store_row16(a->out, at + i, a->dtype, load16(total + i));
+        if (!a->key) {
+            for (int i = 0; i < dim; i += 16) store_row16(a->out, at + i, a->dtype, load16(total + i));
+            continue;
+        }
+        const int64_t from = ((int64_t)a->query_start[request] + row / group) * a->value_token_stride
+            + kv_head * a->value_head_stride;
+        const v16f share = splat(weight / sum);
+        for (int i = 0; i < dim; i += 16)
+            store_row16(a->out, at + i, a->dtype,
+                        fma16(load_row16(a->value, from + i, a->dtype), share, load16(total + i)));
     }
 }
 

@@ -54,23 +54,36 @@ class Geometry:
                 f"{self.kv_heads}, {self.max_query_len}"
             )
 
-    def verify_queries(self, query: torch.Tensor, device: torch.device) -> None:
-        """Check the argument of :meth:`kv_cache.cuda.decode.DecodeAttention.prepare`.
+    def verify_queries(
+        self, query: torch.Tensor, own: tuple[torch.Tensor, torch.Tensor] | None, device: torch.device
+    ) -> None:
+        """Check the arguments of :meth:`kv_cache.cuda.decode.DecodeAttention.prepare`.
 
         Raises:
             ParetoError: shapes, strides, dtypes or devices do not fit.
 
         """
+        dim = self.layout.head_dim
         self._expect(
             [
                 (query.dtype == self.dtype, f"queries and outputs of {self.dtype}"),
                 (
-                    tuple(query.shape[1:]) == (self.heads, self.layout.head_dim),
-                    f"{self.heads} heads of {self.layout.head_dim}",
+                    tuple(query.shape[1:]) == (self.heads, dim),
+                    f"{self.heads} heads of {dim}",
                 ),
                 (in_line(query), "contiguous channels"),
                 (query.shape[0] <= self.max_tokens, f"at most {self.max_tokens} query tokens"),
                 (query.device == device, f"tensors on {device}"),
+                *(
+                    (
+                        tuple(x.shape) == (len(query), self.kv_heads, dim)
+                        and x.dtype == self.dtype
+                        and x.stride(2) == 1
+                        and x.device == device,
+                        f"own keys and values like queries, {self.kv_heads} heads of {dim}",
+                    )
+                    for x in own or ()
+                ),
             ]
         )
 

@@ -153,10 +153,10 @@ class LayerConstants:
             raise ParetoError(f"{self.layout.fmt.name}: pages must be uint8 [blocks, {', '.join(map(str, page))}]")
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, heads, channels] with rows at multiples of four elements: ``x``, or a copy."""
-    four = 4 * x.element_size()
-    fits = x.stride(0) % 4 == x.stride(1) % 4 == x.data_ptr() % four == 0 and x.stride(2) == 1
+def aligned(x: torch.Tensor, elements: int = 4) -> torch.Tensor:
+    """Return [tokens, heads, channels] with rows at multiples of so many elements: ``x``, or a copy."""
+    size = elements * x.element_size()
+    fits = x.stride(0) % elements == x.stride(1) % elements == x.data_ptr() % size == 0 and x.stride(2) == 1
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from kv_cache.cuda import tuning as tunings
 from kv_cache.cuda.arguments import Geometry, cuda_device
+from kv_cache.cuda.constants import aligned
 from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
@@ -30,6 +31,9 @@ class _PrepareParams(ctypes.Structure):
         ("query", _ptr),
         ("query_token_stride", _i64),
         ("query_head_stride", _i64),
+        ("key", _ptr),
+        ("key_token_stride", _i64),
+        ("key_head_stride", _i64),
         ("inverse", _ptr),
         ("mean", _ptr),
         ("first", _ptr),
@@ -60,6 +64,9 @@ class _DecodeParams(ctypes.Structure):
         ("table_stride", _i64),
         ("seq_lens", _ptr),
         ("query_start", _ptr),
+        ("value", _ptr),
+        ("value_token_stride", _i64),
+        ("value_head_stride", _i64),
         ("value_output", _ptr),
         ("partial", _ptr),
         ("partial_stats", _ptr),
@@ -141,6 +148,7 @@ class DecodeAttention:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
+        self._value: torch.Tensor | None = None
         self._prepared = empty(max_tokens, heads, 16 * steps, dtype=torch.float16)
         self._rows = empty(max_tokens, heads, 4)
         self._bias_rows = empty(max_tokens, heads, layout.head_dim)
@@ -155,6 +163,7 @@ class DecodeAttention:
         folding: Folding,
         scale: float,
         beside_store: bool = False,
+        own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Fold the keys' transform and centre into the queries.
 
@@ -164,14 +173,18 @@ class DecodeAttention:
             scale: factor of q.k.
             beside_store: the launch just before this one is :func:`kv_cache.cuda.store.store`, and it said that the
                 next launch may run beside it.
+            own: keys and values of the query's tokens, [tokens, KV heads, head_dim] of its dtype, which :meth:`attend`
+                then takes as they are; None: it reads them from codes like all others.
 
         """
-        self.geometry.verify_queries(query, self.device)
+        self.geometry.verify_queries(query, own, self.device)
+        key, self._value = (None, None) if own is None else (own[0], aligned(own[1], 8))
         tokens = query.shape[0]
         params = _PrepareParams(
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
+            *_place(key),
             folding.key_inverse.data_ptr(),
             folding.key_mean.data_ptr(),
             folding.key_first.data_ptr(),
@@ -229,6 +242,7 @@ class DecodeAttention:
             block_table.stride(0),
             seq_lens.data_ptr(),
             query_start.data_ptr(),
+            *_place(self._value),
             folding.value_output.data_ptr(),
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
@@ -257,6 +271,7 @@ class DecodeAttention:
         scale: float,
         window: int = 0,
         soft_cap: float = 0.0,
+        own: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
@@ -272,6 +287,7 @@ class DecodeAttention:
             scale: factor of q.k.
             window: tokens seen, 0 for all.
             soft_cap: 0 for none.
+            own: see :meth:`prepare`.
 
         Raises:
             ParetoError: shapes, strides or dtypes do not fit.
@@ -280,7 +296,7 @@ class DecodeAttention:
         if query.shape != out.shape:
             raise ParetoError(f"{self.layout.fmt.name} decode attention expects as many outputs as queries")
         self._verify(folding)
-        self.prepare(query, folding, scale)
+        self.prepare(query, folding, scale, own=own)
         self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap)
 
     def _verify(self, folding: Folding) -> None:
@@ -295,3 +311,8 @@ class DecodeAttention:
         ):
             if not valid:
                 raise ParetoError(f"{self.layout.fmt.name} decode attention expects {what}")
+
+
+def _place(x: torch.Tensor | None) -> tuple[int | None, int, int]:
+    """Return where a tensor of heads lies, and its strides of tokens and heads."""
+    return (None, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))

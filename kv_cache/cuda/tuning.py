@@ -55,7 +55,7 @@ class Tuning:
         table = self.shared_table * SPAN * dim * 2
         bias = 0 if self.row_tiles * dim // 16 <= 16 else self.row_tiles * dim // 16 * 32 * 8
         query = 0 if self.row_tiles * steps <= 16 else self.row_tiles * steps * 32 * 8
-        piece = self.rows * (16 + (dim + 16) * 4) + (dim + 4) * 4 + query
+        piece = self.rows * (16 + (dim + 16) * 4 + dim * 2) + (dim + 4) * 4 + query
         warp = ring + 2 * dim * 4 + bias + ROW_TILE // 2 * (dim + 4) * 4 + self.rows * 8 + 16 + self.stages * 8
         return self.warps * warp + table + 2 * piece + 16
 

@@ -1,4 +1,7 @@
-"""This project's formats, by the arithmetic of kv_cache/codec.py as kv_cache/batched.py does it."""
+"""This project's formats, by the arithmetic of kv_cache/codec.py as kv_cache/batched.py does it.
+
+A token's own key and value are taken as they are, as kv_cache/reference.py says: they have just been computed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from torch import Tensor
 
 from kv_cache import batched, codec
 from kv_cache.formats import KVFormat
-from kv_cache.simulate.coder import Coder, Decoded, Run, Sample, Shape
+from kv_cache.simulate.coder import Coder, Decoded, Run, Sample, Shape, all_but_newest
 
 
 class Ours(Coder):
@@ -25,7 +28,8 @@ class Ours(Coder):
         scales = self.samples[layer].scales
         even_key = self.rounded(layer, "key", self.even_keys(layer, key))
         even_value = self.rounded(layer, "value", codec.even_values(value, scales))
-        return Decoded(self.uneven_keys(layer, even_key), codec.uneven_values(even_value, scales))
+        past = all_but_newest(key, 1)
+        return Decoded(self.uneven_keys(layer, even_key), codec.uneven_values(even_value, scales), past, past)
 
     def centres(self, layer: int, tokens: int) -> Tensor:
         """Return the keys' centres, [tokens, KV heads, head_dim]."""

@@ -48,7 +48,7 @@ VARIATIONS: list[tuple[int, str, Options]] = [
     for name, options in (
         ("first1", Options(first=1)),
         ("first4", Options(first=4)),
-        ("newest1", Options(newest=1)),
+        ("own_coded", Options(own_coded=True)),
         ("newest128", Options(newest=128)),
         ("no_first_centre", Options(first_centre=False)),
         ("no_transform", Options(transform=False)),

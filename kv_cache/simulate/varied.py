@@ -23,7 +23,9 @@ class Options:
     Attributes:
         first: tokens at a sequence's start that are kept as they are (StreamingLLM, Xiao et al. 2023, calls them
             attention sinks).
-        newest: newest tokens that are kept as they are (KIVI's residual, Liu et al. 2024).
+        newest: newest tokens that are kept as they are, beside the pages (KIVI's residual, Liu et al. 2024); the
+            newest one of all, which needs no room, always is.
+        own_coded: even the newest token, a query's own, is read from codes.
         first_centre: position 0 has a centre of its own.
         centre: keys are centred; without it nothing is calibrated but a size.
         transform: keys are transformed by what calibration found; without it they are mixed by a Hadamard matrix.
@@ -42,6 +44,7 @@ class Options:
 
     first: int = 0
     newest: int = 0
+    own_coded: bool = False
     first_centre: bool = True
     centre: bool = True
     transform: bool = True
@@ -86,9 +89,9 @@ class Varied(Ours):
 
     def code(self, layer: int, key: Tensor, value: Tensor, run: Run) -> Decoded:
         """Code, and keep the first and the newest tokens."""
-        first, newest = self.options.first, self.options.newest
+        first, newest = self.options.first, max(self.options.newest, 1)
         decoded = super().code(layer, key, value, run)
-        coded = all_but_newest(key, newest) if newest else None
+        coded = None if self.options.own_coded else all_but_newest(key, newest)
         return Decoded(first_exact(decoded.key, key, first), first_exact(decoded.value, value, first), coded, coded)
 
     def centres(self, layer: int, tokens: int) -> Tensor:

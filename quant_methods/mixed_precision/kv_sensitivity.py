@@ -68,7 +68,10 @@ class _Gradients:
 
 
 class _Coded:
-    """Lets attention read keys and values of one layer from codes; an observer of the attention hook."""
+    """Lets attention read keys and values of one layer from codes; an observer of the attention hook.
+
+    A token's own are read from codes too, which a server takes as they are: so a server loses about a tenth less.
+    """
 
     def __init__(self, codes: LayerCodes, bits: tuple[int, int]) -> None:
         self.codes, self.bits = codes, bits

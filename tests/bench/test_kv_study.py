@@ -102,7 +102,7 @@ def test_only_the_sides_asked_for_are_coded(model):
     everything = sum(model.measure(coder).kl)
     one = sum(model.measure(coder, only={(3, "value")}).kl)
     keys = sum(model.measure(coder, only={(layer, "key") for layer in range(6)}).kl)
-    assert max(map(abs, model.measure(coder, only=set()).kl)) < 1e-9
+    assert max(map(abs, model.measure(coder, only=set()).kl)) < 1e-7  # other sums
     assert 0 < one < everything
     assert 0 < keys < everything
 

@@ -63,6 +63,7 @@ class Batch:
     lens: list[int]
     query_lens: list[int]
     query: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor] | None = None
     window: int = 0
     soft_cap: float = 0.0
 
@@ -81,7 +82,9 @@ class Batch:
         out = whole[:, 1:-1]
         pages = PagedCache(self.cache, self.layout, self.scales)
         lens = torch.tensor(self.lens, dtype=torch.int32)
-        pages.attend(self.query, out, self.table, lens, self.query_start, self.factor, self.window, self.soft_cap, isa)
+        pages.attend(
+            self.query, out, self.table, lens, self.query_start, self.factor, self.window, self.soft_cap, isa, self.own
+        )
         assert whole[:, 0].isnan().all()
         assert whole[:, -1].isnan().all()
         return out.clone()
@@ -90,7 +93,7 @@ class Batch:
         lens = torch.tensor(self.lens, dtype=torch.int32)
         return reference.paged_attention(
             self.query, self.cache, self.table, lens, self.query_start, self.layout, self.scales, self.factor,
-            self.window, self.soft_cap,
+            self.window, self.soft_cap, own=self.own,
         )  # fmt: skip
 
     def part(self, request: int, first: int, count: int) -> Batch:
@@ -99,7 +102,7 @@ class Batch:
         context = self.lens[request] - self.query_lens[request]
         return replace(
             self, table=self.table[request : request + 1], lens=[context + first + count], query_lens=[count],
-            query=self.query[at : at + count],
+            query=self.query[at : at + count], own=self.own and tuple(x[at : at + count] for x in self.own),
         )  # fmt: skip
 
 
@@ -127,10 +130,17 @@ def make(
     positions = torch.cat([torch.arange(n) for n in lens])
     PagedCache(cache, layout, scales).store(key, value, slots, positions)
     query = (torch.randn(sum(query_lens), (group + 2) * kv_heads, dim) * 2).to(dtype)[:, : group * kv_heads]
-    return Batch(layout, scales, cache, table, list(lens), list(query_lens), query, **more)
+    ends = list(itertools.accumulate(lens))
+    newest = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, query_lens, strict=True)])
+    # Rows wider than they need to be.
+    own = tuple(torch.nn.functional.pad(x[newest], (0, 16))[..., :dim] for x in (key, value))
+    return Batch(layout, scales, cache, table, list(lens), list(query_lens), query, own, **more)
 
 
 def check(batch: Batch, isas=AVAILABLE) -> torch.Tensor:
+    """Check a batch, and the same without its tokens' own keys and values."""
+    if batch.own is not None:
+        check(replace(batch, own=None), isas)
     want, outs = batch.want(), [batch.run(isa) for isa in isas]
     for isa, out in zip(isas, outs, strict=True):
         assert not out.isnan().any(), isa
@@ -394,19 +404,25 @@ def test_requests_without_tokens_and_padding_are_left_alone():
     table = torch.cat([batch.table, torch.full((2, batch.table.shape[1]), -1, dtype=torch.int32)])
     padded = replace(batch, table=table, lens=[*batch.lens, 0, 0], query_lens=[*batch.query_lens, 0, 0])
     assert torch.equal(padded.run(), out)
-    empty = replace(batch, table=batch.table[:0], lens=[], query_lens=[], query=batch.query[:0])
+    none = tuple(x[:0] for x in batch.own)
+    empty = replace(batch, table=batch.table[:0], lens=[], query_lens=[], query=batch.query[:0], own=none)
     assert empty.run().shape[0] == 0
 
 
-def test_rows_depend_on_their_codes():
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_depend_on_their_codes(own):
     """The guard of the tests above: one changed code of one seen token changes the output, an unseen one does not."""
     batch = make("int8_per_head", kv_heads=1, lens=(90,), query_lens=(10,))
+    if not own:
+        batch.own = None
     before = batch.run()
     block, offset = int(batch.table[0, 85 // 16]), 85 % 16
     batch.cache[block, 0].view(-1)[batch.layout.offsets["value.0"] + offset * 64 + 3] ^= 128
     after = batch.run()
-    assert torch.equal(after[:5], before[:5])
-    assert (after[5:] != before[5:]).any(0).all()  # a mixed channel is in every channel
+    # The row of the token itself does not read its codes if it is given what they were made of.
+    unseen = 5 + own
+    assert torch.equal(after[:unseen], before[:unseen])
+    assert (after[unseen:] != before[unseen:]).any(0).all()  # a mixed channel is in every channel
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):

@@ -52,6 +52,10 @@ def attention(**changes):
         ({"out": torch.zeros(3, 4, DIM).half()}, "queries and outputs"),
         ({"query": torch.randn(3, 3, DIM), "out": torch.zeros(3, 3, DIM)}, "heads in multiples of 2"),
         ({"query": torch.randn(2, 4, DIM)}, "as many outputs"),
+        ({"own": (torch.randn(3, HEADS, DIM), torch.randn(3, HEADS, DIM).half())}, "own keys and values like queries"),
+        ({"own": (torch.randn(2, HEADS, DIM), torch.randn(3, HEADS, DIM))}, "own keys and values like queries"),
+        ({"own": (torch.randn(3, HEADS, DIM), torch.randn(3, 4, DIM))}, "own keys and values like queries"),
+        ({"own": (torch.randn(3, HEADS, 2 * DIM)[..., ::2], torch.randn(3, HEADS, DIM))}, "own .* contiguous channels"),
     ],
 )
 def test_cpu_attention(pages, changes, what):
@@ -99,10 +103,15 @@ def test_decode_attention_on_a_gpu_asks_for_both_of_its_steps():
     shape = Geometry(layout, HEADS, 4, torch.bfloat16, 2, 3, 1, False)
     cpu = torch.device("cpu")
     query = torch.zeros(3, 4, 128, dtype=torch.bfloat16)
-    shape.verify_queries(query, cpu)
+    own = torch.zeros(2, 3, HEADS, 128, dtype=torch.bfloat16).unbind()
+    shape.verify_queries(query, None, cpu)
+    shape.verify_queries(query, own, cpu)
     for wrong in (query.float(), query[:, :3], query.repeat(2, 1, 1), query.transpose(1, 2).contiguous().mT):
         with pytest.raises(ParetoError, match="decode attention expects"):
-            shape.verify_queries(wrong, cpu)
+            shape.verify_queries(wrong, None, cpu)
+    for wrong in (own[1].float(), own[1][:2], own[1].repeat(1, 2, 1), torch.zeros(3, HEADS, 256).bfloat16()[..., ::2]):
+        with pytest.raises(ParetoError, match="own keys and values like queries"):
+            shape.verify_queries(query, (own[0], wrong), cpu)
     cache = torch.zeros(4, HEADS, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
     table, lens = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     start = torch.zeros(3, dtype=torch.int32)

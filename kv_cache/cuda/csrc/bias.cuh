@@ -22,15 +22,19 @@ constexpr int COEFFICIENTS = HEAD_DIM + 16;       // Floats of a row's coefficie
 
 // What the rows of a piece need, in shared memory.
 struct BiasRows {
-    static constexpr int BYTES = ROWS * (sizeof(float4) + COEFFICIENTS * sizeof(float)) + OUTPUT_ROW * sizeof(float);
+    static constexpr int BYTES = ROWS * (sizeof(float4) + COEFFICIENTS * sizeof(float) + HEAD_DIM * sizeof(u16))
+        + OUTPUT_ROW * sizeof(float);
     float4* numbers;      // [ROWS]: of Params::rows.
     float* coefficients;  // [ROWS, COEFFICIENTS]: A, then B.
     float* output;        // [OUTPUT_ROW]: the head's of Params::value_output.
+    u16* values;          // [ROWS, HEAD_DIM]: of the rows' own tokens.
 
     DEVICE explicit BiasRows(u8* room)
         : numbers(reinterpret_cast<float4*>(room)),
           coefficients(reinterpret_cast<float*>(room + ROWS * sizeof(float4))),
-          output(coefficients + ROWS * COEFFICIENTS) {}
+          output(coefficients + ROWS * COEFFICIENTS), values(reinterpret_cast<u16*>(output + OUTPUT_ROW)) {}
+
+    DEVICE Ends ends() const { return {numbers, output, values}; }
 
     DEVICE void fetch(const Params& p, const Piece& piece, int rows) const {
         static_assert(ROWS <= THREADS, "a thread fetches a row's numbers");
@@ -41,6 +45,12 @@ struct BiasRows {
             const int row = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
             const i64 index = piece.query_of(p, row);
             fetch_16(coefficients + row * COEFFICIENTS + channel, p.bias_rows + index * HEAD_DIM + channel);
+        }
+        for (int i = threadIdx.x; p.value && i < rows * (HEAD_DIM / 8); i += THREADS) {
+            const int row = i / (HEAD_DIM / 8), channel = i % (HEAD_DIM / 8) * 8;
+            const i64 token = piece.first_query + piece.row(p, row).x;
+            const u16* from = p.value + token * p.value_token_stride + piece.head * p.value_head_stride;
+            fetch_16(values + row * HEAD_DIM + channel, from + channel);
         }
         for (int i = threadIdx.x * 4; i < OUTPUT_ROW; i += THREADS * 4)
             fetch_16(output + i, p.value_output + piece.head * OUTPUT_ROW + i);

@@ -19,15 +19,9 @@
 // comes from prepare.cu. A value is (codes - zero) * scale: the scale goes into the weight, and the zeros, weighed, are
 // summed by one more product of the tensor cores. What is left to do once a row is complete is in merge.cuh.
 //
-// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it
-// by SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become
-// float16.
+// A row's own token can be left out of the codes: its logit comes from prepare.cu, its value from the step's own.
 #include "bias.cuh"
 #include "pipe.cuh"
-
-// A weight times a scale is at most 62 * 2^10, which float16 holds.
-constexpr float SLACK = 7.0f, SHIFT = 3.0f;
-[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
 
 using Keys = KeyShare<KEY_BITS>;
 constexpr bool QUERY_IN_REGISTERS = ROW_TILES * Keys::STEPS <= 16;
@@ -131,17 +125,12 @@ DEVICE void attend(const Params& p, const Piece& piece, const Query& query, cons
     }
 
 #if SOFT_CAP
-    const float twice = 2 / p.soft_cap, cap = p.soft_cap * LOG2E;
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
 #pragma unroll
         for (int n = 0; n < ROW_TILES; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                // c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), y the logit and x = y * log2(e).
-                const float x = s[u][n][i] * query.number(n, i % 2).x;
-                s[u][n][i] = cap * (1 - 2 * reciprocal(1 + exp2_fast(x * twice)));
-            }
+            for (int i = 0; i < 4; ++i) s[u][n][i] = capped(p, s[u][n][i] * query.number(n, i % 2).x);
         }
     }
 #endif
@@ -151,10 +140,11 @@ DEVICE void attend(const Params& p, const Piece& piece, const Query& query, cons
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int position = piece.length - piece.query + piece.row(p, n * 8 + 2 * t + j).x;
+                const int last = position - (p.value != nullptr);
 #pragma unroll
                 for (int i = 0; i < 2 * UNITS; ++i) {
                     const int token = first_token + i * 8 + token_of(g);
-                    const bool hidden = token > position || (p.window && token <= position - p.window);
+                    const bool hidden = token > last || (p.window && token <= position - p.window);
                     if (hidden) s[i / 2][n][i % 2 * 2 + j] = NEG_INF;
                 }
             }
@@ -277,7 +267,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
         }
         if (any) {
             const BiasRows own(bias_rooms + (parity ^ 1) * BiasRows::BYTES);
-            merge.warps(p, piece, own.output, rows, first < last, sums);
+            merge.warps(p, piece, own.ends(), rows, first < last, sums);
         }
         fetches_done();
         if (!more) break;
@@ -292,7 +282,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
             base[n][0] = base[n][1] = SHIFT;
             sums[n].top[0] = sums[n].top[1] = NEG_INF;
         }
-        const int seen_by_all = piece.length - piece.query + 1;  // Tokens before it, unless out of the window.
+        // Tokens before it, unless out of the window.
+        const int seen_by_all = piece.length - piece.query + 1 - (p.value != nullptr);
         for (int tile = first; tile < last; ++tile) {
             const int token = tile * TILE;
             Logits logits;

@@ -5,6 +5,17 @@
 constexpr int THREADS = 32 * WARPS;
 constexpr int MERGE_WIDTH = HEAD_DIM + 4;  // Floats of a row of sums in shared memory, padded.
 
+// Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it
+// by SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become
+// float16: a weight times a scale is at most 62 * 2^10, which float16 holds.
+constexpr float SLACK = 7.0f, SHIFT = 3.0f;
+[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
+
+// c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), times log2(e), of x = y * log2(e), y a logit.
+[[maybe_unused]] DEVICE float capped(const Params& p, float x) {
+    return p.soft_cap * LOG2E * (1 - 2 * reciprocal(1 + exp2_fast(x * (2 / p.soft_cap))));
+}
+
 using Values = ValueShare<VALUE_BITS>;
 
 // One warp's running sums for 8 query rows, transposed as the tensor cores leave them: lane (g, t), which is (lane / 4,
@@ -70,20 +81,49 @@ DEVICE void reflect(const float* mirror, float (&x)[SHARE]) {
     for (int i = 0; i < SHARE; ++i) x[i] -= along * normal[i];
 }
 
-// Turn a row's sums of weighted codes into its output, and write them if `there`. All lanes of a warp call this.
-DEVICE void finish(const Params& p, const Piece& piece, const float* output, int row, int share, float (&sum)[SHARE],
-                   float weight, bool there) {
+// What the ends of a piece's rows need, in shared memory: BiasRows has it.
+struct Ends {
+    const float4* numbers;
+    const float* output;
+    const u16* values;
+};
+
+// Turn a row's sums of weighted codes into its output, and write them if `there`. Weights are relative to `top`, base 2.
+// All lanes of a warp call this.
+DEVICE void finish(const Params& p, const Piece& piece, const Ends& ends, int row, int share, float (&sum)[SHARE],
+                   float top, float weight, bool there) {
     mix(sum);
-    reflect(output + min(share, SHARES - 1) * SHARE, sum);
+    reflect(ends.output + min(share, SHARES - 1) * SHARE, sum);
     if (!there) return;
+    // The row's own token, if it is not among the codes.
+    float own = ends.numbers[row].w;
+#if SOFT_CAP
+    own = capped(p, own);
+#endif
+    const float best = fmaxf(top, own), keep = exp2_fast(top - best);
+    const float own_weight = p.value ? exp2_fast(own - best + SHIFT) : 0.0f;
+    const float whole = weight * keep + own_weight, own_share = own_weight / whole;
     // Of a code's 2^-24 and of its scale's unit, see codes.cuh.
     constexpr float UNIT_OF_SUMS = 0x1p24f * 4 / (1 << VALUE_BITS);
-    const float factor = output[HEAD_DIM] * UNIT_OF_SUMS / weight;
+    const float factor = ends.output[HEAD_DIM] * UNIT_OF_SUMS * keep / whole;
+    if (p.value) {
+        const ushort4* values = reinterpret_cast<const ushort4*>(ends.values + row * HEAD_DIM + share * SHARE);
+        const auto number = [](u16 bits) { return OUT_BFLOAT ? from_bfloat(bits) : from_half(bits); };
+#pragma unroll
+        for (int i = 0; i < SHARE; i += 4) {
+            const ushort4 v = values[i / 4];
+            sum[i] = factor * sum[i] + own_share * number(v.x), sum[i + 1] = factor * sum[i + 1] + own_share * number(v.y);
+            sum[i + 2] = factor * sum[i + 2] + own_share * number(v.z);
+            sum[i + 3] = factor * sum[i + 3] + own_share * number(v.w);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) sum[i] *= factor;
+    }
     ushort4* out = reinterpret_cast<ushort4*>(output_row(p, piece, row) + share * SHARE);
 #pragma unroll
     for (int i = 0; i < SHARE; i += 4) {
-        out[i / 4] = {to_output(factor * sum[i]), to_output(factor * sum[i + 1]), to_output(factor * sum[i + 2]),
-                      to_output(factor * sum[i + 3])};
+        out[i / 4] = {to_output(sum[i]), to_output(sum[i + 1]), to_output(sum[i + 2]), to_output(sum[i + 3])};
     }
 }
 
@@ -96,8 +136,7 @@ struct Merge {
 
     // Merge the warps of this thread block; `has` says whether this warp attended to any tile. All warps must have done
     // so before one of them attends to the next piece or writes to `sums` and `stats` again.
-    // `output` is the head's part of Params::value_output, in shared memory.
-    DEVICE void warps(const Params& p, const Piece& piece, const float* output, int rows, bool has,
+    DEVICE void warps(const Params& p, const Piece& piece, const Ends& ends, int rows, bool has,
                       const RowSums (&own)[ROW_TILES]) const {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         const bool whole = piece.pieces == 1;
@@ -143,7 +182,7 @@ struct Merge {
                     }
                 }
                 if (whole) {
-                    finish(p, piece, output, row, share, sum, weight, there);
+                    finish(p, piece, ends, row, share, sum, best, weight, there);
                 } else if (there) {
                     const i64 slot = piece.own_slot * ROWS + row;
                     float4* to = reinterpret_cast<float4*>(p.partial + slot * HEAD_DIM + share * SHARE);
@@ -153,7 +192,7 @@ struct Merge {
                 }
             }
         }
-        if (!whole) pieces(p, piece, output, rows);
+        if (!whole) pieces(p, piece, ends, rows);
     }
 
 private:
@@ -181,7 +220,7 @@ private:
     }
 
     // Merge a sequence's pieces if this thread block is the last to have finished one.
-    DEVICE void pieces(const Params& p, const Piece& piece, const float* output, int rows) const {
+    DEVICE void pieces(const Params& p, const Piece& piece, const Ends& ends, int rows) const {
         int* counter = p.counters + (piece.request * p.row_blocks + piece.row_block) * p.kv_heads + piece.head;
         __threadfence();
         __syncthreads();
@@ -227,7 +266,7 @@ private:
                     }
                 }
             }
-            finish(p, piece, output, row, share, sum, weight, there);
+            finish(p, piece, ends, row, share, sum, top, weight, there);
         }
     }
 };

@@ -17,12 +17,16 @@ struct Params {
     const u16* query;       // [tokens, heads, HEAD_DIM] float16 or bfloat16.
     i64 query_token_stride; // Elements.
     i64 query_head_stride;  // Elements.
+    const u16* key;         // [tokens, KV heads, HEAD_DIM] like queries: their tokens' own, read as they are; or null.
+    i64 key_token_stride;   // Elements.
+    i64 key_head_stride;    // Elements.
     const float* inverse;   // [KV heads, HEAD_DIM of q, HEAD_DIM of y].
     const float* mean;      // [KV heads, HEAD_DIM], mean key before rotary embedding.
     const float* first;     // [KV heads, HEAD_DIM], centre of keys at position 0.
     u16* prepared;          // [tokens, heads, 16 * STEPS] float16.
     float4* rows;           // [tokens, heads]: of a row, in the units of decode.cu's products: their factor to a logit,
-                            // times log2(e); the sum of channels, for a zero's byte; the bias at position 0; 0.
+                            // times log2(e); the sum of channels, for a zero's byte; the bias at position 0; and
+                            // the logit of its own token, times log2(e), -infinity without keys.
     float* bias_rows;       // [tokens, heads, HEAD_DIM], A then B of bias.cuh, in units of decode.cu's products.
     int rotated;            // Pairs that rotary embedding turns: channels i and i + rotated,
     int interleaved;        // or, if not 0, 2i and 2i + 1, as are all other pairs.
@@ -83,6 +87,17 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
             x = IN_BFLOAT ? from_bfloat(bits) : from_half(bits);
         }
         q[r][k] = x;
+    }
+    // The own key of the row that the warp finishes.
+    float own_key[COLUMNS / 32] = {};
+    if (p.key && own < count) {
+        const u16* from = p.key + static_cast<i64>((first + own) / p.group) * p.key_token_stride
+            + head * p.key_head_stride;
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 32; ++k) {
+            const int i = k * 32 + lane;
+            if (i < HEAD_DIM) own_key[k] = IN_BFLOAT ? from_bfloat(from[i]) : from_half(from[i]);
+        }
     }
     __syncthreads();
     if (active) {
@@ -152,12 +167,20 @@ extern "C" __global__ __launch_bounds__(PREPARE_THREADS) void prepare(const __gr
             }
             p.prepared[index * 16 * Keys::STEPS + i] = x;
         }
+        float logit = 0;
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 32; ++k) {
+            const int i = k * 32 + lane;
+            if (i < HEAD_DIM) logit += q[own][i] * own_key[k];
+        }
         for (int step = 16; step; step >>= 1) {
             sum += __shfl_xor_sync(ALL_LANES, sum, step), bias += __shfl_xor_sync(ALL_LANES, bias, step);
+            logit += __shfl_xor_sync(ALL_LANES, logit, step);
         }
+        logit = p.key ? logit * p.scale * LOG2E : NEG_INF;
         constexpr float UNIT_OF_PRODUCTS = 0x1p-24f, UNIT_OF_ZEROS = 1.0f / (1 << (8 - KEY_BITS));
         const float factor = p.scale * LOG2E * down / UNIT_OF_PRODUCTS;
-        const float4 numbers = {factor, sum * UNIT_OF_PRODUCTS * UNIT_OF_ZEROS, bias * up * UNIT_OF_PRODUCTS, 0};
+        const float4 numbers = {factor, sum * UNIT_OF_PRODUCTS * UNIT_OF_ZEROS, bias * up * UNIT_OF_PRODUCTS, logit};
         if (lane == 0) p.rows[index] = numbers;
     }
     // Attention waits for this kernel, and by it for the store.

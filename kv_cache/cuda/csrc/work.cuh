@@ -33,6 +33,10 @@ struct Params {
     i64 table_stride;            // Elements.
     const int* seq_lens;         // [requests]: tokens, the query's included; 0 for padding.
     const int* query_start;      // [requests + 1]: first query token.
+    const u16* value;            // [tokens, KV heads, HEAD_DIM] in the outputs' dtype: the query tokens' own, read as
+                                 // they are; or null, then their codes are.
+    i64 value_token_stride;      // Elements.
+    i64 value_head_stride;       // Elements.
     const float* value_output;   // [KV heads, OUTPUT_ROW]: kv_cache/cuda/folding.py.
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.

@@ -54,6 +54,7 @@ class Batch:
     lens: list[int]
     query_lens: list[int]
     query: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor] | None = None
     window: int = 0
     soft_cap: float = 0.0
 
@@ -73,6 +74,7 @@ class Batch:
         sharpness: float = 0.5,
         padded: bool = False,
         written: bool = False,
+        own: bool = True,
         **more,
     ) -> Batch:
         """Make random requests.
@@ -90,6 +92,7 @@ class Batch:
             sharpness: what queries are multiplied by; logits have a deviation of about 3 times it.
             padded: leave gaps between pages.
             written: the codec writes the pages of random keys and values, instead of any bytes.
+            own: the query's tokens have keys and values of their own, beside those that their codes are.
             more: window and soft cap.
 
         """
@@ -105,7 +108,12 @@ class Batch:
         table = scattered_table(lens, block, blocks).to(where)
         query = torch.randn(sum(query_lens), kv_heads * group, dim, device=where) * sharpness
         folding = Folding.of(scales, max(lens), where)
-        batch = cls(layout, scales, folding, cache, table, lens, query_lens, query.to(dtype), **more)
+        beside = None
+        if own:
+            # Slices of one product, as a model has them. The keys are near the centre of those in the pages.
+            wide = torch.randn(2, sum(query_lens), kv_heads + 1, dim, device=where) * 2
+            beside = tuple(x[:, 1:] for x in wide.to(dtype))
+        batch = cls(layout, scales, folding, cache, table, lens, query_lens, query.to(dtype), beside, **more)
         if written:
             batch.write()
         return batch
@@ -144,7 +152,17 @@ class Batch:
         out = whole[:, 1:-1]
         lens, start = self.indices()
         (attention or self.attention())(
-            self.query, out, self.cache, self.table, lens, start, self.folding, self.scale, self.window, self.soft_cap
+            self.query,
+            out,
+            self.cache,
+            self.table,
+            lens,
+            start,
+            self.folding,
+            self.scale,
+            self.window,
+            self.soft_cap,
+            self.own,
         )
         assert whole[:, 0].isnan().all()
         assert whole[:, -1].isnan().all()
@@ -179,6 +197,10 @@ class Batch:
             keys, values = (x.to(self.query.device) for x in self.read(request))
             query = self.query[at : at + count].double().unflatten(1, (kv_heads, heads // kv_heads))
             scores = torch.einsum("qhgd,thd->hgqt", query, keys) * self.scale
+            row, places = torch.arange(count), torch.arange(length - count, length)
+            if self.own is not None:
+                key, value = (x[at : at + count].double() for x in self.own)
+                scores[:, :, row, places] = torch.einsum("qhgd,qhd->hgq", query, key) * self.scale
             if self.soft_cap:
                 scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
             position = torch.arange(length - count, length, device=scores.device)[:, None]
@@ -187,7 +209,10 @@ class Batch:
             if self.window:
                 hidden |= token <= position - self.window
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[at : at + count] = torch.einsum("hgqt,thd->qhgd", weights, values).flatten(1, 2)
+            result = torch.einsum("hgqt,thd->qhgd", weights, values)
+            if self.own is not None:
+                result += torch.einsum("hgq,qhd->qhgd", weights[:, :, row, places], value - values[places])
+            out[at : at + count] = result.flatten(1, 2)
             at += count
         return out
 

@@ -72,7 +72,16 @@ def test_pages_that_the_codec_wrote(name, dim):
     batch = Batch.make(name, [70, 1, 20], [2, 1, 0], kv_heads=1, dim=dim, written=True, window=60, **HALF)
     lens, start = batch.indices()
     want = reference.paged_attention(
-        batch.query, batch.cache, batch.table, lens, start, batch.layout, batch.scales, batch.scale, batch.window
+        batch.query,
+        batch.cache,
+        batch.table,
+        lens,
+        start,
+        batch.layout,
+        batch.scales,
+        batch.scale,
+        batch.window,
+        own=batch.own,
     )
     assert relative_error(batch.want(), want) < 1e-12
     assert relative_error(batch.run(), want) < 8e-4
