@@ -81,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("overrides of the recipe")
     recipe.add_argument("--bits", type=int, help="2 to 8; stock vLLM serves 4 and 8")
     recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
+    recipe.add_argument(
+        "--group-size-fallback",
+        choices=("lower", "skip", "refuse"),
+        help="where the group size does not divide a layer's width: take the largest that does (the default), leave "
+        "the layer at 16 bits, or refuse",
+    )
     recipe.add_argument("--per-tensor", action=switch, default=None, help="one scale a weight, with --group-size -1")
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
@@ -165,6 +171,7 @@ def run(args: argparse.Namespace) -> int:
                 "overwrite": args.overwrite,
                 "progress": show,
                 "kv_bits": kv_bits,
+                "say": lambda line: console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True),
             }
             if budget is None:
                 report = compress(args.model, recipe, args.out, **common)

@@ -8,13 +8,11 @@ from pathlib import Path
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.exempt import globs
-from quant_methods.formats.native_format import INPUT_MULTIPLE
+from quant_methods.fused import FUSED
+from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.tuning import Tune
 from quant_methods.patterns import check_patterns
 from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
-
-# Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Plan:
         transforms: steps that prepare a block before its layers are quantized, in order.
         outside: how many of the ignored, the last ones, are not inside blocks.
         tune: what is trained at the end, or None.
+        notes: what is done otherwise than the recipe says, a line each.
 
     """
 
@@ -35,6 +34,7 @@ class Plan:
     transforms: tuple[TransformStep, ...] = ()
     outside: int = 0
     tune: Tune | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ignored_inside(self) -> list[str]:
@@ -76,8 +76,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     """Assign a step to every linear layer.
 
     Raises:
-        ParetoError: nothing is matched, or nothing by one of the globs, a group size does not divide a layer's width,
-            layers that vLLM merges would be stored differently, or a step is out of place.
+        ParetoError: nothing is matched, or nothing by one of the globs, a layer cannot have its step's group size (and
+            the step says to refuse), layers that vLLM merges would be stored differently, or a step is out of place.
 
     """
     tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
@@ -85,7 +85,6 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
-    ignored: list[str] = []
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     _check_names(decoder, recipe)
     shapes: dict[str, tuple[int, int]] = {}
@@ -97,15 +96,14 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             if not matches(name, ignore):
                 step = next((s for s in weight_steps if matches(name, s.targets)), None)
             chosen[local] = step
-            if step is None:
-                ignored.append(name)
-            else:
+            shapes[name] = linear.out_features, linear.in_features
+            if step is not None:
                 steps[name] = step
-                shapes[name] = linear.out_features, linear.in_features
         _check_fused(decoder.name(index, ""), chosen)
-    native = Serving.of(steps.values()).plugin
-    for name, (rows, width) in shapes.items():
-        _check_width(name, width, rows, steps[name], native=native)
+    fit = fit_groups(steps, shapes)
+    if steps and not fit.steps:
+        raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
+    ignored = [name for name in shapes if name not in fit.steps]
     if weight_steps and not steps:
         raise ParetoError(
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
@@ -134,7 +132,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside = _outside(decoder)
-    return Plan(steps, ignored + outside, transforms, len(outside), tune)
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), tune, fit.notes)
 
 
 def _outside(decoder: Decoder) -> list[str]:
@@ -159,26 +157,6 @@ def _embeddings(decoder: Decoder) -> list[str]:
     """Return the names of the embeddings, which are never quantized and may be ignored all the same."""
     given = decoder.model.get_input_embeddings()
     return [name for name, module in decoder.model.named_modules() if module is given]
-
-
-def _check_width(name: str, width: int, rows: int, step: WeightStep, *, native: bool) -> None:
-    if step.group_size != -1 and width % step.group_size:
-        fits = [str(size) for size in (32, 64, 128) if width % size == 0]
-        raise ParetoError(
-            f"group size {step.group_size} does not divide the {width} input channels of {name}; sizes that do: "
-            f"{', '.join([*fits, '-1 (one scale per channel)'])}"
-        )
-    if native and width % INPUT_MULTIPLE:
-        raise ParetoError(
-            f"{name} has {width} input channels, and the format of ours holds multiples of {INPUT_MULTIPLE}; leave it "
-            f"out with ignore: ['{name.rsplit('.', 1)[-1]}']"
-        )
-    if not native and step.activations == "none" and (width % 32 or rows % 32):
-        # Both of vLLM's W4A16 families want multiples of 32: its CPU kernel refuses others, Marlin's tiles need them.
-        raise ParetoError(
-            f"{name} is [{rows}, {width}], and vLLM's 4-bit kernels want multiples of 32; leave it out with "
-            f"ignore: ['{name.rsplit('.', 1)[-1]}']"
-        )
 
 
 def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:

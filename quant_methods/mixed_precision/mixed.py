@@ -45,6 +45,7 @@ def compress_to_budget(
     progress: Progress = lambda done, total, what: None,
     chosen: Callable[[Assignment], None] = lambda assignment: None,
     kv_bits: KVBits | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Report, Recipe]:
     """Compress a model to a budget.
 
@@ -62,6 +63,7 @@ def compress_to_budget(
         progress: told how far the measuring and then the compression is.
         chosen: told the assignment, before the compression starts.
         kv_bits: chooses bits for each layer's KV cache; None: the checkpoint names none.
+        say: told what is done otherwise than the recipe says, a line each.
 
     Returns:
         The compression's report, and the recipe that was carried out.
@@ -76,6 +78,8 @@ def compress_to_budget(
     )
     if kv_bits is not None:
         kv_bits.check(decoder.config, recipe)
+    for line in plan.notes:
+        say(line)
     units, key = _measures(
         model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
     )
@@ -105,6 +109,7 @@ def compress_to_budget(
         progress=progress,
         attachments=attachments,
         kv_bits=kv_bits,
+        say=say,
     )
     return report, mixed
 
