@@ -225,7 +225,7 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"
     )
-    if recipe.kv_scales:
+    if report.kv_scales:
         lines.append(f"KV scales    calibrated; serve with --kv-cache-dtype {dtype} (or another per-head dtype)")
     resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")

@@ -62,7 +62,7 @@ def compress(
         model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps, text=text
     )
     if kv_bits is not None:
-        kv_bits.check(decoder.config, recipe)
+        kv_bits.check(decoder, recipe)
     for line in plan.notes:
         say(line)
     work = work_of(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
 from quant_methods.fused import FUSED
 from quant_methods.group_sizes import fit_groups
@@ -26,6 +27,7 @@ class Plan:
         outside: how many of the ignored, the last ones, are not inside blocks.
         tune: what is trained at the end, or None.
         notes: what is done otherwise than the recipe says, a line each.
+        kv_scales: scales of a quantized KV cache are calibrated.
 
     """
 
@@ -35,6 +37,7 @@ class Plan:
     outside: int = 0
     tune: Tune | None = None
     notes: tuple[str, ...] = ()
+    kv_scales: bool = False
 
     @property
     def ignored_inside(self) -> list[str]:
@@ -77,7 +80,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
 
     Raises:
         ParetoError: nothing is matched, or nothing by one of the globs, a layer cannot have its step's group size (and
-            the step says to refuse), layers that vLLM merges would be stored differently, or a step is out of place.
+            the step says to refuse), layers that vLLM merges would be stored differently, a step is out of place, or
+            KV scales are all that is wanted, and no quantized KV cache serves the model.
 
     """
     tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
@@ -131,8 +135,18 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
-    outside = _outside(decoder)
-    return Plan(fit.steps, ignored + outside, transforms, len(outside), tune, fit.notes)
+    outside, notes, kv_scales = _outside(decoder), fit.notes, recipe.kv_scales
+    if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
+        if not weight_steps:
+            raise ParetoError(
+                f"recipe {recipe.name}: a quantized KV cache does not serve {reason}, so that KV scales would be of no "
+                f"use; serve {model_dir.name} with --kv-cache-dtype auto"
+            )
+        kv_scales = False
+        notes += (
+            f"no KV scales are made: a quantized KV cache does not serve {reason}; serve with --kv-cache-dtype auto",
+        )
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), tune, notes, kv_scales)
 
 
 def _outside(decoder: Decoder) -> list[str]:

@@ -77,7 +77,7 @@ def compress_to_budget(
         model, recipe, budget, out, settings=settings or Settings(), loss=loss, device=device, overwrite=overwrite
     )
     if kv_bits is not None:
-        kv_bits.check(decoder.config, recipe)
+        kv_bits.check(decoder, recipe)
     for line in plan.notes:
         say(line)
     units, key = _measures(

@@ -25,7 +25,7 @@ def opt(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("opt") / "model"
     vocabulary = transformers.AutoConfig.from_pretrained(tiny_model).vocab_size
     config = transformers.OPTConfig(
-        hidden_size=128, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=vocabulary,
+        hidden_size=128, ffn_dim=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=vocabulary,
         word_embed_proj_dim=128, max_position_embeddings=256,
     )  # fmt: skip
     torch.manual_seed(0)
