@@ -9,6 +9,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
+from quant_methods.formats.native_format import Form
 from quant_methods.fused import FUSED
 from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.tuning import Tune
@@ -135,7 +136,9 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
-    outside, notes, kv_scales = _outside(decoder), fit.notes, recipe.kv_scales
+    outside, kv_scales = _outside(decoder), recipe.kv_scales
+    slow = {Form(s.bits, symmetric=s.symmetric, table=s.table).slow_on_cuda(): None for s in fit.steps.values()}
+    notes = (*fit.notes, *(line for line in slow if line is not None))
     if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
         if not weight_steps:
             raise ParetoError(

@@ -86,6 +86,9 @@ class WeightStep(Step):
     per_tensor: bool = False
     group_size_fallback: Literal["lower", "skip", "refuse"] = "lower"
 
+    table: ClassVar[bool] = False
+    """Whether codes are indices into a table of each output channel."""
+
     @property
     def plain(self) -> bool:
         """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
