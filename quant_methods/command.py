@@ -17,6 +17,7 @@ from quant_methods.backends.command import EPILOG, add_backend_arguments, check_
 from quant_methods.backends.environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, kv_bits_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
+from quant_methods.fused import is_expert
 from quant_methods.progress import Lines
 
 if TYPE_CHECKING:
@@ -231,11 +232,18 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
     lines.append(f"served by    {report.serving}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    if "cpu" not in report.serving.devices:
+    if report.unseen:
         console.print(
-            "note: vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8",
+            f"note: no calibration token was sent to {len(report.unseen)} experts ({report.unseen[0]} is one): they "
+            "were rounded without calibration; give more --text or --num-calibration-samples",
+            highlight=False,
             soft_wrap=True,
         )
+    if "cpu" not in report.serving.devices:
+        note = "vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8"
+        if any(is_expert(layer.name) for layer in report.layers):
+            note = "vLLM serves quantized experts on CUDA; for CPUs leave them at 16 bits: --ignore '*.experts.*'"
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if report.serving.plugin:
         console.print(
             "note: serve it where vllm-pareto is installed; stock vLLM does not know its format", soft_wrap=True

@@ -1,22 +1,35 @@
-"""Layers that vLLM merges into one matrix when it loads a model. Their parts must be stored alike, or none of them."""
+"""Layers that vLLM joins when it loads a model. All of them must be stored alike, or none of them is quantized."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""The last parts of such layers' names, each group in vLLM's order."""
+"""The last parts of the names of layers that become one matrix."""
+EXPERT = re.compile(r"(?:.*\.)?experts\.(?=\d+\.)")
+"""What the name of an expert's layer begins with; all experts of a block become one layer."""
 
 
-def merged_with(name: str, names: Iterable[str]) -> list[str]:
-    """Return those of the names whose layers vLLM merges with a layer, that layer itself included.
+def families(names: Iterable[str]) -> list[list[str]]:
+    """Group layers: those that vLLM joins are together, any other is alone.
 
     Args:
-        name: the layer's.
-        names: of layers, full or within a block, as ``name`` is.
+        names: of layers, full or within a block.
+
+    Returns:
+        The groups, in the order in which the first of each comes.
 
     """
-    parent, _, local = name.rpartition(".")
-    family = next((family for family in FUSED if local in family), (local,))
-    known = set(names)
-    return [full for part in family if (full := f"{parent}.{part}" if parent else part) in known]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, local = name.rpartition(".")
+        family = next((family for family in FUSED if local in family), (local,))
+        expert = EXPERT.match(name)
+        found.setdefault(expert.group() if expert else f"{parent}.{family[0]}", []).append(name)
+    return list(found.values())
+
+
+def is_expert(name: str) -> bool:
+    """Return whether a layer belongs to an expert of a mixture, by its name."""
+    return EXPERT.match(name) is not None

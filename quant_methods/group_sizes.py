@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.native_format import INPUT_MULTIPLE
-from quant_methods.fused import merged_with
+from quant_methods.fused import families
 from quant_methods.recipe import GROUP_SIZES, Serving, WeightStep
 
 KERNEL_MULTIPLE = 32
@@ -74,10 +74,14 @@ def fit_groups(steps: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, 
         else:
             found[name] = fit
     alone: dict[str, str] = {}
-    for name in steps:
+    for family in families(steps):
         # A layer goes with those that vLLM merges with it, and for the reason of the first that has one.
-        if reason := next((reasons[member] for member in merged_with(name, steps) if member in reasons), None):
-            alone[name] = reason
+        if reason := next((reasons[member] for member in family if member in reasons), None):
+            alone |= dict.fromkeys(family, reason)
+        else:
+            # Only experts differ in width; vLLM wants all of a block's in groups of one size.
+            size = min(found[member].group_size for member in family)
+            found |= {member: replace(found[member], group_size=size) for member in family}
     kept = {name: step for name, step in found.items() if name not in alone}
     if alone and kept and Serving.of(kept.values()).plugin != native:
         again = fit_groups({name: steps[name] for name in kept}, shapes)
@@ -110,13 +114,17 @@ def _lowered_notes(
     steps: Mapping[str, WeightStep], kept: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
     """Return a line for every group size that was lowered."""
-    changes: dict[tuple[int, int, int], list[str]] = {}
+    changes: dict[tuple[int, int, str], list[str]] = {}
     for name, step in kept.items():
-        if step.group_size != steps[name].group_size:
-            changes.setdefault((steps[name].group_size, step.group_size, shapes[name][1]), []).append(name)
+        asked, width = steps[name].group_size, shapes[name][1]
+        reason = f"{asked} does not divide their {width} input channels"
+        if fitted(steps[name], width) != step:
+            reason = "vLLM wants all experts of a block in groups of one size"
+        if step.group_size != asked:
+            changes.setdefault((asked, step.group_size, reason), []).append(name)
     return [
-        f"groups of {size} instead of {asked} in {_layers(names)}: {asked} does not divide their {width} input channels"
-        for (asked, size, width), names in changes.items()
+        f"groups of {size} instead of {asked} in {_layers(names)}: {reason}"
+        for (asked, size, reason), names in changes.items()
     ]
 
 

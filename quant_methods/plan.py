@@ -7,11 +7,13 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.experts import routers
 from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
 from quant_methods.formats.native_format import Form
-from quant_methods.fused import FUSED
-from quant_methods.group_sizes import fit_groups
+from quant_methods.fused import families, is_expert
+from quant_methods.group_sizes import Fitted, fit_groups
+from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.tuning import Tune
 from quant_methods.patterns import check_patterns
 from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
@@ -25,7 +27,8 @@ class Plan:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
-        outside: how many of the ignored, the last ones, are not inside blocks.
+        outside: how many of the ignored, the last ones, are no linear layers inside blocks: the head, and what chooses
+            experts, which vLLM has linear layers for.
         tune: what is trained at the end, or None.
         notes: what is done otherwise than the recipe says, a line each.
         kv_scales: scales of a quantized KV cache are calibrated.
@@ -68,7 +71,11 @@ class Plan:
     @property
     def serving(self) -> Serving:
         """What serves the result."""
-        return Serving.of(self.steps.values())
+        found = Serving.of(self.steps.values())
+        if any(map(is_expert, self.steps)):
+            # vLLM's kernel for quantized experts on CPUs wants AMX, 4 bits and no zero-points.
+            found = Serving(tuple(device for device in found.devices if device == "cuda"), found.plugin)
+        return found
 
     @property
     def native(self) -> bool:
@@ -106,6 +113,8 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 steps[name] = step
         _check_fused(decoder.name(index, ""), chosen)
     fit = fit_groups(steps, shapes)
+    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
+    _check_experts(recipe, fit, transforms, tune)
     if steps and not fit.steps:
         raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
     ignored = [name for name in shapes if name not in fit.steps]
@@ -119,7 +128,6 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: tune trains what a step that rounds weights made, and there is none; add one, e.g. "
             "{method: rtn}"
         )
-    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:
         raise ParetoError(
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
@@ -153,12 +161,12 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
 
 
 def _outside(decoder: Decoder) -> list[str]:
-    """Return the names of the linear layers that are not in blocks."""
+    """Return the names of what vLLM has linear layers for and no step does: those not in blocks, and routers."""
     return [
         name
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
-    ]
+    ] + routers(decoder.model)
 
 
 def _check_names(decoder: Decoder, recipe: Recipe) -> None:
@@ -177,12 +185,31 @@ def _embeddings(decoder: Decoder) -> list[str]:
 
 
 def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:
-    for family in FUSED:
-        members = {local: step for local, step in chosen.items() if local.rsplit(".", 1)[-1] in family}
-        if len({step for step in members.values()}) > 1:
-            quantized = next(local for local, step in members.items() if step is not None)
-            different = next(local for local, step in members.items() if step != members[quantized])
+    for family in families(chosen):
+        if len({chosen[local] for local in family}) > 1:
+            quantized = next(local for local in family if chosen[local] is not None)
+            different = next(local for local in family if chosen[local] != chosen[quantized])
+            merged = "a block's experts" if is_expert(family[0]) else ", ".join(n.rsplit(".", 1)[-1] for n in family)
             raise ParetoError(
                 f"{prefix}{quantized} and {prefix.split('.')[-2]}.{different} would be stored differently, and vLLM "
-                f"merges {', '.join(family)} into one matrix; ignore or target them together"
+                f"merges {merged} into one; ignore or target them together"
             )
+
+
+def _check_experts(recipe: Recipe, fit: Fitted, transforms: tuple[TransformStep, ...], tune: Tune | None) -> None:
+    """Refuse what is not there for experts: formats that vLLM has no kernel of experts for, and methods."""
+    experts = [name for name in fit.steps if is_expert(name)]
+    if not experts:
+        return
+    where, alone = f"recipe {recipe.name}: {experts[0]}", "or leave experts out with --ignore '*.experts.*'"
+    method = next((step.method for step in (*transforms, *([tune] if tune else []))), None)
+    if method or any(isinstance(step, Rotate) for step in recipe.steps):
+        raise ParetoError(
+            f"{where} is an expert's, and {method or Rotate.method} does not know mixtures of experts; use gptq or rtn "
+            f"alone (gptq-w4), {alone}"
+        )
+    if Serving.of(fit.steps.values()).plugin or any(fit.steps[name].activations != "none" for name in experts):
+        raise ParetoError(
+            f"{where} is an expert's, and vLLM serves experts of 4 bits, or of 8 bits without zero-points, with 16-bit "
+            f"activations: use gptq-w4, gptq-w8a16 or rtn-w4, {alone}"
+        )

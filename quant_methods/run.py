@@ -96,6 +96,7 @@ class Report:
         serving: what serves it.
         tuned: what tuning did, or None.
         kv_scales: the checkpoint has scales of a quantized KV cache.
+        unseen: experts that no calibration token was sent to, which were rounded as if all inputs counted alike.
 
     """
 
@@ -110,6 +111,7 @@ class Report:
     serving: Serving = field(default_factory=lambda: Serving.of(()))
     tuned: Tuned | None = None
     kv_scales: bool = False
+    unseen: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -308,7 +310,7 @@ class Run:
                 path = file_of(index)
                 if path.is_file():
                     tensors, metadata = read_tensors(path)
-                    errors = json.loads(metadata["relative_error"])
+                    errors, unseen = json.loads(metadata["relative_error"]), json.loads(metadata.get("unseen", "[]"))
                     self.solver.install(index, block, tensors)
                 else:
                     self.now = index
@@ -318,8 +320,11 @@ class Run:
                         # Inputs are compared as they are after the scaling, which `original` is none the wiser of.
                         comparison = (clone(block) if self.plan.transforms else pristine), original
                     tensors, errors = self.solver.quantize(index, block, local, hidden, original=comparison)
+                    unseen = self.solver.unseen
                     if tensors:
-                        write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
+                        told = {"relative_error": json.dumps(errors), "unseen": json.dumps(unseen)}
+                        write_tensors(path, scaled | tensors, told)
+                report.unseen += unseen
                 report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
                 if hidden is not None and not (last and watching is None):

@@ -237,6 +237,8 @@ def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, s
             hook.remove()
     folds = []
     for position, stage in enumerate(stages):
+        if stage.wave is not None:
+            continue  # An expert's inputs are some tokens of a norm's output, which all experts and the router read.
         first = stage.names[0]
         producer = next((name for name, output in outputs.items() if output is inputs[first]), None)
         parent, _, local = first.rpartition(".")

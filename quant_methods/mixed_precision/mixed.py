@@ -16,6 +16,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import full_disk_explained
 from quant_methods.compress import compress, prepare, work_of
+from quant_methods.fused import is_expert
 from quant_methods.mixed_precision.budget import Assignment, Budget, Loss, assign, mixed_recipe
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, read_units
 from quant_methods.mixed_precision.sensitivity_plot import plot
@@ -141,6 +142,11 @@ def check_budget(
         raise ParetoError(
             f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "
             "alone; use a recipe that rounds to a grid and nothing else"
+        )
+    if (expert := next(filter(is_expert, plan.steps), None)) is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: {expert} is an expert's, and a budget does not measure experts; leave them out "
+            "with --ignore '*.experts.*', or leave --budget out"
         )
     settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
     blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]

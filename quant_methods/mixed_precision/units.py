@@ -10,7 +10,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.fused import merged_with
+from quant_methods.fused import families
 from quant_methods.group_sizes import fitted
 from quant_methods.plan import Plan
 from quant_methods.recipe import WeightStep
@@ -150,12 +150,7 @@ def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ..
 
 def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
     """Return the local names of a block's quantized layers, those that vLLM merges together."""
-    local = [name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps]
-    groups: list[list[str]] = []
-    for name in local:
-        if not any(name in group for group in groups):
-            groups.append(merged_with(name, local))
-    return groups
+    return families(name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps)
 
 
 def stored_bits(step: WeightStep, shape: torch.Size) -> int:

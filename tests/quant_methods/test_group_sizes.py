@@ -15,7 +15,7 @@ from quant_methods.backends.environment import BACKENDS
 from quant_methods.backends.run import compress_with
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress, prepare
-from quant_methods.fused import merged_with
+from quant_methods.fused import families
 from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
@@ -157,8 +157,8 @@ def test_layers_that_vllm_merges_stay_together() -> None:
     assert list(fit.steps) == ["layers.0.attn.o_proj"]
     (note,) = fit.notes
     assert note.startswith("16 bits kept in 3 layers (q_proj, k_proj, v_proj): k_proj is [40, 128], and vLLM's 4-bit ")
-    assert merged_with("layers.0.attn.v_proj", shapes) == list(shapes)[:3]
-    assert merged_with("up_proj", ["up_proj", "gate_proj"]) == ["gate_proj", "up_proj"]
+    assert families(shapes) == [list(shapes)[:3], list(shapes)[3:]]
+    assert families(["up_proj", "o_proj", "gate_proj"]) == [["up_proj", "gate_proj"], ["o_proj"]]
 
 
 def test_the_format_is_that_of_what_is_left() -> None:
