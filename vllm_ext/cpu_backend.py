@@ -1,8 +1,8 @@
 """vLLM's attention backend for the quantized KV-cache dtypes on CPU, over the kernels of :mod:`kv_cache`.
 
-Every key and value is read back from codes, a prompt's own included. A token's output then depends on the codes up to
-it alone: not on how the scheduler cut the prompt, what the prefix cache held, what else was in the batch, or whether a
-preempted request was computed again.
+A token's own key and value are taken as they are; all others are read back from codes, a prompt's too. A token's output
+then depends on the token itself and on the codes before it alone: not on how the scheduler cut the prompt, what the
+prefix cache held, what else was in the batch, or whether a preempted request was computed again.
 """
 
 from __future__ import annotations

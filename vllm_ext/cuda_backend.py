@@ -1,8 +1,8 @@
 """vLLM's attention backend for the quantized KV-cache dtypes on CUDA, over the kernels of :mod:`kv_cache.cuda`.
 
-A request with one new token (or, with speculative decoding, a few) attends over codes, its own included. Pieces of a
-prompt attend over their fresh keys and values in full precision through vLLM's FlashAttention; what came before them is
-read back from codes first.
+A request with one new token (or, with speculative decoding, a few) attends over the codes of earlier tokens, and each
+token over its own key and value as they are. Pieces of a prompt attend over their fresh keys and values in full
+precision through vLLM's FlashAttention; what came before them is read back from codes first.
 """
 
 from __future__ import annotations
