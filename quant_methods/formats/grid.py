@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quant_methods.formats import grid_search
+from quant_methods.formats.grid_search import best_candidates, serves
 
 Search = Literal["minmax", "mse", "output"]
 
@@ -143,7 +143,7 @@ def fit(
     groups = grid.groups(columns)
     grouped = weight.reshape(rows, groups, columns // groups)
     importance = _importance(weight, hessian, groups, search)
-    compiled = not grid.per_tensor and search != "minmax" and grid_search.serves(grouped, importance)
+    compiled = not grid.per_tensor and search != "minmax" and serves(grouped, importance)
     at_once = max(GROUPS_AT_ONCE // groups, 1)
     if compiled and rows > at_once:
         parts = [fit(part, grid, hessian, search, scale_dtype) for part in weight.split(at_once)]
@@ -242,7 +242,7 @@ def _by_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Return the same, compiled; errors are summed in another order."""
     scales, zeros = (torch.stack([x.squeeze(-1) for x in each]) for each in zip(*candidates, strict=True))
-    return grid_search.best_candidates(grouped, importance, scales, zeros, grid.low, grid.high)
+    return best_candidates(grouped, importance, scales, zeros, grid.low, grid.high)
 
 
 def _importance(weight: Tensor, hessian: Tensor | None, groups: int, search: Search) -> Tensor:

@@ -131,10 +131,10 @@ def test_the_compiled_search_finds_what_operations_find(monkeypatch, isa, width,
     weight[7, 0] = 1e4
     hessian = (torch.rand(3 * width, generator=generator) + 0.1).diag()
     found = grid_search.best_candidates
-    monkeypatch.setattr(grid_search, "best_candidates", lambda *args: found(*args, isa=isa))
+    monkeypatch.setattr(grids, "best_candidates", lambda *args: found(*args, isa=isa))
     monkeypatch.setattr(grids, "GROUPS_AT_ONCE", 40)  # several parts
     scale, zero = fit(weight, grid, hessian)
-    monkeypatch.setattr(grid_search, "serves", lambda *args: False)
+    monkeypatch.setattr(grids, "serves", lambda *args: False)
     wanted_scale, wanted_zero = fit(weight, grid, hessian)
 
     def errors(scale, zero):
