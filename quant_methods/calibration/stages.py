@@ -83,7 +83,7 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
             calls.append((name, args[0], output))
 
         hooks.append(module.register_forward_hook(record))
-    start = next(decoder.batches(hidden))[1]
+    start = hidden[:1].to(decoder.device)
     try:
         end = decoder.run(index, block, start)
     finally:
