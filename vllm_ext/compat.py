@@ -51,6 +51,9 @@ class Name:
         return self.moved.get(release, self.module)
 
 
+_CLOSED_LIST = ("0.32",)
+"""Releases whose names of KV-cache dtypes are a closed list; all others have a registry."""
+_REGISTRY = tuple(release for release in SUPPORTED_VLLM if release not in _CLOSED_LIST)
 _LAYERS = "vllm.model_executor.layers"
 _KERNELS = "vllm.model_executor.kernels.linear"
 _MP_KERNEL = f"{_KERNELS}.mixed_precision.MPLinearKernel"
@@ -59,21 +62,21 @@ _MARLIN = f"{_LAYERS}.quantization.utils.marlin_utils"
 
 NAMES: dict[str, Name] = {
     # How a KV-cache dtype gets its name (patches.py). 0.32 has a closed list in three modules, 0.33 a registry.
-    "config_module": Name("vllm.config", has="VllmConfig", releases=("0.32",)),
-    "cache_module": Name("vllm.config.cache", has="CacheConfig CacheDType", releases=("0.32",)),
-    "arg_utils_module": Name("vllm.engine.arg_utils", has="CacheDType", releases=("0.32",)),
-    "selector_with_list": Name("vllm.v1.attention.selector", has="CacheDType", releases=("0.32",)),
-    "selector_with_function": Name("vllm.v1.attention.selector", has="is_known_kv_cache_dtype", releases=("0.33",)),
+    "config_module": Name("vllm.config", has="VllmConfig", releases=_CLOSED_LIST),
+    "cache_module": Name("vllm.config.cache", has="CacheConfig CacheDType", releases=_CLOSED_LIST),
+    "arg_utils_module": Name("vllm.engine.arg_utils", has="CacheDType", releases=_CLOSED_LIST),
+    "selector_with_list": Name("vllm.v1.attention.selector", has="CacheDType", releases=_CLOSED_LIST),
+    "selector_with_function": Name("vllm.v1.attention.selector", has="is_known_kv_cache_dtype", releases=_REGISTRY),
     "is_known_kv_cache_dtype": Name(
-        "vllm.config.cache", "is_known_kv_cache_dtype", calls={"": "name"}, releases=("0.33",)
+        "vllm.config.cache", "is_known_kv_cache_dtype", calls={"": "name"}, releases=_REGISTRY
     ),
-    "CacheDType": Name("vllm.config.cache", "CacheDType", releases=("0.32",)),
-    "KV_CACHE_DTYPES": Name("vllm.config.cache", "KV_CACHE_DTYPES", releases=("0.33",)),
+    "CacheDType": Name("vllm.config.cache", "CacheDType", releases=_CLOSED_LIST),
+    "KV_CACHE_DTYPES": Name("vllm.config.cache", "KV_CACHE_DTYPES", releases=_REGISTRY),
     "register_kv_cache_dtype": Name(
-        "vllm.config.cache", "register_kv_cache_dtype", calls={"": "name"}, releases=("0.33",)
+        "vllm.config.cache", "register_kv_cache_dtype", calls={"": "name"}, releases=_REGISTRY
     ),
     "STR_DTYPE_TO_TORCH_DTYPE": Name("vllm.utils.torch_utils", "STR_DTYPE_TO_TORCH_DTYPE"),
-    "KVQuantMode": Name("vllm.v1.kv_cache_interface", "KVQuantMode", has="NONE", releases=("0.33",)),
+    "KVQuantMode": Name("vllm.v1.kv_cache_interface", "KVQuantMode", has="NONE", releases=_REGISTRY),
     # Where the engine's configuration is made, and what of it is read.
     "EngineArgs": Name("vllm.engine.arg_utils", "EngineArgs", "kv_cache_dtype", wraps={"create_engine_config": ""}),
     "VllmConfig": Name(
