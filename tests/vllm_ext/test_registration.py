@@ -24,7 +24,8 @@ print(len(added), *sorted(name for name in added if not name.startswith(("vllm_e
 # Later, each module is patched as it comes.
 from vllm.model_executor.layers.attention.attention import Attention
 from vllm.v1.attention import selector
-print(hasattr(Attention.__init__, "__wrapped__"), "mixed_k4v3" in selector.CacheDType.__args__)
+knows = getattr(selector, "is_known_kv_cache_dtype", None) or (lambda name: name in selector.CacheDType.__args__)
+print(hasattr(Attention.__init__, "__wrapped__"), knows("mixed_k4v3"))
 """
 
 BROKEN = """
