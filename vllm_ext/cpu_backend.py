@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.cpu_kernels import PagedCache
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
+from vllm_ext.compat import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    CommonAttentionMetadata,
+    VllmConfig,
+    get_forward_context,
+)
 from vllm_ext.names import CPU_BACKEND
 
 

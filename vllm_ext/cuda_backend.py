@@ -13,16 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.decode import DecodeAttention
@@ -34,6 +24,17 @@ from kv_cache.cuda.store import store
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
+from vllm_ext.compat import (
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    CommonAttentionMetadata,
+    VllmConfig,
+    flash_attn_varlen_func,
+    get_flash_attn_version,
+    split_decodes_and_prefills,
+)
 from vllm_ext.names import CUDA_BACKEND
 
 
