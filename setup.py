@@ -1,4 +1,4 @@
-"""Builds kv_cache._cpu: plain C, each instruction set's file with its own flags, chosen at run time."""
+"""Builds kv_cache._cpu and quant_methods._cpu: C with flags for each instruction set, which is chosen at run time."""
 
 import platform
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = Path("kv_cache/csrc")
 # No contraction into fused multiply-adds: every instruction set then rounds alike.
 COMMON = ["-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mtune=generic"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")), "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mamx-tile", "-mamx-int8"]
-PER_FILE = {"kernels_avx2.c": AVX2, "kernels_avx512.c": AVX512, "kernels_amx.c": AMX}
+PER_FILE = {"_avx2.c": AVX2, "_avx512.c": AVX512, "_amx.c": AMX}
+"""Flags by how a source's name ends."""
 
 
 class BuildKernels(build_ext):
@@ -26,8 +26,8 @@ class BuildKernels(build_ext):
         macros = [("PARETO_X86", "1")] if x86 else []
         objects = []
         for source in ext.sources:
-            name = Path(source).name
-            if name in PER_FILE and not x86:
+            own = next((flags for end, flags in PER_FILE.items() if source.endswith(end)), None)
+            if own is not None and not x86:
                 continue
             objects += self.compiler.compile(
                 [source],
@@ -35,7 +35,7 @@ class BuildKernels(build_ext):
                 macros=macros,
                 include_dirs=[*ext.include_dirs, sysconfig.get_paths()["include"]],
                 depends=ext.depends,
-                extra_postargs=COMMON + PER_FILE.get(name, []),
+                extra_postargs=COMMON + (own or []),
             )
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         self.compiler.link_shared_object(
@@ -43,17 +43,22 @@ class BuildKernels(build_ext):
         )
 
 
+def extension(room: str) -> Extension:
+    """Return the extension of a room's C sources."""
+    folder = Path(room) / "csrc"
+    return Extension(
+        f"{room}._cpu",
+        sorted(str(path) for path in folder.glob("*.c")),
+        depends=sorted(str(path) for path in folder.glob("*.h")),
+        py_limited_api=True,
+        # Without a C compiler the package still installs, for CUDA; the CPU backend then says what is missing, and
+        # compression takes PyTorch's operations instead.
+        optional=True,
+    )
+
+
 setup(
     cmdclass={"build_ext": BuildKernels},
-    ext_modules=[
-        Extension(
-            "kv_cache._cpu",
-            sorted(str(path) for path in SOURCES.glob("*.c")),
-            depends=sorted(str(path) for path in SOURCES.glob("*.h")),
-            py_limited_api=True,
-            # Without a C compiler the package still installs, for CUDA; the CPU backend then says what is missing.
-            optional=True,
-        )
-    ],
+    ext_modules=[extension("kv_cache"), extension("quant_methods")],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -17,8 +17,9 @@ DESCRIPTION = """\
 Run a model in float32 with keys and values that went through a coder, and compare it with the model as it is.
 
 Coders are this project's KV-cache formats, the same with parts done differently, vLLM's dtypes, and those of papers
-(--list names them). Attention sees what is read back from codes for every token, a query's own included, unless a
-coder keeps the newest tokens as they are. No kernel is involved, so a coder can be judged before one is written.
+(--list names them). Attention sees what is read back from codes, for a query's own token too, unless a coder keeps the
+newest tokens as they are: this project's formats keep a query's own, which costs no memory. No kernel is involved, so a
+coder can be judged before one is written.
 
   bits         of an element of keys and values, scales and all other metadata included
   KL           KL divergence (full precision || coded) over the whole vocabulary, nats per token

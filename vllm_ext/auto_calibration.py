@@ -21,7 +21,7 @@ from kv_cache.user_cache import cache_dir, making
 from quant_methods.model_source import resolve_model, resolve_tokenizer, sampled_fingerprint
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm_ext.compat import VllmConfig
 
 REVISION = 7
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""

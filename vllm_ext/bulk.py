@@ -20,25 +20,23 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from vllm.logger import init_logger
-from vllm.model_executor.kernels.linear import (
-    MPLinearLayerConfig,
-    choose_mp_linear_kernel,
-    init_int8_linear_kernel,
-)
-from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-from vllm.model_executor.parameter import (
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    ModelWeightParameter,
-    PackedvLLMParameter,
-)
-from vllm.scalar_type import scalar_types
 
 from quant_methods.formats.native_format import Form, pack_codes, slow_on_cuda
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
+from vllm_ext.compat import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    MPLinearLayerConfig,
+    PackedvLLMParameter,
+    choose_mp_linear_kernel,
+    dispatch_cpu_unquantized_gemm,
+    init_int8_linear_kernel,
+    init_logger,
+    scalar_types,
+)
 from vllm_ext.low_bit_kernel import takes
 
 logger = init_logger(__name__)

@@ -105,7 +105,7 @@ def overview() -> str:
     """Return the text of ``pareto --help``."""
     lines = ["usage: pareto COMMAND [ARGS...]      (pareto COMMAND --help teaches each)", "", "commands:"]
     for name, entry in commands().items():
-        lines.append(f"  {name:10s} {cast(Command, entry.load()).HELP}")
+        lines.append(f"  {name:13s} {cast(Command, entry.load()).HELP}")
     lines += [
         "",
         "The chain: compress a model, serve it with a quantized KV cache, measure quality and speed, report.",

@@ -6,15 +6,20 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, FORMATS, HEAD_SIZES, LAYER_FORMATS, MIXED, KVFormat, get_format
 from kv_cache.layout import TOKEN_MULTIPLE
 from kv_cache.scales import LayerScales
+from vllm_ext.compat import (
+    AttentionBackend,
+    AttentionSpec,
+    AttentionType,
+    KVCacheLayout,
+    MultipleOf,
+    extract_layer_index,
+    get_current_vllm_config,
+)
 from vllm_ext.scale_source import layer_scales
 
 

@@ -1,8 +1,8 @@
 """vLLM's attention backend for the quantized KV-cache dtypes on CPU, over the kernels of :mod:`kv_cache`.
 
-Every key and value is read back from codes, a prompt's own included. A token's output then depends on the codes up to
-it alone: not on how the scheduler cut the prompt, what the prefix cache held, what else was in the batch, or whether a
-preempted request was computed again.
+A token's own key and value are taken as they are; all others are read back from codes, a prompt's too. A token's output
+then depends on the token itself and on the codes before it alone: not on how the scheduler cut the prompt, what the
+prefix cache held, what else was in the batch, or whether a preempted request was computed again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.cpu_kernels import PagedCache
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
+from vllm_ext.compat import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    CommonAttentionMetadata,
+    VllmConfig,
+    get_forward_context,
+)
 from vllm_ext.names import CPU_BACKEND
 
 

@@ -1,8 +1,8 @@
 """vLLM's attention backend for the quantized KV-cache dtypes on CUDA, over the kernels of :mod:`kv_cache.cuda`.
 
-A request with one new token (or, with speculative decoding, a few) attends over codes, its own included. Pieces of a
-prompt attend over their fresh keys and values in full precision through vLLM's FlashAttention; what came before them is
-read back from codes first.
+A request with one new token (or, with speculative decoding, a few) attends over the codes of earlier tokens, and each
+token over its own key and value as they are. Pieces of a prompt attend over their fresh keys and values in full
+precision through vLLM's FlashAttention; what came before them is read back from codes first.
 """
 
 from __future__ import annotations
@@ -13,16 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.decode import DecodeAttention
@@ -34,6 +24,17 @@ from kv_cache.cuda.store import store
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 from vllm_ext.codes_backend import CodesBackend, CodesLayer, for_each_format, path_of_layer
+from vllm_ext.compat import (
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionSpec,
+    CommonAttentionMetadata,
+    VllmConfig,
+    flash_attn_varlen_func,
+    get_flash_attn_version,
+    split_decodes_and_prefills,
+)
 from vllm_ext.names import CUDA_BACKEND
 
 

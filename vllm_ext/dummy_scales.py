@@ -20,7 +20,7 @@ from kv_cache.transforms import hadamard_sums, mirror
 from kv_cache.user_cache import cache_dir
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm_ext.compat import VllmConfig
 
 DUMMY_STD = 1e-3 / math.sqrt(3)
 """Standard deviation of vLLM's dummy weights, drawn evenly from -1e-3 to 1e-3."""

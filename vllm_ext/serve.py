@@ -108,11 +108,10 @@ def _vllm_flags() -> dict[str, argparse.Action]:
 
     name_vllm()
     try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm_ext.compat import FlexibleArgumentParser, make_arg_parser
 
         return dict(make_arg_parser(FlexibleArgumentParser())._option_string_actions)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ParetoError("give MODEL first: pareto serve MODEL --flag value ...") from error
 
 
@@ -140,11 +139,9 @@ def check_plugin(kv_cache_dtype: str) -> None:
             VLLM_PLUGINS, or an unknown dtype.
 
     """
-    from typing import get_args
-
     from kv_cache.formats import DTYPES
     from vllm_ext.plugin import register
-    from vllm_ext.versions import check_vllm_version, vllm_version
+    from vllm_ext.versions import check_vllm_version, release_of, vllm_version
 
     vllm_version()
     if kv_cache_dtype in DTYPES:
@@ -152,13 +149,15 @@ def check_plugin(kv_cache_dtype: str) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "pareto" not in allowed.split(","):
         raise ParetoError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading this plugin: add 'pareto' to it or unset it")
-    if kv_cache_dtype == "auto":
-        return  # importing vLLM to check a default would double the start-up time
+    # Importing vLLM to check a default would double the start-up time, and a vLLM that we do not know says itself what
+    # it does not take.
+    if kv_cache_dtype == "auto" or release_of(vllm_version()) is None:
+        return
     register()
-    from vllm.config.cache import CacheDType
+    from vllm_ext.dtype_names import known_dtypes
 
-    if kv_cache_dtype not in get_args(CacheDType):
-        raise ParetoError(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; valid: {', '.join(get_args(CacheDType))}")
+    if kv_cache_dtype not in known_dtypes():
+        raise ParetoError(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; valid: {', '.join(known_dtypes())}")
 
 
 def find_model(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm_ext.compat import VllmConfig
 
 
 def prepare(config: VllmConfig) -> None:
@@ -23,7 +23,7 @@ def prepare(config: VllmConfig) -> None:
         ParetoError: one line that says what does not fit and what to use instead.
 
     """
-    from vllm.platforms import current_platform
+    from vllm_ext.compat import current_platform
 
     dtype = config.cache_config.cache_dtype
     model = config.model_config
@@ -56,7 +56,7 @@ def prepare(config: VllmConfig) -> None:
 
 def _check_cuda(config: VllmConfig, dtype: str) -> None:
     """Refuse what the CUDA backend cannot serve."""
-    from vllm.platforms import current_platform
+    from vllm_ext.compat import current_platform
 
     if not current_platform.has_device_capability(80):
         raise ParetoError(f"--kv-cache-dtype {dtype} needs compute capability 8.0 or above: use --kv-cache-dtype auto")

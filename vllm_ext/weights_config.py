@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.native_format import QUANT_METHOD, NativeConfig
+from vllm_ext.compat import QuantizationConfig, QuantizeMethodBase, register_quantization_config
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -56,8 +55,7 @@ class ParetoConfig(QuantizationConfig):
 
         """
         # Here and not above: the plugin is loaded before vLLM has made up its mind about the platform.
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
+        from vllm_ext.compat import LinearBase, UnquantizedLinearMethod
         from vllm_ext.weights_method import ParetoLinearMethod
 
         if not isinstance(layer, LinearBase):

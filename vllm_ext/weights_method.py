@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
-from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinear
-from vllm.model_executor.utils import set_weight_attrs
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.native_format import Form, unpack
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, share
+from vllm_ext.compat import LinearMethodBase, QKVParallelLinear, get_current_vllm_config, set_weight_attrs
 from vllm_ext.dummy_weights import random_linear
 from vllm_ext.served_linear import serve
 

@@ -8,7 +8,9 @@ quantized ("true sequential" in GPTQ's code).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Stop
 from quant_methods.calibration.experts import waves
 from quant_methods.calibration.finite import check_inputs
+from quant_methods.calibration.replay import Replay
 
 SAMPLE_TOKENS = 1024
 
@@ -88,7 +91,7 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
             calls.append((name, args[0], output))
 
         hooks.append(module.register_forward_hook(record))
-    start = next(decoder.batches(hidden))[1]
+    start = hidden[:1].to(decoder.device)
     try:
         end = decoder.run(index, block, start)
     finally:
@@ -128,6 +131,7 @@ def stage_statistics(
     position: int,
     original: tuple[nn.Module, Tensor] | None = None,
     ranges: bool = False,
+    replays: tuple[Replay | None, Replay | None] = (None, None),
 ) -> Statistics:
     """Gather the statistics of one stage's inputs over the calibration set.
 
@@ -140,10 +144,10 @@ def stage_statistics(
         position: which stage.
         original: the original block and the original model's hidden states, to compare with.
         ranges: gather the sizes of the inputs too.
+        replays: of the block and of the original one, made for the stages of this block and kept from stage to stage.
 
     """
     stage = stages[position]
-    before = [s.names[0] for s in stages[:position] if s.joins_residual]
     width = block.get_submodule(stage.names[0]).in_features
     hessian = torch.zeros((width, width), device=decoder.device)
     cross = torch.zeros_like(hessian) if original else None
@@ -153,22 +157,26 @@ def stage_statistics(
     tokens = hidden.shape[0] * hidden.shape[1]
     largest, mean = (torch.zeros(width, device=decoder.device) for _ in range(2))
     sample: list[Tensor] = []
-    for start, batch in decoder.batches(hidden):
-        inputs, stream = _inputs(decoder, index, block, batch, stage, before)
-        hessian.addmm_(inputs.T, inputs)
-        if ranges:
-            size = inputs.abs()
-            torch.maximum(largest, size.amax(0), out=largest)
-            mean += size.sum(0) / tokens
-            sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(_path(decoder, index, block, stages, position, replays[0]))
         if original:
             original_block, original_hidden = original
-            original_batch = original_hidden[start : start + len(batch)].to(decoder.device)
-            original_inputs, original_stream = _inputs(decoder, index, original_block, original_batch, stage, before)
-            assert cross is not None
-            cross.addmm_((original_inputs - inputs).T, inputs)
-            if residual is not None:
-                residual.addmm_((original_stream - stream).T, inputs)
+            original_path = stack.enter_context(_path(decoder, index, original_block, stages, position, replays[1]))
+        for start, batch in decoder.batches(hidden):
+            inputs, stream = path(batch)
+            hessian.addmm_(inputs.T, inputs)
+            if ranges:
+                size = inputs.abs()
+                torch.maximum(largest, size.amax(0), out=largest)
+                mean += size.sum(0) / tokens
+                sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
+            if original:
+                original_batch = original_hidden[start : start + len(batch)].to(decoder.device)
+                original_inputs, original_stream = original_path(original_batch)
+                assert cross is not None
+                cross.addmm_((original_inputs - inputs).T, inputs)
+                if residual is not None:
+                    residual.addmm_((original_stream - stream).T, inputs)
     for matrix in (hessian, cross, residual):
         if matrix is not None:
             matrix.div_(tokens)
@@ -227,27 +235,54 @@ def expert_statistics(
     return {position: Statistics(sums[position]) if position in sums else None for position in counts}
 
 
-def _inputs(
-    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, stage: Stage, before: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Return a stage's inputs [tokens, in] and the residual stream [tokens, width] before it."""
+@contextlib.contextmanager
+def _path(
+    decoder: Decoder, index: int, block: nn.Module, stages: list[Stage], position: int, replay: Replay | None
+) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """Give a function from a batch to a stage's inputs [tokens, in] and the residual stream before it.
+
+    It is called with all batches of the calibration set, in order.
+    """
+    own, before = stages[position], stages[:position]
+    replay = replay or Replay(block, constant=False)
+    replay.joining = {stage.names[0] for stage in stages if stage.joins_residual}
+    counted = {stage.names[0] for stage in before if stage.joins_residual}
     found: list[Tensor] = []
-    stream = hidden
+    stream = torch.empty(0)
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append(args[0])
-        raise Stop
-
-    def join(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def join(name: str, output: Tensor) -> None:
         nonlocal stream
-        stream = stream + output.view_as(stream)
+        if name in counted:
+            stream = stream + output.view_as(stream)
 
-    hooks = [block.get_submodule(stage.names[0]).register_forward_pre_hook(stop)]
-    hooks += [block.get_submodule(name).register_forward_hook(join) for name in before]
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        if not through:
+            raise Stop
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if found:
+            raise Stop
+
+    def inputs(batch: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal stream
+        stream = batch
+        found.clear()
+        with torch.no_grad(), contextlib.suppress(Stop):
+            decoder.run(index, block, batch)
+        return found[0].flatten(0, -2), stream.flatten(0, -2)
+
+    # What does not change and has no later stage in it runs to its end, to be kept.
+    part = replay.part_of(own.names[0])
+    later = {name for stage in stages[position + 1 :] for name in stage.names}
+    through = replay.constant and part is not None and not later & replay.parts[part]
+    hooks = [block.get_submodule(own.names[0]).register_forward_pre_hook(see)]
+    if through:
+        assert part is not None
+        hooks.append(block.get_submodule(part).register_forward_hook(stop))
     try:
-        with contextlib.suppress(Stop):
-            decoder.run(index, block, hidden)
+        with replay.passing({name for stage in before for name in stage.names}, join):
+            yield inputs
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0].flatten(0, -2), stream.flatten(0, -2)

@@ -14,8 +14,10 @@ needs no data set. The samples are cached under the model's fingerprint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir
 from quant_methods.model_source import fingerprint, read_config
+from quant_methods.progress import Lines
 from quant_methods.threads import few_threads
 
 Split = Literal["calibration", "evaluation"]
@@ -224,19 +227,27 @@ def _sampled(
                 return cached
     with contextlib.ExitStack() as stack:
         if progress is None:
-            from rich.progress import Progress as Bar
-
-            bar = stack.enter_context(Bar(transient=True))
-            task = bar.add_task(f"sampling {num} x {length} {split} tokens")
-
-            def progress(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-
+            progress = stack.enter_context(_shown(f"sampling {num} x {length} {split} tokens"))
         tokens = sample_sequences(model_dir, num, length, seed, split=split, device=device, progress=progress)
     # A cache that cannot be written costs time, not correctness.
     with contextlib.suppress(OSError):
         write_bytes(path, save({"tokens": tokens}))
     return tokens
+
+
+@contextlib.contextmanager
+def _shown(name: str) -> Iterator[Progress]:
+    """Show progress as a bar on a terminal, else as a line every ten seconds."""
+    if not sys.stderr.isatty():
+        with Lines(name, functools.partial(print, file=sys.stderr, flush=True)) as lines:
+            yield lambda done, total: lines.note(f"{done} of {total} steps")
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @torch.no_grad()

@@ -9,11 +9,14 @@ Scales are always values of the dtype that they are stored in, so that what cali
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from quant_methods.formats.grid_search import best_candidates, serves
 
 Search = Literal["minmax", "mse", "output"]
 
@@ -21,6 +24,8 @@ Search = Literal["minmax", "mse", "output"]
 # fraction of a Gaussian group of 128 lies near 0.8; heavy tails want less.
 SEARCH_STEPS = 24
 SEARCH_FLOOR = 0.4
+# Groups whose candidates, 73 scales and zero-points each, are in memory together.
+GROUPS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,12 @@ def fit(
     groups = grid.groups(columns)
     grouped = weight.reshape(rows, groups, columns // groups)
     importance = _importance(weight, hessian, groups, search)
+    compiled = not grid.per_tensor and search != "minmax" and serves(grouped, importance)
+    at_once = max(GROUPS_AT_ONCE // groups, 1)
+    if compiled and rows > at_once:
+        parts = [fit(part, grid, hessian, search, scale_dtype) for part in weight.split(at_once)]
+        scales, zeros = zip(*parts, strict=True)
+        return torch.cat(scales), torch.cat(zeros)
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0)
     if grid.per_tensor:
@@ -158,14 +169,58 @@ def fit(
     if search == "minmax":
         return scale.squeeze(-1), zero.squeeze(-1)
 
-    best_error = torch.full_like(widest, torch.inf)
-    best_scale, best_zero = scale.clone(), zero.clone()
+    candidates = _candidates(grid, scale, zero, widest, low, high, stored)
+    if compiled:
+        return _by_kernel(grouped, importance, candidates, grid)
+    return _by_operations(grouped, importance, candidates, grid)
 
+
+def _candidates(
+    grid: Grid,
+    scale: Tensor,
+    zero: Tensor,
+    widest: Tensor,
+    low: Tensor,
+    high: Tensor,
+    stored: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield scales and zero-points to try, [rows, groups, 1]: first what clips nothing, which nothing may lose to.
+
+    Args:
+        grid: the grid.
+        scale: that clips nothing; its zero-point is ``zero``.
+        zero: see ``scale``.
+        widest: the largest scale to try.
+        low: of each group's weights, at most 0.
+        high: of each group's weights, at least 0.
+        stored: rounds a scale to what is stored.
+
+    """
+    yield scale, zero
+    for step in range(SEARCH_STEPS):
+        shrink = 1.0 - (1.0 - SEARCH_FLOOR) * step / SEARCH_STEPS
+        scale = stored(widest * shrink)
+        if grid.symmetric:
+            zero = torch.zeros_like(scale)
+            yield scale, zero
+            yield -scale, zero
+        else:
+            # The zero-point that centres the clipped range on the group's range, and its neighbours.
+            centre = torch.round((grid.low + grid.high) / 2 - (low + high) / 2 / scale)
+            for offset in (0, -1, 1):
+                yield scale, (centre + offset).clamp(grid.low, grid.high)
+
+
+def _by_operations(
+    grouped: Tensor, importance: Tensor, candidates: Iterable[tuple[Tensor, Tensor]], grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Return the best candidates, [rows, groups] each, by operations on all groups at once."""
+    rows, groups, width = grouped.shape
     buffer = torch.empty_like(grouped)
-    product = grouped.new_empty((groups, rows, columns // groups)) if importance.dim() == 3 else buffer
-
-    def consider(scale: Tensor, zero: Tensor) -> None:
-        # round_to_grid and dequantize, in one buffer: this loop is most of the time of round-to-nearest.
+    product = grouped.new_empty((groups, rows, width)) if importance.dim() == 3 else buffer
+    best_error, best_scale, best_zero = (grouped.new_full((rows, groups, 1), torch.inf) for _ in range(3))
+    for scale, zero in candidates:
+        # round_to_grid and dequantize, in one buffer.
         torch.div(grouped, scale, out=buffer)
         buffer.round_().clamp_(grid.low - zero, grid.high - zero).mul_(scale).sub_(grouped)
         if importance.dim() == 2:
@@ -179,21 +234,15 @@ def fit(
         torch.where(better, error, best_error, out=best_error)
         torch.where(better, scale, best_scale, out=best_scale)
         torch.where(better, zero, best_zero, out=best_zero)
-
-    consider(scale, zero)  # so that the search never loses to minmax
-    for step in range(SEARCH_STEPS):
-        shrink = 1.0 - (1.0 - SEARCH_FLOOR) * step / SEARCH_STEPS
-        scale = stored(widest * shrink)
-        if grid.symmetric:
-            zero = torch.zeros_like(scale)
-            consider(scale, zero)
-            consider(-scale, zero)
-        else:
-            # The zero-point that centres the clipped range on the group's range, and its neighbours.
-            centre = torch.round((grid.low + grid.high) / 2 - (low + high) / 2 / scale)
-            for offset in (0, -1, 1):
-                consider(scale, (centre + offset).clamp(grid.low, grid.high))
     return best_scale.squeeze(-1), best_zero.squeeze(-1)
+
+
+def _by_kernel(
+    grouped: Tensor, importance: Tensor, candidates: Iterable[tuple[Tensor, Tensor]], grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Return the same, compiled; errors are summed in another order."""
+    scales, zeros = (torch.stack([x.squeeze(-1) for x in each]) for each in zip(*candidates, strict=True))
+    return best_candidates(grouped, importance, scales, zeros, grid.low, grid.high)
 
 
 def _importance(weight: Tensor, hessian: Tensor | None, groups: int, search: Search) -> Tensor:

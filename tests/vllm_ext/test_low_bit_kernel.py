@@ -17,7 +17,7 @@ from vllm.scalar_type import scalar_types
 from quant_methods.formats.native_format import pack_codes
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from tests.kv_cache.cuda.emulator import EmulatedKernel
-from vllm_ext import low_bit_kernel, patches
+from vllm_ext import low_bit_kernel, plugin
 from vllm_ext.low_bit_kernel import ParetoLowBitLinearKernel
 
 ROWS, INPUTS = 64, 256
@@ -87,7 +87,7 @@ def test_to_install_the_package_is_no_choice(kernels: list, monkeypatch: pytest.
         monkeypatch.delenv("VLLM_PARETO_LOW_BIT_KERNEL", raising=False)
     else:
         monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", value)
-    patches.apply()
+    plugin.register()
     assert ParetoLowBitLinearKernel not in kernels
 
 
@@ -104,8 +104,8 @@ def test_checkpoints_in_the_format_of_ours_use_it_in_any_case(cuda: None, monkey
 
 def test_it_is_asked_first_and_once(kernels: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PARETO_LOW_BIT_KERNEL", "1")
-    patches.apply()
-    patches.apply()
+    plugin.register()
+    plugin.register()
     assert kernels[0] is ParetoLowBitLinearKernel
     assert kernels.count(ParetoLowBitLinearKernel) == 1
 

@@ -28,8 +28,9 @@ def plugin():
 
 def test_an_unsupported_vllm_is_named():
     check_vllm_version("0.32.1")
-    with pytest.raises(ParetoError, match=r"supports vLLM 0\.32\.\*, found 0\.33\.0"):
-        check_vllm_version("0.33.0")
+    check_vllm_version("0.33.0")
+    with pytest.raises(ParetoError, match=r"supports vLLM 0\.32\.\*, 0\.33\.\*, found 0\.34\.0"):
+        check_vllm_version("0.34.0")
     with pytest.raises(ParetoError):
         check_vllm_version("0.320.0")
 

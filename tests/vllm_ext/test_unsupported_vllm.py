@@ -69,7 +69,8 @@ def test_a_vllm_of_unknown_version_is_no_error(monkeypatch, capsys):
 
 
 def test_serve_refuses_our_dtypes_only(monkeypatch):
-    monkeypatch.setattr(versions, "vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(versions, "vllm_version", lambda: "0.99.0")
     serve.check_plugin("auto")
-    with pytest.raises(ParetoError, match=r"supports vLLM 0\.32\.\*, found 0\.33\.0"):
+    serve.check_plugin("a_dtype_of_that_version")
+    with pytest.raises(ParetoError, match=r"supports vLLM 0\.32\.\*, 0\.33\.\*, found 0\.99\.0"):
         serve.check_plugin("int4_per_head")

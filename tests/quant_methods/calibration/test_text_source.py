@@ -1,6 +1,8 @@
 """Token sequences: windows of a text in order, samples by seed, and clear refusals."""
 
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.calibration import text_source
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer, sample_sequences
+from quant_methods.progress import Lines
 
 
 def test_windows_are_the_documents_in_file_order(tiny_model: Path, tmp_path: Path) -> None:
@@ -138,3 +141,12 @@ def test_sequences_longer_than_the_context_are_refused(tiny_model: Path) -> None
         load_sequences(tiny_model, None, 1, 257)
     with pytest.raises(ParetoError, match="unknown split 'test'"):
         load_sequences(tiny_model, None, 1, 8, split="test")  # type: ignore[arg-type]
+
+
+def test_sampling_says_how_far_it_is_without_a_terminal(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PARETO_CACHE", str(tmp_path))
+    monkeypatch.setattr(text_source, "Lines", functools.partial(Lines, every=0.01))
+    load_sequences(tiny_model, None, 2, 30, 0, "evaluation")
+    assert re.search(r"sampling 2 x 30 evaluation tokens: \d+ of 30 steps, 0 s", capfd.readouterr().err)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from quant_methods.formats import grid as grids
+from quant_methods.formats import grid_search
 from quant_methods.formats.grid import Grid, dequantize, expand, fit, round_static, round_to_grid, static_scale
 
 GRIDS = [Grid(bits, group, symmetric) for bits in (4, 8) for group in (32, 128, -1) for symmetric in (True, False)]
@@ -108,3 +110,37 @@ def test_a_static_scale_loses_least_on_the_sample() -> None:
     assert loss(found) <= 1.05 * min(map(loss, tried))
     # One token far out, which was not in the sample, is clipped rather than the others lost.
     assert static_scale(sample, 1000 * largest, 8).item() < 20 * found.item()
+
+
+def isas() -> list[str]:
+    """The instruction sets that the compiled search has and this processor too."""
+    if grid_search._library() is None:
+        return []
+    has = torch.backends.cpu.get_cpu_capability()
+    return ["best", "generic", *(["avx2"] if "AVX" in has else []), *(["avx512"] if "AVX512" in has else [])]
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("width", [1, 37, 64, 1024, 2500])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, True), (4, False), (8, True)])
+def test_the_compiled_search_finds_what_operations_find(monkeypatch, isa, width, bits, symmetric):
+    generator = torch.Generator().manual_seed(width + bits)
+    wide = torch.randn(30, 3 * width + 5, generator=generator) * 10 ** torch.rand(30, 1, generator=generator)
+    weight, grid = wide[:, : 3 * width], Grid(bits, width, symmetric)
+    weight[3, :width], weight[5] = 0, 1e-38
+    weight[7, 0] = 1e4
+    hessian = (torch.rand(3 * width, generator=generator) + 0.1).diag()
+    found = grid_search.best_candidates
+    monkeypatch.setattr(grids, "best_candidates", lambda *args: found(*args, isa=isa))
+    monkeypatch.setattr(grids, "GROUPS_AT_ONCE", 40)  # several parts
+    scale, zero = fit(weight, grid, hessian)
+    monkeypatch.setattr(grids, "serves", lambda *args: False)
+    wanted_scale, wanted_zero = fit(weight, grid, hessian)
+
+    def errors(scale, zero):
+        read = dequantize(round_to_grid(weight, expand(scale, 3 * width), expand(zero, 3 * width), grid), scale, zero)
+        return ((read - weight).double().square() * hessian.diagonal()).unflatten(1, (3, -1)).sum(-1)
+
+    # Errors are summed in another order, so that one of two candidates that are as good may be found.
+    torch.testing.assert_close(errors(scale, zero), errors(wanted_scale, wanted_zero), rtol=1e-5, atol=0)
+    assert ((scale == wanted_scale) & (zero == wanted_zero)).float().mean() > 0.9

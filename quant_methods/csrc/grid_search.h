@@ -1,0 +1,26 @@
+// The search for the range of a group of weights, one candidate after the other while the group is in the first cache:
+// quant_methods/formats/grid.py, fit. Compiled once for each instruction set.
+#ifndef PARETO_GRID_SEARCH_H
+#define PARETO_GRID_SEARCH_H
+
+#include <stdint.h>
+
+// quant_methods/formats/grid_search.py mirrors it.
+typedef struct {
+    const float *weight;      // [rows][groups][width]
+    const float *importance;  // [groups][width]
+    const float *scale;       // [candidates][rows][groups]
+    const float *zero;        // [candidates][rows][groups], integral
+    int32_t *best;            // [rows][groups]: the candidate of the least error, the first of equal ones
+    int64_t rows, groups, width, candidates;
+    float low, high;          // codes
+    int32_t num_threads;
+} pareto_grid_search;
+
+#define PARETO_MAX_CANDIDATES 128
+
+int pareto_grid_search_generic(const pareto_grid_search *);
+int pareto_grid_search_avx2(const pareto_grid_search *);
+int pareto_grid_search_avx512(const pareto_grid_search *);
+
+#endif

@@ -1,0 +1,2 @@
+#define PARETO_GRID_SEARCH pareto_grid_search_avx2
+#include "grid_search_impl.h"

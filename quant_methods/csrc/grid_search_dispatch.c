@@ -1,0 +1,10 @@
+// Takes the widest instruction set that this processor has.
+#include "grid_search.h"
+
+int pareto_grid_search_best(const pareto_grid_search *a) {
+#ifdef PARETO_X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return pareto_grid_search_avx512(a);
+    if (__builtin_cpu_supports("avx2")) return pareto_grid_search_avx2(a);
+#endif
+    return pareto_grid_search_generic(a);
+}

@@ -1,0 +1,82 @@
+"""Which of some candidates for a group's scale and zero-point reads its weights back best: compiled, for CPUs.
+
+The same search by PyTorch's operations (quant_methods/formats/grid.py, the specification) goes through memory six times
+for each candidate, and took most of the time of round-to-nearest; in ``csrc/`` a group stays in the first cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+_ptr, _i64, _f32, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+
+
+class _Search(ctypes.Structure):
+    _fields_ = (
+        ("weight", _ptr),
+        ("importance", _ptr),
+        ("scale", _ptr),
+        ("zero", _ptr),
+        ("best", _ptr),
+        ("rows", _i64),
+        ("groups", _i64),
+        ("width", _i64),
+        ("candidates", _i64),
+        ("low", _f32),
+        ("high", _f32),
+        ("num_threads", _i32),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    spec = importlib.util.find_spec("quant_methods._cpu")
+    if spec is None or spec.origin is None:
+        return None
+    # The library leaves its OpenMP calls open; PyTorch's runtime answers them, so that one pool of threads runs both.
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(spec.origin)
+    return library
+
+
+def serves(grouped: Tensor, importance: Tensor) -> bool:
+    """Return whether `best_candidates` takes weights [rows, groups, width] of that importance."""
+    return grouped.is_cpu and grouped.dtype == torch.float32 and importance.dim() == 2 and _library() is not None
+
+
+def best_candidates(
+    grouped: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int, isa: str = "best"
+) -> tuple[Tensor, Tensor]:
+    """Return for each group the candidate of the least ``sum importance * (read back - weight)^2``, the first of equal.
+
+    Args:
+        grouped: float32 [rows, groups, width], weights.
+        importance: float32 [groups, width].
+        scales: float32 [candidates, rows, groups]. Neighbours of equal scale share the division.
+        zeros: float32 of the same shape, integral.
+        low: smallest code.
+        high: largest code.
+        isa: "generic", "avx2" or "avx512", which this processor must have; "best" takes the widest that it has.
+
+    Returns:
+        The scale and the zero-point of each group, float32 [rows, groups].
+
+    """
+    library = _library()
+    assert library is not None
+    rows, groups, width = grouped.shape
+    grouped, importance, scales, zeros = (x.contiguous() for x in (grouped, importance.float(), scales, zeros))
+    best = torch.empty(rows, groups, dtype=torch.int32)
+    tensors = (grouped, importance, scales, zeros, best)
+    threads = torch.get_num_threads()
+    search = _Search(*(x.data_ptr() for x in tensors), rows, groups, width, len(scales), low, high, threads)
+    status = getattr(library, f"pareto_grid_search_{isa}")(ctypes.byref(search))
+    assert status == 0, status
+    place = best.long()[None]
+    return scales.gather(0, place)[0], zeros.gather(0, place)[0]
