@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from kv_cache.errors import ParetoError
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
+"""The head sizes that there are kernels for."""
 
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 """The widths of the planes that a code of so many bits is split into, from its lowest bits to its highest."""
@@ -35,6 +36,11 @@ without, 0.0431 with 1.012, 0.0528 with 1.03, 0.0413 with an exact gain for each
 
 META_BYTES = 4
 """Bytes that a token of one head keeps beside its codes: scale and zero of its key, scale and zero of its value."""
+
+
+def unserved_head_size(size: int) -> str | None:
+    """Return what to call heads of a size that no kernel serves, for the end of "... does not serve"; else None."""
+    return None if size in HEAD_SIZES else f"head size {size} (it serves {', '.join(map(str, HEAD_SIZES))})"
 
 
 @dataclass(frozen=True)

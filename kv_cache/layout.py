@@ -22,7 +22,7 @@ import functools
 from dataclasses import dataclass
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES, META_BYTES, PLANES, KVFormat
+from kv_cache.formats import META_BYTES, PLANES, KVFormat, unserved_head_size
 
 TOKEN_MULTIPLE = 16
 """A page's tokens are a multiple of this, which keeps planes 16-byte aligned."""
@@ -49,11 +49,8 @@ class PageLayout:
     block_size: int
 
     def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_SIZES:
-            raise ParetoError(
-                f"{self.fmt.name} does not serve head size {self.head_dim} (it serves "
-                f"{', '.join(map(str, HEAD_SIZES))}): use --kv-cache-dtype auto"
-            )
+        if reason := unserved_head_size(self.head_dim):
+            raise ParetoError(f"{self.fmt.name} does not serve {reason}: use --kv-cache-dtype auto")
         # A row of a 1-bit plane is then a whole number of 32-bit words, as which the kernels read it.
         if self.head_dim % 32 and 3 in (self.fmt.key_bits, self.fmt.value_bits):
             raise ParetoError(

@@ -7,12 +7,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.replay import Replay
-from quant_methods.calibration.stages import Statistics, find_stages, stage_statistics
+from quant_methods.calibration.stages import Statistics, expert_statistics, find_stages, stage_statistics
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
 from quant_methods.formats.quantized import QuantizedLinear
@@ -32,11 +33,15 @@ class BlockSolver:
         plan: what happens to each layer.
         say: told what happens now.
 
+    Attributes:
+        unseen: of the block that was quantized last, the experts that no calibration token was sent to.
+
     """
 
     def __init__(self, decoder: Decoder, plan: Plan, say: Callable[[str], None]) -> None:
         self.decoder, self.plan, self.say = decoder, plan, say
         self.learned: dict[str, Learned] = {}
+        self.unseen: list[str] = []
         self.storage = storage_of(plan)
         self._replays: list[Replay] = []
 
@@ -77,6 +82,7 @@ class BlockSolver:
         """Quantize a block in place; return its stored tensors and each layer's relative error."""
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
+        self.unseen = []
         self._replays = []
         if self.plan.needs_data:
             assert hidden is not None
@@ -92,12 +98,24 @@ class BlockSolver:
         replays = dict(enumerate(self._replays))
         order = [(position, name) for position, stage in enumerate(stages) for name in stage.names if name in local]
         statistics: Statistics | None = None
+        of_experts: dict[int, Statistics | None] = {}
         seen = -1
         for position, name in order or [(-1, name) for name in local]:
             full = self.decoder.name(index, name)
             self.say(name)
             step = self.plan.steps[full]
-            if position != seen and hidden is not None:
+            wave = stages[position].wave if stages else None
+            if position != seen and hidden is not None and wave is not None:
+                if position not in of_experts:
+                    of_experts = expert_statistics(self.decoder, index, block, hidden, stages=stages, wave=wave)
+                statistics = of_experts.pop(position)
+                if statistics is None:
+                    # No token was sent to it: all its inputs count alike.
+                    width = block.get_submodule(name).in_features
+                    statistics = Statistics(torch.eye(width, device=self.decoder.device))
+                    self.unseen += [e for e in [full.rpartition(".")[0]] if e not in self.unseen]
+                seen = position
+            elif position != seen and hidden is not None:
                 own = [self.plan.steps[self.decoder.name(index, n)] for p, n in order if p == position]
                 ranges = any(one.outliers or one.static for one in own)
                 statistics = stage_statistics(

@@ -17,6 +17,7 @@ from quant_methods.backends.command import EPILOG, add_backend_arguments, check_
 from quant_methods.backends.environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, kv_bits_of, run_budget, run_statistics, run_sweep
 from quant_methods.exempt import NAMES
+from quant_methods.fused import is_expert
 from quant_methods.progress import Lines
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("overrides of the recipe")
     recipe.add_argument("--bits", type=int, help="2 to 8; stock vLLM serves 4 and 8")
     recipe.add_argument("--group-size", type=int, help="32, 64, 128, or -1 for one scale per channel")
+    recipe.add_argument(
+        "--group-size-fallback",
+        choices=("lower", "skip", "refuse"),
+        help="where the group size does not divide a layer's width: take the largest that does (the default), leave "
+        "the layer at 16 bits, or refuse",
+    )
     recipe.add_argument("--per-tensor", action=switch, default=None, help="one scale a weight, with --group-size -1")
     recipe.add_argument("--symmetric", action=switch, default=None, help="without zero-points")
     recipe.add_argument("--act-order", action=switch, default=None, help="GPTQ: largest activations first")
@@ -165,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
                 "overwrite": args.overwrite,
                 "progress": show,
                 "kv_bits": kv_bits,
+                "say": lambda line: console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True),
             }
             if budget is None:
                 report = compress(args.model, recipe, args.out, **common)
@@ -218,17 +226,24 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"
     )
-    if recipe.kv_scales:
+    if report.kv_scales:
         lines.append(f"KV scales    calibrated; serve with --kv-cache-dtype {dtype} (or another per-head dtype)")
     resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
     lines.append(f"served by    {report.serving}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    if "cpu" not in report.serving.devices:
+    if report.unseen:
         console.print(
-            "note: vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8",
+            f"note: no calibration token was sent to {len(report.unseen)} experts ({report.unseen[0]} is one): they "
+            "were rounded without calibration; give more --text or --num-calibration-samples",
+            highlight=False,
             soft_wrap=True,
         )
+    if "cpu" not in report.serving.devices:
+        note = "vLLM has no CPU kernel for 8-bit weights with 16-bit activations; for CPUs use rtn-w8 or gptq-w8"
+        if any(is_expert(layer.name) for layer in report.layers):
+            note = "vLLM serves quantized experts on CUDA; for CPUs leave them at 16 bits: --ignore '*.experts.*'"
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     if report.serving.plugin:
         console.print(
             "note: serve it where vllm-pareto is installed; stock vLLM does not know its format", soft_wrap=True

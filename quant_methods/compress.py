@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ def compress(
     progress: Progress = lambda done, total, what: None,
     attachments: Mapping[str, bytes] | None = None,
     kv_bits: KVBits | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Report:
     """Write a compressed checkpoint that vLLM serves.
 
@@ -48,6 +49,7 @@ def compress(
         progress: told how far the run is.
         attachments: files to put beside the weights, by name.
         kv_bits: chooses bits for each layer's KV cache; None: the checkpoint names none.
+        say: told, before any work, what is done otherwise than the recipe says, a line each.
 
     Raises:
         ParetoError: bad input; see the modules of this room.
@@ -60,7 +62,9 @@ def compress(
         model, recipe, out, device=device, overwrite=overwrite, as_stored=not recipe.steps, text=text
     )
     if kv_bits is not None:
-        kv_bits.check(decoder.config, recipe)
+        kv_bits.check(decoder, recipe)
+    for line in plan.notes:
+        say(line)
     work = work_of(out)
     with full_disk_explained(work):
         run = Run(

@@ -44,11 +44,14 @@ def make_scales(model: Path, out: Path, device: str, lines: Lines, tokenizer: Pa
     """
     _wake(device)
     from quant_methods.calibration.calibrator import Decoder
+    from quant_methods.calibration.kv_observer import unserved_kv
     from quant_methods.calibration.kv_pass import calibrate, kv_sequences
     from quant_methods.compress import check_device
 
     check_device(device)
     decoder = Decoder(model, device=device)
+    if reason := unserved_kv(decoder.base, decoder.config):
+        raise ParetoError(f"{model}: a quantized KV cache does not serve {reason}: use --kv-cache-dtype auto")
     length = min(LENGTH, decoder.config.max_position_embeddings)
     weights = sum(parameter.numel() for block in decoder.blocks for parameter in block.parameters())
     count = ON_GPU if decoder.device.type == "cuda" else on_cpu(weights, length)

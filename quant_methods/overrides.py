@@ -14,8 +14,8 @@ from quant_methods.recipe_file import checked
 
 # Settings of steps: changed in every step of the recipe that has them.
 OF_STEPS = (
-    "bits", "group_size", "per_tensor", "symmetric", "activations", "search", "act_order", "damping", "upstream",
-    "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs",
+    "bits", "group_size", "group_size_fallback", "per_tensor", "symmetric", "activations", "search", "act_order",
+    "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs",
 )  # fmt: skip
 # Settings of the calibration, and their names there.
 OF_CALIBRATION = {"num_calibration_samples": "num_samples", "calibration_length": "length", "seed": "seed"}

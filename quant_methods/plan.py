@@ -7,14 +7,16 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.experts import routers
+from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
-from quant_methods.formats.native_format import INPUT_MULTIPLE
+from quant_methods.formats.native_format import Form
+from quant_methods.fused import families, is_expert
+from quant_methods.group_sizes import Fitted, fit_groups
+from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.tuning import Tune
 from quant_methods.patterns import check_patterns
 from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
-
-# Layers that vLLM merges into one matrix when it loads a model; their parts must be stored alike.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,11 @@ class Plan:
         steps: full module name to the step that quantizes it, in model order.
         ignored: full names of the linear layers left alone, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
-        outside: how many of the ignored, the last ones, are not inside blocks.
+        outside: how many of the ignored, the last ones, are no linear layers inside blocks: the head, and what chooses
+            experts, which vLLM has linear layers for.
         tune: what is trained at the end, or None.
+        notes: what is done otherwise than the recipe says, a line each.
+        kv_scales: scales of a quantized KV cache are calibrated.
 
     """
 
@@ -35,6 +40,8 @@ class Plan:
     transforms: tuple[TransformStep, ...] = ()
     outside: int = 0
     tune: Tune | None = None
+    notes: tuple[str, ...] = ()
+    kv_scales: bool = False
 
     @property
     def ignored_inside(self) -> list[str]:
@@ -64,7 +71,11 @@ class Plan:
     @property
     def serving(self) -> Serving:
         """What serves the result."""
-        return Serving.of(self.steps.values())
+        found = Serving.of(self.steps.values())
+        if any(map(is_expert, self.steps)):
+            # vLLM's kernel for quantized experts on CPUs wants AMX, 4 bits and no zero-points.
+            found = Serving(tuple(device for device in found.devices if device == "cuda"), found.plugin)
+        return found
 
     @property
     def native(self) -> bool:
@@ -76,8 +87,9 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     """Assign a step to every linear layer.
 
     Raises:
-        ParetoError: nothing is matched, or nothing by one of the globs, a group size does not divide a layer's width,
-            layers that vLLM merges would be stored differently, or a step is out of place.
+        ParetoError: nothing is matched, or nothing by one of the globs, a layer cannot have its step's group size (and
+            the step says to refuse), layers that vLLM merges would be stored differently, a step is out of place, or
+            KV scales are all that is wanted, and no quantized KV cache serves the model.
 
     """
     tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
@@ -85,7 +97,6 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
     weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
     steps: dict[str, WeightStep] = {}
-    ignored: list[str] = []
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     _check_names(decoder, recipe)
     shapes: dict[str, tuple[int, int]] = {}
@@ -97,15 +108,16 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             if not matches(name, ignore):
                 step = next((s for s in weight_steps if matches(name, s.targets)), None)
             chosen[local] = step
-            if step is None:
-                ignored.append(name)
-            else:
+            shapes[name] = linear.out_features, linear.in_features
+            if step is not None:
                 steps[name] = step
-                shapes[name] = linear.out_features, linear.in_features
         _check_fused(decoder.name(index, ""), chosen)
-    native = Serving.of(steps.values()).plugin
-    for name, (rows, width) in shapes.items():
-        _check_width(name, width, rows, steps[name], native=native)
+    fit = fit_groups(steps, shapes)
+    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
+    _check_experts(recipe, fit, transforms, tune)
+    if steps and not fit.steps:
+        raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
+    ignored = [name for name in shapes if name not in fit.steps]
     if weight_steps and not steps:
         raise ParetoError(
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
@@ -116,7 +128,6 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: tune trains what a step that rounds weights made, and there is none; add one, e.g. "
             "{method: rtn}"
         )
-    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
     if recipe.steps and not weight_steps:
         raise ParetoError(
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
@@ -133,17 +144,29 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 transform.check_next(follower)
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
-    outside = _outside(decoder)
-    return Plan(steps, ignored + outside, transforms, len(outside), tune)
+    outside, kv_scales = _outside(decoder), recipe.kv_scales
+    slow = {Form(s.bits, symmetric=s.symmetric, table=s.table).slow_on_cuda(): None for s in fit.steps.values()}
+    notes = (*fit.notes, *(line for line in slow if line is not None))
+    if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
+        if not weight_steps:
+            raise ParetoError(
+                f"recipe {recipe.name}: a quantized KV cache does not serve {reason}, so that KV scales would be of no "
+                f"use; serve {model_dir.name} with --kv-cache-dtype auto"
+            )
+        kv_scales = False
+        notes += (
+            f"no KV scales are made: a quantized KV cache does not serve {reason}; serve with --kv-cache-dtype auto",
+        )
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), tune, notes, kv_scales)
 
 
 def _outside(decoder: Decoder) -> list[str]:
-    """Return the names of the linear layers that are not in blocks."""
+    """Return the names of what vLLM has linear layers for and no step does: those not in blocks, and routers."""
     return [
         name
         for name, module in decoder.model.named_modules()
         if type(module).__name__ == "Linear" and not name.startswith(decoder.prefix + ".")
-    ]
+    ] + routers(decoder.model)
 
 
 def _check_names(decoder: Decoder, recipe: Recipe) -> None:
@@ -161,33 +184,32 @@ def _embeddings(decoder: Decoder) -> list[str]:
     return [name for name, module in decoder.model.named_modules() if module is given]
 
 
-def _check_width(name: str, width: int, rows: int, step: WeightStep, *, native: bool) -> None:
-    if step.group_size != -1 and width % step.group_size:
-        fits = [str(size) for size in (32, 64, 128) if width % size == 0]
-        raise ParetoError(
-            f"group size {step.group_size} does not divide the {width} input channels of {name}; sizes that do: "
-            f"{', '.join([*fits, '-1 (one scale per channel)'])}"
-        )
-    if native and width % INPUT_MULTIPLE:
-        raise ParetoError(
-            f"{name} has {width} input channels, and the format of ours holds multiples of {INPUT_MULTIPLE}; leave it "
-            f"out with ignore: ['{name.rsplit('.', 1)[-1]}']"
-        )
-    if not native and step.activations == "none" and (width % 32 or rows % 32):
-        # Both of vLLM's W4A16 families want multiples of 32: its CPU kernel refuses others, Marlin's tiles need them.
-        raise ParetoError(
-            f"{name} is [{rows}, {width}], and vLLM's 4-bit kernels want multiples of 32; leave it out with "
-            f"ignore: ['{name.rsplit('.', 1)[-1]}']"
-        )
-
-
 def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:
-    for family in FUSED:
-        members = {local: step for local, step in chosen.items() if local.rsplit(".", 1)[-1] in family}
-        if len({step for step in members.values()}) > 1:
-            quantized = next(local for local, step in members.items() if step is not None)
-            different = next(local for local, step in members.items() if step != members[quantized])
+    for family in families(chosen):
+        if len({chosen[local] for local in family}) > 1:
+            quantized = next(local for local in family if chosen[local] is not None)
+            different = next(local for local in family if chosen[local] != chosen[quantized])
+            merged = "a block's experts" if is_expert(family[0]) else ", ".join(n.rsplit(".", 1)[-1] for n in family)
             raise ParetoError(
                 f"{prefix}{quantized} and {prefix.split('.')[-2]}.{different} would be stored differently, and vLLM "
-                f"merges {', '.join(family)} into one matrix; ignore or target them together"
+                f"merges {merged} into one; ignore or target them together"
             )
+
+
+def _check_experts(recipe: Recipe, fit: Fitted, transforms: tuple[TransformStep, ...], tune: Tune | None) -> None:
+    """Refuse what is not there for experts: formats that vLLM has no kernel of experts for, and methods."""
+    experts = [name for name in fit.steps if is_expert(name)]
+    if not experts:
+        return
+    where, alone = f"recipe {recipe.name}: {experts[0]}", "or leave experts out with --ignore '*.experts.*'"
+    method = next((step.method for step in (*transforms, *([tune] if tune else []))), None)
+    if method or any(isinstance(step, Rotate) for step in recipe.steps):
+        raise ParetoError(
+            f"{where} is an expert's, and {method or Rotate.method} does not know mixtures of experts; use gptq or rtn "
+            f"alone (gptq-w4), {alone}"
+        )
+    if Serving.of(fit.steps.values()).plugin or any(fit.steps[name].activations != "none" for name in experts):
+        raise ParetoError(
+            f"{where} is an expert's, and vLLM serves experts of 4 bits, or of 8 bits without zero-points, with 16-bit "
+            f"activations: use gptq-w4, gptq-w8a16 or rtn-w4, {alone}"
+        )

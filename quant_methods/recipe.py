@@ -30,6 +30,9 @@ from quant_methods.formats.grid import Grid
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import digest
 
+GROUP_SIZES = (128, 64, 32)
+"""The sizes of groups that vLLM's kernels and ours serve, beside whole rows."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -64,6 +67,9 @@ class WeightStep(Step):
         rank_metric: which error, that of the layer's output (``activations``) or of its ``weights``.
         per_tensor: one scale for the whole weight, with group_size -1. It is stored once for each output channel, so
             that every kernel serves it: for comparing, it saves nothing.
+        group_size_fallback: what becomes of a layer whose input channels the group size does not divide: ``lower``
+            takes the largest size that does, ``skip`` leaves the layer at 16 bits, ``refuse`` refuses the recipe. A
+            layer that no size fits stays at 16 bits unless the recipe is to be refused (``group_sizes.py``).
 
     """
 
@@ -78,6 +84,10 @@ class WeightStep(Step):
     rank: int = 0
     rank_metric: Literal["activations", "weights"] = "activations"
     per_tensor: bool = False
+    group_size_fallback: Literal["lower", "skip", "refuse"] = "lower"
+
+    table: ClassVar[bool] = False
+    """Whether codes are indices into a table of each output channel."""
 
     @property
     def plain(self) -> bool:
@@ -104,7 +114,7 @@ class WeightStep(Step):
         """Refuse what neither vLLM 0.32 nor this plugin serves."""
         if not 2 <= self.bits <= 8:
             raise ParetoError(f"bits: {self.bits} is not served; use 2 to 8")
-        if self.group_size not in (-1, 32, 64, 128):
+        if self.group_size not in (-1, *GROUP_SIZES):
             raise ParetoError(
                 f"group_size: {self.group_size} has no kernel in vLLM; use 32, 64, 128, or -1 for one scale per channel"
             )

@@ -53,8 +53,8 @@ Progress = Callable[[int, int, str], None]
 class KVBits(Protocol):
     """What gives each layer's KV cache bits of its own; ``mixed_precision.kv_choice.KVChoice`` does."""
 
-    def check(self, config: Any, recipe: Recipe) -> None:
-        """Refuse, before any work, what cannot be for a model of that configuration."""
+    def check(self, decoder: Decoder, recipe: Recipe) -> None:
+        """Refuse, before any work, what cannot be for a model."""
 
     def __call__(self, model: Served, scales: KVScales, name: str, folder: Path, key: str) -> dict[str, bytes]:
         """Enter the bits into the scales; return files to put beside the weights."""
@@ -95,6 +95,8 @@ class Report:
         resumed_blocks: blocks that an earlier run had finished.
         serving: what serves it.
         tuned: what tuning did, or None.
+        kv_scales: the checkpoint has scales of a quantized KV cache.
+        unseen: experts that no calibration token was sent to, which were rounded as if all inputs counted alike.
 
     """
 
@@ -108,6 +110,8 @@ class Report:
     resumed_blocks: int = 0
     serving: Serving = field(default_factory=lambda: Serving.of(()))
     tuned: Tuned | None = None
+    kv_scales: bool = False
+    unseen: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -144,7 +148,7 @@ class Run:
         if not plan.steps:
             own = "the text that ships with vllm-pareto"
             self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length)
-        elif plan.needs_data or recipe.kv_scales:
+        elif plan.needs_data or plan.kv_scales:
             self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
         self.text_source = own if self.text is None else self.text.name
         self.tuner: Tuner | None = None
@@ -205,7 +209,7 @@ class Run:
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
             if self.plan.steps:
-                self._blocks(report, self._block_file, kv_scales=self.recipe.kv_scales and self.tuner is None)
+                self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.tuner is None)
             else:
                 self._calibrate()
             if report.layers and not any(layer.relative_error for layer in report.layers):
@@ -216,9 +220,10 @@ class Run:
             if self.tuner is not None:
                 report.tuned = self.tuner.run()
                 # KV scales are those of the model that is served, which the blocks are only now.
-                if self.recipe.kv_scales:
+                if self.plan.kv_scales:
                     self._blocks(Report(self.out), self.tuner.block_result, kv_scales=True)
             scales = self._scales()
+            report.kv_scales = scales is not None
             self.progress(self.total, self.total, "writing the checkpoint")
             report.bytes_after = self._write(report.tuned, scales)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
@@ -305,7 +310,7 @@ class Run:
                 path = file_of(index)
                 if path.is_file():
                     tensors, metadata = read_tensors(path)
-                    errors = json.loads(metadata["relative_error"])
+                    errors, unseen = json.loads(metadata["relative_error"]), json.loads(metadata.get("unseen", "[]"))
                     self.solver.install(index, block, tensors)
                 else:
                     self.now = index
@@ -315,8 +320,11 @@ class Run:
                         # Inputs are compared as they are after the scaling, which `original` is none the wiser of.
                         comparison = (clone(block) if self.plan.transforms else pristine), original
                     tensors, errors = self.solver.quantize(index, block, local, hidden, original=comparison)
+                    unseen = self.solver.unseen
                     if tensors:
-                        write_tensors(path, scaled | tensors, {"relative_error": json.dumps(errors)})
+                        told = {"relative_error": json.dumps(errors), "unseen": json.dumps(unseen)}
+                        write_tensors(path, scaled | tensors, told)
+                report.unseen += unseen
                 report.layers += [self._layer_report(index, name, tensors, errors) for name in local]
                 last = index == self.total - 1
                 if hidden is not None and not (last and watching is None):

@@ -6,7 +6,10 @@
 | 4 bits on a grid | vLLM's 4-bit kernel | ours (below) for few sequences, else vLLM's (Machete, Marlin) |
 | 2 and 3 bits on a grid | vLLM's 4-bit kernel | ours, ``quant_methods/kernels/low_bit_cuda.py`` |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
-| everything else | dequantized once at load | ours |
+| 2 to 4 bits in a table, 5 to 7 bits on a grid | dequantized once at load | ours |
+| everything else | dequantized once at load | expanded by PyTorch at every step |
+
+The ways of the last row are slow: a line of the log says so.
 
 What a bulk holds is registered as parameters and buffers, so that compiled graphs take it as inputs.
 """
@@ -18,8 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant_methods.formats.native_format import Form, pack_codes
+from quant_methods.formats.native_format import Form, pack_codes, slow_on_cuda
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from vllm_ext.compat import (
     ChannelQuantScaleParameter,
@@ -49,6 +53,15 @@ class Bulk(Protocol):
         ...
 
 
+SERVED_ON_CUDA = "use 2 to 7 bits, in groups of 32, 64 or 128 channels or with one scale for each output channel"
+"""What is always served by a kernel of ours; said where neither that nor one of vLLM's takes a layer."""
+
+
+def on_cuda(linear: QuantizedLinear) -> bool:
+    """Return whether a layer lies on a CUDA device, and so will be multiplied there."""
+    return linear.codes.is_cuda
+
+
 def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
     """Return what multiplies by a layer's codes.
 
@@ -60,7 +73,7 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
     """
     out, width = linear.codes.shape
     per_channel = linear.scale.shape[1] == 1
-    cuda = linear.codes.is_cuda
+    cuda = on_cuda(linear)
     zero_points = bool(linear.zero_point.any())
     what = f"{form.bits}-bit {'look-up' if form.table else 'grid'} weights"
     if form.activations == "int8" and form.bits == 8 and per_channel and not zero_points and not form.table:
@@ -75,7 +88,12 @@ def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
             else:
                 return MixedBulk(linear, config, kernel)
     if cuda:
-        return LowBitBulk(low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits))
+        module = low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits)
+        if isinstance(module, LowBitLinear):
+            logger.warning_once(
+                form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA)
+            )
+        return LowBitBulk(module)
     logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)
     return DenseBulk(linear.bulk().to(dtype))
 

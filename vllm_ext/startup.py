@@ -8,7 +8,7 @@ import torch
 
 from kv_cache.cuda.arguments import MAX_QUERY_LEN
 from kv_cache.errors import ParetoError
-from kv_cache.formats import HEAD_SIZES
+from kv_cache.formats import unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from vllm_ext.names import SCALES_KEY
 
@@ -34,11 +34,8 @@ def prepare(config: VllmConfig) -> None:
         raise ParetoError(f"--kv-cache-dtype {dtype} does not serve multi-head latent attention: {instead}")
     if model.is_attention_free:
         raise ParetoError(f"--kv-cache-dtype {dtype} has nothing to serve in a model without attention: {instead}")
-    if model.get_head_size() not in HEAD_SIZES:
-        raise ParetoError(
-            f"--kv-cache-dtype {dtype} does not serve head size {model.get_head_size()} (it serves "
-            f"{', '.join(map(str, HEAD_SIZES))}): {instead}"
-        )
+    if reason := unserved_head_size(model.get_head_size()):
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {reason}: {instead}")
     if config.kv_transfer_config is not None:
         raise ParetoError(f"--kv-cache-dtype {dtype} does not serve KV transfer between instances: {instead}")
     if current_platform.is_cuda():

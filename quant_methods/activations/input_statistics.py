@@ -163,6 +163,8 @@ def measure(
                 scale_block(ScaledBlock(decoder, index, block, hidden, plan))
             stages = find_stages(decoder, index, block, hidden)
             for position, stage in enumerate(stages):
+                if stage.wave is not None:
+                    continue  # Experts: their inputs are some tokens of what is seen before the layers of attention.
                 seen = stage_statistics(decoder, index, block, hidden, stages=stages, position=position, ranges=True)
                 assert seen.ranges is not None
                 name = common_name(tuple(decoder.name(index, local) for local in stage.names))

@@ -169,6 +169,13 @@ def compress_with(
     check_out(out, model_dir, overwrite=overwrite, text=text)
     decoder = Decoder(model_dir, Source(model_dir), "cpu")
     plan = make_plan(decoder, dataclasses.replace(recipe, kv_scales=False), model_dir)
+    lowered = next((n for n, step in plan.steps.items() if step.group_size != settings["group_size"]), None)
+    if lowered is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: group size {settings['group_size']} does not divide the input channels of {lowered}"
+            f", and {backend.name} gives all layers the same; choose another --group-size, e.g. "
+            f"{min(step.group_size for step in plan.steps.values())}"
+        )
     inside = [name for name in plan.ignored if name.startswith(decoder.prefix + ".")]
     if inside and not backend.ignores:
         raise ParetoError(

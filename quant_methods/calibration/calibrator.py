@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.experts import unpack_experts
 from quant_methods.calibration.finite import check_inputs, check_weights
 from quant_methods.calibration.kv_observer import ATTENTION, Observer, observing
 from quant_methods.checkpoints.checkpoint import Source
@@ -76,6 +77,8 @@ class Decoder:
         self._base_prefix = next(name for name, module in self.model.named_modules() if module is self.base)
         self.prefix = next(name for name, module in self.model.named_modules() if module is blocks)
         self._arguments: dict[torch.Size, list[dict[str, Any]]] = {}
+        if source is not None:
+            unpack_experts(self.model, source.__contains__)
         self.source = ReadBack(model_dir, self.model, self.device) if source is None else source
         missing = [n for n in self.block_tensors(0) if n not in self.source]
         if missing:

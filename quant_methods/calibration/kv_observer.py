@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kv_cache.errors import ParetoError
+from kv_cache.formats import unserved_head_size
 from kv_cache.rotary import Rotary
 
 ATTENTION = "pareto_observed"
@@ -131,6 +132,23 @@ def kv_geometry(config: Any) -> tuple[int, int, int]:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
+
+
+def unserved_kv(decoder: torch.nn.Module, config: Any) -> str | None:
+    """Return what of a model no quantized KV cache serves, for the end of "... does not serve"; None if one does.
+
+    Scales of such a model would be of no use: vLLM refuses to start with them (vllm_ext/startup.py).
+
+    Args:
+        decoder: transformers' decoder (``model.get_decoder()``).
+        config: its configuration.
+
+    """
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention"
+    if any(hasattr(module, "sinks") for module in decoder.modules()):
+        return "attention sinks"
+    return unserved_head_size(kv_geometry(config)[2])
 
 
 INTERLEAVED = frozenset({"cohere", "cohere2", "codegen", "ernie4_5", "glm", "glm4", "gptj", "helium"})

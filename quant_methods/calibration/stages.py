@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Stop
+from quant_methods.calibration.experts import waves
 from quant_methods.calibration.finite import check_inputs
 from quant_methods.calibration.replay import Replay
 
@@ -30,11 +31,13 @@ class Stage:
     Attributes:
         names: module names within the block, in call order.
         joins_residual: its one layer's output is added to the residual stream.
+        wave: for layers of experts, which of the block's waves they are in (``experts.waves``); else None.
 
     """
 
     names: tuple[str, ...]
     joins_residual: bool
+    wave: int | None = None
 
 
 @dataclass
@@ -77,7 +80,12 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
     """Return the block's stages in the order in which they run, found by running it on one sequence."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     hooks = []
+    expert_waves = waves(block)
+    of_experts = {name for wave in expert_waves for names in wave for name in names}
     for name, module in decoder.linears(index).items():
+        if name in of_experts:
+            # Not every expert has a token in every batch; what they share is known without running them.
+            continue
 
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             calls.append((name, args[0], output))
@@ -108,7 +116,8 @@ def find_stages(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor) 
     # Holds for pre-norm blocks; models that normalize or scale a layer's output before adding it differ.
     plain = torch.allclose(total, end, rtol=1e-3, atol=1e-4 * end.abs().max().item())
     joining = {name for name, _, _ in writers} if plain else set()
-    return [Stage(tuple(name for name, _, _ in group), group[0][0] in joining) for group in groups]
+    found = [Stage(tuple(name for name, _, _ in group), group[0][0] in joining) for group in groups]
+    return found + [Stage(names, False, number) for number, wave in enumerate(expert_waves) for names in wave]
 
 
 @torch.no_grad()
@@ -173,6 +182,57 @@ def stage_statistics(
             matrix.div_(tokens)
     check_inputs({f"{decoder.name(index, stage.names[0])}: the squares of its inputs": hessian})
     return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
+
+
+@torch.no_grad()
+def expert_statistics(
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, *, stages: list[Stage], wave: int
+) -> dict[int, Statistics | None]:
+    """Gather the statistics of all stages of a wave of experts over the calibration set, in one pass.
+
+    Which tokens an expert gets is not the same in the original model, so nothing is compared with that.
+
+    Args:
+        decoder: the model.
+        index: the block's index.
+        block: the block, earlier waves already quantized.
+        hidden: the hidden states that enter it, float32 [sequences, length, width].
+        stages: the block's stages.
+        wave: which wave.
+
+    Returns:
+        Position of each of its stages to its statistics; None for an expert that no token was sent to.
+
+    """
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
+    hooks = []
+    for position, stage in enumerate(stages):
+        if stage.wave != wave:
+            continue
+        module = block.get_submodule(stage.names[0])
+        counts[position] = 0
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], position: int = position) -> None:
+            inputs = args[0].flatten(0, -2)
+            if position not in sums:
+                sums[position] = torch.zeros((inputs.shape[1], inputs.shape[1]), device=inputs.device)
+            sums[position].addmm_(inputs.T, inputs)
+            counts[position] += len(inputs)
+
+        hooks.append(module.register_forward_pre_hook(add))
+    try:
+        for _, batch in decoder.batches(hidden):
+            decoder.run(index, block, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for position, total in sums.items():
+        total.div_(counts[position])
+    check_inputs(
+        {f"{decoder.name(index, stages[p].names[0])}: the squares of its inputs": total for p, total in sums.items()}
+    )
+    return {position: Statistics(sums[position]) if position in sums else None for position in counts}
 
 
 @contextlib.contextmanager

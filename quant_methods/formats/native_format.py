@@ -102,6 +102,17 @@ class Form:
         if min(self.columns, self.rank) < 0:
             raise ParetoError(f"{where}: columns and rank cannot be negative ({self.columns}, {self.rank})")
 
+    def slow_on_cuda(self) -> str | None:
+        """Return a line about a bulk that no CUDA kernel multiplies by, with what to choose instead; else None.
+
+        It is said before a model is compressed so, and when it is served.
+        """
+        if self.table and self.bits > 4:
+            return slow_on_cuda("look-up weights", self.bits, "compress to tables of 3 or 4 bits, or round to a grid")
+        if not self.table and self.bits == 8 and not self.symmetric:
+            return slow_on_cuda("weights with zero-points", self.bits, "compress with --symmetric")
+        return None
+
     def shapes(self, rows: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Return a layer's tensors by local name, and their shapes; -1 for an extent that only the tensor knows."""
         groups = 1 if self.group_size == -1 else inputs // self.group_size
@@ -123,6 +134,14 @@ class Form:
         if self.rank:
             found |= {"low_rank_up": (rows, self.rank), "low_rank_down": (self.rank, inputs)}
         return found
+
+
+def slow_on_cuda(what: str, bits: int, instead: str) -> str:
+    """Return what is said of weights without a CUDA kernel: what serving costs, and what to choose instead."""
+    return (
+        f"{bits}-bit {what} have no CUDA kernel: PyTorch expands them to 16 bits at every step, which takes longer "
+        f"than 16-bit weights do; {instead}"
+    )
 
 
 def pack_codes(codes: Tensor, bits: int) -> dict[int, Tensor]:

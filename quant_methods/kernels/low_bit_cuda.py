@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kv_cache.errors import ParetoError
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
@@ -101,8 +102,11 @@ def low_bit_module(
 ) -> nn.Module:
     """Return what multiplies by a layer's bulk on a CUDA device: the kernel where it serves it, else PyTorch.
 
-    Takes the arguments of :class:`LowBitCUDA`.
+    Takes the arguments of :class:`LowBitCUDA`, and tables of 2 bits besides: to the kernel these are tables of 3 bits
+    of which the codes use the first half.
     """
+    if table is not None and bits == 2:
+        table, bits = functional.pad(table, (0, 4)), 3
     try:
         return LowBitCUDA(codes, scale, zero_point, table, dtype, bits)
     except ParetoError:

@@ -174,9 +174,11 @@ class _Trainee:
 
         for fold, logarithm in self.folds:
             scale = logarithm.exp()
-            for local, own in block.get_submodule(fold.producer).named_parameters(recurse=False):
+            for local, _ in block.get_submodule(fold.producer).named_parameters(recurse=False):
                 name = f"{fold.producer}.{local}"
-                changed[name] = current(name) / (scale[:, None] if own.dim() == 2 else scale)
+                # A bias is divided as it is, a norm's weight with what the norm adds to it.
+                divided = current(name) / scale if local == "bias" else fold.divided(current(name), scale)
+                changed[name] = divided
             for name in fold.stage.names:
                 changed[f"{name}.weight"] = current(f"{name}.weight") * scale
         for key, clipping in self.clipping.items():

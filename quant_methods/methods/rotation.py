@@ -29,6 +29,7 @@ READERS = {
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+INSTEAD = "use a recipe without rotate: gptq-w4, awq-w4, or smoothquant-w8a8 for 8-bit activations"
 BLOCK = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)$")
 
 
@@ -79,7 +80,7 @@ class RotatedSource(Source):
         needed = [EMBEDDING, NORM]
         if missing := [name for name in needed if name not in source]:
             raise ParetoError(
-                f"{source.dir}: rotate serves models built like Llama, and the checkpoint lacks {missing[0]}"
+                f"{source.dir}: rotate serves models built like Llama, and the checkpoint lacks {missing[0]}; {INSTEAD}"
             )
         if HEAD not in self.entries:  # Tied to the embedding.
             self.entries[HEAD] = source.entries[EMBEDDING]
@@ -104,7 +105,9 @@ class RotatedSource(Source):
                 return "writer", None
             if local in ("self_attn.q_norm", "self_attn.k_norm"):
                 return "inside", None
-        raise ParetoError(f"{self.dir}: rotate serves models built like Llama, and does not know what {name} is")
+        raise ParetoError(
+            f"{self.dir}: rotate serves models built like Llama, and does not know what {name} is; {INSTEAD}"
+        )
 
     def size(self) -> int:
         """Return the bytes of the checkpoint's tensors, as they are on disk."""
@@ -147,4 +150,4 @@ def check_norms(block: nn.Module, config: Any) -> None:
             probe.weight.fill_(2)
             doubled = probe(x)
         if not torch.allclose(plain @ turn, turned, atol=1e-3) or not torch.allclose(2 * plain, doubled, atol=1e-3):
-            raise ParetoError(f"rotate: {type(norm).__name__} is not a plain RMS norm; use a recipe without rotate")
+            raise ParetoError(f"rotate: {type(norm).__name__} is not a plain RMS norm; {INSTEAD}")

@@ -1,8 +1,10 @@
 """Moves scales from a block's linear layers to what feeds them, without changing what the block computes.
 
 Layers that share an input x (a stage, see ``calibrator.py``) may take ``W diag(s)`` if x becomes ``diag(s)^-1 x``.
-Where x is a norm's output, the norm's weight is divided by s; where it is linear in the outputs of another layer (down
-in up, o in v unless heads share their values), that layer's rows are. The transform steps say what to scale by.
+Where x is a norm's output, the norm's weight is divided by s, and all layers that read the norm take part: in blocks
+whose attention and MLP run side by side (Phi-2, Cohere) those of both. Where x is linear in the outputs of another
+layer (down in up, o in v unless heads share their values), that layer's rows are divided. The transform steps say what
+to scale by.
 
 A norm's weight is stored in the checkpoint's dtype, so it is rounded first, and its layers are scaled by what it was
 really divided by.
@@ -10,8 +12,9 @@ really divided by.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,12 +41,20 @@ class Fold:
         position: of the stage in the block.
         stage: its layers.
         producer: the module, by name within the block, whose outputs are divided.
+        offset: for a norm, what it adds to its weight before it multiplies by it: 1 in Gemma's, else 0.
 
     """
 
     position: int
     stage: Stage
     producer: str
+    offset: float = 0.0
+
+    def divided(self, parameter: Tensor, s: Tensor) -> Tensor:
+        """Return a parameter of the producer as it has to be, so that outputs are divided by scales [out]."""
+        if parameter.dim() == 2:
+            return parameter / s[:, None]
+        return (parameter + self.offset) / s - self.offset
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ class ScaledBlock:
         """Divide a fold's inputs by scales float32 [in], in place."""
         stored = self.decoder.source.dtype(self.decoder.name(self.index, f"{fold.producer}.weight"))
         producer = self.block.get_submodule(fold.producer)
-        divide(producer, self._weights(fold), s, stored)
+        divide(producer, self._weights(fold), s, stored, fold.offset)
         self._changed |= {f"{fold.producer}.{local}" for local in producer._parameters}
         self._changed |= {f"{name}.weight" for name in fold.stage.names}
 
@@ -156,7 +167,7 @@ class ScaledBlock:
         if not torch.allclose(self._before, self._output(), rtol=1e-3, atol=1e-4 * self._before.abs().max().item()):
             raise ParetoError(
                 f"{decoder.name(index, '')[:-1]}: scales moved between its layers changed what it computes; this "
-                "model's blocks are not built as Llama's are: use a recipe without transform steps"
+                "model's blocks are not built as Llama's are: use a recipe without transform steps, such as gptq-w4"
             )
         tensors = {}
         state = self.block.state_dict()
@@ -187,7 +198,7 @@ def scale_block(scaled: ScaledBlock) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def divide(producer: nn.Module, weights: list[Tensor], s: Tensor, stored: torch.dtype) -> None:
+def divide(producer: nn.Module, weights: list[Tensor], s: Tensor, stored: torch.dtype, offset: float = 0.0) -> None:
     """Divide a module's outputs by scales, and multiply the input channels of what it feeds by them, in place.
 
     Args:
@@ -195,20 +206,37 @@ def divide(producer: nn.Module, weights: list[Tensor], s: Tensor, stored: torch.
         weights: float32 [out, in] of the layers fed.
         s: float32 [in], positive.
         stored: dtype that the producer's weight is stored in.
+        offset: what a norm adds to its weight before it multiplies by it.
 
     """
     if isinstance(producer, nn.Linear):
         producer.weight.data /= s[:, None]
     else:
         old = producer.weight.data
-        new = (old / s).to(stored).to(old.dtype)
-        kept = (new == 0) | ~torch.isfinite(new)
-        s = torch.where(kept, torch.ones_like(s), old / new)
+        new = ((old + offset) / s - offset).to(stored).to(old.dtype)
+        kept = (new + offset == 0) | ~torch.isfinite(new)
+        s = torch.where(kept, torch.ones_like(s), (old + offset) / (new + offset))
         producer.weight.data = torch.where(kept, old, new)
     if getattr(producer, "bias", None) is not None:
         producer.bias.data /= s
     for weight in weights:
         weight.mul_(s)
+
+
+@torch.no_grad()
+def weight_offset(norm: nn.Module) -> float:
+    """Return what a norm adds to its weight before it multiplies by it, found by running it with two weights."""
+    probe = copy.deepcopy(norm)
+    weight = probe.weight
+    x = torch.randn((4, len(weight)), generator=torch.Generator().manual_seed(0)).to(weight)
+    outputs = []
+    for value in (0.0, 1.0):
+        weight.fill_(value)
+        if getattr(probe, "bias", None) is not None:
+            probe.bias.zero_()
+        outputs.append(probe(x))
+    step = outputs[1] - outputs[0]
+    return round(((outputs[0] * step).sum() / (step * step).sum()).item())
 
 
 def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, stages: list[Stage]) -> list[Fold]:
@@ -235,8 +263,10 @@ def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, s
     finally:
         for hook in hooks:
             hook.remove()
-    folds = []
+    folds: list[Fold] = []
     for position, stage in enumerate(stages):
+        if stage.wave is not None:
+            continue  # An expert's inputs are some tokens of a norm's output, which all experts and the router read.
         first = stage.names[0]
         producer = next((name for name, output in outputs.items() if output is inputs[first]), None)
         parent, _, local = first.rpartition(".")
@@ -246,6 +276,14 @@ def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, s
             # Heads that share their values (GQA) would need equal scales.
             if feeding in modules and modules[feeding].out_features == modules[first].in_features:
                 producer = feeding
-        if producer is not None:
-            folds.append(Fold(position, stage, producer))
+        if producer is None:
+            continue
+        same = next((place for place, fold in enumerate(folds) if fold.producer == producer), None)
+        if same is None:
+            module = block.get_submodule(producer)
+            offset = 0.0 if isinstance(module, nn.Linear) else weight_offset(module)
+            folds.append(Fold(position, stage, producer, offset))
+        else:
+            together = replace(folds[same].stage, names=(*folds[same].stage.names, *stage.names), joins_residual=False)
+            folds[same] = replace(folds[same], stage=together)
     return folds

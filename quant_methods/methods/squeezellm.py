@@ -21,6 +21,7 @@ What differs from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class SqueezeLLM(WeightStep):
     damping: float = 0.01
     upstream: bool = True
     upstream_damping: float = UPSTREAM_DAMPING
+    table: ClassVar[bool] = True
 
     @property
     def plain(self) -> bool:

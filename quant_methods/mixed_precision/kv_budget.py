@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import FORMATS, HEAD_SIZES, META_BYTES, PLANES, layer_format
+from kv_cache.formats import FORMATS, META_BYTES, PLANES, layer_format, unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from quant_methods.mixed_precision.knapsack import solve
 from quant_methods.mixed_precision.kv_codes import KINDS
@@ -65,11 +65,8 @@ def widths(head_dim: int) -> tuple[int, ...]:
         ParetoError: the formats do not serve the size.
 
     """
-    if head_dim not in HEAD_SIZES:
-        raise ParetoError(
-            f"--kv-budget: heads of {head_dim} channels have no quantized KV cache (only "
-            f"{', '.join(map(str, HEAD_SIZES))})"
-        )
+    if reason := unserved_head_size(head_dim):
+        raise ParetoError(f"--kv-budget: a quantized KV cache does not serve {reason}")
     return tuple(bits for bits in sorted(PLANES) if _served(bits, head_dim))
 
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
-from quant_methods.calibration.kv_observer import kv_geometry
+from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.kv_observer import kv_geometry, unserved_kv
 from quant_methods.calibration.served import Served
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, assign, widths
 from quant_methods.mixed_precision.kv_plot import plot
@@ -37,23 +37,25 @@ class KVChoice:
     settings: KVSettings = field(default_factory=KVSettings)
     chosen: Callable[[KVAssignment, float], None] = lambda assignment, kl: None
 
-    def check(self, config: Any, recipe: Recipe) -> None:
+    def check(self, decoder: Decoder, recipe: Recipe) -> None:
         """Refuse, before any work, what cannot be.
 
         Args:
-            config: the model's, of transformers.
+            decoder: the model.
             recipe: what is carried out.
 
         Raises:
-            ParetoError: the recipe makes no KV scales, or the budget cannot be met.
+            ParetoError: the recipe makes no KV scales, no quantized KV cache serves the model, or the budget cannot be
+                met.
 
         """
         if not recipe.kv_scales:
             raise ParetoError(
                 f"--kv-budget chooses bits for KV scales, and recipe {recipe.name} makes none: it has kv_scales: false"
             )
-        _, _, head_dim = kv_geometry(config)
-        self.budget.check(head_dim)
+        if reason := unserved_kv(decoder.base, decoder.config):
+            raise ParetoError(f"--kv-budget {self.budget.text}: a quantized KV cache does not serve {reason}")
+        self.budget.check(kv_geometry(decoder.config)[2])
 
     def __call__(self, model: Served, scales: KVScales, name: str, folder: Path, key: str) -> dict[str, bytes]:
         """Choose the bits and enter them into the scales.

@@ -16,6 +16,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import full_disk_explained
 from quant_methods.compress import compress, prepare, work_of
+from quant_methods.fused import is_expert
 from quant_methods.mixed_precision.budget import Assignment, Budget, Loss, assign, mixed_recipe
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, read_units
 from quant_methods.mixed_precision.sensitivity_plot import plot
@@ -45,6 +46,7 @@ def compress_to_budget(
     progress: Progress = lambda done, total, what: None,
     chosen: Callable[[Assignment], None] = lambda assignment: None,
     kv_bits: KVBits | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Report, Recipe]:
     """Compress a model to a budget.
 
@@ -62,6 +64,7 @@ def compress_to_budget(
         progress: told how far the measuring and then the compression is.
         chosen: told the assignment, before the compression starts.
         kv_bits: chooses bits for each layer's KV cache; None: the checkpoint names none.
+        say: told what is done otherwise than the recipe says, a line each.
 
     Returns:
         The compression's report, and the recipe that was carried out.
@@ -75,7 +78,9 @@ def compress_to_budget(
         model, recipe, budget, out, settings=settings or Settings(), loss=loss, device=device, overwrite=overwrite
     )
     if kv_bits is not None:
-        kv_bits.check(decoder.config, recipe)
+        kv_bits.check(decoder, recipe)
+    for line in plan.notes:
+        say(line)
     units, key = _measures(
         model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
     )
@@ -105,6 +110,7 @@ def compress_to_budget(
         progress=progress,
         attachments=attachments,
         kv_bits=kv_bits,
+        say=say,
     )
     return report, mixed
 
@@ -136,6 +142,11 @@ def check_budget(
         raise ParetoError(
             f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "
             "alone; use a recipe that rounds to a grid and nothing else"
+        )
+    if (expert := next(filter(is_expert, plan.steps), None)) is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: {expert} is an expert's, and a budget does not measure experts; leave them out "
+            "with --ignore '*.experts.*', or leave --budget out"
         )
     settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
     blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]

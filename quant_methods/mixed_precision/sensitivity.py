@@ -1,6 +1,6 @@
 """Measures what quantizing each part of a model costs, at each width: what a bit budget is spent by.
 
-A part, here a unit, is what vLLM stores alike: layers that it merges into one matrix (``plan.FUSED``), or one layer.
+A part, here a unit, is what vLLM stores alike: layers that it merges into one matrix (``fused.FUSED``), or one layer.
 Two measures, for every unit and width:
 
 - the output error ``tr(E H E^T)``, E being the rounding error of the weights and H the mean of x x^T over the layer's
@@ -196,8 +196,8 @@ class Sensitivity:
                 lost, whole = 0.0, 0.0
                 for local in group:
                     name, hessian = self.decoder.name(index, local), hessians[position[local]]
-                    step = width.step(self.plan.steps[name])
                     weight = original[local]
+                    step = width.step_of(self.plan.steps[name], name, weight.shape[1])
                     rounded = self._rounded(name, step, weight, hessian)
                     weights[local].copy_(rounded)
                     lost += mean_square(rounded - weight, hessian)

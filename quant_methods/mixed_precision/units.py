@@ -10,7 +10,9 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.plan import FUSED, Plan
+from quant_methods.fused import families
+from quant_methods.group_sizes import fitted
+from quant_methods.plan import Plan
 from quant_methods.recipe import WeightStep
 
 
@@ -57,6 +59,26 @@ class Width:
             changed = replace(changed, group_size=self.group_size)
         changed.check()
         return changed
+
+    def step_of(self, base: WeightStep, name: str, inputs: int) -> WeightStep:
+        """Return a layer's step at this width, its group size fitted to the layer.
+
+        Args:
+            base: the layer's step in the recipe.
+            name: the layer's full name.
+            inputs: its input channels.
+
+        Raises:
+            ParetoError: the step cannot have this width, or the layer cannot have its group size.
+
+        """
+        found = fitted(self.step(base), inputs)
+        if found is None:
+            raise ParetoError(
+                f"width {self}: {self.group_size} does not divide the {inputs} input channels of {name}; name other "
+                "--widths, or let --group-size-fallback lower it"
+            )
+        return found
 
 
 WIDTHS = tuple(map(Width, (3, 4, 5, 6, 8, 16)))
@@ -117,8 +139,10 @@ def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ..
             if width.bits == 16:
                 stored = 8 * sum(decoder.source.size_of(f"{name}.weight") for name in names)
             else:
-                steps = [width.step(plan.steps[name]) for name in names]
-                stored = sum(stored_bits(step, shape) for step, shape in zip(steps, shapes, strict=True))
+                stored = sum(
+                    stored_bits(width.step_of(plan.steps[name], name, shape[1]), shape)
+                    for name, shape in zip(names, shapes, strict=True)
+                )
             choices.append(Choice(str(width), stored, 0.0, 0.0))
         units.append(Unit(common_name(names), names, sum(shape.numel() for shape in shapes), tuple(choices)))
     return units
@@ -126,18 +150,7 @@ def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ..
 
 def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
     """Return the local names of a block's quantized layers, those that vLLM merges together."""
-    local = [name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps]
-    groups: list[list[str]] = []
-    families: dict[tuple[str, ...], list[str]] = {}
-    for name in local:
-        family = next((names for names in FUSED if name.rsplit(".", 1)[-1] in names), None)
-        if family in families:
-            families[family].append(name)
-            continue
-        groups.append([name])
-        if family is not None:
-            families[family] = groups[-1]
-    return groups
+    return families(name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps)
 
 
 def stored_bits(step: WeightStep, shape: torch.Size) -> int:

@@ -48,6 +48,16 @@ def test_says_where_the_format_of_ours_is_served(
     assert "stock vLLM does not know its format" in text
 
 
+@pytest.mark.parametrize(("flag", "said"), [("--no-symmetric", True), ("--symmetric", False)])
+def test_a_format_that_is_slow_on_cuda_is_said_before_it_is_made(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, said: bool
+) -> None:
+    words = ["--recipe", "rtn-w8a16", flag, "--group-size", "64", "--search", "minmax", "--no-kv-scales"]
+    status, text, _ = run(capsys, tiny_model, *words, "--out", tmp_path / "out")
+    assert status == 0
+    assert ("note: 8-bit weights with zero-points have no CUDA kernel" in text) == said
+
+
 def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     status, text, _ = run(capsys, "--list-recipes")
     assert status == 0

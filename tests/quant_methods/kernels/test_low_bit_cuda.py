@@ -256,9 +256,31 @@ def test_what_the_kernel_does_not_serve_is_refused(bits, channels, groups, dtype
 
 
 def test_what_the_kernel_does_not_serve_runs_in_pytorch(emulated):
-    layer = random_layer(2, 16, 96, -1, torch.bfloat16, emulated, table=True)
+    layer = random_layer(5, 16, 96, -1, torch.bfloat16, emulated, table=True)
     parts = layer.codes, layer.scale, layer.zero_point, layer.table
-    assert isinstance(low_bit_module(*parts, torch.bfloat16, 2), LowBitLinear)
+    assert isinstance(low_bit_module(*parts, torch.bfloat16, 5), LowBitLinear)
     layer = random_layer(3, 16, 96, 32, torch.bfloat16, emulated)
     parts = layer.codes, layer.scale, layer.zero_point, layer.table
     assert isinstance(low_bit_module(*parts, torch.bfloat16, 3), LowBitCUDA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tables_of_2_bits_go_through_the_kernel_of_3(dtype, emulated):
+    check_table_of_2_bits(dtype, emulated)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tables_of_2_bits_do_on_a_device(dtype):
+    check_table_of_2_bits(dtype, torch.device("cuda"))
+
+
+def check_table_of_2_bits(dtype, device):
+    layer = random_layer(2, 40, 256, -1, dtype, device, table=True)
+    module = low_bit_module(layer.codes, layer.scale, layer.zero_point, layer.table, dtype, 2)
+    assert isinstance(module, LowBitCUDA)
+    assert torch.equal(module.weight(), layer.read().to(dtype))
+    x = torch.randn(3, 256, dtype=dtype, device=device)
+    expected = x.double() @ layer.read().double().T
+    assert (module.apply(x).double() - expected).norm() < 4e-3 * expected.norm()

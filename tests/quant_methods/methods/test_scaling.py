@@ -1,6 +1,7 @@
 """Transform steps: a block computes what it did, and rounds better."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.stages import find_stages
+from quant_methods.calibration.stages import Stage, find_stages
 from quant_methods.checkpoints.checkpoint import Source, write_tensors
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
@@ -18,7 +19,7 @@ from quant_methods.methods.awq import AWQ
 from quant_methods.methods.awq import scale as awq_scale
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
-from quant_methods.methods.scaling import ScaledBlock, divide, find_folds, scale_block
+from quant_methods.methods.scaling import Fold, ScaledBlock, divide, find_folds, scale_block, weight_offset
 from quant_methods.methods.smoothquant import SmoothQuant, smooth
 from quant_methods.methods.smoothquant import scale as smoothquant_scale
 from quant_methods.plan import make_plan
@@ -99,6 +100,31 @@ def test_a_norms_rounding_is_made_up_for() -> None:
         divide(norm, [weight], torch.rand(64) * 7 + 0.1, torch.bfloat16)
         assert torch.equal(norm.weight, norm.weight.bfloat16().float())
         assert torch.allclose(norm(inputs) @ weight.T, before, rtol=1e-4, atol=1e-4)
+
+
+class OnePlus(nn.Module):
+    """A norm as Gemma has it: it multiplies by 1 + its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + self.weight)
+
+
+@pytest.mark.parametrize("norm", [OnePlus, lambda: nn.RMSNorm(64), lambda: nn.LayerNorm(64)])
+def test_norms_are_divided_whatever_they_add_to_their_weight(norm: Callable[[], nn.Module]) -> None:
+    module, x, weight, s = norm(), torch.randn(10, 64), torch.randn(8, 64), torch.rand(64) * 3 + 0.3
+    fold = Fold(0, Stage(("a",), False), "norm", weight_offset(module))
+    assert fold.offset == isinstance(module, OnePlus)
+    with torch.no_grad():
+        before = module(x)
+        changed = {"weight": fold.divided(module.weight, s)}
+        assert torch.allclose(torch.func.functional_call(module, changed, x), before / s, atol=1e-5)
+        before = before @ weight.T
+        divide(module, [weight], s, torch.float32, fold.offset)
+        assert torch.allclose(module(x) @ weight.T, before, rtol=1e-4, atol=1e-4)
 
 
 def test_smoothquant_is_the_papers_equation() -> None:

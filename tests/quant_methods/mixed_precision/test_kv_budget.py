@@ -28,7 +28,7 @@ def random_losses(layers: int, head_dim: int, seed: int = 0) -> list[Losses]:
 def test_bits_are_those_that_pages_can_hold() -> None:
     assert widths(64) == widths(128) == widths(96) == (2, 3, 4, 6, 8)
     assert widths(80) == (2, 4, 6, 8)
-    with pytest.raises(ParetoError, match="heads of 72 channels have no quantized KV cache"):
+    with pytest.raises(ParetoError, match="a quantized KV cache does not serve head size 72"):
         widths(72)
 
 

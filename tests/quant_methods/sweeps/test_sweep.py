@@ -190,9 +190,9 @@ def test_bad_grids_are_one_line(tmp_path: Path, text: str, message: str) -> None
 def test_a_point_that_the_model_cannot_have_is_refused_before_the_first(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    grid = written(tmp_path / "grid.yaml", f"grid: {{recipe: [rtn-w4], group_size: [64, 128], {SMALL}}}\n"
-                   "evaluation: {num_windows: 1, window_tokens: 24}\n")  # fmt: skip
-    with pytest.raises(ParetoError, match=r"group_size=128 .*does not divide the 192 input channels"):
+    grid = written(tmp_path / "grid.yaml", f"grid: {{recipe: [rtn-w4], group_size: [64, 128], {SMALL}, "
+                   "group_size_fallback: [refuse]}\nevaluation: {num_windows: 1, window_tokens: 24}\n")  # fmt: skip
+    with pytest.raises(ParetoError, match=r"group_size=128.*does not divide the 192 input channels"):
         run(tiny_model, grid, tmp_path / "out", text_file)
     assert not (tmp_path / "out" / "sweep.json").exists()
 

@@ -1,0 +1,92 @@
+"""What multiplies weights on CUDA, and what is said of those that no kernel there takes; the device is a fake one."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import logger as vllm_logger
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from quant_methods.formats.native_format import Form
+from quant_methods.kernels import low_bit_cuda, low_bit_matrix
+from quant_methods.kernels.low_bit import LowBitLinear
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA
+from tests.kv_cache.cuda.emulator import EmulatedKernel
+from tests.quant_methods.random_layers import random_layer
+from vllm_ext import bulk
+from vllm_ext.served_linear import serve
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What loading layers on a CUDA device says; codes on the CPU count as codes there."""
+    monkeypatch.setattr(bulk, "on_cuda", lambda linear: True)
+    monkeypatch.setattr(low_bit_matrix, "load_kernel", EmulatedKernel)
+    monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (3, 227 << 10, True))
+    monkeypatch.setattr(low_bit_cuda.LowBitCUDA, "prepare", lambda self: None)
+    caches = low_bit_matrix._arrivals, low_bit_matrix._arrangement, vllm_logger._print_warning_once
+    for cache in caches:
+        cache.cache_clear()
+    handler = Lines()
+    bulk.logger.addHandler(handler)
+    with set_current_vllm_config(VllmConfig()):
+        yield handler.lines
+    bulk.logger.removeHandler(handler)
+    for cache in caches:
+        cache.cache_clear()
+
+
+def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
+    """A model's layers, of one format and different shapes, as serving has them."""
+    found = []
+    for index in range(layers):
+        linear = random_layer(form, 64 + 32 * index, 128, index)
+        found += [served.bulk.linear for served in serve([linear], [form], torch.bfloat16)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("form", "what", "instead"),
+    [
+        (
+            Form(8, 64, symmetric=False),
+            "8-bit weights with zero-points have no CUDA kernel",
+            "compress with --symmetric",
+        ),
+        (Form(8, symmetric=False, activations="int8"), "8-bit weights with zero-points have no", "with --symmetric"),
+        (Form(5, table=True), "5-bit look-up weights have no CUDA kernel", "tables of 3 or 4 bits"),
+        (Form(7, table=True), "7-bit look-up weights have no CUDA kernel", "round to a grid"),
+        (Form(3, 16), "3-bit weights of this layout have no CUDA kernel", "in groups of 32, 64 or 128 channels"),
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_is_said_once(log: list[str], form: Form, what: str, instead: str) -> None:
+    assert all(isinstance(layer, LowBitLinear) for layer in load(form))
+    (line,) = log
+    assert what in line
+    assert "expands them to 16 bits at every step, which takes longer than 16-bit weights do" in line
+    assert instead in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "form", [Form(2, table=True), Form(3, table=True), Form(4, table=True), Form(6, 64, symmetric=False)], ids=str
+)
+def test_of_what_a_kernel_takes_nothing_is_said(log: list[str], form: Form) -> None:
+    assert all(isinstance(layer, LowBitCUDA) for layer in load(form))
+    assert log == []
