@@ -33,7 +33,7 @@ def decoder(tiny_model: Path) -> Decoder:
         (("mlp",), {f"{b} {m}" for b in "012" for m in "qkvo"}),
         (("attention-only", "last"), {f"{b} {m}" for b in "01" for m in "qkvo"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_what_is_left_is_quantized(decoder: Decoder, exempt: tuple[str, ...], quantized: set[str]) -> None:
     plan = make_plan(decoder, dataclasses.replace(RECIPE, exempt=exempt), decoder.source.dir)
