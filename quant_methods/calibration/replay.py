@@ -97,10 +97,12 @@ class Replay:
                 output, outputs = kept[number]
                 for name, each in outputs.items():
                     joined(name, each)
-                return _copy(output)
+                return _copy(output, {})
             output = run(*args, **kwargs)
             if (finished or self.constant) and number == len(kept) and self._room(output):
-                kept.append((_copy(output), {name: seen[name].clone() for name in own}))
+                # What a part puts out is mostly the output of its last linear layer: one copy is enough.
+                copies: dict[int, Tensor] = {}
+                kept.append((_copy(output, copies), {name: _copy(seen[name], copies) for name in own}))
             return output
 
         return forward
@@ -114,8 +116,12 @@ def _tensors(output: Any) -> list[Tensor]:
     return [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, Tensor)]
 
 
-def _copy(output: Any) -> Any:
-    """Return an output whose tensors nobody else writes to."""
+def _copy(output: Any, copies: dict[int, Tensor]) -> Any:
+    """Return an output whose tensors nobody else writes to; of a tensor that was copied before, the same copy."""
     if isinstance(output, tuple):
-        return tuple(_copy(x) for x in output)
-    return output.clone() if isinstance(output, torch.Tensor) else output
+        return tuple(_copy(x, copies) for x in output)
+    if not isinstance(output, torch.Tensor):
+        return output
+    if id(output) not in copies:
+        copies[id(output)] = output.clone()
+    return copies[id(output)]
