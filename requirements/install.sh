@@ -14,7 +14,7 @@ if ! command -v "${CC:-cc}" >/dev/null && ! command -v gcc >/dev/null; then
   echo "set-up: a C compiler is needed (gcc or clang): install one and try again" >&2
   exit 1
 fi
-stamp=$(cat requirements/cpu.lock pyproject.toml setup.py kv_cache/csrc/* | sha256sum | cut -d' ' -f1)
+stamp=$(cat requirements/cpu.lock pyproject.toml setup.py kv_cache/csrc/* quant_methods/csrc/* | sha256sum | cut -d' ' -f1)
 if [[ -f .venv/.stamp && $(cat .venv/.stamp) == "$stamp" ]]; then exit 0; fi
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
