@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
 
 import torch
 
 from kv_cache import codec
+from kv_cache.compiled import compiled_library
 from kv_cache.doors import are_heads, expect, is_table, is_vector
 from kv_cache.errors import ParetoError
 from kv_cache.formats import PLANES
@@ -105,16 +105,11 @@ class _Store(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec("kv_cache._cpu")
-    if spec is None or spec.origin is None:
+    library = compiled_library("kv_cache._cpu")
+    if library is None:
         raise ParetoError(
             "the CPU kernels of vllm-pareto are not compiled: install a C compiler and run 'pip install' again"
         )
-    # The library leaves its OpenMP calls open. PyTorch's runtime answers them, so that one pool of threads, with the
-    # pinning that vLLM gave it, runs both.
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(spec.origin)
     library.pareto_attention.argtypes = [ctypes.POINTER(_Attention), ctypes.c_int]
     library.pareto_store.argtypes = [ctypes.POINTER(_Store), ctypes.c_int]
     library.pareto_prefer_huge_pages.argtypes = [_ptr, _i64]

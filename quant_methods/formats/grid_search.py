@@ -7,11 +7,11 @@ for each candidate, and took most of the time of round-to-nearest; in ``csrc/`` 
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
 
 import torch
 from torch import Tensor
+
+from kv_cache.compiled import compiled_library
 
 _ptr, _i64, _f32, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
@@ -33,16 +33,8 @@ class _Search(ctypes.Structure):
     )
 
 
-@functools.cache
 def _library() -> ctypes.CDLL | None:
-    spec = importlib.util.find_spec("quant_methods._cpu")
-    if spec is None or spec.origin is None:
-        return None
-    # The library leaves its OpenMP calls open; PyTorch's runtime answers them, so that one pool of threads runs both.
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(spec.origin)
-    return library
+    return compiled_library("quant_methods._cpu")
 
 
 def serves(grouped: Tensor, importance: Tensor) -> bool:
