@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.replay import Replay
-from quant_methods.calibration.stages import Statistics, expert_statistics, find_stages, stage_statistics
+from quant_methods.calibration.stages import (
+    Stage,
+    Statistics,
+    expert_statistics,
+    find_stages,
+    joining_layers,
+    stage_statistics,
+)
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
 from quant_methods.formats.quantized import QuantizedLinear
@@ -92,7 +99,7 @@ class BlockSolver:
                 raise ParetoError(
                     f"{self.decoder.name(index, min(never))} never runs on the calibration set; ignore it"
                 )
-            self._replays = self._kept(block, original)
+            self._replays = self._kept(block, original, stages)
         else:
             stages = []
         replays = dict(enumerate(self._replays))
@@ -148,14 +155,15 @@ class BlockSolver:
             tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors
 
-    def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None) -> list[Replay]:
+    def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None, stages: list[Stage]) -> list[Replay]:
         """Return what keeps the outputs of the block's parts, and of the original one's; on a GPU, nothing does.
 
         There the outputs would have to go through the host's memory, which takes as long as computing them anew.
         """
         if self.decoder.device.type != "cpu":
             return []
-        return [Replay(block, constant=False), *([Replay(original[0], constant=True)] if original else [])]
+        blocks = [(block, False), *([(original[0], True)] if original else [])]
+        return [Replay(one, constant=constant, joining=joining_layers(stages)) for one, constant in blocks]
 
     @contextlib.contextmanager
     def replaying(self, index: int, block: nn.Module) -> Iterator[None]:

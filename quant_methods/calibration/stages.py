@@ -235,6 +235,11 @@ def expert_statistics(
     return {position: Statistics(sums[position]) if position in sums else None for position in counts}
 
 
+def joining_layers(stages: list[Stage]) -> set[str]:
+    """Return the layers of some stages whose outputs are added to the residual stream."""
+    return {stage.names[0] for stage in stages if stage.joins_residual}
+
+
 @contextlib.contextmanager
 def _path(
     decoder: Decoder, index: int, block: nn.Module, stages: list[Stage], position: int, replay: Replay | None
@@ -244,9 +249,8 @@ def _path(
     It is called with all batches of the calibration set, in order.
     """
     own, before = stages[position], stages[:position]
-    replay = replay or Replay(block, constant=False)
-    replay.joining = {stage.names[0] for stage in stages if stage.joins_residual}
-    counted = {stage.names[0] for stage in before if stage.joins_residual}
+    replay = replay or Replay(block, constant=False, joining=joining_layers(stages))
+    counted = joining_layers(before)
     found: list[Tensor] = []
     stream = torch.empty(0)
 
