@@ -77,6 +77,7 @@ class Layers:
         self.key, self.value = (torch.randn(tokens, KV_HEADS, HEAD_DIM, device=device).bfloat16() for _ in range(2))
         self.lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         self.start = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self.apart = torch.zeros(1, dtype=torch.int32, device=device)  # No request reads what another one stores.
         if fresh == 1:
             self.attention = DecodeAttention(self.layout, KV_HEADS, HEADS, torch.bfloat16, device, batch, batch)
         else:
@@ -95,7 +96,8 @@ class Layers:
     def attend(self, turn: int, beside: bool = False) -> None:
         """Prepare and attend."""
         folding = self.foldings[turn % LAYERS]
-        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, beside, (self.key, self.value))
+        own = self.key, self.value
+        self.attention.prepare(self.query, folding, HEAD_DIM**-0.5, beside, own, self.apart)
         self.attention.attend(self.out, self.cache, self.tables[turn % self.turns], self.lens, self.start, folding)
 
     def step(self, turn: int) -> None:

@@ -78,6 +78,7 @@ class CodesMetadata:
         num_short: requests, the batch's first, with at most `CodesMetadataBuilder.reorder_batch_threshold` new tokens.
         num_short_tokens: theirs.
         prompts: the other requests.
+        awaits_store: int32 [1], see :meth:`kv_cache.cuda.decode.DecodeAttention.prepare`.
 
     """
 
@@ -90,6 +91,7 @@ class CodesMetadata:
     num_short: int
     num_short_tokens: int
     prompts: Prompts | None
+    awaits_store: torch.Tensor
 
 
 class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
@@ -102,6 +104,8 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # One tensor for good: CUDA graphs hold its address.
+        self._awaits_store, self._waiting = torch.ones(1, dtype=torch.int32, device=device), True
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -124,7 +128,22 @@ class CodesMetadataBuilder(AttentionMetadataBuilder[CodesMetadata]):
             short,
             short_tokens,
             self._prompts(batch, short, short_tokens) if long else None,
+            self._waits(batch, short),
         )
+
+    def _waits(self, batch: CommonAttentionMetadata, short: int) -> torch.Tensor:
+        """Say whether a request reads pages that this very step writes for another one.
+
+        vLLM counts a block as cached as soon as the step that fills it is scheduled. A request that comes in the same
+        step may begin with such a block: of the other answers to a prompt, say, all but the first have but their last
+        few tokens left to compute. A request whose prompt is over began in an earlier step.
+        """
+        beginning = batch.is_prefilling
+        waits = beginning is None or bool(beginning[:short].any())
+        if waits != self._waiting and not torch.cuda.is_current_stream_capturing():
+            self._awaits_store.fill_(int(waits))
+            self._waiting = waits
+        return self._awaits_store
 
     def _prompts(self, batch: CommonAttentionMetadata, first: int, first_token: int) -> Prompts:
         starts = batch.query_start_loc_cpu[first : batch.num_reqs + 1].tolist()
@@ -274,7 +293,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         if requests:
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
             own = key[:tokens], value[:tokens]
-            parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside, own)
+            parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside, own, batch.awaits_store)
             parts.decode.attend(output[:tokens], *pages, parts.folding, self.window, self.soft_cap)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)

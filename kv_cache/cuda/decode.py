@@ -17,6 +17,7 @@ from kv_cache.cuda.constants import aligned
 from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.launch import load_kernel
 from kv_cache.cuda.tuning import ROW_TILE, Tuning
+from kv_cache.doors import expect, is_vector
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 
@@ -74,6 +75,7 @@ class _DecodeParams(ctypes.Structure):
         ("bias_rows", _ptr),
         ("bias_turns", _ptr),
         ("bias_table", _ptr),
+        ("awaits_store", _ptr),
         ("requests", _i32),
         ("kv_heads", _i32),
         ("group", _i32),
@@ -149,6 +151,8 @@ class DecodeAttention:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self._value: torch.Tensor | None = None
+        self._awaits_store: torch.Tensor | None = None
+        self._always = torch.ones(1, dtype=torch.int32, device=device)
         self._prepared = empty(max_tokens, heads, 16 * steps, dtype=torch.float16)
         self._rows = empty(max_tokens, heads, 4)
         self._bias_rows = empty(max_tokens, heads, layout.head_dim)
@@ -164,6 +168,7 @@ class DecodeAttention:
         scale: float,
         beside_store: bool = False,
         own: tuple[torch.Tensor, torch.Tensor] | None = None,
+        awaits_store: torch.Tensor | None = None,
     ) -> None:
         """Fold the keys' transform and centre into the queries.
 
@@ -175,9 +180,20 @@ class DecodeAttention:
                 next launch may run beside it.
             own: keys and values of the query's tokens, [tokens, KV heads, head_dim] of its dtype, which :meth:`attend`
                 then takes as they are; None: it reads them from codes like all others.
+            awaits_store: int32 [1], read beside a store only, when the kernels run. 0: what that store writes is
+                read by no query but those of the same request, so :meth:`attend` may read all other pages before the
+                store is over. Otherwise it waits. None: it waits.
+
+        Raises:
+            ParetoError: shapes, strides or dtypes do not fit.
 
         """
         self.geometry.verify_queries(query, own, self.device)
+        if awaits_store is not None:
+            right = is_vector(awaits_store, torch.int32) and awaits_store.device == self.device
+            expect(f"{self.layout.fmt.name} decode attention", ((right, f"int32 awaits_store on {self.device}"),))
+        waits = self._always if awaits_store is None else awaits_store
+        self._awaits_store = waits if beside_store else None
         key, self._value = (None, None) if own is None else (own[0], aligned(own[1], 8))
         tokens = query.shape[0]
         params = _PrepareParams(
@@ -250,6 +266,7 @@ class DecodeAttention:
             self._bias_rows.data_ptr(),
             folding.positions.far.data_ptr(),
             folding.positions.operands.data_ptr(),
+            None if self._awaits_store is None else self._awaits_store.data_ptr(),
             seq_lens.shape[0],
             self.kv_heads,
             self.group,

@@ -241,12 +241,13 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
     if (walk.place >= walk.end) return;
     if (threadIdx.x % 32 == 0) *ahead = walk;
     __syncwarp();
+    if (p.awaits_store && *p.awaits_store) wait_for_previous_kernel();
     // What comes before the pages is not kept waiting by them.
     if constexpr (SHARED_TABLE) {
         for (int i = threadIdx.x; i < TABLE_QUADS; i += THREADS) fetch_16(table + i, p.bias_table + i);
     }
     Pipe pipe(p, cut, ahead, shared + warp * RING_BYTES, barriers + warp * STAGES);
-    wait_for_previous_kernel();  // The codes were there before, but for the newest tokens'; the queries were not.
+    wait_for_previous_kernel();  // Codes were there before, unless they are said to await the store.
 
     Bias bias(p, SHARED_TABLE ? table : p.bias_table, turns, bias_room);
     Query query;

@@ -44,6 +44,8 @@ struct Params {
     const float* bias_rows;      // [tokens, heads, HEAD_DIM], A then B, in the prepared query's units.
     const float* bias_turns;     // [positions / 256, HEAD_DIM], cos then sin of p0 theta.
     const uint4* bias_table;     // [16, HEAD_DIM / 16, 32], cos then sin of j theta; see bias.cuh.
+    const int* awaits_store;     // [1], or null for 0: not 0 if the kernel that stores the step's tokens runs beside
+                                 // this one and may be writing pages of tokens that are no query's here.
     int requests;
     int kv_heads;
     int group;                   // Query heads of a KV head.

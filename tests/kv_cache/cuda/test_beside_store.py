@@ -13,16 +13,21 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 class DecodeStep:
-    """A step of a layer over pages that hold all tokens but the newest."""
+    """A step of a layer over pages that hold all tokens but the newest.
 
-    def __init__(self, name, dim, query_len, lens, device, kv_heads=2):
+    With ``whole``, all tokens are stored in the step, by another request whose pages this one's are too.
+    """
+
+    def __init__(self, name, dim, query_len, lens, device, kv_heads=2, whole=False):
         queries = [min(query_len, length) for length in lens]
         self.batch = batch = Batch.make(name, lens, queries, dim=dim, kv_heads=kv_heads, device=device)
         self.attention, layout = batch.attention(), batch.layout
         self.layer = LayerConstants.of(layout, batch.scales, device)
         self.seq_lens, self.start = batch.indices()
-        positions = torch.cat([torch.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
-        requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(queries))
+        stored = lens if whole else queries
+        positions = torch.cat([torch.arange(n - s, n) for n, s in zip(lens, stored, strict=True)])
+        requests = torch.arange(len(lens)).repeat_interleave(torch.tensor(stored))
+        self.awaits_store = torch.full((1,), int(whole), dtype=torch.int32, device=device)
         blocks = batch.table.cpu().long()[requests, positions // layout.block_size]
         self.slots = (blocks * layout.block_size + positions % layout.block_size).to(device)
         self.positions = positions.to(device)
@@ -44,7 +49,7 @@ class DecodeStep:
         """Return whether the launches ran beside each other."""
         batch = self.batch
         may = store(self.layer, batch.cache, self.key, self.value, self.slots, self.positions)
-        self.attention.prepare(self.query, batch.folding, batch.scale, beside and may)
+        self.attention.prepare(self.query, batch.folding, batch.scale, beside and may, awaits_store=self.awaits_store)
         self.attention.attend(self.out, batch.cache, batch.table, self.seq_lens, self.start, batch.folding)
         return beside and may
 
@@ -57,9 +62,18 @@ class DecodeStep:
 @pytest.mark.parametrize("query_len", [1, 3])
 @pytest.mark.parametrize("lens", [[5], [700, 3, 4100, 64], [2048] * 8])
 def test_beside_the_store(name, dim, query_len, lens):
-    overlaps = torch.cuda.get_device_capability() >= (9, 0)
-    step = DecodeStep(name, dim, query_len, lens, torch.device("cuda", 0))
-    graphs = {}
+    compare(DecodeStep(name, dim, query_len, lens, torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize("name", ["int4_per_head", "int3_per_head"])
+@pytest.mark.parametrize("lens", [[4097], [300, 20000, 17]])
+def test_pages_that_the_same_step_stores_for_another_request(name, lens):
+    compare(DecodeStep(name, 128, 1, lens, torch.device("cuda", 0), whole=True))
+
+
+def compare(step):
+    """Check that launches beside each other leave what launches one after the other do."""
+    overlaps, graphs = torch.cuda.get_device_capability() >= (9, 0), {}
     for beside in (False, True):
         assert step.run(beside) == (beside and overlaps)
         torch.cuda.synchronize()

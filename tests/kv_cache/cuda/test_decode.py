@@ -153,7 +153,8 @@ def test_graph_replays_with_other_lengths():
     lens, start = batch.indices()
 
     def call():
-        attention(batch.query, out, batch.cache, batch.table, lens, start, batch.folding, batch.scale)
+        pages = batch.cache, batch.table, lens, start
+        attention(batch.query, out, *pages, batch.folding, batch.scale, own=batch.own)
 
     call()
     torch.cuda.synchronize()
