@@ -100,6 +100,14 @@ def test_prefix_cache_hits_read_codes(ref_7m):
         assert worst_difference(run(llm, [other], 8), fresh) < 0.05
 
 
+def test_a_prompt_twice_in_one_step(ref_7m):
+    """The second request begins with pages that the step itself writes for the first, and has one token to compute."""
+    text = prompts(1, 31 * 32 + 1, seed=17)
+    with engine(ref_7m, "int4_per_head", block_size=32, max_num_batched_tokens=2048, **SMALL) as llm:
+        together, later = run(llm, text * 2, 8), run(llm, text, 8)
+    assert worst_difference(together[1:], later) < 0.05
+
+
 def test_skipped_layers_keep_their_dtype(ref_7m):
     with engine(ref_7m, "int4_per_head", kv_cache_dtype_skip_layers=["0", "5"], **SMALL) as llm:
         assert [pages.dtype for pages in kv_caches(llm).values()] == [
