@@ -236,12 +236,13 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS_PER_SM) void decode(cons
     Walk* ahead = reinterpret_cast<Walk*>(take(WARPS * sizeof(Walk))) + warp;
     u64* barriers = reinterpret_cast<u64*>(take(WARPS * STAGES * sizeof(u64)));
 
+    const bool awaits_store = p.awaits_store && *p.awaits_store;  // On its way while the work is cut.
     const Cut cut(p);
     Walk walk(p, cut);
     if (walk.place >= walk.end) return;
     if (threadIdx.x % 32 == 0) *ahead = walk;
     __syncwarp();
-    if (p.awaits_store && *p.awaits_store) wait_for_previous_kernel();
+    if (awaits_store) wait_for_previous_kernel();
     // What comes before the pages is not kept waiting by them.
     if constexpr (SHARED_TABLE) {
         for (int i = threadIdx.x; i < TABLE_QUADS; i += THREADS) fetch_16(table + i, p.bias_table + i);
