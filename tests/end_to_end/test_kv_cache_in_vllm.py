@@ -58,6 +58,7 @@ def test_pages_hold_packed_codes(tmp_path, head_dim):
         assert tokens[name] / tokens["auto"] == pytest.approx(fmt.compression_ratio(head_dim), rel=0.01)
 
 
+@pytest.mark.serves("bits of its own for each layer (`mixed_per_head`)")
 def test_layers_have_the_bits_that_the_checkpoint_names(tmp_path):
     """mixed_per_head: every layer's pages are as wide as its bits, and the same memory holds what they add up to."""
     model, bits = write_model(tmp_path / "model", head_dim=64, layers=3), [(8, 6), (4, 3), (2, 8)]
@@ -84,6 +85,7 @@ def test_mixed_layers_without_bits_are_refused_with_the_command(tmp_path):
         pass
 
 
+@pytest.mark.serves("sliding windows")
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads", "window"),
     [(64, 4, 4, None), (80, 6, 2, None), (96, 4, 1, 48), (128, 4, 2, None), (256, 2, 1, None), (64, 8, 2, 100)],
@@ -99,6 +101,7 @@ def test_models_of_every_shape(tmp_path, head_dim, heads, kv_heads, window):
     assert worst_difference(results["auto"], results["int8_per_head"]) < 0.08
 
 
+@pytest.mark.serves("soft caps")
 def test_soft_cap(tmp_path):
     model = write_model(tmp_path / "model", soft_cap=1.0)
     texts = prompts(3, 150, vocabulary=VOCABULARY)
@@ -109,6 +112,7 @@ def test_soft_cap(tmp_path):
     assert worst_difference(results["auto"], results["int8_per_head"]) < 0.08
 
 
+@pytest.mark.serves("chunked prefill, preemption, mixed batches")
 def test_scheduling_does_not_change_a_token(ref_7m):
     """Chunked prefill, prefix-cache hits, mixed batches, preemption and recomputation: the same tokens, the same bits.
 
@@ -132,6 +136,7 @@ def test_scheduling_does_not_change_a_token(ref_7m):
         assert preempted, "the cache was large enough: the test tested nothing"
 
 
+@pytest.mark.serves("prefix caching")
 def test_prefix_cache_hits_read_codes(ref_7m):
     """A hit reads the pages of the earlier request: damage to them must show, and only in requests that hit."""
     text, other = prompts(2, 256, seed=5)
@@ -147,6 +152,7 @@ def test_prefix_cache_hits_read_codes(ref_7m):
         assert run(llm, [other], 8) == fresh
 
 
+@pytest.mark.serves("`--kv-cache-dtype-skip-layers`")
 def test_skipped_layers_keep_their_dtype(ref_7m):
     """--kv-cache-dtype-skip-layers: the named layers' pages hold the model's own dtype, the others hold codes."""
     text = prompts(2, 150, seed=7)

@@ -26,6 +26,7 @@ def plain_and_coded(model, name, texts, tokens, **settings):
     return results
 
 
+@pytest.mark.serves("sliding windows")
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads", "window"),
     [(64, 4, 4, None), (96, 4, 1, 48), (128, 4, 2, None), (256, 2, 1, None), (64, 8, 2, 100)],
@@ -39,6 +40,7 @@ def test_models_of_every_shape(tmp_path, head_dim, heads, kv_heads, window):
     assert worst_difference(plain, coded, steps=8) < 0.15
 
 
+@pytest.mark.serves("compiled models and full CUDA graphs")
 @pytest.mark.parametrize(
     ("name", "eager"),
     [
@@ -54,6 +56,7 @@ def test_formats_stay_close_to_the_plain_cache(ref_7m, name, eager):
     assert worst_difference(plain, coded, steps=4) < (0.3 if name in ("int8_per_head", "int6_per_head") else 1.2)
 
 
+@pytest.mark.serves("bits of its own for each layer (`mixed_per_head`)")
 def test_layers_have_the_bits_that_the_checkpoint_names(tmp_path):
     """With graphs: each kind of layer has kernels and metadata of its own."""
     model = write_model(tmp_path / "model", 128, 4, 2, layers=3)
@@ -65,6 +68,7 @@ def test_layers_have_the_bits_that_the_checkpoint_names(tmp_path):
     assert worst_difference(plain, coded, steps=8) < 0.2
 
 
+@pytest.mark.serves("soft caps")
 def test_soft_cap(tmp_path):
     model = write_model(tmp_path / "model", 128, 4, 2, soft_cap=1.0)
     texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
@@ -74,6 +78,7 @@ def test_soft_cap(tmp_path):
     assert worst_difference(plain, coded, steps=8) < 0.15
 
 
+@pytest.mark.serves("chunked prefill, preemption, mixed batches")
 def test_scheduling_changes_no_more_than_rounding(ref_7m):
     texts = [p[:n] for p, n in zip(prompts(5, 200, seed=3), (40, 200, 120, 77, 160), strict=True)]
     common = {"kv_cache_dtype": "int8_per_head", "block_size": 32, "max_model_len": 320} | SMALL
@@ -88,6 +93,7 @@ def test_scheduling_changes_no_more_than_rounding(ref_7m):
         assert preempted, "the cache was large enough: the test tested nothing"
 
 
+@pytest.mark.serves("prefix caching")
 def test_prefix_cache_hits_read_codes(ref_7m):
     text, other = prompts(2, 256, seed=5)
     with engine(ref_7m, "int4_per_head", block_size=32, **SMALL) as llm:
@@ -100,6 +106,7 @@ def test_prefix_cache_hits_read_codes(ref_7m):
         assert worst_difference(run(llm, [other], 8), fresh) < 0.05
 
 
+@pytest.mark.serves("prefix caching within a step")
 def test_a_prompt_twice_in_one_step(ref_7m):
     """The second request begins with pages that the step itself writes for the first, and has one token to compute."""
     text = prompts(1, 31 * 32 + 1, seed=17)
@@ -108,6 +115,7 @@ def test_a_prompt_twice_in_one_step(ref_7m):
     assert worst_difference(together[1:], later) < 0.05
 
 
+@pytest.mark.serves("`--kv-cache-dtype-skip-layers`")
 def test_skipped_layers_keep_their_dtype(ref_7m):
     with engine(ref_7m, "int4_per_head", kv_cache_dtype_skip_layers=["0", "5"], **SMALL) as llm:
         assert [pages.dtype for pages in kv_caches(llm).values()] == [
@@ -116,6 +124,7 @@ def test_skipped_layers_keep_their_dtype(ref_7m):
         run(llm, prompts(2, 150, seed=7), 8)
 
 
+@pytest.mark.serves("speculative decoding, n-grams")
 def test_speculative_tokens_are_verified_over_codes(ref_7m):
     # A text that repeats itself, so that n-gram drafts are often right.
     text = [prompts(1, 40, seed=9)[0] * 6]
@@ -127,6 +136,7 @@ def test_speculative_tokens_are_verified_over_codes(ref_7m):
     assert worst_difference(plain, drafted, steps=12) < 0.3
 
 
+@pytest.mark.serves("tensor parallelism")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", ["int8_per_head", "int4_per_head"])
 def test_each_rank_reads_its_own_heads_scales(ref_7m, name):

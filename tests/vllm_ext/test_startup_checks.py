@@ -81,6 +81,7 @@ def test_each_dtype_has_a_backend_that_vllm_can_import():
         assert backend.customize_spec(plain) is plain
 
 
+@pytest.mark.refuses("multi-head latent attention (DeepSeek, Kimi)", "encoder-only attention", "context parallelism")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
