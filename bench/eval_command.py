@@ -39,8 +39,9 @@ Examples:
 
 The result is OUT/eval.json (pareto report reads it). An interrupted run continues when started again with the same
 flags. A configuration that fails, because its engine does not start or computes what is not defined, is recorded with
-its reason; the others are measured, the exit status is 1, and the same flags try it again. The baseline's logits are cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: two
-bytes for each window token and vocabulary entry.
+its reason; the others are measured, the exit status is 1, and the same flags try it again. The baseline's logits are
+cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: two bytes for each window token and
+vocabulary entry.
 """
 USER_ERRORS = (ParetoError,)
 

@@ -39,8 +39,8 @@ Examples:
       --compressed bench/shapes/mistral-7b-w4 --compressed-kv-cache-dtype auto int4_per_head
 
 The first dtype is the baseline. A dtype that cannot run here is named with the reason and left out; the exit status is
-then 1 if you asked for it by name. Results: OUT/kv-bench.json (pareto report reads it) and OUT/kv-bench.md. Started again
-with the same flags, finished engines are not measured again and failed ones are; --rounds can be raised.
+then 1 if you asked for it by name. Results: OUT/kv-bench.json (pareto report reads it) and OUT/kv-bench.md. Started
+again with the same flags, finished engines are not measured again and failed ones are; --rounds can be raised.
 """
 USER_ERRORS = (ParetoError,)
 
