@@ -145,13 +145,16 @@ def reason(error: BaseException) -> str:
     """Return an engine's error in one line.
 
     Validation errors name the field and list what is valid; a worker that failed wrote its own cause to the log above.
+    An error of a kind that no engine raises is named by its type, since its text alone (a key, say) tells nothing.
     """
     errors = getattr(error, "errors", None)
     if callable(errors):
         with contextlib.suppress(Exception):
             parts = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"] for e in errors()]
             return " ".join("; ".join(parts).split())[:600]
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if not text or not (isinstance(error, (ValueError, RuntimeError)) or type(error) is Exception):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text[:400]
 
 

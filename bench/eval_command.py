@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -37,8 +38,10 @@ Examples:
   pareto eval ref-7m --kv-cache-dtype fp8 --num-windows 2 --window-tokens 512 --no-needle --out /tmp/quick
 
 The result is OUT/eval.json (pareto report reads it). An interrupted run continues when started again with the same
-flags. The baseline's logits are cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: two
-bytes for each window token and vocabulary entry.
+flags. A configuration that fails, because its engine does not start or computes what is not defined, is recorded with
+its reason; the others are measured, the exit status is 1, and the same flags try it again. The baseline's logits are
+cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: two bytes for each window token and
+vocabulary entry.
 """
 USER_ERRORS = (ParetoError,)
 
@@ -143,17 +146,21 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     # Piped output has no width of its own: 80 columns would break the table's words.
     Console(width=None if console.is_terminal else 130).print(table(report))
-    print(f"wrote {out / RESULT}")
-    return 0
+    print(f"wrote {out / RESULT}", flush=True)
+    for failure in report.failed:
+        print(f"pareto eval: failed: {failure.name}: {failure.error}", file=sys.stderr)
+    return 1 if report.failed else 0
 
 
 def table(report: EvalReport) -> Table:
-    """Return the result as a table, one row a configuration."""
+    """Return the result as a table, one row a configuration; those that failed last, with their reasons."""
     result = Table(title="Quality through vLLM")
     for heading in ("configuration", "KV bits", "KV tokens", "perplexity", "change", "KL (nats)", "top-1", "needle"):
         result.add_column(heading, justify="left" if heading == "configuration" else "right")
     for row in report.configurations:
         result.add_row(*_cells(row))
+    for failure in report.failed:
+        result.add_row(f"{failure.name}\nfailed: {failure.error}", *["-"] * (len(result.columns) - 1))
     return result
 
 

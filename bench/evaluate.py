@@ -28,7 +28,7 @@ from bench.files import read_arrays, read_json, replacing, write_arrays, write_j
 from bench.needle import Trial, is_correct
 from bench.needle import summarize as summarize_needle
 from bench.plan import Configuration, Plan
-from bench.schema import ConfigurationResult, EvalReport, KVCache, TextQuality
+from bench.schema import ConfigurationResult, EvalReport, FailedConfiguration, KVCache, TextQuality
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using
 
@@ -99,18 +99,28 @@ class Evaluation:
     def run(self) -> EvalReport:
         """Measure everything that is missing; ``eval.json`` is rewritten after each configuration.
 
+        A configuration that fails is recorded with its reason and the others are measured; the next run tries it again.
+
         Raises:
-            ParetoError: an engine does not start, the disk is too small, or a result is impossible.
+            ParetoError: the baseline cannot be measured, without which nothing else can be, or the disk is full.
 
         """
         limit_bytes()  # A limit that is no number is said before the work, not after it.
         results: list[ConfigurationResult] = []
+        failed: list[FailedConfiguration] = []
         with using(self.base_store.folder):
             for configuration in self.plan.configurations:
-                self._measure_alone(configuration)
-                results.append(self._result(configuration))
-                status = "complete" if len(results) == len(self.plan.configurations) else "partial"
-                report = self._report(status, results)
+                try:
+                    self._measure_alone(configuration)
+                    results.append(self._result(configuration))
+                # vLLM raises bare exceptions for what happens in a worker.
+                except Exception as error:
+                    if configuration.is_baseline:
+                        raise ParetoError(engine.reason(error)) from error
+                    failed.append(_failure(configuration, error))
+                    print(f"{configuration.name} failed: {failed[-1].error}", file=sys.stderr, flush=True)
+                done = len(results) + len(failed) == len(self.plan.configurations)
+                report = self._report("complete" if done else "partial", results, failed)
                 write_json(self.out / RESULT, report.to_dict())
         return report
 
@@ -229,7 +239,7 @@ class Evaluation:
             raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
         return arrays
 
-    def _report(self, status: str, results: list[ConfigurationResult]) -> EvalReport:
+    def _report(self, status: str, results: list[ConfigurationResult], failed: list[FailedConfiguration]) -> EvalReport:
         settings = asdict(self.plan.settings) | {
             "max_model_len": self.plan.max_model_len,
             "kv_cache_memory_bytes": self.plan.kv_cache_memory_bytes,
@@ -240,6 +250,7 @@ class Evaluation:
             settings=settings,
             environment=self.environment,
             configurations=results,
+            failed=failed,
         )
 
     @contextlib.contextmanager
@@ -262,6 +273,12 @@ class Evaluation:
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
+
+
+def _failure(configuration: Configuration, error: Exception) -> FailedConfiguration:
+    return FailedConfiguration(
+        configuration.name, configuration.checkpoint.info, configuration.kv_cache_dtype, engine.reason(error)
+    )
 
 
 Window = tuple[list[int], str | None, list[str] | None]

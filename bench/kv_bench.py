@@ -161,8 +161,10 @@ class KVBench:
     def run(self) -> KVBenchReport:
         """Measure every round that is missing; the result file is rewritten after each engine.
 
+        What fails in one round is left out of the later ones, and ``errors`` has the reason by the row's name.
+
         Raises:
-            ParetoError: the baseline's engine does not start.
+            ParetoError: the baseline cannot be measured.
 
         """
         s = self.settings
@@ -175,7 +177,8 @@ class KVBench:
                 self.say(f"round {index + 1} of {s.rounds}: {row.name}")
                 try:
                     self.samples[name] = self._measure(row)
-                except (ParetoError, RuntimeError) as error:
+                # vLLM raises bare exceptions for what happens in a worker.
+                except Exception as error:
                     if row == baseline:
                         raise ParetoError(engine.reason(error)) from error
                     self.errors[row.name] = engine.reason(error)

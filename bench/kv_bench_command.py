@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -37,9 +38,9 @@ Examples:
   pareto kv-bench bench/shapes/mistral-7b --load-format dummy --shape 32x8192 \\
       --compressed bench/shapes/mistral-7b-w4 --compressed-kv-cache-dtype auto int4_per_head
 
-The first dtype is the baseline. A dtype that cannot run here is named with the reason and left out. Results:
-OUT/kv-bench.json (pareto report reads it) and OUT/kv-bench.md. Started again with the same flags, finished engines are
-not measured again; --rounds can be raised.
+The first dtype is the baseline. A dtype that cannot run here is named with the reason and left out; the exit status is
+then 1 if you asked for it by name. Results: OUT/kv-bench.json (pareto report reads it) and OUT/kv-bench.md. Started
+again with the same flags, finished engines are not measured again and failed ones are; --rounds can be raised.
 """
 USER_ERRORS = (ParetoError,)
 
@@ -164,12 +165,16 @@ def run(args: argparse.Namespace) -> int:
     if strange := [name for name, _ in args.only if name not in rows]:
         raise ParetoError(f"--only names rows that are not measured: {', '.join(strange)}; rows are {', '.join(rows)}")
     out = Path(args.out)
-    report = KVBench(settings, out).run()
+    bench = KVBench(settings, out)
+    report = bench.run()
     write_text(out / "kv-bench.md", markdown(report))
     console = Console()
     Console(width=None if console.is_terminal else 150).print(table(report))
-    print(f"wrote {out / RESULT} and {out / 'kv-bench.md'}")
-    return 0
+    print(f"wrote {out / RESULT} and {out / 'kv-bench.md'}", flush=True)
+    for name, error in bench.errors.items():
+        print(f"pareto kv-bench: failed: {name}: {error}", file=sys.stderr)
+    asked = args.kv_cache_dtype is not None or bool(args.compressed)
+    return 1 if bench.errors and asked else 0
 
 
 HEADINGS = (

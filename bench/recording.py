@@ -130,10 +130,17 @@ class Recording:
         """Return the figures as plain lists.
 
         Raises:
-            RuntimeError: some positions never came by, or came with undefined likelihoods.
+            RuntimeError: some positions never came by, or came with figures of which no mean can be taken.
 
         """
-        for wrong, what in ((~self.seen, "never came by"), (self.nll.isnan(), "have undefined logits (NaN)")):
+        infinite = self.nll.isinf()
+        if self.compare:
+            infinite |= ~self.kl.isfinite()
+        for wrong, what in (
+            (~self.seen, "never came by"),
+            (self.nll.isnan(), "have undefined logits (NaN)"),
+            (infinite, "have an infinite loss or divergence"),
+        ):
             if wrong.any():
                 first = int(wrong.int().argmax())
                 raise RuntimeError(f"{int(wrong.sum())} of {self.rows} positions {what}, the first is {first}")

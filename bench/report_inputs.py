@@ -125,6 +125,8 @@ def _check_eval(document: Document) -> None:
             for cell in row["needle"]["cells"]:
                 for value in (cell["length"], cell["depth"], cell["accuracy"]["value"]):
                     _number(value)
+    for failure in document.get("failed", ()):
+        str(failure["name"]), str(failure["error"])
     dict(document["environment"]), dict(document["settings"])
 
 

@@ -121,12 +121,16 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
                 rows[key].sources.append(str(file))
                 continue
             _add_eval(row_of(key), entry, file, context_tokens)
+        for failure in document.get("failed", ()):
+            notes.append(f"{file}: {failure['name']} could not be measured: {failure['error']}")
     for file, document in _newest_last(inputs.loadtests, "started_at"):
         named = labels.get(document["label"], set())
         key = next(iter(named)) if len(named) == 1 else _loadtest_key(document, models, file)
         _add_load(row_of(key), document, file)
     for file, document in _newest_last(inputs.kv_benches, "created_at"):
         for entry in document["dtypes"]:
+            if entry["error"]:
+                notes.append(f"{file}: {entry['kv_cache_dtype']} could not be measured: {entry['error']}")
             if entry["error"] or not entry["points"]:
                 continue
             identity = models.named(str(entry.get("model") or document["model"]), file)

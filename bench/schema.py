@@ -158,14 +158,44 @@ class ConfigurationResult:
 
 
 @dataclass(frozen=True)
+class FailedConfiguration:
+    """A configuration that could not be measured.
+
+    Attributes:
+        name: unique within the report.
+        model: its weights.
+        kv_cache_dtype: what ``--kv-cache-dtype`` was.
+        error: one line why: the engine did not start or died, or what it computed is not defined.
+
+    """
+
+    name: str
+    model: ModelInfo
+    kv_cache_dtype: str
+    error: str
+
+
+@dataclass(frozen=True)
 class EvalReport:
-    """A whole evaluation. ``status`` is ``complete``, or ``partial`` while configurations are still missing."""
+    """A whole evaluation.
+
+    Attributes:
+        status: ``complete`` when every configuration is in one of the two lists, ``partial`` before.
+        created_at: ISO 8601, UTC.
+        settings: the user's choices.
+        environment: versions and machine.
+        configurations: what was measured.
+        failed: what could not be; measured again when the evaluation is started again. Results of earlier versions do
+            not have it.
+
+    """
 
     status: str
     created_at: str
     settings: dict[str, Any]
     environment: dict[str, Any]
     configurations: list[ConfigurationResult]
+    failed: list[FailedConfiguration] = field(default_factory=list)
     schema: str = field(default=SCHEMA)
 
     def to_dict(self) -> dict[str, Any]:

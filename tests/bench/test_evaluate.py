@@ -167,7 +167,81 @@ def test_damaged_pieces_are_measured_again(evaluate, tmp_path):
 
 def test_an_engine_that_does_not_chunk_is_refused(evaluate, tmp_path):
     FakeLLM.chunk = 128
-    with pytest.raises(RuntimeError, match="prefilled 128 tokens at once"):
+    with pytest.raises(ParetoError, match="prefilled 128 tokens at once"):
+        evaluate()
+    assert not (tmp_path / "out/eval.json").exists()
+
+
+@pytest.fixture
+def breakable(monkeypatch):
+    """Return a dict of what happens to a KV dtype: an error at the engine's start, or one in the worker."""
+    broken = {}
+    running, generate = engine.running, FakeLLM.generate
+
+    def start(settings):
+        if isinstance(broken.get(settings.kv_cache_dtype), ParetoError):
+            raise broken[settings.kv_cache_dtype]
+        return running(settings)
+
+    def fail(self, *args, **kwargs):
+        # Not the first window: what was finished before is to be kept.
+        if self.settings.kv_cache_dtype in broken and (self.settings.kv_cache_dtype, "window") in FakeLLM.log:
+            raise broken[self.settings.kv_cache_dtype]
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "running", start)
+    monkeypatch.setattr(FakeLLM, "generate", fail)
+    return broken
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ParetoError("vLLM did not start ref-7m with --kv-cache-dtype fp8: no such dtype"),
+        # What vLLM raises for an error in a worker.
+        Exception("Call to collective_rpc method failed: 3 of 149 positions have undefined logits (NaN)"),
+        RuntimeError("EngineCore encountered an issue"),
+    ],
+)
+def test_a_configuration_that_fails_does_not_stop_the_others(evaluate, breakable, tmp_path, error):
+    breakable["fp8"] = error
+    report = evaluate()
+    assert [c.kv_cache.dtype for c in report.configurations] == ["auto", "int4_per_head"]
+    document = json.loads((tmp_path / "out/eval.json").read_text())
+    assert document["status"] == "complete"
+    (failure,) = document["failed"]
+    assert (failure["name"], failure["kv_cache_dtype"]) == ("ref-7m, fp8 KV", "fp8")
+    assert failure["error"] == str(error)
+    # The next run measures what failed, and of it only what is missing.
+    breakable.clear()
+    started = ("fp8", "window") in FakeLLM.log
+    FakeLLM.log.clear()
+    whole = evaluate()
+    assert FakeLLM.log == [("fp8", "window")] * (2 if started else 3) + [("fp8", "needle")] * 2
+    assert whole.failed == []
+    assert [c.kv_cache.dtype for c in whole.configurations] == ["auto", "fp8", "int4_per_head"]
+
+
+def test_the_command_says_what_failed_and_ends_with_1(evaluate, breakable, tmp_path, capfd):
+    from vllm_ext.cli import main
+
+    breakable |= {"fp8": Exception("worker died"), "int4_per_head": KeyError("layer")}
+    words = ["eval", "ref-7m", "--kv-cache-dtype", "fp8", "int4_per_head", "--text", str(tmp_path / "words.txt")]
+    words += ["--num-windows", "2", "--window-tokens", "150", "--no-needle", "--out", str(tmp_path / "command")]
+    assert main(words) == 1
+    shown = capfd.readouterr()
+    assert shown.err.splitlines()[-2:] == [
+        "pareto eval: failed: ref-7m, fp8 KV: worker died",
+        "pareto eval: failed: ref-7m, int4_per_head KV: KeyError: 'layer'",
+    ]
+    assert "failed: worker died" in shown.out
+    breakable.clear()
+    assert main(words) == 0
+
+
+def test_a_baseline_that_fails_ends_the_run(evaluate, breakable, tmp_path):
+    breakable["auto"] = Exception("worker died")
+    with pytest.raises(ParetoError, match="worker died"):
         evaluate()
     assert not (tmp_path / "out/eval.json").exists()
 

@@ -151,6 +151,26 @@ def test_a_run_resumes_and_names_what_cannot_run(tmp_path, monkeypatch):
     assert "| int4_per_head | 8 x 1,024 | 10.00 (10.00-10.00) | 2.00x |" in text
 
 
+@pytest.mark.parametrize("dtypes", [["auto", "fp8", "int4_per_head"], None])
+def test_the_command_says_what_failed(tmp_path, monkeypatch, capsys, dtypes):
+    """vLLM raises a bare Exception for what happens in a worker: it once ended the run with a traceback."""
+    from vllm_ext.cli import main
+
+    def measure(self, row):
+        if row.kv_cache_dtype == "fp8":
+            raise Exception("Call to collective_rpc method failed: no kernel")
+        made = sample(20.0)
+        return made | {"points": made["points"] | {"8x64": made["points"]["8x1024"]}}
+
+    monkeypatch.setattr(KVBench, "_measure", measure)
+    words = ["kv-bench", "ref-7m", "--shape", "8x64", "--rounds", "1", "--out", str(tmp_path)]
+    code = main([*words, *(["--kv-cache-dtype", *dtypes] if dtypes else [])])
+    failure = "pareto kv-bench: failed: fp8: Call to collective_rpc method failed: no kernel"
+    assert capsys.readouterr().err.splitlines()[-1] == failure
+    # Without names it measures what runs here.
+    assert code == (1 if dtypes else 0)
+
+
 def test_a_baseline_that_does_not_start_ends_the_run(tmp_path, monkeypatch):
     def fail(settings):
         raise ParetoError("no memory")

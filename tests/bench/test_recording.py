@@ -88,6 +88,19 @@ def test_a_missing_position_is_an_error():
         recording.finish()
 
 
+def test_an_infinite_divergence_is_no_figure(tmp_path):
+    """It once reached eval.json, which JSON cannot hold, and ended the run."""
+    logits = torch.zeros(3, 8)
+    stored = Recording([1, 2, 3, 4], str(tmp_path / "logits"))
+    add([Block(stored, 0, 3, 3)], logits)
+    stored.finish()
+    compared = Recording([1, 2, 3, 4], None, (str(tmp_path / "logits"), "float32"))
+    logits[1, 7] = -torch.inf
+    add([Block(compared, 0, 3, 3)], logits)
+    with pytest.raises(RuntimeError, match="1 of 3 positions have an infinite loss or divergence, the first is 1"):
+        compared.finish()
+
+
 def test_an_undefined_logit_is_another_error():
     tokens, logits = window()
     recording = Recording(tokens)

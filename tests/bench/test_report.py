@@ -257,3 +257,18 @@ def test_speed_is_compared_at_equal_load(tmp_path):
     throughput = next(f for f in frontiers(rows, 1000) if f.key == "throughput")
     assert throughput.x_label == "output tokens per second at 4 users"
     assert len(throughput.points) == 2
+
+
+def test_what_could_not_be_measured_is_remarked_on(tmp_path):
+    evaluated = eval_document(configuration())
+    evaluated["failed"] = [{"name": "ref-7m, fp8 KV", "error": "no such dtype"}]
+    timed = kv_bench_document(auto=0.020, fp8=0.010)
+    timed["dtypes"][1] |= {"error": "no kernel", "points": []}
+    for name, document in (("eval.json", evaluated), ("kv-bench.json", timed)):
+        (tmp_path / name).write_text(json.dumps(document))
+    rows, notes = make_rows(collect([tmp_path]), 1000)
+    assert [row.name for row in rows] == ["ref-7m, bf16 KV"]
+    assert [note.rpartition("/")[2] for note in notes] == [
+        "eval.json: ref-7m, fp8 KV could not be measured: no such dtype",
+        "kv-bench.json: fp8 could not be measured: no kernel",
+    ]
