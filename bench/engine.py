@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.schema import KVCache
+from bench.quality.schema import KVCache
 from kv_cache.errors import ParetoError
 
-TAP = "bench.worker_tap.LogitsTap"
+TAP = "bench.quality.worker_tap.LogitsTap"
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")
 """What ``--kv-cache-dtype`` may be for a cache that is not quantized."""
 

@@ -170,8 +170,8 @@ def test_the_order_sees_a_circle_but_not_types(tmp_path):
 
 def test_the_rule_sees_a_forbidden_import(tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("def f():\n    from bench.evaluate import evaluate\n    import vllm.config\n")
-    assert imports(bad) == {"bench.evaluate", "vllm.config"}
+    bad.write_text("def f():\n    from bench.quality.evaluate import evaluate\n    import vllm.config\n")
+    assert imports(bad) == {"bench.quality.evaluate", "vllm.config"}
 
 
 def test_tests_mirror_the_rooms():

@@ -1,8 +1,8 @@
 """What a coder of keys and values is: fitted on calibration text, asked what is read back, and how many bits it takes.
 
-A coder is one class in one file beside this one. The study (bench/kv_study.py) runs a model whose attention sees what
-the coder returns in the place of the model's keys and values. Every query so attends to what was read from codes, its
-own token included, unless the coder says that the newest tokens are kept as they are (`Decoded`).
+A coder is one class in one file beside this one. The study (bench/kv_study/) runs a model whose attention sees what the
+coder returns in the place of the model's keys and values. Every query so attends to what was read from codes, its own
+token included, unless the coder says that the newest tokens are kept as they are (`Decoded`).
 
 Shapes: keys and values are float32 [windows, tokens, KV heads, head_dim]; a window is a sequence from its position 0.
 """

@@ -220,7 +220,7 @@ class PackedMatrix:
 def _arrangement(
     row_tiles: int, units: int, bits: int, side_bytes: int, tokens: int, device: torch.device
 ) -> Arrangement:
-    """Return what was fastest or nearly so on an H100 (``bench/weight_kernel_tuning.py``), or what next to it fits."""
+    """Return what was fastest or nearly so on an H100 (bench/lab/weight_kernel_tuning.py), or what next to it fits."""
     processors, shared, _ = device_limits(device)
     few_rows = row_tiles <= 2 * processors
     little_work = row_tiles * units < 64 * processors

@@ -3,10 +3,10 @@
 import hashlib
 from dataclasses import asdict
 
-from bench.estimates import exp_estimate, mean_estimate, proportion
-from bench.kv_bench import Settings, summarize
-from bench.kv_bench_schema import KVBenchReport
-from bench.schema import ConfigurationResult, EvalReport, KVCache, ModelInfo, Needle, NeedleCell, TextQuality
+from bench.quality.schema import ConfigurationResult, EvalReport, KVCache, ModelInfo, Needle, NeedleCell, TextQuality
+from bench.speed.kv_bench import Settings, summarize
+from bench.speed.schema import KVBenchReport
+from bench.statistics import exp_estimate, mean_estimate, proportion
 
 MACHINE = {"versions": {"python": "3.11"}, "machine": {"cpu": "test"}, "commit": "abc"}
 

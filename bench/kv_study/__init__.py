@@ -1,0 +1,1 @@
+"""Ways to code a KV cache, judged on models before anybody writes a kernel."""

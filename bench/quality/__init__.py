@@ -1,0 +1,1 @@
+"""What compression costs: perplexity, KL divergence, retrieval, through the engine that serves."""

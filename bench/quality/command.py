@@ -1,0 +1,192 @@
+"""``pareto eval``: what a quantized model or KV cache costs in quality, measured through vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.engine import json_flag
+from bench.quality.plan import Settings, make_plan
+from bench.quality.schema import ConfigurationResult, Estimate, EvalReport
+from kv_cache.errors import ParetoError
+
+HELP = "measure perplexity, KL divergence, top-1 agreement and retrieval through vLLM"
+DESCRIPTION = """\
+Measure what compression costs in quality, in the engine that serves it.
+
+MODEL is served by vLLM once with each --kv-cache-dtype and compared, token by token and over the full vocabulary, with
+the baseline: the unquantized model with a bfloat16 KV cache. Prompts are prefilled in chunks of at most --chunk-tokens,
+so that the context is read back from the cache's codes (a prompt prefilled at once would not show the cache's error).
+
+  perplexity   of the text, and its change against the baseline, with a 95% interval over windows
+  KL           KL divergence (baseline || tested), nats per token
+  top-1        how often both put the same token first
+  needle       greedy retrieval of a planted number, by context length and depth
+
+Examples:
+  # the embedded model: bf16 against three KV-cache dtypes, on text that the model writes itself
+  pareto eval ref-7m --kv-cache-dtype fp8 int8_per_head int4_per_head --out results/ref-7m
+
+  # a compressed checkpoint against its original, on a text of your own
+  pareto eval ./ref-7m-w4 --baseline ref-7m --text wiki.txt --out results/w4
+
+  # quick look: two short windows, no retrieval
+  pareto eval ref-7m --kv-cache-dtype fp8 --num-windows 2 --window-tokens 512 --no-needle --out /tmp/quick
+
+The result is OUT/eval.json (pareto report reads it). An interrupted run continues when started again with the same
+flags. A configuration that fails, because its engine does not start or computes what is not defined, is recorded with
+its reason; the others are measured, the exit status is 1, and the same flags try it again. The baseline's logits are
+cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: two bytes for each window token and
+vocabulary entry.
+"""
+USER_ERRORS = (ParetoError,)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of ``pareto eval``."""
+    d = Settings(model="")
+    parser.add_argument("model", metavar="MODEL", help="embedded name (ref-7m), folder, or hub name")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the result, eval.json")
+    parser.add_argument(
+        "--baseline", metavar="MODEL", help="reference model (default: MODEL, or what it was made from)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", nargs="+", default=list(d.kv_cache_dtypes), metavar="NAME",
+        help="KV-cache dtypes to test, vLLM's or this project's (default: auto, the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help=".txt or .jsonl (default: model's samples)"
+    )
+    parser.add_argument(
+        "--num-windows", type=int, default=d.num_windows, metavar="N", help="windows of each text (%(default)s)"
+    )
+    parser.add_argument(
+        "--window-tokens", type=int, default=d.window_tokens, metavar="N", help="tokens in a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=d.chunk_tokens, metavar="N", help="longest prefill chunk (%(default)s)"
+    )
+    parser.add_argument(
+        "--needle", action=argparse.BooleanOptionalAction, default=True, help="measure retrieval (default: yes)"
+    )
+    parser.add_argument(
+        "--needle-lengths", nargs="+", type=int, default=list(d.needle_lengths), metavar="N", help="context lengths"
+    )
+    parser.add_argument(
+        "--needle-depths", nargs="+", type=float, default=list(d.needle_depths), metavar="F", help="depths, 0 to 1"
+    )
+    parser.add_argument(
+        "--needles-per-cell", type=int, default=d.needles_per_cell, metavar="N", help="trials a cell (%(default)s)"
+    )
+    parser.add_argument("--haystack", metavar="DIR", help="folder of .txt files to hide needles in (default: the text)")
+    parser.add_argument("--seed", type=int, default=d.seed, help="seed of samples and needles (%(default)s)")
+    parser.add_argument("--dtype", default=d.dtype, help="vLLM's --dtype (%(default)s)")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, metavar="N", help="KV memory, the same for every dtype")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (%(default)s)")
+    parser.add_argument(
+        "--enforce-eager", action=argparse.BooleanOptionalAction, default=True, help="no CUDA graphs (default: yes)"
+    )
+    parser.add_argument(
+        "--compilation-config", metavar="JSON", help="vLLM's, with --no-enforce-eager (default: vLLM's own choice)"
+    )
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Return the checked settings of parsed flags.
+
+    Raises:
+        ParetoError: a value is out of range.
+
+    """
+    for flag in ("num_windows", "chunk_tokens", "needles_per_cell", "tensor_parallel_size"):
+        if getattr(args, flag) < 1:
+            raise ParetoError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    json_flag("compilation_config", args.compilation_config)
+    if args.window_tokens < 2:
+        raise ParetoError(f"--window-tokens must be at least 2, got {args.window_tokens}")
+    bad = [depth for depth in args.needle_depths if not 0 <= depth <= 1]
+    if bad:
+        raise ParetoError(f"--needle-depths are between 0 (start) and 1 (end), got {bad[0]}")
+    return Settings(
+        model=args.model,
+        baseline=args.baseline,
+        kv_cache_dtypes=tuple(args.kv_cache_dtype),
+        texts=tuple(args.text),
+        num_windows=args.num_windows,
+        window_tokens=args.window_tokens,
+        chunk_tokens=args.chunk_tokens,
+        needle_lengths=tuple(args.needle_lengths) if args.needle else (),
+        needle_depths=tuple(args.needle_depths),
+        needles_per_cell=args.needles_per_cell,
+        haystack=args.haystack,
+        seed=args.seed,
+        dtype=args.dtype,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        tensor_parallel_size=args.tensor_parallel_size,
+        enforce_eager=args.enforce_eager,
+        compilation_config=args.compilation_config,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``pareto eval``."""
+    from bench.quality.evaluate import RESULT, Evaluation
+
+    plan = make_plan(settings_from(args))
+    out = Path(args.out)
+    errors = Console(stderr=True)
+    if plan.skipped_lengths:
+        lengths = ", ".join(map(str, plan.skipped_lengths))
+        errors.print(f"needle lengths beyond the model's context are left out: {lengths}")
+    report = Evaluation(plan, out, errors).run()
+    console = Console()
+    # Piped output has no width of its own: 80 columns would break the table's words.
+    Console(width=None if console.is_terminal else 130).print(table(report))
+    print(f"wrote {out / RESULT}", flush=True)
+    for failure in report.failed:
+        print(f"pareto eval: failed: {failure.name}: {failure.error}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def table(report: EvalReport) -> Table:
+    """Return the result as a table, one row a configuration; those that failed last, with their reasons."""
+    result = Table(title="Quality through vLLM")
+    for heading in ("configuration", "KV bits", "KV tokens", "perplexity", "change", "KL (nats)", "top-1", "needle"):
+        result.add_column(heading, justify="left" if heading == "configuration" else "right")
+    for row in report.configurations:
+        result.add_row(*_cells(row))
+    for failure in report.failed:
+        result.add_row(f"{failure.name}\nfailed: {failure.error}", *["-"] * (len(result.columns) - 1))
+    return result
+
+
+def _cells(row: ConfigurationResult) -> list[str]:
+    text, bits = row.overall, row.kv_cache.bits_per_element
+    return [
+        row.name + (" (baseline)" if row.is_baseline else ""),
+        "-" if bits is None else f"{bits:.2f}",
+        f"{row.kv_cache.tokens:,}",
+        "-" if text is None else f"{text.perplexity.value:.3f}",
+        _signed(text.perplexity_change if text else None),
+        _plain(text.kl if text else None, "{:.5f}"),
+        _plain(text.top1_agreement if text else None, "{:.4f}"),
+        _plain(row.needle.accuracy if row.needle else None, "{:.3f}"),
+    ]
+
+
+def _plain(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return "-"
+    error = "" if estimate.standard_error is None else " ±" + form.format(estimate.standard_error)
+    return form.format(estimate.value) + error
+
+
+def _signed(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    error = "" if estimate.standard_error is None else f" ±{estimate.standard_error:.2%}"
+    return f"{estimate.value:+.2%}{error}"

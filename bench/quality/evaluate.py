@@ -1,0 +1,373 @@
+"""Runs an evaluation: one engine at a time, every finished window and retrieval cell kept.
+
+The baseline's logits and figures lie in the user's cache, keyed by model and settings, and serve every later evaluation
+against the same baseline; a tested configuration's figures lie in ``OUT/.work``. An interrupted run goes on where it
+stopped, and a configuration whose figures are all there starts no engine. Evaluations that run at the same time measure
+what they have in common one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench import engine
+from bench.environment import environment
+from bench.files import read_arrays, read_json, replacing, write_arrays, write_json
+from bench.quality.needle import Trial, is_correct
+from bench.quality.needle import summarize as summarize_needle
+from bench.quality.plan import Configuration, Plan
+from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, KVCache, TextQuality
+from bench.statistics import exp_estimate, mean_estimate
+from kv_cache.errors import ParetoError
+from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using
+
+RESULT = "eval.json"
+Arrays = dict[str, np.ndarray]
+
+
+class Store:
+    """The finished pieces of one configuration in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def window_file(self, index: int) -> Path:
+        """Return where a window's per-token figures lie."""
+        return self.folder / f"window-{index:04d}.npz"
+
+    def logits_file(self, index: int) -> Path:
+        """Return where a baseline window's logits lie."""
+        return self.folder / f"logits-{index:04d}.bin"
+
+    def window(self, index: int, baseline: bool) -> Arrays | None:
+        """Return a finished window's figures; None when it is to be measured."""
+        arrays = read_arrays(self.window_file(index))
+        if arrays is None or (baseline and not self.logits_file(index).is_file()):
+            return None
+        return arrays
+
+    def answers(self) -> dict[int, str]:
+        """Return the retrieval answers by trial."""
+        content = read_json(self.folder / "needle.json")
+        return {int(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}
+
+    def add_answers(self, answers: dict[int, str]) -> None:
+        """Keep retrieval answers."""
+        write_json(self.folder / "needle.json", {str(k): v for k, v in sorted((self.answers() | answers).items())})
+
+    def kv_cache(self) -> KVCache | None:
+        """Return what the engine said of its KV cache."""
+        content = read_json(self.folder / "kv_cache.json")
+        try:
+            return KVCache(**content)
+        except TypeError:
+            return None
+
+
+class Evaluation:
+    """One run of ``pareto eval``.
+
+    Args:
+        plan: what to measure.
+        out: folder of the result.
+        console: where progress goes.
+
+    """
+
+    def __init__(self, plan: Plan, out: Path, console: Console | None = None) -> None:
+        self.plan, self.out = plan, out
+        self.console = console or Console(stderr=True)
+        self.windows = [(text.name, window.tolist()) for text in plan.texts for window in text.windows]
+        self.environment = environment()
+        self.base_store = Store(cache_dir() / "baselines" / plan.configurations[0].key)
+
+    def store(self, configuration: Configuration) -> Store:
+        """Return where a configuration's pieces lie."""
+        return self.base_store if configuration.is_baseline else Store(self.out / ".work" / configuration.key)
+
+    def run(self) -> EvalReport:
+        """Measure everything that is missing; ``eval.json`` is rewritten after each configuration.
+
+        A configuration that fails is recorded with its reason and the others are measured; the next run tries it again.
+
+        Raises:
+            ParetoError: the baseline cannot be measured, without which nothing else can be, or the disk is full.
+
+        """
+        limit_bytes()  # A limit that is no number is said before the work, not after it.
+        results: list[ConfigurationResult] = []
+        failed: list[FailedConfiguration] = []
+        with using(self.base_store.folder):
+            for configuration in self.plan.configurations:
+                try:
+                    self._measure_alone(configuration)
+                    results.append(self._result(configuration))
+                # vLLM raises bare exceptions for what happens in a worker.
+                except Exception as error:
+                    if configuration.is_baseline:
+                        raise ParetoError(engine.reason(error)) from error
+                    failed.append(_failure(configuration, error))
+                    print(f"{configuration.name} failed: {failed[-1].error}", file=sys.stderr, flush=True)
+                done = len(results) + len(failed) == len(self.plan.configurations)
+                report = self._report("complete" if done else "partial", results, failed)
+                write_json(self.out / RESULT, report.to_dict())
+        return report
+
+    def _measure_alone(self, configuration: Configuration) -> None:
+        """Measure while no other evaluation measures the same: it would write over the answers of this one."""
+        folder = self.store(configuration).folder
+        if is_being_made(folder):
+            print(f"{configuration.name}: waiting for another evaluation of the same", file=sys.stderr, flush=True)
+        with making(folder):
+            if configuration.is_baseline:
+                self._check_disk()
+            self._measure(configuration)
+        if configuration.is_baseline:
+            for entry in trim():
+                print(f"the cache was above its limit: removed {entry.path}", file=sys.stderr, flush=True)
+
+    def _check_disk(self) -> None:
+        missing = [i for i in range(len(self.windows)) if self.base_store.window(i, True) is None]
+        # Four bytes: a head may compute in float32.
+        needed = sum((len(self.windows[i][1]) - 1) * self.plan.vocabulary * 4 for i in missing)
+        self.base_store.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.base_store.folder).free
+        if needed > free:
+            raise ParetoError(
+                f"the baseline's logits may need {needed / 1e9:.1f} GB under {self.base_store.folder.parent} and "
+                f"{free / 1e9:.1f} GB are free; lower --num-windows or point PARETO_CACHE to a larger disk"
+            )
+
+    def _measure(self, configuration: Configuration) -> None:
+        store, trials = self.store(configuration), self.plan.trials
+        windows = [i for i in range(len(self.windows)) if store.window(i, configuration.is_baseline) is None]
+        answered = store.answers()
+        pending = [i for i in range(len(trials)) if i not in answered]
+        if not windows and not pending and store.kv_cache() is not None:
+            return
+        with self._progress(configuration.name, len(windows) + len(pending)) as advance:
+            settings = self.plan.engine_settings(configuration)
+            with engine.running(settings) as llm:
+                write_json(store.folder / "kv_cache.json", asdict(engine.kv_cache(llm, settings)))
+                together = self.plan.windows_at_once
+                for start in range(0, len(windows), together):
+                    group = windows[start : start + together]
+                    self._windows(llm, configuration, store, group)
+                    advance(len(group))
+                for cell in _batches(trials, pending):
+                    store.add_answers(_ask(llm, [trials[i] for i in cell], cell))
+                    advance(len(cell))
+
+    def _windows(self, llm: Any, configuration: Configuration, store: Store, indices: Sequence[int]) -> None:
+        with contextlib.ExitStack() as written:
+            asked: list[Window] = []
+            for index in indices:
+                partial = compare = None
+                if configuration.is_baseline:
+                    partial = str(written.enter_context(replacing(store.logits_file(index))))
+                else:
+                    base = self.base_store.window(index, True)
+                    if base is None:
+                        raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
+                    compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
+                asked.append((self.windows[index][1], partial, compare))
+            figures = measure_windows(llm, asked)
+            self._check_chunks(max(one["max_chunk"] for one in figures))
+        for index, one in zip(indices, figures, strict=True):
+            arrays = {
+                "nll": np.array(one["nll"], np.float32),
+                "kl": np.array(one["kl"], np.float32),
+                "top1": np.array(one["top1"], bool),
+                "max_chunk": np.array(one["max_chunk"]),
+                "dtype": np.array(one["dtype"]),
+            }
+            write_arrays(store.window_file(index), arrays)
+
+    def _check_chunks(self, longest: int) -> None:
+        if longest > self.plan.settings.chunk_tokens:
+            raise RuntimeError(
+                f"the engine prefilled {longest} tokens at once, more than the {self.plan.settings.chunk_tokens} asked "
+                "for: the result would hide the KV cache's error"
+            )
+
+    def _result(self, configuration: Configuration) -> ConfigurationResult:
+        store = self.store(configuration)
+        tested = [self._arrays(store, i, configuration.is_baseline) for i in range(len(self.windows))]
+        base = [self._arrays(self.base_store, i, True) for i in range(len(self.windows))]
+        texts = []
+        for text in self.plan.texts:
+            chosen = [i for i, (name, _) in enumerate(self.windows) if name == text.name]
+            reference = None if configuration.is_baseline else [base[i] for i in chosen]
+            texts.append(text_quality(text.name, [tested[i] for i in chosen], reference))
+        overall = text_quality("all", tested, None if configuration.is_baseline else base)
+        answers = store.answers()
+        trials = self.plan.trials
+        needle = None
+        if any(index not in answers for index in range(len(trials))):
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        if trials:
+            needle = summarize_needle(trials, [is_correct(t, answers[i]) for i, t in enumerate(trials)])
+        cache = store.kv_cache()
+        if cache is None:
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return ConfigurationResult(
+            name=configuration.name,
+            is_baseline=configuration.is_baseline,
+            model=configuration.checkpoint.info,
+            kv_cache=cache,
+            texts=texts,
+            overall=overall,
+            needle=needle,
+            max_chunk_tokens=max(int(a["max_chunk"]) for a in tested),
+        )
+
+    @staticmethod
+    def _arrays(store: Store, index: int, baseline: bool) -> Arrays:
+        arrays = store.window(index, baseline)
+        if arrays is None:
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return arrays
+
+    def _report(self, status: str, results: list[ConfigurationResult], failed: list[FailedConfiguration]) -> EvalReport:
+        settings = asdict(self.plan.settings) | {
+            "max_model_len": self.plan.max_model_len,
+            "kv_cache_memory_bytes": self.plan.kv_cache_memory_bytes,
+        }
+        return EvalReport(
+            status=status,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            settings=settings,
+            environment=self.environment,
+            configurations=results,
+            failed=failed,
+        )
+
+    @contextlib.contextmanager
+    def _progress(self, name: str, total: int) -> Iterator[Any]:
+        if not self.console.is_terminal:
+            print(f"{name}: starting the engine, {total} pieces to measure", file=sys.stderr, flush=True)
+            done = 0
+
+            def say(count: int) -> None:
+                nonlocal done
+                done += count
+                print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
+
+            yield say
+            return
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+def _failure(configuration: Configuration, error: Exception) -> FailedConfiguration:
+    return FailedConfiguration(
+        configuration.name, configuration.checkpoint.info, configuration.kv_cache_dtype, engine.reason(error)
+    )
+
+
+Window = tuple[list[int], str | None, list[str] | None]
+"""A window's tokens, the file to write its logits to, and the baseline's logits: file, and name of their dtype."""
+
+
+def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
+    """Pass windows through an engine, all at once, and return each one's per-token figures.
+
+    Args:
+        llm: an engine of :func:`bench.engine.build_llm`, idle, whose steps hold a chunk of every window.
+        windows: what to measure.
+
+    Returns:
+        Of each window ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without
+        a baseline), ``max_chunk``, ``vocabulary`` and ``dtype`` of the logits.
+
+    """
+    from vllm import SamplingParams
+
+    for _, store, _ in windows:
+        if store:
+            Path(store).parent.mkdir(parents=True, exist_ok=True)
+    prompts = [tokens for tokens, _, _ in windows]
+    params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)] * len(windows)
+    together = len(windows) > 1
+    if together:
+        # vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, and
+        # the first would take the whole first step. A request that decodes all the while is there before it.
+        prompts.insert(0, windows[0][0][:1])
+        longest = max(map(len, prompts))
+        params.insert(0, SamplingParams(max_tokens=longest, ignore_eos=True, temperature=0.0, detokenize=False))
+    llm.collective_rpc("pareto_tap_begin", args=(windows, int(together)))
+    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
+    if len(figures) != 1:
+        raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")
+    return [dict(one) for one in figures[0]]
+
+
+POSITIONS = 16
+"""Equal parts of a window whose divergence is stated apart, to show whether it grows along a sequence."""
+
+
+def by_position(rows: list[np.ndarray]) -> list[float]:
+    """Return the means over equally long windows of POSITIONS parts, from the first positions to the last."""
+    parts = np.array_split(np.stack([row.astype(np.float64) for row in rows]).mean(0), POSITIONS)
+    return [float(part.mean()) for part in parts if len(part)]
+
+
+def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None) -> TextQuality:
+    """Return the figures of some windows, each an equally long one; ``baseline`` is None for the baseline itself."""
+    nll = mean_estimate([float(a["nll"].astype(np.float64).mean()) for a in tested])
+    change = kl = top1 = p99 = along = None
+    if baseline is not None:
+        differences = [
+            float((a["nll"].astype(np.float64) - b["nll"]).mean()) for a, b in zip(tested, baseline, strict=True)
+        ]
+        change = exp_estimate(mean_estimate(differences), shift=-1.0)
+        kl = mean_estimate([float(a["kl"].astype(np.float64).mean()) for a in tested])
+        p99 = float(np.percentile(np.concatenate([a["kl"] for a in tested]), 99))
+        top1 = mean_estimate([float(a["top1"].mean()) for a in tested])
+        along = by_position([a["kl"] for a in tested])
+    return TextQuality(
+        name=name,
+        windows=len(tested),
+        tokens=sum(len(a["nll"]) for a in tested),
+        nll=nll,
+        perplexity=exp_estimate(nll),
+        perplexity_change=change,
+        kl=kl,
+        kl_p99=p99,
+        top1_agreement=top1,
+        kl_by_position=along,
+    )
+
+
+def _batches(trials: list[Trial], pending: list[int]) -> Iterator[list[int]]:
+    """Yield the pending trials cell by cell."""
+    cells: dict[tuple[int, float], list[int]] = {}
+    for index in pending:
+        cells.setdefault((trials[index].length, trials[index].depth), []).append(index)
+    yield from cells.values()
+
+
+def _ask(llm: Any, trials: list[Trial], indices: list[int]) -> dict[int, str]:
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": trial.prompt} for trial in trials]
+    params = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return {index: output.outputs[0].text for index, output in zip(indices, outputs, strict=True)}

@@ -1,0 +1,166 @@
+"""Inline SVG plots that follow the page's light or dark colours.
+
+matplotlib writes fixed colours; each is a marker that is replaced by a CSS variable afterwards, so one plot serves both
+colour schemes. Text stays text: it scales, can be searched and is read aloud.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+
+from bench.report.inputs import Document
+from bench.report.rows import Frontier, stage_label
+
+FOREGROUND = "#010101"
+MUTED = "#020202"
+GRID = "#030303"
+BACKGROUND = "#040404"
+SERIES = tuple(f"#0500{i:02x}" for i in range(8))
+_VARIABLES = {FOREGROUND: "var(--fg)", MUTED: "var(--muted)", GRID: "var(--grid)", BACKGROUND: "var(--bg)"} | {
+    colour: f"var(--s{i})" for i, colour in enumerate(SERIES)
+}
+WIDTH = 5.6
+MARKERS = "osD^vPX*"
+
+
+def frontier_plot(frontier: Frontier) -> str:
+    """Return the SVG of one trade-off: filled markers on the frontier, hollow ones off it."""
+    figure, axes = _figure(3.6)
+    order = {name: i for i, (name, _, _, _) in enumerate(frontier.points)}
+    on = sorted(((x, y) for _, x, y, best in frontier.points if best), key=lambda p: p[0])
+    axes.plot([x for x, _ in on], [y for _, y in on], color=MUTED, linewidth=1, linestyle="--", zorder=1)
+    for name, x, y, best in frontier.points:
+        colour = SERIES[order[name] % len(SERIES)]
+        axes.plot(
+            x, y, MARKERS[order[name] % len(MARKERS)], color=colour, markersize=8, markeredgewidth=1.6,
+            markerfacecolor=colour if best else BACKGROUND, zorder=3, label=name + ("" if best else " (dominated)"),
+        )  # fmt: skip
+    _loss_axis(axes, [y for _, _, y, _ in frontier.points])
+    axes.set_xlabel(f"{frontier.x_label} ({'more' if frontier.larger_x_is_better else 'less'} is better)")
+    axes.set_ylabel(frontier.y_label)
+    axes.margins(x=0.12)
+    _legend(axes, len(frontier.points))
+    return _svg(figure, f"frontier-{frontier.key}")
+
+
+def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Document]]) -> str:
+    """Return the SVG of latency percentiles: for each line a bar from P50 to P99 with marks at P50, P90, P95, P99.
+
+    Args:
+        title: what was measured.
+        unit: of the numbers.
+        lines: label and a distribution with ``p50``, ``p90``, ``p95`` and ``p99``.
+
+    """
+    figure, axes = _figure(0.9 + 0.34 * len(lines))
+    styles = (("p50", "o", 0), ("p90", "|", 1), ("p95", "D", 2), ("p99", "x", 3))
+    for row, (_, values) in enumerate(lines):
+        axes.plot([values["p50"], values["p99"]], [row, row], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
+    for name, marker, series in styles:
+        axes.plot(
+            [values[name] for _, values in lines], range(len(lines)), marker, color=SERIES[series], markersize=7,
+            markeredgewidth=1.8, label=name.upper(), zorder=3,
+        )  # fmt: skip
+    axes.set_yticks(range(len(lines)), [label for label, _ in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"{title}, {unit}")
+    axes.grid(axis="y", visible=False)
+    _legend(axes, 4, columns=4)
+    return _svg(figure, re.sub(r"\W+", "-", title.lower()))
+
+
+def sweep_plot(documents: Sequence[tuple[str, Document]]) -> str | None:
+    """Return the SVG of throughput against P95 time to first token over the stages of each load test.
+
+    None when no load test has at least two stages.
+    """
+    curves = []
+    for name, document in documents:
+        stages = [s for s in document["stages"] if s["throughput"] and s["latency"]["ttft_ms"]]
+        if len(stages) > 1:
+            curves.append((name, stages))
+    if not curves:
+        return None
+    figure, axes = _figure(3.4)
+    for i, (name, stages) in enumerate(curves):
+        x = [s["throughput"]["output_tokens_per_s"] for s in stages]
+        y = [s["latency"]["ttft_ms"]["p95"] for s in stages]
+        colour = SERIES[i % len(SERIES)]
+        axes.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], linewidth=1.6, label=name)
+        for stage, a, b in zip(stages, x, y, strict=True):
+            offset, side = ((0, 7), "center") if i % 2 == 0 else ((0, -13), "center")
+            axes.annotate(stage_label(stage), (a, b), xytext=offset, textcoords="offset points", color=MUTED,
+                          fontsize=7, ha=side)  # fmt: skip
+    axes.set_xlabel("output tokens per second (more is better)")
+    axes.set_ylabel("P95 time to first token, ms")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.1, y=0.2)
+    _legend(axes, len(curves))
+    return _svg(figure, "sweep")
+
+
+def _loss_axis(axes: Any, values: list[float]) -> None:
+    """Show losses over orders of magnitude, with the baseline's 0 at the bottom."""
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 8 * min(positive):
+        axes.set_yscale("symlog", linthresh=min(positive))
+    axes.set_ylim(bottom=-0.15 * (min(positive) if positive else 1))
+    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+    # The object-oriented interface needs no display and no global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(which="both", color=MUTED, labelcolor=FOREGROUND, labelsize=8)
+    axes.xaxis.label.set(color=FOREGROUND, size=9)
+    axes.yaxis.label.set(color=FOREGROUND, size=9)
+    return figure, axes
+
+
+def _legend(axes: Any, count: int, columns: int = 2) -> None:
+    if count:
+        axes.figure.legend(
+            loc="outside upper left", ncols=columns, frameon=False, fontsize=8, labelcolor=FOREGROUND, numpoints=1,
+            handletextpad=0.3, columnspacing=1.2,
+        )  # fmt: skip
+
+
+def _svg(figure: Any, name: str) -> str:
+    """Return the figure as an ``<svg>`` element whose colours are CSS variables."""
+    buffer = io.StringIO()
+    # Element ids are hashes of this salt: plots of one page must not share them.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Group ids such as "axes_1" repeat in every plot and nothing refers to them.
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    # The page's own font, and a size that follows the page's width.
+    text = re.sub(r"font(-family)?: ([\d.]+px)? ?[^;\"]*sans-serif[^;\"]*", _font, text)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'role="img"', text, count=1)
+
+
+def _font(match: re.Match[str]) -> str:
+    size = match.group(2)
+    return f"font: {size} var(--font)" if size else "font-family: var(--font)"

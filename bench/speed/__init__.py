@@ -1,0 +1,1 @@
+"""What a KV-cache dtype gains in an engine: decode, prefill, capacity."""
