@@ -15,12 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.quality.schema import KVCache
+from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 
 TAP = "bench.quality.worker_tap.LogitsTap"
 PLAIN_DTYPES = ("auto", "bfloat16", "float16")
 """What ``--kv-cache-dtype`` may be for a cache that is not quantized."""
+
+
+def plain_dtype(name: str | None) -> str:
+    """Return a KV-cache dtype's name with all unquantized ones as ``bf16``."""
+    return "bf16" if not name or name in PLAIN_DTYPES or name == "None" else name
 
 
 def json_flag(name: str, text: str | None) -> dict[str, Any]:

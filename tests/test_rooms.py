@@ -13,7 +13,7 @@ ROOMS = {
     "kv_cache": set(),
     "quant_methods": {"kv_cache"},
     "vllm_ext": {"kv_cache", "quant_methods"},
-    "bench": {"kv_cache", "quant_methods", "vllm_ext"},
+    "bench": {"kv_cache", "quant_methods", "vllm_ext", "loadtest"},
     "loadtest": set(),
 }
 ENGINE = {"vllm"}
@@ -31,6 +31,7 @@ WITHIN_QUANT_METHODS = (
     "formats", "kernels", "checkpoints", "calibration", "methods", "mixed_precision", "activations", "sweeps",
     "backends",
 )  # fmt: skip
+WITHIN_BENCH = ("quality", "speed", "kv_study", "report", "demo", "lab")
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},
     "quant_methods": {"locust", "vllm", "lm_eval"},
@@ -51,7 +52,10 @@ def imported(nodes: Iterable[ast.AST], path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert not node.level, f"{path}: relative import"
-            found.add(node.module)
+            folder = ROOT.joinpath(*node.module.split("."))
+            for alias in node.names:
+                is_module = any(folder.joinpath(name).exists() for name in (f"{alias.name}.py", alias.name))
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
     return found
 
 
@@ -63,15 +67,15 @@ def runs(node: ast.AST) -> Iterator[ast.AST]:
             yield from runs(child)
 
 
-def parts(folder: Path) -> dict[str, set[str]]:
-    """What each folder, and each file beside them, of quant_methods imports of the others when it runs."""
+def parts(folder: Path, room: str) -> dict[str, set[str]]:
+    """What each folder, and each file beside them, of a room imports of the others when it runs."""
     found: dict[str, set[str]] = {}
     for path in sorted(folder.rglob("*.py")):
         own = path.relative_to(folder).with_suffix("").parts[0]
         names = imported(runs(ast.parse(path.read_text())), path)
-        others = {name.split(".")[1] for name in names if name.startswith("quant_methods.")}
+        others = {name.split(".")[1] for name in names if name.startswith(f"{room}.")}
         # ``from quant_methods import x`` would hide which part is meant.
-        assert "quant_methods" not in names, f"{path}: import the part, or from it"
+        assert room not in names, f"{path}: import the part, or from it"
         found.setdefault(own, set()).update(others - {own})
     return found
 
@@ -92,6 +96,9 @@ def test_imports_point_downwards(room, path):
     assert not tops & FOREIGN[room]
     if room not in MAY_IMPORT_ENGINE:
         assert not tops & ENGINE
+    if room == "bench":
+        # What a load test writes; not what runs it, which patches sockets for Locust.
+        assert {name for name in found if name.startswith("loadtest")} <= {"loadtest.schema"}
     if room == "vllm_ext":
         assert {name for name in found if name.startswith("quant_methods")} <= QUANT_METHODS_FOR_PLUGIN
 
@@ -145,12 +152,13 @@ def test_the_formats_do_not_drag_the_calibrator_in():
         assert not {name.partition(".")[0] for name in found} & {"transformers", "compressed_tensors"}
 
 
-def test_the_folders_of_quant_methods_are_in_order():
-    found = parts(ROOT / "quant_methods")
-    folders = {path.parent.name for path in (ROOT / "quant_methods").glob("*/__init__.py")}
-    assert folders == set(WITHIN_QUANT_METHODS)
-    for index, folder in enumerate(WITHIN_QUANT_METHODS):
-        assert found[folder] & folders <= set(WITHIN_QUANT_METHODS[:index]), folder
+@pytest.mark.parametrize(("room", "order"), [("quant_methods", WITHIN_QUANT_METHODS), ("bench", WITHIN_BENCH)])
+def test_the_folders_of_a_room_are_in_order(room, order):
+    found = parts(ROOT / room, room)
+    folders = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
+    assert folders == set(order)
+    for index, folder in enumerate(order):
+        assert found[folder] & folders <= set(order[:index]), folder
     # Nor do the files beside the folders close a circle; this raises CycleError, which names it.
     graphlib.TopologicalSorter(found).prepare()
 
@@ -161,11 +169,11 @@ def test_the_order_sees_a_circle_but_not_types(tmp_path):
     (tmp_path / "a/x.py").write_text("if TYPE_CHECKING:\n    from quant_methods.b.y import Y\n")
     (tmp_path / "b/y.py").write_text("def f():\n    from quant_methods.shared import g\n")
     (tmp_path / "shared.py").write_text("import quant_methods.a.x\n")
-    assert parts(tmp_path) == {"a": set(), "b": {"shared"}, "shared": {"a"}}
-    graphlib.TopologicalSorter(parts(tmp_path)).prepare()
+    assert parts(tmp_path, "quant_methods") == {"a": set(), "b": {"shared"}, "shared": {"a"}}
+    graphlib.TopologicalSorter(parts(tmp_path, "quant_methods")).prepare()
     (tmp_path / "a/z.py").write_text("from quant_methods.b.y import Y\n")
     with pytest.raises(graphlib.CycleError):
-        graphlib.TopologicalSorter(parts(tmp_path)).prepare()
+        graphlib.TopologicalSorter(parts(tmp_path, "quant_methods")).prepare()
 
 
 def test_the_rule_sees_a_forbidden_import(tmp_path):

@@ -25,10 +25,6 @@ Everything lies in OUT: the checkpoint, results, logs and report.html. Ctrl-C st
 finished; the same command goes on.
 """
 USER_ERRORS = (ParetoError,)
-HEADINGS = (
-    "configuration", "weight bits", "KV bits", "KV tokens", "perplexity", "KL", "needle", "TTFT P50 / P95 ms",
-    "TPOT P50 / P95 ms", "tokens/s",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from bench.demo.demo import Demo, Size, final_table
+    from bench.demo.demo import Demo, Size
+    from bench.report.documents import collect
+    from bench.report.rows import make_rows
+    from bench.report.table import console
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -54,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
     demo = Demo(args.model, Path(args.out), tuple(args.kv_cache_dtype), Size(), say)
     page = demo.run()
     table = Table(title="Quality, memory and speed")
-    for index, heading in enumerate(HEADINGS):
+    rows, _ = make_rows(collect(demo.results()), context_tokens=0)
+    headings, lines = console(rows)
+    for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
-    for row in final_table(page.with_suffix(".json")):
-        table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 150).print(table)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=None if Console().is_terminal else 150).print(table)
     print(f"report: {page}")
     return 0

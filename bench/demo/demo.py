@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.engine import plain_dtype
 from bench.files import read_json, write_json
 from bench.report.models import short_model
-from bench.report.rows import plain_dtype
 from bench.server import serving, stop_group, terminated_like_interrupted
 from kv_cache.errors import ParetoError
 
@@ -88,6 +87,12 @@ class Demo:
         both = [Served(self.compressed, dtype) for dtype in ("auto", self.dtypes[-1])]
         return [Served(self.model, "auto"), *(Served(self.model, dtype) for dtype in self.dtypes), *both]
 
+    def results(self) -> list[Path]:
+        """Return where results are: evaluations, load tests and the compressed checkpoint."""
+        evaluations = [self.out / f"eval-{short_model(model)}" for model in (self.model, self.compressed)]
+        loads = [self.out / f"load-{served.slug}" for served in self.configurations()]
+        return [*evaluations, *loads, Path(self.compressed)]
+
     def run(self) -> Path:
         """Do every step that is not done yet, and return the report's path.
 
@@ -115,10 +120,8 @@ class Demo:
             self._load_test(configuration)
         self._step(total, "report")
         page = self.out / "report.html"
-        results = [str(self.out / f"eval-{short_model(m)}") for m in (self.model, self.compressed)]
-        results += [str(self.out / f"load-{c.slug}") for c in served]
         title = f"{short_model(self.model)}: quality, memory and speed"
-        self._run("report", ["report", *results, self.compressed, "--out", str(page), "--title", title])
+        self._run("report", ["report", *map(str, self.results()), "--out", str(page), "--title", title])
         return page
 
     def _step(self, total: int, text: str) -> None:
@@ -186,39 +189,3 @@ def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
         stop_group(process, grace_s=5)
-
-
-def final_table(report_json: Path) -> list[list[str]]:
-    """Return the report's rows as text: name, KV bits, KV tokens, perplexity, KL, needle, TTFT, TPOT, tokens/s.
-
-    Raises:
-        ParetoError: the report's data file is missing or damaged.
-
-    """
-    try:
-        rows = json.loads(report_json.read_text())["configurations"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ParetoError(f"{report_json}: not a report ({error})") from error
-
-    def figure(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
-    def estimate(value: dict[str, float] | None, form: str) -> str:
-        return "-" if value is None else form.format(value["value"])
-
-    made = []
-    for row in rows:
-        load = row["load"] or {}
-        made.append([
-            row["name"],
-            figure(row["weight_bits"], "{:.2f}"),
-            figure(row["kv_bits"], "{:.2f}"),
-            figure(row["kv_tokens"], "{:,}"),
-            estimate(row["perplexity"], "{:.3f}"),
-            "0 (reference)" if row["is_baseline"] else estimate(row["kl"], "{:.5f}"),
-            estimate(row["needle"], "{:.1%}"),
-            f"{figure(load.get('ttft_p50_ms'), '{:.0f}')} / {figure(load.get('ttft_p95_ms'), '{:.0f}')}",
-            f"{figure(load.get('tpot_p50_ms'), '{:.1f}')} / {figure(load.get('tpot_p95_ms'), '{:.1f}')}",
-            figure(load.get("output_tokens_per_s"), "{:,.0f}"),
-        ])  # fmt: skip
-    return made

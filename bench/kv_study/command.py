@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.kv_study.plot import frontier, plot
 from bench.kv_study.schema import CoderResult, KVStudyReport
-from bench.quality.schema import Estimate
+from bench.schema import Estimate
 from kv_cache.errors import ParetoError
 
 HELP = "compare ways to code a KV cache: KL divergence against bits, simulated in PyTorch"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.frontier import non_dominated
 from bench.kv_study.schema import CoderResult, KVStudyReport
-from bench.report.frontier import non_dominated
 from kv_cache.errors import ParetoError
 
 STYLES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.quality.schema import Estimate
+from bench.schema import Estimate
 
 SCHEMA = "vllm-pareto/kv-study/1"
 

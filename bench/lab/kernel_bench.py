@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.lab.gpu_timer import copy_rate, graph_seconds
+from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.cuda.decode import DecodeAttention
 from kv_cache.cuda.folding import Folding
 from kv_cache.cuda.tuning import Tuning

@@ -20,7 +20,7 @@ import torch
 
 from bench.environment import environment
 from bench.files import write_json
-from bench.lab.gpu_timer import copy_rate, graph_seconds
+from bench.gpu_timer import copy_rate, graph_seconds
 from bench.lab.kernel_bench import random_pages
 from kv_cache.cuda.constants import LayerConstants
 from kv_cache.cuda.decode import DecodeAttention

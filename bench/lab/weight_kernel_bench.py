@@ -24,7 +24,7 @@ import torch
 
 from bench.environment import environment
 from bench.files import write_json
-from bench.lab.gpu_timer import copy_rate, graph_seconds
+from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.errors import ParetoError
 from quant_methods.formats.quantized import Sparse
 from quant_methods.kernels.beside import Beside

@@ -22,7 +22,7 @@ import torch
 
 from bench.environment import environment
 from bench.files import write_json
-from bench.lab.gpu_timer import graph_seconds
+from bench.gpu_timer import graph_seconds
 from bench.lab.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices, sizes
 from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import compile_ahead

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from bench.engine import json_flag
 from bench.quality.plan import Settings, make_plan
-from bench.quality.schema import ConfigurationResult, Estimate, EvalReport
+from bench.quality.schema import ConfigurationResult, EvalReport
+from bench.schema import Estimate
 from kv_cache.errors import ParetoError
 
 HELP = "measure perplexity, KL divergence, top-1 agreement and retrieval through vLLM"

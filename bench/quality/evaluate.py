@@ -27,7 +27,8 @@ from bench.files import read_arrays, read_json, replacing, write_arrays, write_j
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
-from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, KVCache, TextQuality
+from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, TextQuality
+from bench.schema import KVCache
 from bench.statistics import exp_estimate, mean_estimate
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using

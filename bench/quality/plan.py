@@ -15,7 +15,7 @@ import torch
 from bench.engine import PLAIN_DTYPES, EngineSettings, json_flag
 from bench.environment import gpu_names, versions
 from bench.quality.needle import Trial, make_trials, read_haystack
-from bench.quality.schema import ModelInfo
+from bench.schema import ModelInfo
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 from quant_methods.model_source import fingerprint, read_config, read_header, resolve_model, weight_files

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.lab.gpu_timer import copy_rate
+from bench.gpu_timer import copy_rate
 from bench.quality.recording import Block, Recording, add
 
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto report``."""
     from bench.files import write_json, write_text
-    from bench.report.inputs import REPORT, collect
+    from bench.report.documents import REPORT, collect
     from bench.report.page import render
     from bench.report.rows import frontiers, make_rows, to_json
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = collect([Path(path) for path in args.results])
     for line in inputs.skipped:
         print(f"left out: {line}", file=sys.stderr)
-    if not inputs.usable:
+    if not inputs.documents:
         raise ParetoError("no usable result files; run pareto eval, loadtest or kv-bench first")
     rows, notes = make_rows(inputs, args.context_tokens)
     trade_offs = frontiers(rows, args.context_tokens)

@@ -13,8 +13,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.report.inputs import Document
 from bench.report.rows import Frontier, stage_label
+from loadtest.schema import Distribution, Summary
 
 FOREGROUND = "#010101"
 MUTED = "#020202"
@@ -48,23 +48,23 @@ def frontier_plot(frontier: Frontier) -> str:
     return _svg(figure, f"frontier-{frontier.key}")
 
 
-def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Document]]) -> str:
+def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Distribution]]) -> str:
     """Return the SVG of latency percentiles: for each line a bar from P50 to P99 with marks at P50, P90, P95, P99.
 
     Args:
         title: what was measured.
         unit: of the numbers.
-        lines: label and a distribution with ``p50``, ``p90``, ``p95`` and ``p99``.
+        lines: label and distribution.
 
     """
     figure, axes = _figure(0.9 + 0.34 * len(lines))
     styles = (("p50", "o", 0), ("p90", "|", 1), ("p95", "D", 2), ("p99", "x", 3))
     for row, (_, values) in enumerate(lines):
-        axes.plot([values["p50"], values["p99"]], [row, row], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
+        axes.plot([values.p50, values.p99], [row, row], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
     for name, marker, series in styles:
         axes.plot(
-            [values[name] for _, values in lines], range(len(lines)), marker, color=SERIES[series], markersize=7,
-            markeredgewidth=1.8, label=name.upper(), zorder=3,
+            [getattr(values, name) for _, values in lines], range(len(lines)), marker, color=SERIES[series],
+            markersize=7, markeredgewidth=1.8, label=name.upper(), zorder=3,
         )  # fmt: skip
     axes.set_yticks(range(len(lines)), [label for label, _ in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
@@ -75,25 +75,34 @@ def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Document]]
     return _svg(figure, re.sub(r"\W+", "-", title.lower()))
 
 
-def sweep_plot(documents: Sequence[tuple[str, Document]]) -> str | None:
+def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
     """Return the SVG of throughput against P95 time to first token over the stages of each load test.
 
     None when no load test has at least two stages.
     """
     curves = []
-    for name, document in documents:
-        stages = [s for s in document["stages"] if s["throughput"] and s["latency"]["ttft_ms"]]
+    for name, test in tests:
+        stages = [
+            (stage, stage.throughput.output_tokens_per_s, stage.latency.ttft_ms.p95)
+            for stage in test.stages
+            if stage.throughput and stage.latency.ttft_ms
+        ]
         if len(stages) > 1:
             curves.append((name, stages))
     if not curves:
         return None
     figure, axes = _figure(3.4)
     for i, (name, stages) in enumerate(curves):
-        x = [s["throughput"]["output_tokens_per_s"] for s in stages]
-        y = [s["latency"]["ttft_ms"]["p95"] for s in stages]
         colour = SERIES[i % len(SERIES)]
-        axes.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], linewidth=1.6, label=name)
-        for stage, a, b in zip(stages, x, y, strict=True):
+        axes.plot(
+            [x for _, x, _ in stages],
+            [y for _, _, y in stages],
+            color=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            linewidth=1.6,
+            label=name,
+        )
+        for stage, a, b in stages:
             offset, side = ((0, 7), "center") if i % 2 == 0 else ((0, -13), "center")
             axes.annotate(stage_label(stage), (a, b), xytext=offset, textcoords="offset points", color=MUTED,
                           fontsize=7, ha=side)  # fmt: skip

@@ -12,7 +12,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from bench.report.rows import plain_dtype
+from bench.engine import plain_dtype
 from bench.speed.schema import KVBenchReport, Spread
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS

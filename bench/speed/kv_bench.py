@@ -23,7 +23,7 @@ from bench import engine
 from bench.engine import EngineSettings
 from bench.environment import environment, gpu_names, versions
 from bench.files import read_json, write_json
-from bench.quality.schema import KVCache
+from bench.schema import KVCache
 from bench.speed.schema import DtypeResult, KVBenchReport, Point, Spread
 from bench.speed.step_timer import ahead, prompts, time_batch
 from kv_cache.errors import ParetoError

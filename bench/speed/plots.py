@@ -12,8 +12,8 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.figure
 
+from bench.engine import plain_dtype
 from bench.files import read_json
-from bench.report.rows import plain_dtype
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES
 

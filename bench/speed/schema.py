@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.quality.schema import KVCache
+from bench.schema import KVCache
 
 SCHEMA = "vllm-pareto/kv-bench/1"
 

@@ -3,10 +3,21 @@
 import hashlib
 from dataclasses import asdict
 
-from bench.quality.schema import ConfigurationResult, EvalReport, KVCache, ModelInfo, Needle, NeedleCell, TextQuality
+from bench.quality.schema import ConfigurationResult, EvalReport, Needle, NeedleCell, TextQuality
+from bench.schema import KVCache, ModelInfo
 from bench.speed.kv_bench import Settings, summarize
 from bench.speed.schema import KVBenchReport
 from bench.statistics import exp_estimate, mean_estimate, proportion
+from loadtest.schema import (
+    Distribution,
+    Generator,
+    Latency,
+    RequestCounts,
+    Server,
+    StageResult,
+    Summary,
+    Throughput,
+)
 
 MACHINE = {"versions": {"python": "3.11"}, "machine": {"cpu": "test"}, "commit": "abc"}
 
@@ -41,27 +52,23 @@ def eval_document(*configurations):
 
 
 def distribution(middle):
-    return {
-        "count": 40, "mean": middle, "std": 1.0, "min": middle / 2, "p50": middle, "p90": middle * 1.2,
-        "p95": middle * 1.3, "p99": middle * 1.5, "max": middle * 2,
-    }  # fmt: skip
+    return Distribution(40, middle, 1.0, middle / 2, middle, middle * 1.2, middle * 1.3, middle * 1.5, middle * 2)
 
 
 def stage(index, concurrency, ttft, rate):
-    return {
-        "index": index, "concurrency": concurrency, "rate": None, "requests": {"ok": 40, "failed": 0},
-        "latency": {"ttft_ms": distribution(ttft), "tpot_ms": distribution(ttft / 5)},
-        "throughput": {"output_tokens_per_s": rate, "requests_per_s": rate / 20},
-    }  # fmt: skip
+    latency = Latency(distribution(ttft), distribution(ttft / 5), None, None, None)
+    return StageResult(
+        index, "closed", concurrency, None, None, None, None, None, True, RequestCounts(40, 40, 0, 0, 0, 0), {}, {},
+        latency, Throughput(10.0, rate / 20, rate, rate * 2, rate / 20, 1.0), None, None, None, None, {}, {}, [],
+    )  # fmt: skip
 
 
 def loadtest_document(label, model="ref-7m", dtype="auto", ttft=50.0, rates=(100.0, 400.0)):
-    return {
-        "schema": "vllm-pareto/loadtest/1", "label": label, "started_at": "2026-11-21T11:00:00+00:00",
-        "environment": {"python": "3.11", "system": "Linux"},
-        "server": {"model": model, "cache_config": {"cache_dtype": dtype}},
-        "stages": [stage(i, 4**i, ttft * (i + 1), rate) for i, rate in enumerate(rates)],
-    }  # fmt: skip
+    return Summary(
+        label, "complete", "2026-11-21T11:00:00+00:00", 10.0, {}, {"python": "3.11", "system": "Linux"},
+        Server("http://127.0.0.1:8000", model, [model], None, True, {"cache_dtype": dtype}), {},
+        [stage(i, 4**i, ttft * (i + 1), rate) for i, rate in enumerate(rates)], Generator(None, 1.0), {},
+    ).to_dict()  # fmt: skip
 
 
 def kv_bench_document(**step_s):

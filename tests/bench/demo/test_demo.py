@@ -1,11 +1,10 @@
 import contextlib
-import json
 import sys
 
 import pytest
 
 from bench.demo import demo as module
-from bench.demo.demo import Demo, Size, final_table
+from bench.demo.demo import Demo, Size
 from bench.server import Server
 from kv_cache.errors import ParetoError
 
@@ -82,18 +81,3 @@ def test_a_failing_command_names_its_log(tmp_path, monkeypatch):
     with pytest.raises(ParetoError, match=r"pareto compress failed with status 1.*compress\.log"):
         demo.run()
     assert not (tmp_path / "state.json").exists()
-
-
-def test_the_table_shows_dashes_for_what_was_not_measured(tmp_path):
-    row = {
-        "name": "ref-7m, int4_per_head KV", "is_baseline": False, "weight_bits": 16.0, "kv_bits": 4.0,
-        "kv_tokens": 1000,
-        "perplexity": {"value": 20.5}, "kl": {"value": 0.0123}, "needle": None,
-        "load": {"ttft_p50_ms": 10.4, "ttft_p95_ms": 20.6, "tpot_p50_ms": None, "output_tokens_per_s": 1234.5},
-    }  # fmt: skip
-    (tmp_path / "r.json").write_text(json.dumps({"configurations": [row]}))
-    assert final_table(tmp_path / "r.json") == [
-        ["ref-7m, int4_per_head KV", "16.00", "4.00", "1,000", "20.500", "0.01230", "-", "10 / 21", "- / -", "1,234"]
-    ]
-    with pytest.raises(ParetoError, match="not a report"):
-        final_table(tmp_path / "missing.json")

@@ -14,7 +14,7 @@ from bench import engine
 from bench.quality.evaluate import Evaluation
 from bench.quality.plan import Settings, make_plan
 from bench.quality.recording import Block, Recording, add
-from bench.quality.schema import KVCache
+from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import EMBEDDED

@@ -1,13 +1,21 @@
 import json
 import re
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
 
+from bench.frontier import non_dominated
+from bench.quality.schema import FailedConfiguration
 from bench.report import command as report_command
-from bench.report.frontier import non_dominated
-from bench.report.inputs import collect
-from bench.report.rows import frontiers, make_rows
+from bench.report import metrics, table
+from bench.report import rows as rows_module
+from bench.report.documents import collect
+from bench.report.figures import NONE, Figure
+from bench.report.metrics import Metric
+from bench.report.page import render
+from bench.report.rows import frontiers, make_rows, to_json
+from bench.report.table import console
 from kv_cache.errors import ParetoError
 from tests.bench.result_files import configuration, eval_document, kv_bench_document, loadtest_document
 from vllm_ext.cli import build_parser
@@ -62,14 +70,14 @@ def test_results_of_all_commands_meet_in_one_row(results):
         "ref-7m, bf16 KV", "ref-7m, fp8 KV", "ref-7m, int8_per_head KV", "ref-7m, int4_per_head KV",
     ]  # fmt: skip
     int4 = rows[-1]
-    assert int4.kl["value"] == pytest.approx(0.02)
-    assert int4.needle["value"] == 0.5
-    assert int4.load["output_tokens_per_s"] == 700
-    assert int4.load["ttft_p95_ms"] == pytest.approx(30 * 2 * 1.3)
-    assert int4.load["stage"] == "4 users"
-    assert int4.step_ratio == pytest.approx(2.0)
-    assert int4.memory_bytes == 6_800_000 * 2 + 1000 * 768
-    assert rows[0].load["output_tokens_per_s"] == 400
+    assert int4.get("kl") == pytest.approx(0.02)
+    assert int4.get("needle") == 0.5
+    assert int4.get("output_tokens_per_s") == 700
+    assert int4.get("ttft_p95_ms") == pytest.approx(30 * 2 * 1.3)
+    assert int4.load == "4 users"
+    assert int4.get("step_ratio") == pytest.approx(2.0)
+    assert int4.get("memory_bytes") == 6_800_000 * 2 + 1000 * 768
+    assert rows[0].get("output_tokens_per_s") == 400
 
 
 def test_frontiers_name_the_dominated(results):
@@ -129,7 +137,7 @@ def test_the_page_is_whole_and_needs_no_network(results, tmp_path):
 def test_the_data_file_holds_the_same(results, tmp_path):
     report(results, "--out", tmp_path / "r.html")
     data = json.loads((tmp_path / "r.json").read_text())
-    assert data["schema"] == "vllm-pareto/report/1"
+    assert data["schema"] == "vllm-pareto/report/2"
     assert len(data["configurations"]) == 4
     points = next(f["points"] for f in data["frontiers"] if f["key"] == "memory")
     assert {p["name"]: p["on_frontier"] for p in points}["ref-7m, fp8 KV"] is False
@@ -215,10 +223,10 @@ def test_two_models_of_the_same_short_name_stay_two(tmp_path):
     rows, notes = make_rows(inputs, 1000)
     found = {row.name: row for row in rows}
     assert set(found) == {"ref-7m, bf16 KV", "a/w4, bf16 KV", "b/w4, bf16 KV", "w4, bf16 KV"}
-    assert found["a/w4, bf16 KV"].kl["value"] == pytest.approx(0.1)
-    assert found["a/w4, bf16 KV"].step_ratio == 1
-    assert found["b/w4, bf16 KV"].load["output_tokens_per_s"] == 70
-    assert found["w4, bf16 KV"].load["output_tokens_per_s"] == 50
+    assert found["a/w4, bf16 KV"].get("kl") == pytest.approx(0.1)
+    assert found["a/w4, bf16 KV"].get("step_ratio") == 1
+    assert found["b/w4, bf16 KV"].get("output_tokens_per_s") == 70
+    assert found["w4, bf16 KV"].get("output_tokens_per_s") == 50
     assert any("load2.json: 2 models are called 'w4'" in note for note in notes)
 
 
@@ -245,10 +253,8 @@ def test_speed_is_compared_at_equal_load(tmp_path):
         fp8=loadtest_document("ref-7m, fp8 KV", dtype="fp8") | {"settings": {"prompt_tokens": "32000"}},
     )
     rows, notes = make_rows(inputs, 1000)
-    loads = {row.kv_cache_dtype: row.load for row in rows}
-    assert (loads["bf16"]["stage"], loads["bf16"]["output_tokens_per_s"]) == ("4 users", 400)
-    assert (loads["int4_per_head"]["stage"], loads["int4_per_head"]["output_tokens_per_s"]) == ("4 users", 300)
-    assert loads["fp8"] is None
+    loads = {row.kv_cache_dtype: (row.load, row.get("output_tokens_per_s")) for row in rows}
+    assert loads == {"bf16": ("4 users", 400), "int4_per_head": ("4 users", 300), "fp8": (None, None)}
     assert [note for note in notes if note.startswith("ref-7m, fp8 KV: no load test under the load of the others")]
     throughput = next(f for f in frontiers(rows, 1000) if f.key == "throughput")
     assert throughput.x_label == "output tokens per second at 4 users"
@@ -257,7 +263,8 @@ def test_speed_is_compared_at_equal_load(tmp_path):
 
 def test_what_could_not_be_measured_is_remarked_on(tmp_path):
     evaluated = eval_document(configuration())
-    evaluated["failed"] = [{"name": "ref-7m, fp8 KV", "error": "no such dtype"}]
+    failed = FailedConfiguration("ref-7m, fp8 KV", configuration().model, "fp8", "no such dtype")
+    evaluated["failed"] = [asdict(failed)]
     timed = kv_bench_document(auto=0.020, fp8=0.010)
     timed["dtypes"][1] |= {"error": "no kernel", "points": []}
     for name, document in (("eval.json", evaluated), ("kv-bench.json", timed)):
@@ -268,3 +275,35 @@ def test_what_could_not_be_measured_is_remarked_on(tmp_path):
         "eval.json: ref-7m, fp8 KV could not be measured: no such dtype",
         "kv-bench.json: fp8 could not be measured: no kernel",
     ]
+
+
+def test_the_consoles_table_has_dashes_for_what_was_not_measured(tmp_path):
+    four = configuration("int4_per_head", 4, 0.0123)
+    test = loadtest_document("ref-7m, int4_per_head KV", dtype="int4_per_head", ttft=10.4, rates=(1234.5,))
+    test["stages"][0]["latency"]["tpot_ms"] = None
+    inputs = written(tmp_path / "r", quality=eval_document(configuration(), replace(four, needle=None)), load=test)
+    headings, lines = console(make_rows(inputs, 0)[0])
+    assert headings == [
+        "configuration", "weight bits", "KV bits", "KV tokens", "perplexity", "KL, nats", "needle",
+        "TTFT P50 / P95, ms", "TPOT P50 / P95, ms", "output tokens/s",
+    ]  # fmt: skip
+    assert lines[0][5] == "0 (reference)"
+    tokens = f"{four.kv_cache.tokens:,}"
+    perplexity = f"{four.overall.perplexity.value:.3f}"
+    assert lines[1] == [
+        "ref-7m, int4_per_head KV", "16.00", "4.00", tokens, perplexity, "0.01230", NONE, "10.4 / 13.5", NONE, "1,234"
+    ]  # fmt: skip
+
+
+def test_one_entry_is_a_column(results, monkeypatch):
+    """A metric that the list has is read, joined, shown on the page and the console, and written to JSON."""
+    worst = Metric("kl_p99", "KL, worst 1%", "nats a token", "less", lambda v: f"{v:.2f} nats",
+                   quality=lambda r: Figure.maybe(r.overall.kl_p99))  # fmt: skip
+    longer = (*metrics.METRICS, worst)
+    for module in (metrics, rows_module, table):
+        monkeypatch.setattr(module, "METRICS", longer)
+    monkeypatch.setitem(metrics.BY_KEY, "kl_p99", worst)
+    rows, _ = make_rows(collect([results]), 0)
+    assert "0.20 nats" in render("title", collect([results]), rows, [], [])
+    assert console(rows)[1][-1][-1] == "0.20 nats"
+    assert to_json(rows, [])["configurations"][-1]["figures"]["kl_p99"]["value"] == pytest.approx(0.2)

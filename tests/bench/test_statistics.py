@@ -2,14 +2,15 @@ import math
 
 import pytest
 
-from bench.statistics import exp_estimate, mean_estimate, proportion, student_t
+from bench.statistics import exp_estimate, mean_estimate, proportion
 
 
 @pytest.mark.parametrize(
     ("df", "table"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (7, 2.3646), (15, 2.1314), (100, 1.9840)]
 )
-def test_student_t_agrees_with_printed_tables(df, table):
-    assert student_t(df) == pytest.approx(table, rel=2e-3)
+def test_intervals_agree_with_printed_tables_of_student_t(df, table):
+    e = mean_estimate([float(i % 3) for i in range(df + 1)])
+    assert (e.high - e.value) / e.standard_error == pytest.approx(table, rel=1e-4)
 
 
 def test_mean_of_known_values():
