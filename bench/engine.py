@@ -131,6 +131,11 @@ def build_llm(settings: EngineSettings) -> Any:
         ) from error
 
 
+def on_gpu(llm: Any) -> bool:
+    """Return whether an engine runs on a GPU, where a prompt is prefilled in full precision."""
+    return str(llm.llm_engine.vllm_config.device_config.device_type) != "cpu"
+
+
 def stop_llm(llm: Any) -> None:
     """Stop an engine and its processes."""
     llm.llm_engine.engine_core.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from scipy import stats
 
@@ -47,3 +48,35 @@ def proportion(successes: int, trials: int) -> Estimate:
     p = successes / trials
     interval = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     return Estimate(p, math.sqrt(p * (1 - p) / trials), float(interval.low), float(interval.high), trials)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A comparison of two configurations, question by question.
+
+    Attributes:
+        change: mean difference, tested less baseline.
+        p: two-sided, of no change: McNemar's exact test (1947; the binomial test of the questions that differ) where
+            all scores are 0 or 1, else the paired t-test.
+        more: questions with a higher score than the baseline's.
+        fewer: questions with a lower one.
+
+    """
+
+    change: Estimate
+    p: float
+    more: int
+    fewer: int
+
+
+def paired(tested: Sequence[float], baseline: Sequence[float]) -> Paired:
+    """Compare scores of the same questions, in the same order."""
+    differences = [a - b for a, b in zip(tested, baseline, strict=True)]
+    more, fewer = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    if not more + fewer:
+        p = 1.0
+    elif set(tested) | set(baseline) <= {0.0, 1.0} or len(differences) == 1:
+        p = float(stats.binomtest(more, more + fewer).pvalue)
+    else:
+        p = float(stats.ttest_rel(tested, baseline).pvalue)
+    return Paired(mean_estimate(differences), p, more, fewer)

@@ -12,6 +12,7 @@ from rich.table import Table
 from bench.engine import json_flag
 from bench.quality.plan import Settings, make_plan
 from bench.quality.schema import ConfigurationResult, EvalReport
+from bench.quality.tasks.run import TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
 
@@ -34,6 +35,10 @@ Examples:
 
   # a compressed checkpoint against its original, on a text of your own
   pareto eval ./ref-7m-w4 --baseline ref-7m --text wiki.txt --out results/w4
+
+  # lm-eval's tasks with a quantized KV cache, questions from files; what changes beside bf16, question by question
+  pareto eval MODEL --kv-cache-dtype int4_per_head --tasks mmlu arc_easy gsm8k --task-data ./tasks --num-fewshot 5 \\
+      --num-windows 0 --no-needle --out results/tasks
 
   # quick look: two short windows, no retrieval
   pareto eval ref-7m --kv-cache-dtype fp8 --num-windows 2 --window-tokens 512 --no-needle --out /tmp/quick
@@ -91,6 +96,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enforce-eager", action=argparse.BooleanOptionalAction, default=True, help="no CUDA graphs (default: yes)"
     )
+    t = d.tasks
+    parser.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME",
+        help="lm-eval's tasks and groups to ask, * and ? as in a shell, e.g. mmlu arc_easy gsm8k (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--task-data", metavar="DIR", help="take questions from DIR/TASK/SPLIT.jsonl or .csv (default: from the hub)"
+    )
+    parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (default: all)")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: what each task says)"
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="put questions into the model's chat template"
+    )
+    parser.add_argument(
+        "--task-context", type=int, default=t.max_model_len, metavar="N", help="longest context of tasks (%(default)s)"
+    )
     parser.add_argument(
         "--compilation-config", metavar="JSON", help="vLLM's, with --no-enforce-eager (default: vLLM's own choice)"
     )
@@ -103,9 +126,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
         ParetoError: a value is out of range.
 
     """
-    for flag in ("num_windows", "chunk_tokens", "needles_per_cell", "tensor_parallel_size"):
-        if getattr(args, flag) < 1:
+    for flag in ("chunk_tokens", "needles_per_cell", "tensor_parallel_size", "task_limit", "task_context"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ParetoError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ParetoError(f"--num-fewshot must not be negative, got {args.num_fewshot}")
+    if args.num_windows < 0 or not (args.num_windows or args.tasks):
+        raise ParetoError(f"--num-windows must be at least 1, or 0 with --tasks, got {args.num_windows}")
+    if not args.num_windows and args.needle and not args.haystack:
+        raise ParetoError("needles are hidden in the text: with --num-windows 0 give --haystack, or --no-needle")
+    if args.task_data and not args.tasks:
+        raise ParetoError("--task-data is of --tasks: name the tasks")
     json_flag("compilation_config", args.compilation_config)
     if args.window_tokens < 2:
         raise ParetoError(f"--window-tokens must be at least 2, got {args.window_tokens}")
@@ -130,6 +161,14 @@ def settings_from(args: argparse.Namespace) -> Settings:
         tensor_parallel_size=args.tensor_parallel_size,
         enforce_eager=args.enforce_eager,
         compilation_config=args.compilation_config,
+        tasks=TaskSettings(
+            tasks=tuple(args.tasks),
+            data=args.task_data,
+            limit=args.task_limit,
+            num_fewshot=args.num_fewshot,
+            chat=args.apply_chat_template,
+            max_model_len=args.task_context,
+        ),
     )
 
 
@@ -147,6 +186,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     # Piped output has no width of its own: 80 columns would break the table's words.
     Console(width=None if console.is_terminal else 130).print(table(report))
+    if any(row.tasks for row in report.configurations):
+        Console(width=None if console.is_terminal else 130).print(task_table(report))
     print(f"wrote {out / RESULT}", flush=True)
     for failure in report.failed:
         print(f"pareto eval: failed: {failure.name}: {failure.error}", file=sys.stderr)
@@ -162,6 +203,25 @@ def table(report: EvalReport) -> Table:
         result.add_row(*_cells(row))
     for failure in report.failed:
         result.add_row(f"{failure.name}\nfailed: {failure.error}", *["-"] * (len(result.columns) - 1))
+    return result
+
+
+def task_table(report: EvalReport) -> Table:
+    """Return the tasks' results as a table, one row a task, metric and configuration."""
+    result = Table(title="Tasks")
+    for heading in ("task", "metric", "configuration", "questions", "value", "change", "p", "gained", "lost", "read"):
+        result.add_column(heading, justify="left" if heading in ("task", "metric", "configuration") else "right")
+    for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
+        for row in report.configurations:
+            for one in row.tasks:
+                if (one.task, one.metric) == (name, metric):
+                    result.add_row(
+                        name, metric, row.name, f"{one.questions:,}", _plain(one.value, "{:.4f}"),
+                        _plain(one.change, "{:+.4f}").replace("±+", "±"), "-" if one.p is None else f"{one.p:.3f}",
+                        *("-" if count is None else f"{count:,}" for count in (one.gained, one.lost)),
+                        f"{one.read:.1%}",
+                    )  # fmt: skip
+        result.add_section()
     return result
 
 

@@ -27,7 +27,11 @@ from bench.files import read_arrays, read_json, replacing, write_arrays, write_j
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
-from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, TextQuality
+from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, TaskResult, TextQuality
+from bench.quality.tasks.figures import task_results
+from bench.quality.tasks.progress import said
+from bench.quality.tasks.run import Chosen, Scores, TaskSettings, ask, choose, scratch
+from bench.quality.tasks.run import key as settings_key
 from bench.schema import KVCache
 from bench.statistics import exp_estimate, mean_estimate
 from kv_cache.errors import ParetoError
@@ -67,6 +71,21 @@ class Store:
         """Keep retrieval answers."""
         write_json(self.folder / "needle.json", {str(k): v for k, v in sorted((self.answers() | answers).items())})
 
+    def scores(self, task: str, settings: TaskSettings) -> list[Scores] | None:
+        """Return a task's scores; None if it is to be asked."""
+        content = read_json(self._scores_file(task, settings))
+        try:
+            return [Scores(**one) for one in content] if isinstance(content, list) else None
+        except TypeError:
+            return None
+
+    def add_scores(self, task: str, settings: TaskSettings, scores: Sequence[Scores]) -> None:
+        """Keep a task's scores."""
+        write_json(self._scores_file(task, settings), [asdict(one) for one in scores])
+
+    def _scores_file(self, task: str, settings: TaskSettings) -> Path:
+        return self.folder / f"task-{task.replace('/', '_')}-{settings_key(settings)}.json"
+
     def kv_cache(self) -> KVCache | None:
         """Return what the engine said of its KV cache."""
         content = read_json(self.folder / "kv_cache.json")
@@ -92,6 +111,7 @@ class Evaluation:
         self.windows = [(text.name, window.tolist()) for text in plan.texts for window in text.windows]
         self.environment = environment()
         self.base_store = Store(cache_dir() / "baselines" / plan.configurations[0].key)
+        self.tasks: Chosen | None = None
 
     def store(self, configuration: Configuration) -> Store:
         """Return where a configuration's pieces lie."""
@@ -109,10 +129,11 @@ class Evaluation:
         limit_bytes()  # A limit that is no number is said before the work, not after it.
         results: list[ConfigurationResult] = []
         failed: list[FailedConfiguration] = []
-        with using(self.base_store.folder):
+        with using(self.base_store.folder), self._chosen_tasks():
             for configuration in self.plan.configurations:
                 try:
                     self._measure_alone(configuration)
+                    self._ask_tasks(configuration)
                     results.append(self._result(configuration))
                 # vLLM raises bare exceptions for what happens in a worker.
                 except Exception as error:
@@ -124,6 +145,16 @@ class Evaluation:
                 report = self._report("complete" if done else "partial", results, failed)
                 write_json(self.out / RESULT, report.to_dict())
         return report
+
+    @contextlib.contextmanager
+    def _chosen_tasks(self) -> Iterator[None]:
+        """Find the tasks, before any engine starts."""
+        if not self.plan.settings.tasks.tasks:
+            yield
+            return
+        with scratch() as folder:
+            self.tasks = choose(self.plan.settings.tasks, Path(folder))
+            yield
 
     def _measure_alone(self, configuration: Configuration) -> None:
         """Measure while no other evaluation measures the same: it would write over the answers of this one."""
@@ -155,7 +186,7 @@ class Evaluation:
         windows = [i for i in range(len(self.windows)) if store.window(i, configuration.is_baseline) is None]
         answered = store.answers()
         pending = [i for i in range(len(trials)) if i not in answered]
-        if not windows and not pending and store.kv_cache() is not None:
+        if not windows and not pending and (store.kv_cache() is not None or self._missing_tasks(store)):
             return
         with self._progress(configuration.name, len(windows) + len(pending)) as advance:
             settings = self.plan.engine_settings(configuration)
@@ -195,6 +226,43 @@ class Evaluation:
             }
             write_arrays(store.window_file(index), arrays)
 
+    def _missing_tasks(self, store: Store) -> list[str]:
+        names = self.tasks.tasks if self.tasks else []
+        return [name for name in names if store.scores(name, self.plan.settings.tasks) is None]
+
+    def _ask_tasks(self, configuration: Configuration) -> None:
+        """Ask the tasks whose scores are missing."""
+        store, settings = self.store(configuration), self.plan.settings.tasks
+        missing = self._missing_tasks(store)
+        if self.tasks is None or not missing:
+            return
+        with making(store.folder), self._progress(f"{configuration.name}, tasks", len(missing)) as advance:
+            running = self.plan.task_engine_settings(configuration)
+            with engine.running(running) as llm:
+                cache = engine.kv_cache(llm, running)
+                if store.kv_cache() is None:
+                    write_json(store.folder / "kv_cache.json", asdict(cache))
+                for name in missing:
+                    with said(f"{configuration.name}: {name}") as say:
+                        scores = ask(llm, self.tasks.tasks[name], settings, engine.on_gpu(llm), cache.tokens, say)
+                    store.add_scores(name, settings, scores)
+                    advance(1)
+
+    def _task_results(self, configuration: Configuration) -> list[TaskResult]:
+        if self.tasks is None:
+            return []
+        settings = self.plan.settings.tasks
+
+        def scores(store: Store) -> list[Scores]:
+            found = [store.scores(name, settings) for name in self.tasks.tasks] if self.tasks else []
+            if any(one is None for one in found):
+                raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+            return [score for one in found for score in one or []]
+
+        tested = scores(self.store(configuration))
+        base = None if configuration.is_baseline else scores(self.base_store)
+        return task_results(tested, base, self.tasks.groups)
+
     def _check_chunks(self, longest: int) -> None:
         if longest > self.plan.settings.chunk_tokens:
             raise RuntimeError(
@@ -211,7 +279,7 @@ class Evaluation:
             chosen = [i for i, (name, _) in enumerate(self.windows) if name == text.name]
             reference = None if configuration.is_baseline else [base[i] for i in chosen]
             texts.append(text_quality(text.name, [tested[i] for i in chosen], reference))
-        overall = text_quality("all", tested, None if configuration.is_baseline else base)
+        overall = text_quality("all", tested, None if configuration.is_baseline else base) if tested else None
         answers = store.answers()
         trials = self.plan.trials
         needle = None
@@ -230,7 +298,8 @@ class Evaluation:
             texts=texts,
             overall=overall,
             needle=needle,
-            max_chunk_tokens=max(int(a["max_chunk"]) for a in tested),
+            max_chunk_tokens=max((int(a["max_chunk"]) for a in tested), default=0),
+            tasks=self._task_results(configuration),
         )
 
     @staticmethod

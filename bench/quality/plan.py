@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from bench.engine import PLAIN_DTYPES, EngineSettings, json_flag
 from bench.environment import gpu_names, versions
 from bench.quality.needle import Trial, make_trials, read_haystack
+from bench.quality.tasks.run import TaskSettings
 from bench.schema import ModelInfo
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
@@ -72,6 +73,7 @@ class Settings:
         tensor_parallel_size: vLLM's.
         enforce_eager: vLLM's.
         compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
+        tasks: lm-eval's tasks to ask.
 
     """
 
@@ -92,6 +94,7 @@ class Settings:
     tensor_parallel_size: int = 1
     enforce_eager: bool = True
     compilation_config: str | None = None
+    tasks: TaskSettings = field(default_factory=TaskSettings)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,23 @@ class Plan:
             | json_flag("compilation_config", self.settings.compilation_config),
         )
 
+    def task_engine_settings(self, configuration: Configuration) -> EngineSettings:
+        """Return the engine's settings for tasks: many questions at once, whose contexts share pages."""
+        most = self.settings.tasks.max_model_len
+        return replace(
+            self.engine_settings(configuration),
+            max_model_len=most,
+            max_num_batched_tokens=max(most, TASK_STEP_TOKENS),
+            max_num_seqs=TASK_SEQUENCES,
+            kv_cache_memory_bytes=max(self.kv_cache_memory_bytes, default_memory(
+                self.configurations[0].checkpoint.folder, most, self.settings.tensor_parallel_size, TASK_CONTEXTS
+            )),
+            extra={"enable_prefix_caching": True} | json_flag("compilation_config", self.settings.compilation_config),
+        )  # fmt: skip
 
+
+TASK_STEP_TOKENS, TASK_SEQUENCES, TASK_CONTEXTS = 4096, 64, 8
+"""Tokens and sequences of a step while tasks are asked, and the longest contexts that the cache then holds."""
 STEP_TOKENS = 64
 """Tokens of a step up to which several windows share it."""
 
@@ -162,7 +181,9 @@ def make_plan(settings: Settings) -> Plan:
             f"--window-tokens {settings.window_tokens}: the model's context is {context} tokens and the engine needs "
             f"room for one more; use at most {context - 1}"
         )
-    texts = _texts(settings, baseline)
+    texts = _texts(settings, baseline) if settings.num_windows else []
+    if settings.tasks.tasks and settings.tasks.max_model_len > context:
+        settings = replace(settings, tasks=replace(settings.tasks, max_model_len=context))
     lengths = [n for n in settings.needle_lengths if n <= context]
     skipped = [n for n in settings.needle_lengths if n > context]
     trials: list[Trial] = []

@@ -70,6 +70,37 @@ class Needle:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """A metric of a task, or of a group of tasks with all their questions together.
+
+    Attributes:
+        task: lm-eval's name.
+        metric: lm-eval's name, with the filter of answers behind a comma where there is one.
+        better: ``more`` or ``less``.
+        questions: how many; 0 where the value is no mean over questions, which then has no error.
+        value: over all questions; the error is that of a mean of independent questions.
+        change: mean difference from the baseline, question by question. None for the baseline.
+        p: of no change: McNemar's exact test for scores of 0 and 1, else a paired t-test. None for the baseline.
+        gained: questions with a better score than the baseline's; None for the baseline.
+        lost: questions with a worse one.
+        read: share of the contexts' tokens that were read back from the KV cache: on a CPU all, on a GPU what the
+            prefix cache held.
+
+    """
+
+    task: str
+    metric: str
+    better: str
+    questions: int
+    value: Estimate
+    change: Estimate | None
+    p: float | None
+    gained: int | None
+    lost: int | None
+    read: float
+
+
+@dataclass(frozen=True)
 class ConfigurationResult:
     """One model with one KV-cache dtype.
 
@@ -78,6 +109,7 @@ class ConfigurationResult:
         is_baseline: the others' reference; its ``perplexity_change``, ``kl`` and ``top1_agreement`` are None.
         overall: all windows of all texts together; None when no text was measured.
         max_chunk_tokens: the longest prefill chunk that was seen: everything before it was read back from the cache.
+        tasks: of lm-eval; none in results of earlier versions.
 
     """
 
@@ -89,6 +121,7 @@ class ConfigurationResult:
     overall: TextQuality | None
     needle: Needle | None
     max_chunk_tokens: int
+    tasks: list[TaskResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

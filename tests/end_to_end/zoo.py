@@ -63,6 +63,13 @@ class Family:
         return folder
 
     @property
+    def noise(self) -> float:
+        """Return what share of another context's effect codes of 8 bits may have: more where they change the choice of
+        experts, which a random router decides by very little.
+        """
+        return 0.15 if MIXTURE in self.kind else 0.05
+
+    @property
     def model_class(self) -> Any:
         """transformers' class."""
         import transformers
@@ -115,5 +122,8 @@ FAMILIES = [
     Family("HunYuanDenseV1", "Hunyuan dense", "keys normalized after they are turned", {"head_dim": 64}),
     Family("Arcee", "AFM", GROUPED),
     Family("Apertus", "Apertus", "normalized keys"),
-    Family("MiniMaxM2", "MiniMax M2", f"{MIXTURE}, part of the channels turned", {**_EXPERTS, "head_dim": 64, "rotary_dim": 32}),
+    Family(
+        "MiniMaxM2", "MiniMax M2", f"{MIXTURE}, half of the channels turned",
+        {**_EXPERTS, "head_dim": 64, "rotary_dim": 32, "scoring_func": "sigmoid"},
+    ),
 ]  # fmt: skip

@@ -1,0 +1,28 @@
+"""Says how many requests of a task are done: a line every ten seconds, with a terminal or without."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+INTERVAL_S = 10.0
+
+
+@contextlib.contextmanager
+def said(name: str) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many more requests are done."""
+    done, begun = 0, time.monotonic()
+    last = begun
+
+    def say(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= INTERVAL_S:
+            last = now
+            print(f"{name}: {done:,} requests, {now - begun:.0f} s", file=sys.stderr, flush=True)
+
+    yield say
+    print(f"{name}: {done:,} requests in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
