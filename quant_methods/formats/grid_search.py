@@ -34,7 +34,7 @@ class _Search(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL | None:
-    return compiled_library("quant_methods._cpu")
+    return compiled_library("quant_methods._cpu", search=_Search)
 
 
 def serves(grouped: Tensor, importance: Tensor) -> bool:
