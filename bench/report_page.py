@@ -13,6 +13,7 @@ from bench import plots
 from bench.report_inputs import Document, Inputs
 from bench.report_models import short_model
 from bench.report_rows import Frontier, Row, plain_dtype, stage_label
+from kv_cache.sizes import readable
 
 Cell = dict[str, str]
 NONE = "\u2013"
@@ -42,7 +43,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
         rows=rows,
         headings=HEADINGS,
         table=[_row(row) for row in rows],
-        same_budget=size(budgets.pop()) if len(budgets) == 1 else "",
+        same_budget=readable(budgets.pop()) if len(budgets) == 1 else "",
         frontiers=[
             {"title": f.title, "svg": plots.frontier_plot(f), "best": "; ".join(p[0] for p in f.points if p[3])}
             for f in trade_offs
@@ -61,15 +62,6 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
         skipped=inputs.skipped,
         notes=notes,
     )
-
-
-def size(count: float) -> str:
-    """Return bytes in a readable binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
 
 
 def _cell(text: str, sub: str = "") -> Cell:
@@ -97,7 +89,7 @@ def _row(row: Row) -> list[Any]:
         row.name + (" (baseline)" if row.is_baseline else ""),
         DASH if row.weight_bits is None else _cell(f"{row.weight_bits:.2f}"),
         DASH if row.kv_bits is None else _cell(f"{row.kv_bits:.2f}", per_token),
-        DASH if row.weight_bytes is None else _cell(size(row.weight_bytes)),
+        DASH if row.weight_bytes is None else _cell(readable(row.weight_bytes)),
         DASH if row.kv_tokens is None else _cell(f"{row.kv_tokens:,}"),
         perplexity,
         _cell("0", "reference") if row.is_baseline else _estimate(row.kl, "{:.5f}"),
