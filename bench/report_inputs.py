@@ -145,7 +145,7 @@ def _check_loadtest(document: Document) -> None:
 def _check_kv_bench(document: Document) -> None:
     str(document["model"]), str(document["baseline"])
     for row in document["dtypes"]:
-        str(row["kv_cache_dtype"]), row["error"], row["capacity_ratio"]
+        str(row["kv_cache_dtype"]), row["error"], row["capacity_ratio"], str(row.get("fingerprint"))
         for point in row["points"]:
             for value in (point["step_ms"]["median"], point["prefill_tokens_per_s"]["median"]):
                 _number(value)

@@ -133,7 +133,8 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
                 notes.append(f"{file}: {entry['kv_cache_dtype']} could not be measured: {entry['error']}")
             if entry["error"] or not entry["points"]:
                 continue
-            identity = models.named(str(entry.get("model") or document["model"]), file)
+            name, mark = str(entry.get("model") or document["model"]), entry.get("fingerprint")
+            identity = models.add(mark, name) if mark else models.named(name, file)
             _add_kv_bench(row_of((identity, plain_dtype(entry["kv_cache_dtype"]))), entry, file)
     called = models.labels()
     for row in rows.values():

@@ -272,3 +272,19 @@ def test_what_could_not_be_measured_is_remarked_on(tmp_path):
         "eval.json: ref-7m, fp8 KV could not be measured: no such dtype",
         "kv-bench.json: fp8 could not be measured: no kernel",
     ]
+
+
+def test_speed_is_of_the_model_with_its_fingerprint(tmp_path):
+    """Another model of the same name once got its figures, or they a row of their own."""
+    mine = configuration(model="ref-7m", weight_bits=8.0)
+    documents = {
+        "a.json": eval_document(configuration(), mine),
+        "b.json": kv_bench_document(fingerprint=mine.model.fingerprint, auto=0.020, fp8=0.010),
+    }
+    for name, document in documents.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    rows, notes = make_rows(collect([tmp_path]), 1000)
+    assert not [note for note in notes if "models are called" in note]
+    measured = {(row.fingerprint, row.kv_cache_dtype) for row in rows if row.step_ratio}
+    assert measured == {(mine.model.fingerprint, "bf16"), (None, "fp8")}
+    assert len({row.model for row in rows}) == 2
