@@ -105,7 +105,7 @@ class _Store(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = compiled_library("kv_cache._cpu")
+    library = compiled_library("kv_cache._cpu", attention=_Attention, store=_Store)
     if library is None:
         raise ParetoError(
             "the CPU kernels of vllm-pareto are not compiled: install a C compiler and run 'pip install' again"

@@ -121,7 +121,7 @@ def prepare(
     check_out(out, model_dir, overwrite=overwrite, text=text, inside=inside)
     decoder = Decoder(model_dir, None if as_stored else _source(model_dir, recipe), device)
     if isinstance(decoder.source, RotatedSource):
-        check_norms(decoder.blocks[0], decoder.config)
+        check_norms(decoder.blocks[0], decoder.config, decoder.source)
     plan = make_plan(decoder, recipe, model_dir)
     check_outside(decoder)
     _check_disk(out, decoder.source, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """The last parts of the names of layers that become one matrix."""
@@ -33,3 +33,14 @@ def families(names: Iterable[str]) -> list[list[str]]:
 def is_expert(name: str) -> bool:
     """Return whether a layer belongs to an expert of a mixture, by its name."""
     return EXPERT.match(name) is not None
+
+
+def experts_of(names: Sequence[str]) -> str | None:
+    """Return the glob that matches all experts of the block that some layers belong to; None if they are no experts'.
+
+    Layers of one expert alone are named one by one, so they have none either.
+    """
+    found = {match.group() if (match := EXPERT.match(name)) else None for name in names}
+    (prefix, *others) = found
+    one = len({name.rpartition(".")[0] for name in names}) == 1
+    return None if prefix is None or others or one else f"{prefix}*"

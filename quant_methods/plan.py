@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.experts import routers
 from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
+from quant_methods.experts import routers
 from quant_methods.formats.native_format import Form
 from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import Fitted, fit_groups

@@ -22,14 +22,30 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 [[ -x .venv/bin/python ]] || { say "creating .venv"; "$python" -m venv .venv; }
 
 torch=$(grep '^torch==' requirements/cpu.lock)
+uv=uv==0.13.9
+# PyTorch keeps its builds for CPUs on an index of its own, which pip has to be told of. Where pip finds none, uv, a package
+# like any other, knows that index by itself; it is installed beside the environment, which is to hold what the lock says.
+install_torch() (
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  pip install -q --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" 2>"$scratch/pip" && exit
+  if [[ -n ${TORCH_INDEX_URL:-} ]]; then
+    cat "$scratch/pip" >&2
+    echo "set-up: pip finds no $torch under TORCH_INDEX_URL; leave that variable unset to let uv find it" >&2
+    exit 1
+  fi
+  if pip install -q --no-deps --target "$scratch/uv" "$uv" 2>>"$scratch/pip"; then
+    "$scratch/uv/bin/uv" pip install -q --no-cache --link-mode copy --python .venv/bin/python --no-deps \
+      --torch-backend cpu "$torch" 2>>"$scratch/pip" && exit
+  fi
+  cat "$scratch/pip" >&2
+  echo "set-up: neither pip nor uv could install $torch, see above; is there a way to the internet? A copy of PyTorch's" \
+    "index of CPU builds can be named with TORCH_INDEX_URL, a folder of wheels with PIP_FIND_LINKS" >&2
+  exit 1
+)
 if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch') != '${torch#torch==}')" 2>/dev/null; then
   say "installing $torch"
-  # PyTorch keeps its builds for CPUs on an index of its own; pytorch.org's install page names it.
-  pip install -q --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$torch" || {
-    echo "set-up: pip finds no $torch; set TORCH_INDEX_URL to PyTorch's index of CPU builds (its address is on" \
-      "https://pytorch.org/get-started/locally, under Pip and CPU) and try again" >&2
-    exit 1
-  }
+  install_torch || exit 1
 fi
 say "installing $(wc -l <requirements/cpu.lock) pinned packages (a few minutes the first time)"
 pip install --no-deps -r requirements/cpu.lock 2> >(grep -v 'is ignored: it is neither' >&2) |

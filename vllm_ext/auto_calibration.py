@@ -39,6 +39,7 @@ class Origin:
         tokenizer_revision: of a tokenizer from the hub.
         download_dir: where vLLM keeps models from the hub, if not in the hub's own cache.
         token: the hub's, as ``--hf-token`` gives it.
+        config: folder or hub name of its config.json; None for its own.
 
     """
 
@@ -48,6 +49,7 @@ class Origin:
     tokenizer_revision: str | None = None
     download_dir: str | None = None
     token: str | bool | None = None
+    config: str | None = None
 
     @classmethod
     def of(cls, config: VllmConfig) -> Origin:
@@ -60,7 +62,10 @@ class Origin:
             getattr(model, "tokenizer_revision", None),
             config.load_config.download_dir,
             getattr(model, "hf_token", None),
+            getattr(model, "hf_config_path", None),
         )
+        if found.config == found.model:
+            found = replace(found, config=None)
         if found.tokenizer == found.model and found.tokenizer_revision in (None, found.revision):
             return replace(found, tokenizer=None, tokenizer_revision=None)
         return found
@@ -77,6 +82,11 @@ def calibrate(origin: Origin, *, device: str) -> Path:
         ParetoError: the model cannot be found or calibrated.
 
     """
+    if origin.config is not None:
+        raise ParetoError(
+            f"{origin.model} has no calibrated KV scales, and none can be made at start-up for a model whose "
+            f"config.json lies elsewhere (--hf-config-path {origin.config}): put both into one folder, or {INSTEAD}"
+        )
     where: dict[str, Any] = {"download_dir": origin.download_dir, "token": origin.token}
     tokenizer = None
     try:

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from kv_cache.errors import ParetoError
+from kv_cache.sizes import readable
 from kv_cache.user_cache import KINDS, LIMIT_VARIABLE, cache_dir, clear, entries, limit_bytes
 
 HELP = "list what is kept between runs, or clear it"
@@ -47,25 +48,17 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError(f"--unused-days must not be negative, got {args.unused_days}")
     if args.action == "clear":
         gone, kept = clear(kinds, unused_days=args.unused_days)
-        print(f"removed {len(gone)} entries, {_size(sum(entry.size for entry in gone))}, from {cache_dir()}")
+        print(f"removed {len(gone)} entries, {readable(sum(entry.size for entry in gone))}, from {cache_dir()}")
         for entry in kept:
             print(f"left, since it is in use or cannot be removed: {entry.path}")
         return 0
-    found = entries(kinds)
-    print(f"{cache_dir()} (limit {limit_bytes() / 1e9:g} GB)")
+    found, limit = entries(kinds), limit_bytes()
+    print(f"{cache_dir()} (limit {readable(limit)}, {LIMIT_VARIABLE}={limit / 1e9:g})")
     for kind in kinds:
         some = [entry for entry in found if entry.kind == kind]
         last = f", last used {_date(max(entry.used for entry in some))}" if some else ""
-        print(f"  {kind:10s} {len(some):5d} entries {_size(sum(entry.size for entry in some)):>10s}{last}")
+        print(f"  {kind:10s} {len(some):5d} entries {readable(sum(entry.size for entry in some)):>10s}{last}")
     return 0
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.4g} {unit}"
-        count /= 1000
-    return f"{count:.4g} GB"
 
 
 def _date(seconds: float) -> str:

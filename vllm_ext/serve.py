@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a model from the hub")
     parser.add_argument("--hf-token", nargs="?", const=True, help="the hub's token (default: the one logged in with)")
+    parser.add_argument(
+        "--hf-config-path",
+        "--hf_config_path",
+        metavar="DIR",
+        help="vLLM's: where config.json is, if not with MODEL",
+    )
     parser.add_argument("--served-model-name", nargs="+", help="names of the model in requests (default: as given)")
 
 
@@ -176,7 +182,8 @@ def find_model(args: argparse.Namespace) -> str:
     path = Path(name).expanduser()
     if path.exists():
         if path.is_dir():
-            check_folder(path, dummy=args.load_format == "dummy")
+            config = Path(args.hf_config_path).expanduser() if args.hf_config_path is not None else path
+            check_folder(path, config if config.is_dir() else None, dummy=args.load_format == "dummy")
         return str(path)
     if (EMBEDDED / name / "config.json").is_file():
         return str(EMBEDDED / name)
@@ -194,10 +201,15 @@ def find_model(args: argparse.Namespace) -> str:
     return name
 
 
-def check_folder(folder: Path, *, dummy: bool) -> None:
+def check_folder(folder: Path, config: Path | None, *, dummy: bool) -> None:
     """Raise if no server can start from a folder: its config.json is no JSON, or its safetensors are cut short.
 
     Which architectures and file formats there are is vLLM's business: it knows more of them than ``pareto compress``.
+
+    Args:
+        folder: of the weights.
+        config: of config.json; None: it is on the hub.
+        dummy: no weights are read.
 
     Raises:
         ParetoError: what is wrong with which file.
@@ -205,8 +217,8 @@ def check_folder(folder: Path, *, dummy: bool) -> None:
     """
     from quant_methods.model_source import INDEX, SINGLE, read_config, read_header, weight_files
 
-    if (folder / "config.json").exists() or not (folder / "params.json").exists():
-        read_config(folder)
+    if config is not None and ((config / "config.json").exists() or not (config / "params.json").exists()):
+        read_config(config)
     if not dummy and ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
         for file in weight_files(folder):
             read_header(file)
@@ -221,6 +233,8 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "vllm_ext.launch", "serve", model, "--host", args.host]
     command += ["--port", str(args.port), "--kv-cache-dtype", args.kv_cache_dtype, "--load-format", args.load_format]
     command += ["--served-model-name", *names]
+    if args.hf_config_path is not None:
+        command += ["--hf-config-path", args.hf_config_path]
     if args.revision is not None:
         command += ["--revision", args.revision]
     if args.hf_token is not None:

@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError(f"--value-outlier must be above 0 (1 plants nothing), got {args.value_outlier:g}")
     _check_device(args.device)
     names, again = chosen(args.coder), set(chosen(args.again))
+    if strange := [name for name in chosen(args.again) if name not in names]:
+        raise ParetoError(f"--again names coders that --coder does not: {', '.join(strange)}; name them in both")
     settings = Settings(
         model=args.model,
         texts=tuple(args.text),

@@ -68,12 +68,3 @@ def percent(value: float) -> str:
 def milliseconds(value: float) -> str:
     """Return milliseconds, with a decimal below 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def size(count: float) -> str:
-    """Return bytes in a readable binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.quality.schema import ConfigurationResult, TextQuality
-from bench.report.figures import Figure, milliseconds, number, percent, size
+from bench.report.figures import Figure, milliseconds, number, percent
 from bench.schema import Estimate
 from bench.speed.schema import DtypeResult, Point
+from kv_cache.sizes import readable
 from loadtest.schema import Distribution, StageResult
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ METRICS = (
     Metric("kv_bits", "KV bits", "bits an element of keys and values", LESS, number(".2f"),
            quality=lambda r: _bits(r.kv_cache.bits_per_element, r.kv_cache.bytes_per_token),
            speed=lambda d, _: _bits(d.kv_cache.bits_per_element, d.kv_cache.bytes_per_token) if d.kv_cache else None),
-    Metric("weight_bytes", "weights", "bytes of the checkpoint's tensors", LESS, size,
+    Metric("weight_bytes", "weights", "bytes of the checkpoint's tensors", LESS, readable,
            quality=lambda r: Figure(r.model.weight_bytes), console=False),
     Metric("kv_tokens", "KV tokens", "tokens that fit in the cache's memory", MORE, number(",.0f"),
            quality=lambda r: Figure(r.kv_cache.tokens),
@@ -103,10 +104,10 @@ METRICS = (
     Metric("kv_bytes_per_token", "", "bytes of all layers", LESS, number(",.0f"),
            quality=lambda r: Figure(r.kv_cache.bytes_per_token),
            speed=lambda d, _: Figure(d.kv_cache.bytes_per_token) if d.kv_cache else None),
-    Metric("kv_budget_bytes", "", "bytes given to the cache", NEITHER, size,
+    Metric("kv_budget_bytes", "", "bytes given to the cache", NEITHER, readable,
            quality=lambda r: Figure(r.kv_cache.budget_bytes),
            speed=lambda d, _: Figure(d.kv_cache.budget_bytes) if d.kv_cache else None),
-    Metric("memory_bytes", "", "bytes of weights and of the context that counts as memory", LESS, size,
+    Metric("memory_bytes", "", "bytes of weights and of the context that counts as memory", LESS, readable,
            derived=_memory),
     Metric("perplexity", "perplexity", "exp(nats a token)", LESS, number(".3f"), quality=_perplexity),
     Metric("kl", "KL, nats", "nats a token, from the baseline", LESS, number(".5f"), quality=_text(lambda t: t.kl),

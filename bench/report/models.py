@@ -13,8 +13,8 @@ def short_model(name: str) -> str:
 class Models:
     """The models that results name.
 
-    Evaluations know a model's fingerprint. Load tests and speed measurements know a name, which belongs to the model
-    that an evaluation called so; the last part of a name is enough only where one model alone has it.
+    Evaluations and speed measurements know a model's fingerprint. Load tests know a name, which belongs to the model
+    that another result called so; the last part of a name is enough only where one model alone has it.
     """
 
     def __init__(self) -> None:

@@ -13,11 +13,12 @@ from bench.engine import plain_dtype
 from bench.quality.schema import EvalReport, NeedleCell
 from bench.report import plots
 from bench.report.documents import Inputs, Recipe
-from bench.report.figures import NONE, milliseconds, size
+from bench.report.figures import NONE, milliseconds
 from bench.report.models import short_model
 from bench.report.rows import Frontier, Row, stage_label
 from bench.report.table import DASH, Cell, cells, columns
 from bench.speed.schema import KVBenchReport, Point, Spread
+from kv_cache.sizes import readable
 from loadtest.schema import Distribution, StageResult, Summary
 
 STAGE_HEADINGS = (
@@ -41,7 +42,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
         rows=rows,
         headings=["configuration", *(heading for heading, _ in grouped)],
         table=[(row.name + (" (baseline)" if row.is_baseline else ""), cells(row, grouped)) for row in rows],
-        same_budget=size(budgets.pop() or 0) if len(budgets) == 1 else "",
+        same_budget=readable(budgets.pop() or 0) if len(budgets) == 1 else "",
         frontiers=[
             {"title": f.title, "svg": plots.frontier_plot(f), "best": "; ".join(p[0] for p in f.points if p[3])}
             for f in trade_offs

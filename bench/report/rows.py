@@ -110,7 +110,8 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
                 notes.append(f"{file}: {dtype.kv_cache_dtype} could not be measured: {dtype.error}")
             if dtype.error or not dtype.points:
                 continue
-            identity = models.named(dtype.model or bench.model, file)
+            name = dtype.model or bench.model
+            identity = models.add(dtype.fingerprint, name) if dtype.fingerprint else models.named(name, file)
             _add_kv_bench(row_of((identity, plain_dtype(dtype.kv_cache_dtype))), dtype, file)
     called = models.labels()
     for row in rows.values():

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", nargs="+", metavar="NAME",
         help="dtypes, the first the baseline (default: auto, vLLM's quantized ones and this project's per_head ones)",
     )  # fmt: skip
-    parser.add_argument("--batch", nargs="+", type=int, default=[8], metavar="N", help="sequences at once (default: 8)")
-    parser.add_argument("--context", nargs="+", type=int, default=[4096], metavar="N", help="tokens (default: 4096)")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="sequences at once (default: 8)")
+    parser.add_argument("--context", nargs="+", type=int, metavar="N", help="tokens (default: 4096)")
     parser.add_argument(
         "--shape", nargs="+", type=_shape, metavar="BxC",
         help="sequences x tokens of each, e.g. 32x8192, instead of every --batch with every --context",
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same model with compressed weights, once or more, measured beside it",
     )  # fmt: skip
     parser.add_argument(
-        "--compressed-kv-cache-dtype", nargs="+", metavar="NAME", default=["auto", "int4_per_head"],
+        "--compressed-kv-cache-dtype", nargs="+", metavar="NAME",
         help="dtypes measured with --compressed (default: auto int4_per_head)",
     )  # fmt: skip
     parser.add_argument(
@@ -122,19 +122,24 @@ def run(args: argparse.Namespace) -> int:
     from bench.speed.step_timer import ahead
     from quant_methods.model_source import resolve_model, resolve_shape
 
-    for flag in ("batch", "context"):
-        if min(getattr(args, flag)) < 1:
-            raise ParetoError(f"--{flag} must be at least 1, got {min(getattr(args, flag))}")
+    sizes = {"batch": args.batch or [8], "context": args.context or [4096]}
+    for flag, given in sizes.items():
+        if min(given) < 1:
+            raise ParetoError(f"--{flag} must be at least 1, got {min(given)}")
     for flag, least in (("rounds", 1), ("steps", 2)):
         if getattr(args, flag) < least:
             raise ParetoError(f"--{flag} must be at least {least}, got {getattr(args, flag)}")
     gpu = bool(gpu_names())
     own = list(FORMATS)
     vllms = ["fp8", "int8_per_token_head", "int4_per_token_head"] if gpu else ["fp8"]
-    shapes = tuple(args.shape or itertools.product(sorted(set(args.batch)), sorted(set(args.context))))
+    shapes = tuple(args.shape or itertools.product(*(sorted(set(given)) for given in sizes.values())))
     named = {shape for _, own in args.only for shape in own} | set(args.prefix_hits)
     if unknown := named - set(shapes):
         raise ParetoError(f"--only and --prefix-hits name shapes that are not measured: {_listed(unknown)}")
+    if args.compressed_kv_cache_dtype is not None and not args.compressed:
+        raise ParetoError("--compressed-kv-cache-dtype is of the models of --compressed, and there is none; add it")
+    if args.shape and (args.batch is not None or args.context is not None):
+        raise ParetoError("--shape is instead of --batch and --context; give the one or the other")
     json_flag("compilation_config", args.compilation_config)
     dummy = args.load_format == "dummy"
     folder = resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True)
@@ -142,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
     chunk = args.max_num_batched_tokens or (8192 if gpu else 2048)
     needed = max(batch * (context + args.steps + ahead(batch, context, chunk) + 128) for batch, context in shapes)
     memory = args.kv_cache_memory_bytes or default_memory(folder, math.ceil(needed / 2), args.tensor_parallel_size)
+    of_compressed = args.compressed_kv_cache_dtype or ("auto", "int4_per_head")
     settings = Settings(
         model=args.model,
         kv_cache_dtypes=tuple(dict.fromkeys(args.kv_cache_dtype or ["auto", *vllms, *own])),
@@ -155,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         tensor_parallel_size=args.tensor_parallel_size,
         seed=args.seed,
         compressed=tuple(args.compressed),
-        compressed_kv_cache_dtypes=tuple(args.compressed_kv_cache_dtype) if args.compressed else (),
+        compressed_kv_cache_dtypes=tuple(of_compressed) if args.compressed else (),
         prefix_shapes=tuple(args.prefix_hits),
         shapes_of=tuple(args.only),
         load_format=args.load_format,

@@ -138,8 +138,9 @@ class KVBench:
                 f"--context {longest} and {settings.steps} decode steps need {self.max_model_len} positions and the "
                 f"model's context is {context}; use at most {context - settings.steps - self._ahead() - 8}"
             )
+        self.identities = {model: self._identity(folder) for model, folder in self.folders.items()}
         determining = asdict(settings) | {
-            "model": [self._identity(folder) for folder in self.folders.values()], "rounds": None,
+            "model": list(self.identities.values()), "rounds": None,
             "versions": versions(), "gpus": gpu_names(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:24]
@@ -232,12 +233,22 @@ class KVBench:
             baseline=s.kv_cache_dtypes[0],
             settings=asdict(s) | {"max_model_len": self.max_model_len},
             environment=self.environment,
-            dtypes=summarize(s, self.samples, self.errors),
+            dtypes=summarize(s, self.samples, self.errors, {} if s.load_format == "dummy" else self.identities),
         )
 
 
-def summarize(settings: Settings, samples: dict[str, Sample], errors: dict[str, str]) -> list[DtypeResult]:
-    """Return the result of each dtype from the samples, keyed by ``round dtype``."""
+def summarize(
+    settings: Settings, samples: dict[str, Sample], errors: dict[str, str], fingerprints: dict[str, str]
+) -> list[DtypeResult]:
+    """Return the result of each dtype.
+
+    Args:
+        settings: what was measured.
+        samples: by ``round dtype``.
+        errors: by row, why it could not be measured.
+        fingerprints: of models, by their names in the settings; none of those without weights.
+
+    """
     rounds = {
         row: {i: samples[f"{i} {row.name}"] for i in range(settings.rounds) if f"{i} {row.name}" in samples}
         for row in settings.rows()
@@ -245,17 +256,16 @@ def summarize(settings: Settings, samples: dict[str, Sample], errors: dict[str, 
     base = next(iter(rounds.values()))
     results = []
     for row, own in rounds.items():
-        model = None if row.model == settings.model else row.model
+        model, mark = None if row.model == settings.model else row.model, fingerprints.get(row.model)
         if not own:
             if row.name in errors:
-                results.append(DtypeResult(row.kv_cache_dtype, errors[row.name], None, None, [], model))
+                results.append(DtypeResult(row.kv_cache_dtype, errors[row.name], None, None, [], model, mark))
             continue
         cache = KVCache(**next(iter(own.values()))["kv_cache"])
         reference = next(iter(base.values()))["kv_cache"]["tokens"] if base else None
+        ratio = cache.tokens / reference if reference else None
         points = [_point(batch, context, cache, own, base) for batch, context in settings.shapes_for(row)]
-        results.append(
-            DtypeResult(row.kv_cache_dtype, None, cache, cache.tokens / reference if reference else None, points, model)
-        )
+        results.append(DtypeResult(row.kv_cache_dtype, None, cache, ratio, points, model, mark))
     return results
 
 

@@ -69,6 +69,8 @@ class DtypeResult:
         capacity_ratio: tokens that fit divided by the baseline's, at the same memory.
         points: by batch and context, those measured so far.
         model: the folder of compressed weights; None for the run's own model.
+        fingerprint: SHA-256 over the model's configuration, tokenizer and weights, as in eval.json; None for a
+            shape without weights, and in results of earlier versions.
 
     """
 
@@ -78,6 +80,7 @@ class DtypeResult:
     capacity_ratio: float | None
     points: list[Point]
     model: str | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)

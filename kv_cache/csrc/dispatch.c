@@ -1,6 +1,8 @@
 // Which instruction set this processor has, and the call of its kernel.
 #include "pareto_cpu.h"
 
+#include <stddef.h>
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -34,6 +36,9 @@ int pareto_best_isa(void) {
 #endif
     return best = isa;
 }
+
+// What kv_cache/compiled.py compares with its own structures when it loads the library.
+const size_t pareto_bytes_of_attention = sizeof(pareto_attention_args), pareto_bytes_of_store = sizeof(pareto_store_args);
 
 // Attend over codes with the given instruction set, which must not exceed the best one. 0: done; -1: out of memory;
 // -2: no such instruction set here; -3: a position beyond the table of centres.

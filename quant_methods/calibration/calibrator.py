@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kv_cache.errors import ParetoError
-from quant_methods.calibration.experts import unpack_experts
 from quant_methods.calibration.finite import check_inputs, check_weights
 from quant_methods.calibration.kv_observer import ATTENTION, Observer, observing
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.readback import ReadBack
+from quant_methods.experts import unpack_experts
 
 # Tokens that go through a block at once; bounds the activations' memory.
 TOKENS_PER_BATCH = 8192

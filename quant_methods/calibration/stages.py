@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Stop
-from quant_methods.calibration.experts import waves
 from quant_methods.calibration.finite import check_inputs
 from quant_methods.calibration.replay import Replay
+from quant_methods.experts import waves
 
 SAMPLE_TOKENS = 1024
 
@@ -65,14 +65,16 @@ class Statistics:
         cross: (x_original - x)^T x, [in, in], or None.
         residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None.
         ranges: sizes of x, or None.
+        share: of the calibration tokens, those that were sent to this expert; 1 for what is no expert's.
 
-    All are float32 on the device.
+    All matrices are float32 on the device.
     """
 
     hessian: Tensor
     cross: Tensor | None = None
     residual: Tensor | None = None
     ranges: Ranges | None = None
+    share: float = 1.0
 
 
 @torch.no_grad()
@@ -232,7 +234,11 @@ def expert_statistics(
     check_inputs(
         {f"{decoder.name(index, stages[p].names[0])}: the squares of its inputs": total for p, total in sums.items()}
     )
-    return {position: Statistics(sums[position]) if position in sums else None for position in counts}
+    tokens = hidden.shape[0] * hidden.shape[1]
+    return {
+        position: Statistics(sums[position], share=count / tokens) if count else None
+        for position, count in counts.items()
+    }
 
 
 def joining_layers(stages: list[Stage]) -> set[str]:

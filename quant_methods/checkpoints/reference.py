@@ -2,7 +2,7 @@
 
 What serving computes differs from it by the rounding of arithmetic alone, so it is the oracle for a served checkpoint
 and the quickest way to compare recipes. It reads quantized checkpoints, ours and other tools' (``stored_layers.py``
-says which), and unquantized ones.
+says which), and unquantized ones; of mixtures of experts those that store a tensor for each expert's layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.stored_layers import Rounding, stored_layers
+from quant_methods.experts import Experts, unpack_experts
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import quantization_settings
 
@@ -39,6 +40,11 @@ def load_reference(checkpoint: Path, device: str = "cpu") -> Any:
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
+    quantized = layers.names() if layers is not None else set()
+    unpack_experts(model, lambda name: name in source or name.removesuffix(".weight") in quantized)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.to_empty(device="cpu")
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         for local, parameter in module._parameters.items():

@@ -1,6 +1,11 @@
 // Takes the widest instruction set that this processor has.
 #include "grid_search.h"
 
+#include <stddef.h>
+
+// What kv_cache/compiled.py compares with its own structure when it loads the library.
+const size_t pareto_bytes_of_search = sizeof(pareto_grid_search);
+
 int pareto_grid_search_best(const pareto_grid_search *a) {
 #ifdef PARETO_X86
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return pareto_grid_search_avx512(a);

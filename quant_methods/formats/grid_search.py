@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from kv_cache.compiled import compiled_library
+from kv_cache.doors import expect
+
+MAX_CANDIDATES = 128
+"""``PARETO_MAX_CANDIDATES`` of ``csrc/grid_search.h``."""
 
 _ptr, _i64, _f32, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
@@ -34,7 +38,7 @@ class _Search(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL | None:
-    return compiled_library("quant_methods._cpu")
+    return compiled_library("quant_methods._cpu", search=_Search)
 
 
 def serves(grouped: Tensor, importance: Tensor) -> bool:
@@ -59,11 +63,26 @@ def best_candidates(
     Returns:
         The scale and the zero-point of each group, float32 [rows, groups].
 
+    Raises:
+        ParetoError: shapes, dtypes or devices do not fit: the library sees addresses alone.
+
     """
     library = _library()
     assert library is not None
     rows, groups, width = grouped.shape
-    grouped, importance, scales, zeros = (x.contiguous() for x in (grouped, importance.float(), scales, zeros))
+    importance = importance.float()
+    numbers = (grouped, importance, scales, zeros)
+    expect(
+        "the search for ranges",
+        (
+            (all(x.dtype == torch.float32 for x in numbers), "float32 weights, scales and zero-points"),
+            (tuple(importance.shape) == (groups, width), f"an importance [{groups}, {width}]"),
+            (scales.shape == zeros.shape and tuple(scales.shape[1:]) == (rows, groups), "candidates for each group"),
+            (0 < len(scales) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES} candidates, not {len(scales)}"),
+            (all(x.is_cpu for x in numbers), "tensors on the CPU"),
+        ),
+    )
+    grouped, importance, scales, zeros = (x.contiguous() for x in numbers)
     best = torch.empty(rows, groups, dtype=torch.int32)
     tensors = (grouped, importance, scales, zeros, best)
     threads = torch.get_num_threads()

@@ -7,14 +7,17 @@ sums in float32. Another kernel adds all but the low-rank product to an expanded
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from kv_cache.cuda.runtime.device import device_limits
+from kv_cache.doors import expect, is_table, is_vector
 from quant_methods.kernels.beside import BesideParts
 
+DTYPES = (torch.bfloat16, torch.float16)
 TOKENS = (8, 16, 32, 64)
 """Numbers of tokens that there are kernels for; others take the next larger one."""
 MOST_ROWS, MOST_TOKENS = 128, 32
@@ -111,9 +114,45 @@ def add(
             writes y, and lets the next one start no sooner than all before it have ended: what does not need y is then
             done while it runs (sm_90 and above).
 
+    Raises:
+        ParetoError: shapes, strides, dtypes or devices do not fit.
+
     """
+    given = [tensor for tensor in (y, x, low, index, ends, result) if tensor is not None]
+    expect(
+        "the kernel of kept columns and low-rank products",
+        (
+            (y.dtype in DTYPES, f"16-bit numbers, not {y.dtype}"),
+            (is_table(y, y.dtype), "outputs [tokens, out] whose rows have no gaps"),
+            (0 < len(y) <= TOKENS[-1], f"1 to {TOKENS[-1]} tokens, not {len(y)}"),
+            (
+                is_table(x, y.dtype) and len(x) == len(y),
+                "as many inputs [tokens, in] of their dtype, no gaps",
+            ),
+            (index is None or is_vector(index, torch.int32), "int32 channels kept apart, without gaps"),
+            (low is not None or index is not None, "channels kept apart or a low-rank product"),
+            (
+                low is None or (is_table(low, y.dtype) and len(low) == len(y)),
+                "inputs [tokens, rank] of the second matrix in their dtype, rows without gaps",
+            ),
+        ),
+    )
     (tokens, out), bound = y.shape, next(most for most in TOKENS if most >= y.shape[0])
     kept, rank = 0 if index is None else len(index), 0 if low is None else low.shape[1]
+    expect(
+        "the kernel of kept columns and low-rank products",
+        (
+            (
+                ends.dtype == y.dtype and ends.is_contiguous() and tuple(ends.shape) == (kept + rank, out),
+                f"contiguous weights [{kept + rank}, {out}] of {y.dtype}",
+            ),
+            (
+                result is None or (is_table(result, y.dtype) and result.shape == y.shape),
+                "a result like the outputs, rows without gaps",
+            ),
+            (all(tensor.device == y.device for tensor in given), f"tensors on {y.device}"),
+        ),
+    )
     rows, own = tile(out, bound)
     most = MOST_CHANNELS if rows * own <= SMALL else MOST_CHANNELS // 2
     chunks = [min(max(triton.next_power_of_2(count), 16), most) for count in (kept, rank)]
@@ -165,7 +204,46 @@ def merge(weight: Tensor, first: int, parts: BesideParts) -> None:
     """Add channels kept apart and single weights to rows of a layer's weight, in place, in one launch.
 
     See :func:`quant_methods.kernels.beside.add_to_weight`, which is its specification.
+
+    Raises:
+        ParetoError: shapes, strides, dtypes or devices do not fit.
+
     """
+    channels, ends, starts, inputs, values = parts.channels, parts.ends, parts.starts, parts.inputs, parts.values
+    given = [tensor for tensor in (channels, ends, starts, inputs, values) if tensor is not None]
+    last = first + len(weight)
+    expect(
+        "the kernel that adds to a weight",
+        (
+            (weight.dtype in DTYPES, f"16-bit numbers, not {weight.dtype}"),
+            (weight.dim() == 2 and weight.is_contiguous(), "a contiguous weight [rows, in]"),
+            (channels is None or is_vector(channels, torch.int32), "int32 channels kept apart, without gaps"),
+            (
+                ends is None or (ends.dtype == weight.dtype and ends.dim() == 2 and ends.is_contiguous()),
+                f"contiguous weights of channels kept apart, {weight.dtype}",
+            ),
+            (
+                channels is None or (ends is not None and len(ends) >= len(channels) and ends.shape[1] >= last),
+                f"weights of each channel kept apart for {last} output channels",
+            ),
+            (
+                starts is None or (is_vector(starts, torch.int32) and first >= 0 and len(starts) > last),
+                f"int32 starts of {last} output channels, without gaps",
+            ),
+            (
+                starts is None
+                or (
+                    inputs is not None
+                    and values is not None
+                    and is_vector(inputs, torch.int32)
+                    and is_vector(values, weight.dtype)
+                    and len(inputs) == len(values)
+                ),
+                f"single weights of {weight.dtype} and an int32 channel for each, without gaps",
+            ),
+            (all(tensor.device == weight.device for tensor in given), f"tensors on {weight.device}"),
+        ),
+    )
     rows, width = weight.shape
     out = 0 if parts.ends is None else parts.ends.shape[1]
     _merge[(triton.cdiv(rows, MERGED_ROWS),)](

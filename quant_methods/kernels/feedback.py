@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kv_cache.doors import expect, is_vector
+
 ROWS = 16
 """Output channels of a program."""
 
@@ -75,7 +77,24 @@ def round_block(
     Returns:
         float32 [stop - start, rows]: errors over the factor's diagonal, which later channels are still to absorb.
 
+    Raises:
+        ParetoError: shapes, strides, dtypes or devices do not fit.
+
     """
+    numbers = (work, upper, scale, zero, codes)
+    expect(
+        "the kernel of GPTQ's loop",
+        (
+            (all(x.dtype == torch.float32 for x in numbers), "float32 weights, factor, scales, zero-points and codes"),
+            (all(x.dim() == 2 and x.is_contiguous() for x in numbers), "contiguous matrices"),
+            (codes.shape == work.shape, "codes of the weights' shape"),
+            (tuple(upper.shape) == (len(work), len(work)), f"a factor [{len(work)}, {len(work)}]"),
+            (scale.shape == zero.shape and scale.shape[1] == work.shape[1], "scales and zero-points [groups, rows]"),
+            (is_vector(group_of, torch.int32) and len(group_of) == len(work), "an int32 group for each channel"),
+            (0 <= start < stop <= len(work), f"channels within {len(work)}, not {start} to {stop}"),
+            (all(x.device == work.device for x in (*numbers, group_of)), f"tensors on {work.device}"),
+        ),
+    )
     channels, rows = work.shape
     errors = torch.empty((stop - start, rows), dtype=torch.float32, device=work.device)
     block = max(triton.next_power_of_2(stop - start), 16)

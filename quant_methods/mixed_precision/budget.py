@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source
+from quant_methods.fused import experts_of
 from quant_methods.mixed_precision.knapsack import solve
 from quant_methods.mixed_precision.units import Choice, Unit, Width
 from quant_methods.plan import Plan
@@ -175,11 +176,13 @@ def mixed_recipe(recipe: Recipe, plan: Plan, assignment: Assignment, budget: Bud
     targets: dict[tuple[WeightStep, str], list[str]] = {}
     alone: list[str] = []
     for unit, choice in zip(assignment.units, assignment.chosen, strict=True):
-        for layer in unit.layers:
-            if Width.parse(choice.width).bits == 16:
-                alone.append(layer)
-            else:
-                targets.setdefault((plan.steps[layer], choice.width), []).append(layer)
+        # One glob for all experts of a block, which are thousands of layers in all.
+        experts = experts_of(unit.layers)
+        names = list(unit.layers) if experts is None else [experts]
+        if Width.parse(choice.width).bits == 16:
+            alone += names
+        else:
+            targets.setdefault((plan.steps[unit.layers[0]], choice.width), []).extend(names)
     rounding = [
         dataclasses.replace(Width.parse(width).step(step), targets=tuple(layers))
         for (step, width), layers in targets.items()

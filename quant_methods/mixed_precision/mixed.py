@@ -23,7 +23,7 @@ from quant_methods.mixed_precision.sensitivity_plot import plot
 from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe
+from quant_methods.recipe import Recipe, Serving
 from quant_methods.run import MEASURES, KVBits, Progress, Report
 from quant_methods.work_folder import locked
 
@@ -143,11 +143,6 @@ def check_budget(
             f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "
             "alone; use a recipe that rounds to a grid and nothing else"
         )
-    if (expert := next(filter(is_expert, plan.steps), None)) is not None:
-        raise ParetoError(
-            f"recipe {recipe.name}: {expert} is an expert's, and a budget does not measure experts; leave them out "
-            "with --ignore '*.experts.*', or leave --budget out"
-        )
     settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
     blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]
     assign(blank, plan, decoder.source, budget, loss)
@@ -162,10 +157,15 @@ def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:
 
     """
     widths = set()
+    experts = any(map(is_expert, plan.steps))
     for width in settings.widths:
         try:
-            for step in set(plan.steps.values()) if width.bits != 16 else ():
-                width.step(step)
+            steps = [width.step(step) for step in set(plan.steps.values())] if width.bits != 16 else []
+            if experts and Serving.of(steps).plugin:
+                raise ParetoError(
+                    "the recipe rounds experts, and stock vLLM, which serves these, has 4 and 8 bits; leave experts "
+                    "out with --ignore '*.experts.*'"
+                )
             widths.add(width)
         except ParetoError as error:
             if settings.widths != WIDTHS:

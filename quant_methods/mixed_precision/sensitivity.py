@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibration import outside
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.stages import find_stages, stage_statistics
+from quant_methods.calibration.stages import Stage, Statistics, expert_statistics, find_stages, stage_statistics
 from quant_methods.checkpoints.checkpoint import write_json
 from quant_methods.checkpoints.quality import divergence
 from quant_methods.formats.grid import Search, expand, fit, round_to_grid
@@ -177,7 +177,7 @@ class Sensitivity:
             scale_block(ScaledBlock(self.decoder, index, block, seen, self.plan))
         stages = find_stages(self.decoder, index, block, seen)
         position = {name: place for place, stage in enumerate(stages) for name in stage.names}
-        hessians: dict[int, Tensor] = {}
+        known: dict[int, Statistics | None] = {}
         errors: list[float] = []
         variants: list[Tensor] = []
         for unit in units:
@@ -188,20 +188,22 @@ class Sensitivity:
                 if local not in position:
                     raise ParetoError(f"{self.decoder.name(index, local)} never runs on the calibration set; ignore it")
                 place = position[local]
-                if place not in hessians:
-                    known = stage_statistics(self.decoder, index, block, seen, stages=stages, position=place)
-                    hessians[place] = known.hessian
+                if place not in known:
+                    known |= self._statistics(index, block, seen, stages, place)
             for width in self.measured:
                 self.progress(index, self.total, f"block {index + 1}/{self.total}: {group[0]} in {width} bits")
                 lost, whole = 0.0, 0.0
-                for local in group:
-                    name, hessian = self.decoder.name(index, local), hessians[position[local]]
-                    weight = original[local]
-                    step = width.step_of(self.plan.steps[name], name, weight.shape[1])
+                inputs = [weight.shape[1] for weight in original.values()]
+                steps = width.steps_of(self.plan.steps[unit.layers[0]], unit.layers, inputs)
+                for name, step, (local, weight) in zip(unit.layers, steps, original.items(), strict=True):
+                    statistics = known[position[local]]
+                    # An expert that no token was sent to: all its inputs count alike, and its error does not.
+                    hessian = torch.eye(weight.shape[1]).to(weight) if statistics is None else statistics.hessian
+                    share = 0.0 if statistics is None else statistics.share
                     rounded = self._rounded(name, step, weight, hessian)
                     weights[local].copy_(rounded)
-                    lost += mean_square(rounded - weight, hessian)
-                    whole += mean_square(weight, hessian)
+                    lost += share * mean_square(rounded - weight, hessian)
+                    whole += share * mean_square(weight, hessian)
                 errors.append(lost / max(whole, 1e-30))
                 if heard is not None and width in self.heard_at:
                     after = heard.clone()
@@ -210,6 +212,15 @@ class Sensitivity:
             for local, weight in original.items():
                 weights[local].copy_(weight)
         return errors, variants
+
+    def _statistics(
+        self, index: int, block: nn.Module, seen: Tensor, stages: list[Stage], place: int
+    ) -> dict[int, Statistics | None]:
+        """Return the statistics of a stage's inputs by its position; of an expert's stage, those of the whole wave."""
+        wave = stages[place].wave
+        if wave is not None:
+            return expert_statistics(self.decoder, index, block, seen, stages=stages, wave=wave)
+        return {place: stage_statistics(self.decoder, index, block, seen, stages=stages, position=place)}
 
     def _rounded(self, name: str, step: WeightStep, weight: Tensor, hessian: Tensor) -> Tensor:
         dtype = torch.float16 if self.decoder.source.dtype(f"{name}.weight") == torch.float16 else torch.bfloat16

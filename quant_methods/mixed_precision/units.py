@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.fused import families
+from quant_methods.fused import experts_of, families
 from quant_methods.group_sizes import fitted
 from quant_methods.plan import Plan
 from quant_methods.recipe import WeightStep
@@ -60,25 +61,30 @@ class Width:
         changed.check()
         return changed
 
-    def step_of(self, base: WeightStep, name: str, inputs: int) -> WeightStep:
-        """Return a layer's step at this width, its group size fitted to the layer.
+    def steps_of(self, base: WeightStep, names: Sequence[str], inputs: Sequence[int]) -> list[WeightStep]:
+        """Return the steps of a unit's layers at this width, their group size fitted to all of them.
 
         Args:
-            base: the layer's step in the recipe.
-            name: the layer's full name.
-            inputs: its input channels.
+            base: the layers' step in the recipe.
+            names: their full names.
+            inputs: their input channels.
 
         Raises:
-            ParetoError: the step cannot have this width, or the layer cannot have its group size.
+            ParetoError: the step cannot have this width, or a layer cannot have its group size.
 
         """
-        found = fitted(self.step(base), inputs)
-        if found is None:
-            raise ParetoError(
-                f"width {self}: {self.group_size} does not divide the {inputs} input channels of {name}; name other "
-                "--widths, or let --group-size-fallback lower it"
-            )
-        return found
+        found = []
+        for name, channels in zip(names, inputs, strict=True):
+            step = fitted(self.step(base), channels)
+            if step is None:
+                raise ParetoError(
+                    f"width {self}: {self.group_size} does not divide the {channels} input channels of {name}; name "
+                    "other --widths, or let --group-size-fallback lower it"
+                )
+            found.append(step)
+        # Only experts differ in width; vLLM wants all of a block's in groups of one size.
+        size = min(step.group_size for step in found)
+        return [replace(step, group_size=size) for step in found]
 
 
 WIDTHS = tuple(map(Width, (3, 4, 5, 6, 8, 16)))
@@ -107,7 +113,7 @@ class Unit:
     """Layers that are stored alike.
 
     Attributes:
-        name: the layers' common name, ``model.layers.0.self_attn.{q_proj,k_proj,v_proj}``.
+        name: the layers' common name, ``model.layers.0.self_attn.{q_proj,k_proj,v_proj}``, or ``...mlp.experts.*``.
         layers: their full names.
         weights: how many weights they have.
         choices: one for each width, in the order of the settings.
@@ -139,10 +145,8 @@ def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ..
             if width.bits == 16:
                 stored = 8 * sum(decoder.source.size_of(f"{name}.weight") for name in names)
             else:
-                stored = sum(
-                    stored_bits(width.step_of(plan.steps[name], name, shape[1]), shape)
-                    for name, shape in zip(names, shapes, strict=True)
-                )
+                steps = width.steps_of(plan.steps[names[0]], names, [shape[1] for shape in shapes])
+                stored = sum(stored_bits(step, shape) for step, shape in zip(steps, shapes, strict=True))
             choices.append(Choice(str(width), stored, 0.0, 0.0))
         units.append(Unit(common_name(names), names, sum(shape.numel() for shape in shapes), tuple(choices)))
     return units
@@ -160,7 +164,9 @@ def stored_bits(step: WeightStep, shape: torch.Size) -> int:
 
 
 def common_name(names: tuple[str, ...]) -> str:
-    """Return ``a.b.{c,d}`` for ``a.b.c`` and ``a.b.d``; a single name as it is."""
+    """Return ``a.b.{c,d}`` for ``a.b.c`` and ``a.b.d``, ``a.experts.*`` for experts; a single name as it is."""
     if len(names) == 1:
         return names[0]
+    if experts := experts_of(names):
+        return experts
     return f"{names[0].rpartition('.')[0]}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"

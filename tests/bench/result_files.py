@@ -71,7 +71,7 @@ def loadtest_document(label, model="ref-7m", dtype="auto", ttft=50.0, rates=(100
     ).to_dict()  # fmt: skip
 
 
-def kv_bench_document(**step_s):
+def kv_bench_document(fingerprint=None, **step_s):
     """Return a document of one round from decode seconds by dtype, the first the baseline."""
     settings = Settings("ref-7m", tuple(step_s), ((8, 4096),), 1, 64, 2048, "auto", 1 << 30, True, 1, 0)
     samples = {
@@ -83,5 +83,5 @@ def kv_bench_document(**step_s):
     }
     return KVBenchReport(
         "complete", "2026-11-21T12:00:00+00:00", "ref-7m", next(iter(step_s)), asdict(settings), MACHINE,
-        summarize(settings, samples, {}),
+        summarize(settings, samples, {}, {} if fingerprint is None else {"ref-7m": fingerprint}),
     ).to_dict()  # fmt: skip

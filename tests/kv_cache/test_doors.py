@@ -10,7 +10,9 @@ from kv_cache.doors import in_line, is_table, is_vector
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
 from kv_cache.layout import PageLayout
+from quant_methods.formats import grid_search
 from quant_methods.kernels import sparse_cuda
+from quant_methods.kernels.beside import BesideParts
 from quant_methods.kernels.low_bit_matrix import PackedMatrix
 from tests.kv_cache.random_scales import random_scales
 
@@ -146,3 +148,110 @@ def test_strides_of_single_elements_do_not_matter():
     assert is_vector(torch.zeros(8)[::8], torch.float32)
     assert is_table(torch.zeros(4, 8)[:, :3], torch.float32)
     assert not is_table(torch.zeros(4, 8).T, torch.float32)
+
+
+def columns(**changes):
+    """What the Triton kernel of kept columns and a low-rank product is given: 3 tokens, 32 to 16 channels, 2 + 4."""
+    made = {
+        "y": torch.randn(3, 16).half(), "x": torch.randn(3, 32).half(), "low": torch.randn(3, 4).half(),
+        "index": torch.tensor([1, 5], dtype=torch.int32), "ends": torch.randn(6, 16).half(), "result": None,
+    }  # fmt: skip
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"y": torch.randn(3, 16)}, "16-bit numbers, not torch.float32"),
+        ({"y": torch.randn(3, 32).half()[:, ::2]}, "outputs .* rows have no gaps"),
+        ({"y": torch.randn(65, 16).half()}, "1 to 64 tokens, not 65"),
+        ({"x": torch.randn(3, 32).bfloat16()}, "as many inputs .* their dtype"),
+        ({"x": torch.randn(2, 32).half()}, "as many inputs"),
+        ({"x": torch.randn(32, 3).half().T}, "no gaps"),
+        ({"index": torch.tensor([1, 5])}, "int32 channels"),
+        ({"index": None, "low": None}, "channels kept apart or a low-rank product"),
+        ({"low": torch.randn(3, 4)}, "second matrix in their dtype"),
+        ({"ends": torch.randn(6, 16)}, r"contiguous weights \[6, 16\] of torch.float16"),
+        ({"ends": torch.randn(16, 6).half().T}, "contiguous weights"),
+        ({"ends": torch.randn(5, 16).half()}, r"contiguous weights \[6, 16\]"),
+        ({"result": torch.empty(3, 16)}, "a result like the outputs"),
+        ({"result": torch.empty(3, 16, dtype=torch.float16, device="meta")}, "tensors on cpu"),
+    ],
+)
+def test_columns_beside_a_bulk_are_what_their_kernel_reads(changes, what):
+    triton_kernels = pytest.importorskip("quant_methods.kernels.beside_triton")
+    with pytest.raises(ParetoError, match=what):
+        triton_kernels.add(**columns(**changes))
+
+
+@pytest.mark.parametrize(
+    ("weight", "first", "changes", "what"),
+    [
+        (torch.randn(4, 32), 0, {}, "16-bit numbers"),
+        (torch.randn(32, 4).half().T, 0, {}, "a contiguous weight"),
+        (torch.randn(4, 32).half(), 0, {"channels": torch.tensor([1, 5])}, "int32 channels"),
+        (torch.randn(4, 32).half(), 0, {"ends": torch.randn(2, 16)}, "contiguous weights of channels kept apart"),
+        (torch.randn(4, 32).half(), 0, {"ends": torch.randn(1, 16).half()}, "weights of each channel kept apart"),
+        (torch.randn(4, 32).half(), 13, {}, "for 17 output channels"),
+        (torch.randn(4, 32).half(), 0, {"starts": torch.zeros(17, dtype=torch.int64)}, "int32 starts"),
+        (torch.randn(4, 32).half(), 0, {"starts": torch.zeros(4, dtype=torch.int32)}, "int32 starts of 4"),
+        (torch.randn(4, 32).half(), 0, {"values": torch.randn(7)}, "single weights of torch.float16"),
+        (torch.randn(4, 32).half(), 0, {"inputs": torch.zeros(6, dtype=torch.int32)}, "an int32 channel for each"),
+        (torch.randn(4, 32).half(), 0, {"values": torch.randn(7).half().to("meta")}, "tensors on cpu"),
+    ],
+)
+def test_what_is_added_to_a_weight_is_what_its_kernel_reads(weight, first, changes, what):
+    triton_kernels = pytest.importorskip("quant_methods.kernels.beside_triton")
+    parts = BesideParts(
+        None, torch.tensor([1, 5], dtype=torch.int32), torch.randn(2, 16).half(), torch.zeros(17, dtype=torch.int32),
+        torch.zeros(7, dtype=torch.int32), torch.randn(7).half(),
+    )  # fmt: skip
+    with pytest.raises(ParetoError, match=what):
+        triton_kernels.merge(weight, first, parts._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"work": torch.randn(8, 6).double()}, "float32 weights"),
+        ({"upper": torch.randn(8, 8).double()}, "float32 weights, factor"),
+        ({"work": torch.randn(6, 8).T}, "contiguous matrices"),
+        ({"codes": torch.randn(8, 5)}, "codes of the weights' shape"),
+        ({"upper": torch.randn(7, 8)}, r"a factor \[8, 8\]"),
+        ({"zero": torch.randn(1, 6)}, "scales and zero-points"),
+        ({"scale": torch.randn(2, 5), "zero": torch.randn(2, 5)}, "scales and zero-points"),
+        ({"group_of": torch.zeros(8, dtype=torch.int64)}, "an int32 group for each channel"),
+        ({"stop": 9}, "channels within 8, not 2 to 9"),
+        ({"group_of": torch.zeros(8, dtype=torch.int32, device="meta")}, "tensors on cpu"),
+    ],
+)
+def test_the_loop_of_gptq_is_given_what_its_kernel_reads(changes, what):
+    feedback = pytest.importorskip("quant_methods.kernels.feedback")
+    made = {
+        "work": torch.randn(8, 6), "upper": torch.randn(8, 8), "scale": torch.randn(2, 6), "zero": torch.randn(2, 6),
+        "group_of": torch.zeros(8, dtype=torch.int32), "codes": torch.zeros(8, 6), "start": 2, "stop": 6, "low": -8,
+        "high": 7,
+    }  # fmt: skip
+    with pytest.raises(ParetoError, match=what):
+        feedback.round_block(**made | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"scales": torch.rand(5, 3, 2).double()}, "float32 weights, scales"),
+        ({"zeros": torch.rand(4, 3, 2)}, "candidates for each group"),
+        ({"importance": torch.rand(2, 15)}, r"an importance \[2, 16\]"),
+        ({"scales": torch.rand(129, 3, 2), "zeros": torch.zeros(129, 3, 2)}, "1 to 128 candidates, not 129"),
+        ({"zeros": torch.zeros(5, 3, 2, device="meta")}, "tensors on the CPU"),
+    ],
+)
+def test_the_search_for_ranges_is_given_what_its_library_reads(changes, what):
+    if not grid_search.serves(torch.randn(3, 2, 16), torch.rand(2, 16)):
+        pytest.skip("the library is not compiled")
+    made = {
+        "grouped": torch.randn(3, 2, 16), "importance": torch.rand(2, 16), "scales": torch.rand(5, 3, 2),
+        "zeros": torch.zeros(5, 3, 2), "low": -8, "high": 7,
+    }  # fmt: skip
+    with pytest.raises(ParetoError, match=what):
+        grid_search.best_candidates(**made | changes)

@@ -19,6 +19,8 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.stages import expert_statistics, find_stages
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import Source
+from quant_methods.checkpoints.quality import stored_bits
+from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import fit_groups
@@ -27,9 +29,14 @@ from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.tuning import Tune
-from quant_methods.mixed_precision.budget import Budget
-from quant_methods.mixed_precision.mixed import compress_to_budget
+from quant_methods.mixed_precision.budget import Budget, Loss
+from quant_methods.mixed_precision.mixed import JSON_FILE, compress_to_budget
+from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
+from quant_methods.mixed_precision.units import Width
+from quant_methods.plan import make_plan
 from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.sweeps.file import Evaluation, Point, Sweep
+from quant_methods.sweeps.sweep import SweepRun
 from tests.quant_methods.checkpoints.test_readback import read_back
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from tests.quant_methods.test_engine import divergence, serve
@@ -159,6 +166,87 @@ def test_gptq_solves_experts_for_their_own_inputs(mixture: Path, text_file: Path
     assert errors["gptq"] < 0.8 * errors["rtn"]
 
 
+@pytest.mark.parametrize("step", [None, W4, RTN(bits=8, group_size=64)], ids=str)
+def test_the_reference_model_computes_what_a_checkpoint_means(
+    mixture: Path, text_file: Path, tmp_path: Path, step: Step | None
+) -> None:
+    """It once said that the checkpoint lacks the joint parameters which transformers makes of the experts' layers."""
+    checkpoint = mixture
+    if step is not None:
+        checkpoint = tmp_path / "out"
+        compress(mixture, recipe(step), checkpoint, text=text_file)
+    tokens = some_tokens()
+    found = load_reference(checkpoint)
+    assert torch.allclose(found(tokens).logits, loaded(checkpoint)(tokens).logits, rtol=1e-4, atol=1e-4)
+    bits = stored_bits(checkpoint, found)
+    # Of groups of 64: a scale of 16 bits, and 4 bits for the zero-point where there is one.
+    wanted = 16 if step is None else {4: 4 + 20 / 64, 8: 8 + 16 / 64}[step.bits]  # type: ignore[attr-defined]
+    assert bits == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_sweep_measures_mixtures(mixture: Path, text_file: Path, tmp_path: Path) -> None:
+    evaluation = Evaluation(text_file, 2, 64)
+    points = [
+        Point("4 bits", {}, recipe(W4), None),
+        Point("8 bits", {}, recipe(RTN(bits=8, group_size=64)), None),
+        Point("a budget", {}, recipe(W4), Budget("6bits", bits=6.0)),
+    ]
+    settings = Settings(kl_sequences=1, hessian_sequences=2)
+    rows = SweepRun(mixture, Sweep(points, evaluation), tmp_path / "sweep", text=text_file, settings=settings).run()
+    four, eight, mixed = rows
+    assert four["bits_per_weight"] < mixed["bits_per_weight"] <= 6 < eight["bits_per_weight"]
+    assert eight["kl"] < mixed["kl"] < four["kl"]
+
+
+@pytest.mark.parametrize("loss", ["kl", "hessian"])
+def test_a_budget_gives_all_experts_of_a_block_one_width(
+    mixture: Path, text_file: Path, tmp_path: Path, loss: Loss
+) -> None:
+    where, names, _ = STORED[mixture.name]
+    # Groups of 128 do not fit the 64 input channels of the last layers; then none has them.
+    step = RTN(bits=4, group_size=128, symmetric=False)
+    settings = Settings(kl_sequences=1, hessian_sequences=2)
+    report, mixed = compress_to_budget(
+        mixture, recipe(step), Budget("6bits", bits=6.0), tmp_path / "out", settings=settings, loss=loss, text=text_file
+    )
+    document = json.loads((tmp_path / "out" / JSON_FILE).read_text())
+    units = {unit["name"]: unit for unit in document["units"]}
+    experts = [f"model.layers.{block}.{where}.*" for block in range(2)]
+    assert set(experts) < set(units)
+    assert all(len(units[name]["layers"]) == 12 for name in experts)
+    chosen = {unit["chosen"] for unit in units.values()}
+    assert chosen <= {"4", "8", "16"}
+    assert len(chosen) > 1
+    targets = {target for step in mixed.steps for target in step.targets}  # type: ignore[attr-defined]
+    assert {*experts} & {*targets, *mixed.ignore} == {*experts}
+    assert report.serving.plugin is False
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name in (name for name in experts if units[name]["chosen"] != "16"):
+        scales = [
+            stored[f"{name.removesuffix('*')}{index}.{local}.weight_scale"] for index in range(4) for local in names
+        ]
+        assert [scale.shape[1] for scale in scales] == [128 // 64, 128 // 64, 1] * 4
+    bits = stored_bits(tmp_path / "out", load_reference(tmp_path / "out"))
+    # The budget counts 8 bits for a zero-point, of which this format stores 4.
+    assert document["bits_per_weight"] - 4 / 64 <= bits <= document["bits_per_weight"] <= 6
+
+
+def test_an_expert_without_tokens_loses_nothing(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    many = Qwen3MoeConfig(**SHAPE | {"num_hidden_layers": 1}, moe_intermediate_size=64, num_experts=64)
+    model = write(many, tiny_model, tmp_path / "model")
+    decoder = Decoder(model, Source(model))
+    plan = make_plan(decoder, recipe(W4), model)
+    settings = Settings(widths=(Width(4), Width(16)), kl=False)
+    (units,) = [
+        Sensitivity(
+            decoder, plan, some_tokens(1, 4), settings=settings, folder=tmp_path / "measures", key="",
+            progress=lambda done, total, what: None,
+        ).measure()
+    ]  # fmt: skip
+    (experts,) = [unit for unit in units if unit.name.endswith("experts.*")]
+    assert 0 < experts.choices[0].error < 0.1
+
+
 def loaded(checkpoint: Path) -> Any:
     """The model that a checkpoint means, float32."""
     found = read_back(checkpoint)
@@ -204,11 +292,14 @@ def test_what_experts_cannot_have_is_refused_before_any_work(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_rotation_and_budgets_are_too(mixture: Path, text_file: Path, tmp_path: Path) -> None:
+def test_rotation_and_other_widths_are_too(mixture: Path, text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ParetoError, match=r"rotate serves models built like Llama"):
         compress(mixture, recipe(Rotate(), W4), tmp_path / "out", text=text_file)
-    with pytest.raises(ParetoError, match=r"a budget does not measure experts; leave them out with --ignore"):
-        compress_to_budget(mixture, recipe(W4), Budget("5bits", bits=5.0), tmp_path / "out", text=text_file)
+    three = Settings(widths=(Width(3), Width(4)))
+    with pytest.raises(ParetoError, match=r"width 3: the recipe rounds experts, and stock vLLM, which serves these"):
+        compress_to_budget(
+            mixture, recipe(W4), Budget("5bits", bits=5.0), tmp_path / "out", text=text_file, settings=three
+        )
     assert not (tmp_path / "out.partial").exists()
 
 

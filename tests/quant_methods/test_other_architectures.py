@@ -18,7 +18,7 @@ from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.omniquant import OmniQuant
-from quant_methods.methods.rotation import Rotate
+from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.scaling import find_folds
 from quant_methods.methods.smoothquant import SmoothQuant
@@ -131,9 +131,67 @@ def test_all_that_reads_a_norm_is_scaled_with_it(other: Path, text_file: Path) -
     assert fold.offset == (1 if "gemma" in other.name else 0)
 
 
+ROTATED = ("gemma", "phi")
+
+
+@pytest.mark.parametrize("name", ROTATED)
+@torch.no_grad()
+def test_a_rotated_model_is_the_same_function(name: str, tmp_path: Path) -> None:
+    """In float64, before any rounding: weights that are 1 + w, layer norms with biases, parallel blocks."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    for key, parameter in model.named_parameters():
+        parameter.add_((0.3 if "norm" in key or key.endswith("bias") else 0.03) * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    source = RotatedSource(Source(tmp_path / "model"), Rotate(seed=2))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model", tie_word_embeddings=False)
+    rotated = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    rotated.load_state_dict({key: source.turned(key) for key in source.entries})
+    check_norms(rotated.model.layers[0], config, source)
+    tokens = torch.randint(8192, (2, 40), generator=torch.Generator().manual_seed(1))
+    wanted, found = model.double()(tokens).logits, rotated(tokens).logits
+    # Norms compute in float32 in some models.
+    assert (found - wanted).abs().max() < {"gemma": 1e-4, "phi": 1e-10}[name] * wanted.abs().max()
+    assert not torch.allclose(rotated.lm_head.weight, model.lm_head.weight, atol=1e-3)
+
+
+@pytest.fixture
+def rotatable(other: Path) -> Path:
+    if other.name not in ROTATED:
+        pytest.skip("cannot be rotated")
+    return other
+
+
+def test_rotation_takes_outliers_of_other_norms_away(rotatable: Path, text_file: Path, tmp_path: Path) -> None:
+    errors = {}
+    tokens = load_sequences(rotatable, text_file, 2, 32)
+    original = load_reference(rotatable)(tokens).logits.detach()
+    for kind, steps in {"rotated": (Rotate(),), "plain": ()}.items():
+        given: tuple[Step, ...] = (*steps, RTN(bits=8, group_size=-1, activations="int8"))
+        compress(
+            rotatable, Recipe("test", steps=given, calibration=CALIBRATION, kv_scales=False), tmp_path / kind,
+            text=text_file,
+        )  # fmt: skip
+        found = load_reference(tmp_path / kind)(tokens).logits.detach()
+        errors[kind] = (found - original).norm() / original.norm()
+    assert errors["rotated"] < 0.1
+    assert errors["rotated"] < errors["plain"]
+
+
+def test_a_norms_bias_needs_a_place(other: Path) -> None:
+    if other.name != "phi":
+        pytest.skip("has no biases")
+    source = Source(other)
+    del source.entries["model.layers.1.mlp.fc1.bias"]
+    with pytest.raises(ParetoError, match=r"no model.layers.1.mlp.fc1.bias to take in that of model.layers.1.input_l"):
+        RotatedSource(source, Rotate())
+
+
 def test_what_cannot_be_rotated_is_said_before_any_work(other: Path, text_file: Path, tmp_path: Path) -> None:
+    if other.name in ROTATED:
+        pytest.skip("can be rotated")
     given = Recipe("test", steps=(Rotate(), RTN(bits=4, group_size=64)), calibration=CALIBRATION, kv_scales=False)
-    with pytest.raises(ParetoError, match=r"rotate.*; use a recipe without rotate: gptq-w4, awq-w4") as caught:
+    with pytest.raises(ParetoError, match=r"rotate does not serve .*; use a recipe without rotate: gptq-w4") as caught:
         compress(other, given, tmp_path / "out", text=text_file)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.partial").exists()

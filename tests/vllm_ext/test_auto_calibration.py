@@ -68,6 +68,8 @@ def test_a_model_is_calibrated_once(
 def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
     with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none .*--kv-cache-dtype"):
         calibrate(Origin("./no/such"), device="cpu")
+    with pytest.raises(ParetoError, match=r"whose config.json lies elsewhere \(--hf-config-path /other\): put"):
+        calibrate(Origin(str(model), config="/other"), device="cpu")
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.0.self_attn.k_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})

@@ -38,9 +38,9 @@ def run(*words):
 def test_it_lists(cache, capsys):
     assert run() == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"{cache} (limit 50 GB)"
+    assert out[0] == f"{cache} (limit 46.57 GiB, PARETO_CACHE_LIMIT_GB=50)"
     assert [line.split()[:5] for line in out[1:3]] == [
-        ["baselines", "2", "entries", "2", "kB,"], ["kv-scales", "1", "entries", "1", "kB,"]
+        ["baselines", "2", "entries", "1.953", "KiB,"], ["kv-scales", "1", "entries", "1000", "B,"]
     ]  # fmt: skip
     run("list", "samples")
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -48,7 +48,7 @@ def test_it_lists(cache, capsys):
 
 def test_it_clears_what_is_ours(cache, capsys):
     run("clear", "--unused-days", "5")
-    assert "removed 1 entries, 1 kB" in capsys.readouterr().out
+    assert "removed 1 entries, 1000 B" in capsys.readouterr().out
     assert not (cache / "baselines" / ("a" * 24)).exists()
     run("clear", "samples")
     assert [entry.kind for entry in user_cache.entries()].count("samples") == 0

@@ -47,6 +47,8 @@ def config(**changes):
 
 def test_the_engines_configuration_says_all_of_it():
     assert Origin.of(config()) == Origin("org/m", "r", download_dir="/models")
+    assert Origin.of(config(hf_config_path="/other")) == Origin("org/m", "r", download_dir="/models", config="/other")
+    assert Origin.of(config(hf_config_path="org/m")) == Origin("org/m", "r", download_dir="/models")
     assert Origin.of(config(tokenizer_revision="t", hf_token="x")) == Origin("org/m", "r", "org/m", "t", "/models", "x")
     assert Origin.of(config(tokenizer="org/t")).tokenizer == "org/t"
 

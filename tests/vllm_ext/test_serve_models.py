@@ -67,6 +67,19 @@ def test_what_no_server_starts_from_is_said_at_once(tmp_path):
         find(tmp_path / "absent" / "model")
 
 
+def test_a_config_may_lie_elsewhere(tmp_path):
+    """It was once refused for a config.json that vLLM would not have read."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    save_file({"transformer.h.0.x": torch.zeros(2)}, weights / "model.safetensors")
+    elsewhere = config(tmp_path / "elsewhere")
+    assert find(weights, "--hf-config-path", elsewhere) == str(weights)
+    assert find(weights, "--hf-config-path", "org/on-the-hub") == str(weights)
+    (elsewhere / "config.json").write_text("{")
+    with pytest.raises(ParetoError, match=r"elsewhere/config\.json is not valid JSON"):
+        find(weights, "--hf-config-path", elsewhere)
+
+
 def test_a_name_of_one_word_may_be_on_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, *a, **k: asked.append(name))

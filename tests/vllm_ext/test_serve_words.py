@@ -52,6 +52,13 @@ def test_flags_without_values_and_with_many(started):
     ]  # fmt: skip
 
 
+def test_the_place_of_a_config_passes_through(started):
+    assert served(started, "--hf-config-path", "there", "m")[0] == "m"
+    assert cli.main(["serve", "m", "--hf-config-path", "there"]) == 0
+    (command,) = started
+    assert command[command.index("--hf-config-path") + 1] == "there"
+
+
 def test_vllm_is_not_asked_without_need(started, monkeypatch):
     monkeypatch.setattr(serve, "_vllm_flags", None)
     assert served(started, "--port", "81", "--enforce-eager")[0] == "ref-7m"

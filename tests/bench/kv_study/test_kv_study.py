@@ -198,6 +198,9 @@ def test_a_run_writes_table_json_and_picture_and_is_continued(tmp_path, capsys, 
     assert kv_study_command.main(arguments(tmp_path, "--coder", "fp8")) == 0
     assert len(measured) == 3
     assert kv_study_command.main(arguments(tmp_path, "--coder", "fp8", "--again", "fp8")) == 0
+    capsys.readouterr()
+    assert kv_study_command.main(arguments(tmp_path, "--coder", "fp8", "--again", "int4_per_head")) == 2
+    assert "--again names coders that --coder does not: int4_per_head" in capsys.readouterr().err
     assert len(measured) == 4
 
     assert kv_study_command.main(arguments(tmp_path, "--coder", "fp8", "--key-bias", "60")) == 2

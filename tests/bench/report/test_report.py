@@ -307,3 +307,19 @@ def test_one_entry_is_a_column(results, monkeypatch):
     assert "0.20 nats" in render("title", collect([results]), rows, [], [])
     assert console(rows)[1][-1][-1] == "0.20 nats"
     assert to_json(rows, [])["configurations"][-1]["figures"]["kl_p99"]["value"] == pytest.approx(0.2)
+
+
+def test_speed_is_of_the_model_with_its_fingerprint(tmp_path):
+    """Another model of the same name once got its figures, or they a row of their own."""
+    mine = configuration(model="ref-7m", weight_bits=8.0)
+    documents = {
+        "a.json": eval_document(configuration(), mine),
+        "b.json": kv_bench_document(fingerprint=mine.model.fingerprint, auto=0.020, fp8=0.010),
+    }
+    for name, document in documents.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    rows, notes = make_rows(collect([tmp_path]), 1000)
+    assert not [note for note in notes if "models are called" in note]
+    measured = {(row.fingerprint, row.kv_cache_dtype) for row in rows if row.get("step_ratio")}
+    assert measured == {(mine.model.fingerprint, "bf16"), (None, "fp8")}
+    assert len({row.model for row in rows}) == 2

@@ -10,6 +10,7 @@ from bench.speed.kv_bench import KVBench, Settings, summarize
 from bench.speed.schema import KVBenchReport
 from bench.speed.step_timer import prompts, time_batch
 from kv_cache.errors import ParetoError
+from quant_methods.model_source import fingerprint, resolve_model
 from tests.bench.result_files import MACHINE, kv_cache
 
 SETTINGS = Settings("ref-7m", ("auto", "int4_per_head"), ((8, 1024),), 3, 16, 2048, "auto", 1 << 30, True, 1, 0)
@@ -31,7 +32,7 @@ def test_ratios_are_taken_within_rounds_so_that_drift_cancels():
     for i, drift in enumerate((1, 2, 3)):
         samples[f"{i} auto"] = sample(20.0 * drift, 2.0 * drift)
         samples[f"{i} int4_per_head"] = sample(10.0 * drift, 2.0 * drift, bits=4)
-    base, int4 = summarize(SETTINGS, samples, {})
+    base, int4 = summarize(SETTINGS, samples, {}, {})
     assert base.points[0].step_ratio == 1
     assert int4.points[0].step_ratio == pytest.approx(2)
     assert int4.points[0].prefill_ratio == pytest.approx(2)
@@ -44,14 +45,14 @@ def test_ratios_are_taken_within_rounds_so_that_drift_cancels():
 
 def test_unfinished_rounds_pair_only_what_both_have():
     samples = {"0 auto": sample(20.0), "0 int4_per_head": sample(10.0), "1 auto": sample(90.0)}
-    base, int4 = summarize(SETTINGS, samples, {})
+    base, int4 = summarize(SETTINGS, samples, {}, {})
     assert base.points[0].step_ms.n == 2
     assert int4.points[0].step_ratio == pytest.approx(2)
 
 
 def test_noise_gives_no_context_ratio():
     samples = {"0 auto": sample(20.0), "0 int4_per_head": sample(0.9, floor_ms=1.0)}
-    point = summarize(SETTINGS, samples, {})[1].points[0]
+    point = summarize(SETTINGS, samples, {}, {})[1].points[0]
     assert point.context_ms.median == pytest.approx(-0.1)
     assert point.context_ratio is None
 
@@ -143,6 +144,7 @@ def test_a_run_resumes_and_names_what_cannot_run(tmp_path, monkeypatch):
         ("auto", None), ("int4_per_head", None), ("bogus", "no such dtype"),
     ]  # fmt: skip
     assert report.dtypes[1].points[0].step_ms.n == 3
+    assert {d.fingerprint for d in report.dtypes} == {fingerprint(resolve_model("ref-7m"))}
     text = markdown(report)
     assert "not measured: no such dtype" in text
     assert "| int4_per_head | 8 x 1,024 | 10.00 (10.00-10.00) | 2.00x |" in text
@@ -198,7 +200,9 @@ def test_rows_of_compressed_weights_and_their_own_shapes():
         made["copy_bytes_per_s"] = 3e12
         return made
 
-    base, int4, w4 = summarize(settings, {"0 auto": both(20), "0 int4_per_head": both(10), "0 w4 auto": both(5)}, {})
+    base, int4, w4 = summarize(
+        settings, {"0 auto": both(20), "0 int4_per_head": both(10), "0 w4 auto": both(5)}, {}, {}
+    )
     assert [(p.batch, p.context) for p in base.points] == [(8, 1024), (1, 64)]
     assert [(p.batch, p.context) for p in int4.points] == [(8, 1024)]
     assert (base.model, w4.model) == (None, "models/w4")
@@ -219,6 +223,9 @@ def test_rows_of_compressed_weights_and_their_own_shapes():
         (["--shape", "8x64", "--prefix-hits", "8x128"], "shapes that are not measured: 8x128"),
         (["--shape", "8x64", "--only", "fp8=8x64", "--kv-cache-dtype", "auto"], "rows that are not measured: fp8"),
         (["--only", "fp8"], "fp8=32x8192"),
+        (["--compressed-kv-cache-dtype", "auto"], "--compressed-kv-cache-dtype is of the models of --compressed"),
+        (["--shape", "8x64", "--context", "64"], "--shape is instead of --batch and --context"),
+        (["--context", "0"], "--context must be at least 1, got 0"),
         (["--compilation-config", "{mode"], "not JSON"),
         (["--load-format", "dummy"], "has no config.json"),
     ],

@@ -13,7 +13,7 @@ from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
-from quant_methods.methods.rotation import HEAD, Rotate, RotatedSource, check_norms, hadamard
+from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms, hadamard, rotation
 from quant_methods.methods.rtn import RTN
 from quant_methods.recipe import Calibration, Recipe, Step
 
@@ -31,6 +31,18 @@ def test_a_hadamard_matrix_is_orthogonal_and_spreads(size: int) -> None:
     power = size & -size
     if power == size:
         assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
+
+
+@pytest.mark.parametrize("size", [96, 128, 2560])
+def test_a_rotation_for_layer_norms_leaves_the_mean_alone(size: int) -> None:
+    turn = rotation(size, 3, centred=True)
+    assert torch.allclose(turn @ turn.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(turn.sum(1), torch.ones(size, dtype=torch.float64), atol=1e-10)
+    # Every channel is still spread: no number is far above what the equal ones of a Hadamard matrix are.
+    assert turn.abs().max() < {96: 0.75, 128: 0.5, 2560: 0.15}[size]
+    x = torch.randn(5, size, dtype=torch.float64) + 3
+    norm = nn.LayerNorm(size, dtype=torch.float64)
+    assert torch.allclose(norm(x) @ turn, norm(x @ turn), atol=1e-10)
 
 
 @torch.no_grad()
@@ -54,7 +66,9 @@ def test_blocks_compute_the_same_in_another_basis(tiny_model: Path) -> None:
 
     assert not torch.allclose(*states, atol=0.1)
     expected = logits(states[0], head * norm)
-    assert torch.allclose(logits(states[1], rotated.read(HEAD)), expected, atol=1e-3 * expected.abs().max().item())
+    assert torch.allclose(
+        logits(states[1], rotated.read("lm_head.weight")), expected, atol=1e-3 * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("weights", [W4, GPTQ(bits=4, group_size=64, symmetric=False)], ids=["rtn", "gptq"])
@@ -67,7 +81,7 @@ def test_a_rotated_checkpoint_serves_the_original_function(
     config = json.loads((tmp_path / "w4" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "lm_head" in config["quantization_config"]["ignore"]
-    assert HEAD in Source(tmp_path / "w4").entries
+    assert "lm_head.weight" in Source(tmp_path / "w4").entries
     tokens = torch.randint(2, 8192, (2, 50))
     with torch.no_grad():
         original, w8, w4 = (
@@ -79,13 +93,13 @@ def test_a_rotated_checkpoint_serves_the_original_function(
 
 
 def test_models_that_are_not_like_llama_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    block = nn.Module()
-    block.input_layernorm = nn.LayerNorm(64)
-    config = type("Config", (), {"hidden_size": 64})
-    with pytest.raises(ParetoError, match="LayerNorm is not a plain RMS norm"):
-        check_norms(block, config)
     source = Source(tiny_model)
-    source.entries["model.layers.0.mlp.experts.w1"] = source.entries[HEAD.replace("lm_head", "model.norm")]
+    block = nn.Module()
+    block.input_layernorm = nn.LayerNorm(128)
+    config = type("Config", (), {"hidden_size": 128})
+    with pytest.raises(ParetoError, match="LayerNorm is not a plain RMS norm"):
+        check_norms(block, config, RotatedSource(source, Rotate()))
+    source.entries["model.layers.0.mlp.experts.w1"] = source.entries["model.norm.weight"]
     with pytest.raises(ParetoError, match=r"does not know what model.layers.0.mlp.experts.w1 is"):
         RotatedSource(source, Rotate())
 
