@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source, copy_companions, copy_file, write_tensors
-from quant_methods.methods.rotation import READERS
+from quant_methods.methods.rotation import LLAMA
 from quant_methods.model_source import SINGLE, resolve_model
 
 
@@ -49,7 +49,7 @@ def plant(source: Source, factor: float, channels: int, seed: int) -> dict[str, 
     chosen = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[:channels]
     for norm in norms:
         block = norm.removesuffix("input_layernorm.weight")
-        for local, fed in READERS.items():
+        for local, fed in LLAMA.readers.items():
             tensors[f"{block}{local}.weight"][chosen] *= factor
             for layer in fed:
                 tensors[f"{block}{layer}.weight"][:, chosen] /= factor

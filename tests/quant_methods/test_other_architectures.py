@@ -1,5 +1,7 @@
 """Decoders that are not built as Llama is go through every kind of recipe."""
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.recipe import Recipe, Step
 from tests.quant_methods.calibration.test_finite import CALIBRATION, STEPS
 from tests.quant_methods.conftest import TOKENIZER_FILES
+from tests.quant_methods.test_engine import divergence, serve
 
 KINDS: dict[str, tuple[Step, ...]] = STEPS | {
     "omniquant": (OmniQuant(epochs=1), RTN(bits=4, group_size=32)),
@@ -79,24 +82,27 @@ READERS = dict.fromkeys(("gemma", "gemma2", "gemma3"), QKV) | {
 NORM = "model.layers.0.input_layernorm.weight"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def other(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose norms' weights are as after training: with Gemma's initial zeros no scale could be moved."""
-    folder = tmp_path_factory.mktemp("other") / request.param
+def write_other(name: str, tiny_model: Path, folder: Path) -> Path:
+    """Write a model whose norms' weights are as after training: with Gemma's initial zeros no scale could be moved."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
                 parameter.add_(0.2 * torch.randn_like(parameter))
                 if parameter.dim() == 1:
                     parameter[:4] += 6  # Channels with outliers, which a step finds worth to scale.
-            elif parameter.dim() == 2 and "embed" not in name:
+            elif parameter.dim() == 2 and "embed" not in key:
                 parameter.mul_(4)
     model.bfloat16().save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(tiny_model / name, folder / name)
+    for file in TOKENIZER_FILES:
+        shutil.copy(tiny_model / file, folder / file)
     return folder
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def other(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_other(request.param, tiny_model, tmp_path_factory.mktemp("other") / request.param)
 
 
 MOVING: dict[str, tuple[Step, ...]] = {
@@ -195,3 +201,25 @@ def test_what_cannot_be_rotated_is_said_before_any_work(other: Path, text_file: 
         compress(other, given, tmp_path / "out", text=text_file)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_serves_what_was_rotated(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """Stock vLLM computes what PyTorch does: it takes a head apart from Gemma's embedding, and one with biases."""
+    tokens = load_sequences(tiny_model, text_file, 2, 48)
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    (tmp_path / "served").mkdir()
+    given = Recipe("test", steps=(Rotate(), RTN(bits=4, group_size=64)), calibration=CALIBRATION, kv_scales=False)
+    for name in ROTATED:
+        write_other(name, tiny_model, tmp_path / "models" / name)
+        compress(tmp_path / "models" / name, given, tmp_path / name, text=text_file)
+    serve(tmp_path / "tokens.json", tmp_path / "served", [tmp_path / name for name in ROTATED], plugin=False)
+    for name in ROTATED:
+        result = torch.load(tmp_path / "served" / f"{name}.pt")
+        assert result.get("error") is None, name
+        original, expected = (
+            load_reference(path)(tokens).logits[:, :-1].log_softmax(-1).detach()
+            for path in (tmp_path / "models" / name, tmp_path / name)
+        )
+        assert divergence(expected, result["logits"].log_softmax(-1)) < 0.1 * divergence(expected, original), name
