@@ -44,8 +44,8 @@ def paged_attention(
         own: keys, after rotary embedding, and values of the query's tokens, each [tokens, KV heads, head_dim]; None:
             they too are read from their pages.
         sinks: float32 [heads], a logit of each head that joins the sum in the softmax and brings no value, so that
-            weights may add up to less than 1 (gpt-oss; Miller 2023, "Attention is off by one", has it fixed at 0). It is
-            in units of scaled logits, and is not capped. None: there is none.
+            weights add up to less than 1 (gpt-oss; Miller 2023, "Attention is off by one", fixes it at 0). It is of
+            the size of scaled logits, and no soft cap applies to it. None: there is none.
 
     Returns:
         [tokens, heads, head_dim] in ``dtype``.
