@@ -110,6 +110,7 @@ def write_gpt_oss(folder, window=128):
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.sinks, mean=3.0, std=2.0)
         layer.self_attn.q_proj.weight.data *= 0.5  # Else few tokens would have all of the weight.
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=2.0)  # Centres of keys that count.
     model.bfloat16().save_pretrained(folder)
     return write_scales(folder, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
