@@ -1,17 +1,21 @@
 """gpt-oss' KV scales: sinks, windows in every other layer, YaRN and a mixture of experts, from the command on."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from kv_cache.calibration import KVCalibrator
 from kv_cache.scales import KVScales
+from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import kv_rotary, observing
 from quant_methods.calibration.kv_pass import FIRST_TOKENS, first_tokens, kv_sequences
 from quant_methods.calibration.text_source import load_tokenizer
+from quant_methods.formats.foreign_formats import unpack_mxfp4
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from vllm_ext.cli import main
 
@@ -76,3 +80,36 @@ def test_bits_are_found_for_a_budget(
     bits = KVScales.load(tmp_path / "out").bits
     assert bits is not None
     assert len(bits) == 3
+
+
+def test_experts_in_mxfp4_are_read_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the real checkpoints store them; a twin stores what the codes mean."""
+    folder, twin = tmp_path / "mxfp4", tmp_path / "twin"
+    shutil.copytree(model, folder)
+    shutil.copytree(model, twin)
+    tensors = load_file(model / "model.safetensors")
+    plain = dict(tensors)
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 122, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = unpack_mxfp4(blocks, scales).mT.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(plain, twin / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    found = Decoder(folder)
+    for name, expected in plain.items():
+        assert torch.equal(found.source.read(name), expected), name
+    made = []
+    for checkpoint in (folder, twin):
+        out = tmp_path / f"{checkpoint.name}-out"
+        words = ["compress", checkpoint, "--recipe", "kv-scales", "--out", out, "--num-calibration-samples", "4"]
+        assert main([*map(str, words), "--calibration-length", "32"]) == 0, capsys.readouterr().err
+        made.append(KVScales.load(out))
+    for one, other in zip(*(scales.layers for scales in made), strict=True):
+        assert torch.equal(one.key_transform, other.key_transform)
+        assert torch.equal(one.key_mean, other.key_mean)
