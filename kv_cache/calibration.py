@@ -7,10 +7,10 @@ makes the scales of them:
   (an attention sink, Xiao et al. 2023) and has a mean of its own; it is left out of everything else.
 - The transform balances the covariance of keys against what their errors cost (kv_cache/transforms.py). To first order,
   an error e of key j moves the output o of query t by ``a_tj (v_j - o_t) (q_t . e)``, where a are the attention
-  probabilities and v the values (the derivative of softmax). Summed over keys and queries, the squares are
-  ``e^T H e`` with ``H = sum_t w_t q_t q_t^T`` and ``w_t = sum_j a_tj^2 |v_j - o_t|^2``: the Gauss-Newton matrix of the
-  attention output, in the role that the Fisher information of the loss has in KVQuant (Hooper et al. 2024,
-  section 3.4).
+  probabilities and v the values (the derivative of softmax; a sink is one more key, whose value is 0). Summed over keys
+  and queries, the squares are ``e^T H e`` with ``H = sum_t w_t q_t q_t^T`` and
+  ``w_t = sum_j a_tj^2 |v_j - o_t|^2``: the Gauss-Newton matrix of the attention output, in the role that the Fisher
+  information of the loss has in KVQuant (Hooper et al. 2024, section 3.4).
 - Of values, the root mean square and the direction in which most of them lie.
 
 Rotary embedding turns pairs of channels by angles that grow with the position, so keys and queries at position 8,000
@@ -110,7 +110,15 @@ class KVCalibrator:
         self._layers = [_Layer(num_kv_heads, head_dim, seed * 1_000_003 + index) for index in range(num_layers)]
 
     @torch.no_grad()
-    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
         """Take a layer's tensors of one sequence, or of several of one length, each from its first position on.
 
         Sequences of one token say what keys at position 0 are like, and nothing else. Where there are any, they alone
@@ -122,13 +130,16 @@ class KVCalibrator:
                 RoPE; logits are ``q . k / sqrt(head_dim)``.
             key: [..., tokens, num_kv_heads, head_dim], floating point, after RoPE.
             value: [..., tokens, num_kv_heads, head_dim], floating point.
+            mask: bool [sequences or 1, 1, tokens, tokens], which tokens (last dimension) each token sees; None: all up
+                to its own.
+            sinks: [num_heads], floating point; see `attention_of`. None: there are none.
 
         Raises:
             ParetoError: there is no such layer, a shape is wrong, or a number is not finite.
 
         """
         # One check for all sequences: on a GPU each one waits until everything before it is done.
-        self._check(layer, query, key, value)
+        self._check(layer, query, key, value, mask, sinks)
         query, key, value = (x[None] if x.dim() == 3 else x for x in (query, key, value))
         record, (sequences, tokens) = self._layers[layer], key.shape[:2]
         record.to(key.device)
@@ -137,11 +148,14 @@ class KVCalibrator:
         record.first[several] += key[:, 0].double().sum(0)
         record.firsts[several] += sequences
         if several:
-            for sequence in zip(query, key, value, strict=True):
-                self._add(record, *sequence)
+            seen = [None] * sequences if mask is None else mask[:, 0].expand(sequences, -1, -1)
+            for sequence in zip(query, key, value, seen, strict=True):
+                self._add(record, *sequence, sinks)
 
-    def _add(self, record: _Layer, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Sum up one sequence's tokens but the first, shapes as `observe` takes them."""
+    def _add(
+        self, record: _Layer, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, sinks: Tensor | None
+    ) -> None:
+        """Sum up one sequence's tokens but the first, shapes as `observe` takes them; seen: [tokens, tokens]."""
         key, value, tokens = key.float(), value.float(), len(key)
         with tf32(False):
             positions = torch.arange(1, tokens, device=key.device)
@@ -157,19 +171,31 @@ class KVCalibrator:
             rows = directions(value[1:]).transpose(0, 1)
             record.value_direction += torch.bmm(rows.mT, rows)
             chosen = torch.randperm(tokens, generator=record.generator)[: self.queries].sort().values.to(key.device)
-            record.metric += self._metric(chosen, query[chosen].float(), key, value)
+            asked = query[chosen].float()
+            record.metric += self._metric(chosen, asked, key, value, None if seen is None else seen[chosen], sinks)
 
-    def _metric(self, positions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _metric(
+        self,
+        positions: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Return H of some of a sequence's queries [n, num_heads, head_dim], turned back to position 0."""
         size = max(1, MAX_PROBABILITIES // (query.shape[1] * len(key)))
         metric = torch.zeros(self.num_kv_heads, self.head_dim, self.head_dim, device=key.device)
-        for part, asked in zip(positions.split(size), query.split(size), strict=True):
-            weight = query_weights(part, asked, key, value)
+        views = [None] * -(-len(positions) // size) if seen is None else seen.split(size)
+        for part, asked, view in zip(positions.split(size), query.split(size), views, strict=True):
+            weight = query_weights(part, asked, key, value, seen=view, sinks=sinks)
             rows = grouped(self.rotary.turn(asked, -part), self.num_kv_heads)
             metric += torch.bmm((rows * weight[..., None]).mT, rows)
         return metric
 
-    def _check(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
         if not 0 <= layer < self.num_layers:
             raise ParetoError(f"KV calibration: there is no layer {layer}; the model has {self.num_layers}")
         where = f"KV calibration, layer {layer}"
@@ -186,6 +212,16 @@ class KVCalibrator:
                 f"{where}: queries {tuple(query.shape)} must be [{', '.join(map(str, tokens))}, num_heads, "
                 f"{self.head_dim}] with a multiple of {self.num_kv_heads} heads"
             )
+        if sinks is not None and tuple(sinks.shape) != (heads,):
+            raise ParetoError(f"{where}: sinks {tuple(sinks.shape)} must be one for each of {heads} query heads")
+        if mask is not None:
+            count = tokens[0] if len(tokens) == 2 else 1
+            if mask.dtype != torch.bool or mask.shape[0] not in (1, count) or mask.shape[1:] != (1, *2 * tokens[-1:]):
+                raise ParetoError(
+                    f"{where}: a mask {mask.dtype} {tuple(mask.shape)} must be bool [{count} or 1, 1, {tokens[-1]}, "
+                    f"{tokens[-1]}]"
+                )
+        # A sink of -infinity is none.
         finite = torch.stack([tensor.isfinite().all() for tensor in (query, key, value)])
         if not finite.all():
             bad = ("queries", "keys", "values")[finite.tolist().index(False)]
@@ -283,7 +319,15 @@ def grouped(query: Tensor, kv_heads: int) -> Tensor:
     return query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def query_weights(positions: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+def query_weights(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    seen: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Return ``w_t = sum_j a_tj^2 |v_j - o_t|^2`` of causal attention, over all keys j but the first.
 
     Args:
@@ -292,17 +336,25 @@ def query_weights(positions: Tensor, query: Tensor, key: Tensor, value: Tensor, 
         key: of the whole sequence.
         value: likewise.
         scaling: of logits.
+        seen: by each query.
+        sinks: of the heads.
 
     Returns:
         [num_kv_heads, group * queries], heads of a group one after the other.
 
     """
-    attention, distance = attention_of(positions, query, key, value, scaling)
+    attention, distance = attention_of(positions, query, key, value, scaling, seen, sinks)
     return attention.square_().mul_(distance)[..., 1:].sum(-1)
 
 
 def attention_of(
-    positions: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    seen: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the probabilities ``a_tj`` of causal attention, and how far values lie from outputs, ``|v_j - o_t|^2``.
 
@@ -312,6 +364,9 @@ def attention_of(
         key: [tokens, num_kv_heads, head_dim], of the whole sequence, in the queries' dtype; ``value`` likewise.
         value: see ``key``.
         scaling: what ``q . k`` is multiplied by; None: 1 / sqrt(head_dim).
+        seen: bool [queries, tokens], what each query sees; None: all up to its own token.
+        sinks: [num_heads], floating point, a logit of each head that joins the sum in the softmax and brings no value,
+            so that probabilities add up to less than 1 (gpt-oss); None: there are none.
 
     Returns:
         [num_kv_heads, group * queries, tokens] twice, heads of a group one after the other.
@@ -319,10 +374,13 @@ def attention_of(
     """
     tokens, kv_heads, dim = key.shape
     keys, values = key.transpose(0, 1), value.transpose(0, 1)
-    future = torch.arange(tokens, device=key.device) > positions[:, None]
+    hidden = torch.arange(tokens, device=key.device) > positions[:, None] if seen is None else ~seen
     logits = torch.bmm(grouped(query, kv_heads), keys.mT).mul_(1 / math.sqrt(dim) if scaling is None else scaling)
-    logits = logits.unflatten(1, (-1, len(positions))).masked_fill_(future, -math.inf)
-    attention = logits.flatten(1, 2).softmax(-1)
+    logits = logits.unflatten(1, (-1, len(positions))).masked_fill_(hidden, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(logits).view(kv_heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sink], -1)
+    attention = logits.flatten(1, 2).softmax(-1)[..., :tokens]
     output = torch.bmm(attention, values)
     # |v - o|^2 expanded, so that no [queries, tokens, head_dim] tensor is needed; rounding may leave it below 0.
     distance = torch.baddbmm(values.square().sum(-1)[:, None], output, values.mT, alpha=-2)

@@ -14,7 +14,7 @@ import torch
 
 from kv_cache import codec
 from kv_cache.compiled import compiled_library
-from kv_cache.doors import are_heads, expect, is_table, is_vector
+from kv_cache.doors import are_heads, are_sinks, expect, is_table, is_vector
 from kv_cache.errors import ParetoError
 from kv_cache.formats import PLANES
 from kv_cache.layout import META, PageLayout
@@ -67,6 +67,7 @@ class _Attention(ctypes.Structure):
         ("key_head_stride", _i64),
         ("value_token_stride", _i64),
         ("value_head_stride", _i64),
+        ("sinks", _ptr),
         ("block_table", _ptr),
         ("table_stride", _i64),
         ("seq_lens", _ptr),
@@ -304,6 +305,7 @@ class PagedCache:
         soft_cap: float = 0.0,
         isa: str | None = None,
         own: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
@@ -320,6 +322,8 @@ class PagedCache:
             isa: one of ISAS; None takes the best, or what VLLM_PARETO_CPU_ISA names.
             own: keys and values of the query's tokens, [tokens, KV heads, head_dim] of its dtype, channels contiguous;
                 None: they are read from codes like all others.
+            sinks: float32 [heads], contiguous: a logit of each head that joins the sum in the softmax and brings no
+                value; None: there is none.
 
         Raises:
             ParetoError: the instruction set is not there, a sequence is longer than ``max_tokens``, or shapes, strides
@@ -349,6 +353,7 @@ class PagedCache:
                     )
                     for x in own or ()
                 ),
+                (sinks is None or are_sinks(sinks, of_query, query.device), f"contiguous float32 sinks [{of_query}]"),
             ),
         )
         key, value = own or (None, None)
@@ -362,6 +367,7 @@ class PagedCache:
             out.stride(1),
             *(None if x is None else x.data_ptr() for x in (key, value)),
             *(0 if x is None else x.stride(axis) for x in (key, value) for axis in (0, 1)),
+            None if sinks is None else sinks.data_ptr(),
             block_table.data_ptr(),
             block_table.stride(0),
             seq_lens.data_ptr(),

@@ -43,3 +43,8 @@ def is_table(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 def are_heads(tensor: torch.Tensor, heads: int, dim: int) -> bool:
     """Return whether it is [tokens, heads, channels] with channels that lie one after the other."""
     return tensor.dim() == 3 and tuple(tensor.shape[1:]) == (heads, dim) and in_line(tensor)
+
+
+def are_sinks(tensor: torch.Tensor, heads: int, device: torch.device) -> bool:
+    """Return whether it is a logit of each query head: float32 [heads] without gaps, on a device."""
+    return is_vector(tensor, torch.float32) and tensor.shape[0] == heads and tensor.device == device

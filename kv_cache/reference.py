@@ -22,6 +22,7 @@ def paged_attention(
     soft_cap: float = 0.0,
     dtype: torch.dtype = torch.float64,
     own: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally over codes; a token's own key and value are as they were before they were coded, if given.
 
@@ -42,6 +43,9 @@ def paged_attention(
         dtype: of the arithmetic.
         own: keys, after rotary embedding, and values of the query's tokens, each [tokens, KV heads, head_dim]; None:
             they too are read from their pages.
+        sinks: float32 [heads], a logit of each head that joins the sum in the softmax and brings no value, so that
+            weights add up to less than 1 (gpt-oss; Miller 2023, "Attention is off by one", fixes it at 0). It is of
+            the size of scaled logits, and no soft cap applies to it. None: there is none.
 
     Returns:
         [tokens, heads, head_dim] in ``dtype``.
@@ -73,7 +77,11 @@ def paged_attention(
                 scores[:, row, at] = torch.einsum("qhd,qd->hq", query[start:stop, group].to(dtype), own_key) * scale
             if soft_cap:
                 scores = soft_cap * torch.tanh(scores / soft_cap)
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                sink = sinks[group].to(dtype)[:, None, None].expand(*scores.shape[:2], 1)
+                scores = torch.cat([scores, sink], -1)
+            weights = scores.softmax(-1)[..., :length]
             out[start:stop, group] = torch.einsum("hqt,td->qhd", weights, values)
             if own is not None:
                 out[start:stop, group] += torch.einsum("hq,qd->qhd", weights[:, row, at], own_value - values[at])

@@ -88,7 +88,6 @@ def path_of_layer(backends: dict[str, type[CodesBackend]], selected: Any) -> str
     reasons = {
         f"head size {selected.head_size}": selected.head_size not in HEAD_SIZES,
         "multi-head latent attention": selected.use_mla,
-        "attention sinks": selected.has_sink,
         "sparse attention": selected.use_sparse,
         "bidirectional multimodal prefixes": selected.use_mm_prefix,
         f"{selected.attn_type} attention": selected.attn_type != AttentionType.DECODER,
@@ -111,6 +110,9 @@ class CodesLayer:
         num_kv_heads: KV heads of this rank.
         window: a token sees the last ``window`` tokens, itself included; 0 means all.
         soft_cap: c in ``c * tanh(score / c)``; 0 means none.
+        sinks: float32 [num_heads] once weights are loaded, a logit of each head that joins the sum in the softmax and
+            brings no value; None: there is none.
+        sinks_parameter: the same as the model has it, in its dtype.
         fmt: the format.
 
     """
@@ -129,9 +131,13 @@ class CodesLayer:
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        if alibi_slopes is not None or sinks is not None:
-            what = "attention sinks" if sinks is not None else "ALiBi"
-            raise ParetoError(f"--kv-cache-dtype {kv_cache_dtype} does not serve {what}: use --kv-cache-dtype auto")
+        if alibi_slopes is not None:
+            raise ParetoError(f"--kv-cache-dtype {kv_cache_dtype} does not serve ALiBi: use --kv-cache-dtype auto")
+        if sinks is not None and tuple(sinks.shape) != (num_heads,):
+            raise ParetoError(
+                f"--kv-cache-dtype {kv_cache_dtype}: attention sinks of shape {tuple(sinks.shape)} do not fit "
+                f"{num_heads} query heads, which have one each"
+            )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -139,9 +145,21 @@ class CodesLayer:
         self.kv_cache_dtype = kv_cache_dtype
         self.window = sliding_window or 0
         self.soft_cap = logits_soft_cap or 0.0
+        # The model's parameter, which has no values yet.
+        self.sinks_parameter = None if sinks is None else sinks.detach()
+        self.sinks: torch.Tensor | None = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.fmt = get_format(kv_cache_dtype)
         self.config = get_current_vllm_config()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take over the sinks, which are the model's parameter, as the kernels read them; vLLM calls this."""
+        loaded = self.sinks_parameter
+        if loaded is None:
+            return
+        if self.sinks is None or self.sinks.device != loaded.device:
+            self.sinks = torch.empty(self.num_heads, dtype=torch.float32, device=loaded.device)
+        self.sinks.copy_(loaded)  # When weights are loaded again too: CUDA graphs hold the address.
 
     def scales_of(self, layer: Any) -> LayerScales:
         """Return the scales that the layer's pages are read with."""

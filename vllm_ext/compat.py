@@ -147,6 +147,7 @@ NAMES: dict[str, Name] = {
             "__init__": "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype "
             "logits_soft_cap attn_type kv_sharing_target_layer_name",
             "forward": "layer query key value kv_cache attn_metadata output output_scale output_block_scale",
+            "process_weights_after_loading": "act_dtype",
         },
     ),
     "AttentionMetadataBuilder": Name(
@@ -179,11 +180,14 @@ NAMES: dict[str, Name] = {
         "flash_attn_varlen_func",
         calls={
             "": "q k v out cu_seqlens_q max_seqlen_q cu_seqlens_k max_seqlen_k softmax_scale causal window_size "
-            "softcap fa_version"
+            "softcap fa_version s_aux"
         },
     ),
     "get_flash_attn_version": Name(
-        "vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", calls={"": "head_size"}
+        "vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", calls={"": "head_size has_sinks"}
+    ),
+    "flash_attn_supports_sinks": Name(
+        "vllm.v1.attention.backends.fa_utils", "flash_attn_supports_sinks", calls={"": ""}
     ),
     "split_decodes_and_prefills": Name(
         "vllm.v1.attention.backends.utils",

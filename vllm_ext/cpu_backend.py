@@ -157,5 +157,6 @@ class CPUCodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             self.window,
             self.soft_cap,
             own=None if self.kv_sharing_target_layer_name else (key[:tokens], value[:tokens]),
+            sinks=self.sinks,
         )
         return output

@@ -7,7 +7,6 @@ precision through vLLM's FlashAttention; what came before them is read back from
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +30,7 @@ from vllm_ext.compat import (
     AttentionSpec,
     CommonAttentionMetadata,
     VllmConfig,
+    flash_attn_supports_sinks,
     flash_attn_varlen_func,
     get_flash_attn_version,
     split_decodes_and_prefills,
@@ -201,7 +201,23 @@ _BACKENDS = for_each_format(CUDACodesBackend)
 globals().update({cls.__name__: cls for cls in _BACKENDS.values()})
 
 
-backend_path = functools.partial(path_of_layer, _BACKENDS)
+def backend_path(selected: Any) -> str:
+    """Return the import path of the backend of a layer with one of our dtypes.
+
+    Args:
+        selected: vLLM's AttentionSelectorConfig.
+
+    Raises:
+        ParetoError: the layer is of a kind that the dtype cannot serve on this device.
+
+    """
+    # Our decode kernel serves sinks everywhere, but prompts go through FlashAttention, which does from version 3 on.
+    if selected.has_sink and not flash_attn_supports_sinks():
+        raise ParetoError(
+            f"--kv-cache-dtype {selected.kv_cache_dtype} serves attention sinks on CUDA only with FlashAttention 3, "
+            "which needs compute capability 9.0: use --kv-cache-dtype auto"
+        )
+    return path_of_layer(_BACKENDS, selected)
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
         for preload in (preload_store, preload_read):
             preload(constants, dtype, device)
         decode = self._decode(layout, dtype, device)
-        version = get_flash_attn_version(head_size=self.head_size)
+        version = get_flash_attn_version(head_size=self.head_size, has_sinks=self.sinks is not None)
         return _Parts(constants, Folding.of(scales, limit, device), decode, version)
 
     def _decode(self, layout: PageLayout, dtype: torch.dtype, device: torch.device) -> DecodeAttention:
@@ -294,7 +310,7 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             pages = kv_cache, batch.block_table[:requests], batch.seq_lens[:requests], batch.query_start[: requests + 1]
             own = key[:tokens], value[:tokens]
             parts.decode.prepare(query[:tokens], parts.folding, self.scale, beside, own, batch.awaits_store)
-            parts.decode.attend(output[:tokens], *pages, parts.folding, self.window, self.soft_cap)
+            parts.decode.attend(output[:tokens], *pages, parts.folding, self.window, self.soft_cap, self.sinks)
         if batch.prompts is not None:
             fresh = slice(batch.prompts.first_token, batch.num_tokens)
             self._attend_prompts(batch, parts, query[fresh], key[fresh], value[fresh], kv_cache, output[fresh])
@@ -331,4 +347,6 @@ class CUDACodesImpl(CodesLayer, AttentionImpl[CodesMetadata]):
             window_size=[self.window - 1, 0] if self.window else None,
             softcap=self.soft_cap,
             fa_version=parts.flash_version,
+            # In bfloat16 alone, whatever the model's dtype; a bfloat16 model's are not copied.
+            s_aux=None if self.sinks_parameter is None else self.sinks_parameter.bfloat16(),
         )

@@ -136,7 +136,7 @@ class StudiedModel:
             batch_tokens: tokens that go through the model at once, at least one window.
 
         Raises:
-            ParetoError: transformers cannot load it.
+            ParetoError: transformers cannot load it, or it has attention sinks.
 
         """
         from transformers import AutoModelForCausalLM
@@ -151,6 +151,8 @@ class StudiedModel:
             raise ParetoError(f"{folder}: transformers cannot load this model ({reason})") from error
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.decoder: Any = self.model.get_decoder()
+        if any(getattr(module, "sinks", None) is not None for module in self.decoder.modules()):
+            raise ParetoError(f"{folder}: this model has attention sinks: the study has no coders for such")
         self.shape = Shape(*kv_geometry(self.model.config))
         self.samples: list[Sample] = []
         self.windows = torch.empty(0)

@@ -8,7 +8,7 @@
 //
 // where q has the keys' inverse transform folded in, and the output still has to be mixed back. Scales and zeros are a
 // token's, for all channels of a head, so that they never touch a code. A token's own key and value, if given, are not
-// read from codes: their score and their share of the output are added when a row is complete.
+// read from codes: their score and their share of the output are added when a row is complete, and so is a head's sink.
 //
 // bias is q . centre(position) (kv_cache/rotary.py). In one chunk that is a sum over pairs of channels of a cosine and a
 // sine of the position in the chunk times two coefficients, which turn from chunk to chunk: one more product, of the

@@ -50,6 +50,7 @@ typedef struct {
     const void *value;
     int64_t key_token_stride, key_head_stride;
     int64_t value_token_stride, value_head_stride;
+    const float *sinks;         // [num_heads], a logit more in each head's softmax, without a value; null: none
     const int32_t *block_table; // [num_reqs][table_stride]
     int64_t table_stride;
     const int32_t *seq_lens;    // [num_reqs], the new tokens included

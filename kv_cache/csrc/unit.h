@@ -301,13 +301,17 @@ static void unit_finish(const unit_t *u, const pareto_attention_args *a, int req
         const int64_t at = ((int64_t)a->query_start[request] + row / group) * a->out_token_stride
             + (kv_head * group + row % group) * a->out_head_stride;
         float *total = u->total + r * dim, keep = 1, weight = 0;
-        // The row's own token, merged like one more chunk.
-        if (a->key) {
-            const float top = u->max[r] > u->own[r] ? u->max[r] : u->own[r];
-            const v16f powers = exp2_or_0((v16f){u->max[r] - top, u->own[r] - top});
+        float sink_weight = 0;
+        // The row's own token and the sink, merged like chunks of one token each.
+        if (a->key || a->sinks) {
+            const float sink = a->sinks ? a->sinks[kv_head * group + row % group] * LOG2E : -INFINITY;
+            float top = u->max[r] > u->own[r] ? u->max[r] : u->own[r];
+            top = top > sink ? top : sink;
+            const v16f powers = exp2_or_0((v16f){u->max[r] - top, u->own[r] - top, sink - top});
             keep = u->max[r] == top ? 1 : powers[0], weight = u->own[r] == top ? 1 : powers[1];
+            sink_weight = sink == top ? 1 : powers[2];
         }
-        const float sum = u->sum[r] * keep + weight;
+        const float sum = u->sum[r] * keep + weight + sink_weight;
         mix_channels(total, dim, sum > 0 ? value_factor(c, kv_head) * keep / sum : 0.0f);
         reflect_channels(total, c->value_mirror + (int64_t)kv_head * dim, dim);
         if (!a->key) {

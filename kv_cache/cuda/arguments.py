@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kv_cache.doors import expect, in_line
+from kv_cache.doors import are_sinks, expect, in_line
 from kv_cache.errors import ParetoError
 from kv_cache.layout import PageLayout
 
@@ -95,6 +95,7 @@ class Geometry:
         seq_lens: torch.Tensor,
         query_start: torch.Tensor,
         soft_cap: float,
+        sinks: torch.Tensor | None,
         device: torch.device,
     ) -> None:
         """Check the arguments of :meth:`kv_cache.cuda.decode.DecodeAttention.attend`; see :meth:`verify_queries`."""
@@ -117,6 +118,7 @@ class Geometry:
                 (requests == query_start.shape[0] - 1 == block_table.shape[0], "as many rows as requests"),
                 (all(t.dtype == torch.int32 and in_line(t) for t in indices), "dense int32 indices"),
                 (bool(soft_cap) == self.soft_cap, "a soft cap exactly if the kernel was made for one"),
+                (sinks is None or are_sinks(sinks, self.heads, device), f"contiguous float32 sinks [{self.heads}]"),
                 (all(t.device == device for t in (out, cache, *indices)), f"tensors on {device}"),
             ]
         )

@@ -68,6 +68,7 @@ class _DecodeParams(ctypes.Structure):
         ("value", _ptr),
         ("value_token_stride", _i64),
         ("value_head_stride", _i64),
+        ("sinks", _ptr),
         ("value_output", _ptr),
         ("partial", _ptr),
         ("partial_stats", _ptr),
@@ -229,6 +230,7 @@ class DecodeAttention:
         folding: Folding,
         window: int = 0,
         soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Attend with the queries that :meth:`prepare` left.
 
@@ -242,9 +244,14 @@ class DecodeAttention:
             folding: the layer's; its positions reach as far as the longest sequence.
             window: a token sees the last ``window`` tokens, itself included; 0 means all.
             soft_cap: c in ``c * tanh(score / c)``; 0 means none.
+            sinks: float32 [heads], contiguous: a logit of each head that joins the sum in the softmax and brings no
+                value; None: there is none.
+
+        Raises:
+            ParetoError: shapes, strides or dtypes do not fit.
 
         """
-        self.geometry.verify_pages(out, cache, block_table, seq_lens, query_start, soft_cap, self.device)
+        self.geometry.verify_pages(out, cache, block_table, seq_lens, query_start, soft_cap, sinks, self.device)
         params = _DecodeParams(
             cache.data_ptr(),
             cache.stride(0),
@@ -259,6 +266,7 @@ class DecodeAttention:
             seq_lens.data_ptr(),
             query_start.data_ptr(),
             *_place(self._value),
+            None if sinks is None else sinks.data_ptr(),
             folding.value_output.data_ptr(),
             self._partial.data_ptr(),
             self._partial_stats.data_ptr(),
@@ -289,6 +297,7 @@ class DecodeAttention:
         window: int = 0,
         soft_cap: float = 0.0,
         own: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Attend causally over codes, as :func:`kv_cache.reference.paged_attention`.
 
@@ -305,6 +314,7 @@ class DecodeAttention:
             window: tokens seen, 0 for all.
             soft_cap: 0 for none.
             own: see :meth:`prepare`.
+            sinks: see :meth:`attend`.
 
         Raises:
             ParetoError: shapes, strides or dtypes do not fit.
@@ -314,7 +324,7 @@ class DecodeAttention:
             raise ParetoError(f"{self.layout.fmt.name} decode attention expects as many outputs as queries")
         self._verify(folding)
         self.prepare(query, folding, scale, own=own)
-        self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap)
+        self.attend(out, cache, block_table, seq_lens, query_start, folding, window, soft_cap, sinks)
 
     def _verify(self, folding: Folding) -> None:
         heads, dim = self.kv_heads, self.layout.head_dim

@@ -25,12 +25,16 @@ from kv_cache.formats import unserved_head_size
 from kv_cache.rotary import Rotary
 
 ATTENTION = "pareto_observed"
+SINKS = "s_aux"
+"""Under what name models of transformers hand sinks to their attention function."""
 
 
 class Observer(Protocol):
     """What takes the tensors; ``kv_cache.calibration.KVCalibrator`` is one."""
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
         """Take a batch of sequences, each from its first position on.
 
         Args:
@@ -39,6 +43,9 @@ class Observer(Protocol):
                 logits are ``q . k / sqrt(head_dim)``.
             key: [sequences, tokens, num_kv_heads, head_dim], after rotary embedding.
             value: [sequences, tokens, num_kv_heads, head_dim].
+            mask: bool [sequences or 1, 1, tokens, tokens], what each token sees; None: all up to its own.
+            sinks: [num_heads], a logit of each head that joins the sum in the softmax and brings no value; None: there
+                are none.
 
         """
 
@@ -71,7 +78,7 @@ class AttentionCall:
 
     def sdpa(self, key: Tensor, value: Tensor) -> Tensor:
         """Attend as the model would, but over these keys and values; [sequences, tokens, num_heads, head_dim]."""
-        return sdpa_attention_forward(self.module, self.query, key, value, self.mask, **self.options)[0]
+        return _sdpa(self.module, self.query, key, value, self.mask, self.options)
 
 
 @runtime_checkable
@@ -101,10 +108,42 @@ def observing(observer: Observer | Attention | None, after: Callable[[], object]
         _observer.reset(token)
 
 
+def _sdpa(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Compute ``sdpa`` attention, which knows no sinks; [batch, tokens, heads, head_dim].
+
+    A sink becomes one more token, before all others, that all see. Its value is 0, and so is its key but for a channel
+    that is added to all heads, in which other keys are 0 and queries are the sink divided by the logits' scaling.
+    """
+    if (sinks := options.get(SINKS)) is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    dim = query.shape[-1]
+    scaling = options.get("scaling") or dim**-0.5
+    # Channels in eights, as quick kernels ask for. A query more keeps each other one beside its own token.
+    query, key, value = (torch.nn.functional.pad(x, (0, 8, 1, 0)) for x in (query, key, value))
+    channel = torch.nn.functional.one_hot(torch.tensor(dim, device=query.device), dim + 8).to(query.dtype)
+    query = query + (sinks.to(query.dtype) / scaling)[:, None, None] * channel
+    key = torch.cat([channel.expand_as(key[:, :, :1]), key[:, :, 1:]], 2)
+    if mask is not None:
+        mask = torch.nn.functional.pad(mask, (1, 0, 1, 0), value=mask.dtype == torch.bool)
+    out = sdpa_attention_forward(module, query, key, value, mask, **{**options, "scaling": scaling})[0]
+    return out[:, 1:, :, :dim]
+
+
+def _seen(mask: Tensor | None) -> Tensor | None:
+    """Return a mask of any kind as bool [sequences or 1, 1, tokens, tokens]: whether a token is seen."""
+    if mask is None or mask.dtype == torch.bool:
+        return None if mask is None else mask[:, :1]
+    return mask[:, :1] > torch.finfo(mask.dtype).min / 2
+
+
 def _observed_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Compute ``sdpa`` attention; tensors are [batch, heads, tokens, head_dim]."""
+    """Compute ``sdpa`` attention, with sinks; tensors are [batch, heads, tokens, head_dim]."""
+    if getattr(module, "sinks", None) is not None and kwargs.get(SINKS) is None:
+        raise ParetoError(f"{type(module).__name__} has attention sinks and does not say so to its attention function")
     if (found := _observer.get()) is not None:
         observer, after = found
         layer = getattr(module, "layer_idx", None)
@@ -117,9 +156,10 @@ def _observed_attention(
         # Observers take logits to be q.k / sqrt(head_dim); a few models scale them otherwise.
         factor = (kwargs.get("scaling") or query.shape[-1] ** -0.5) * query.shape[-1] ** 0.5
         asked = query if abs(factor - 1) < 1e-6 else query * factor
-        observer.observe(layer, *(x.transpose(1, 2) for x in (asked, key, value)))
+        asked, shown_key, shown_value = (x.transpose(1, 2) for x in (asked, key, value))
+        observer.observe(layer, asked, shown_key, shown_value, _seen(attention_mask), kwargs.get(SINKS))
         after()
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _sdpa(module, query, key, value, attention_mask, kwargs), None
 
 
 AttentionInterface.register(ATTENTION, _observed_attention)
@@ -146,8 +186,6 @@ def unserved_kv(decoder: torch.nn.Module, config: Any) -> str | None:
     """
     if getattr(config, "kv_lora_rank", None):
         return "multi-head latent attention"
-    if any(hasattr(module, "sinks") for module in decoder.modules()):
-        return "attention sinks"
     return unserved_head_size(kv_geometry(config)[2])
 
 

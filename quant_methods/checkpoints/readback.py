@@ -1,6 +1,6 @@
 """A checkpoint's weights as transformers' model has them, whatever way they are stored.
 
-- Quantized layers are read back (``stored_layers.py`` says which formats), float8 ones too.
+- Quantized layers are read back (``stored_layers.py`` says which formats), float8 ones and MXFP4's experts too.
 - Where the model keeps in one parameter what the checkpoint keeps in several (mixtures of experts), or under another
   name, they are joined as transformers' own loader joins them.
 """
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.stored_layers import StoredLayers, stored_layers
+from quant_methods.formats.foreign_formats import unpack_mxfp4
 from quant_methods.model_source import quantization_settings
 
 FLOAT8 = "fp8"
 """What transformers calls the layout of float8 weights with scales of blocks (DeepSeek, Qwen)."""
+MXFP4 = "mxfp4"
+"""What transformers calls the layout of gpt-oss' experts, NAME_blocks and NAME_scales for a parameter NAME."""
 
 
 class _OnDevice(Source):
@@ -83,7 +86,7 @@ class ReadBack(Source):
         self.dir, self.entries, self.model = model_dir, self.plain.entries, model
         self.settings = quantization_settings(model_dir)
         self.layers: StoredLayers | None = None
-        if self.settings and self.settings.get("quant_method") != FLOAT8:
+        if self.settings and self.settings.get("quant_method") not in (FLOAT8, MXFP4):
             self.layers = stored_layers(self.plain, self.settings)
         self.quantized = self.layers.names() if self.layers is not None else set()
         self.parameters = self._find()
@@ -115,6 +118,9 @@ class ReadBack(Source):
         """Return the stored tensors' names, as if nothing were quantized."""
         names = [f"{module}.weight" for module in self.quantized]
         for name in self.entries:
+            if self._mxfp4(name.removesuffix("_blocks")):
+                names.append(name.removesuffix("_blocks"))
+                continue
             module, _, local = name.rpartition(".")
             if local == "bias" or (module not in self.quantized and not local.startswith(("weight_scale", "input_"))):
                 names.append(name)
@@ -165,6 +171,9 @@ class ReadBack(Source):
             if stored is None:
                 raise ParetoError(f"{self.dir}: {module} is stored as a quantized layer, and its settings leave it out")
             return stored[0].read()
+        if self._mxfp4(name):
+            # The parameter has a matrix for each expert too, but its rows are the input channels.
+            return unpack_mxfp4(*(self.plain.read(f"{name}_{part}") for part in ("blocks", "scales"))).mT
         tensor = self.plain.read(name)
         if tensor.is_floating_point() and tensor.element_size() > 1:
             return tensor
@@ -173,6 +182,9 @@ class ReadBack(Source):
                 f"{self.dir}: {name} is {self.entries[name][1]['dtype']}, which is no weight that can be read"
             )
         return self._scaled(module, tensor.float())
+
+    def _mxfp4(self, name: str) -> bool:
+        return {f"{name}_blocks", f"{name}_scales"} <= self.entries.keys()
 
     def _float8(self, name: str) -> bool:
         return name in self.entries and str(self.entries[name][1]["dtype"]).startswith("F8_E4M3")

@@ -1,7 +1,7 @@
-"""Layers in the layouts of other tools, read back: GPTQ (AutoGPTQ, GPTQModel) and AWQ (AutoAWQ).
+"""Layers in the layouts of other tools, read back: GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ) and MXFP4 (gpt-oss).
 
-Both store a linear layer as ``qweight``, ``qzeros`` and ``scales``, transposed: input channels along the rows. Codes
-are unsigned; a weight is ``(code - zero) * scale`` with the zero-point and scale of its input channel's group.
+GPTQ and AWQ store a linear layer as ``qweight``, ``qzeros`` and ``scales``, transposed: input channels along the rows.
+Codes are unsigned; a weight is ``(code - zero) * scale`` with the zero-point and scale of its input channel's group.
 
 GPTQ packs the codes of neighbouring input channels into int32 words as one little-endian stream of bits (so that a
 3-bit code may straddle two words), and zero-points likewise along the output channels. ``g_idx`` names each input
@@ -12,6 +12,8 @@ Sources: AutoGPTQ 0.7.1, ``nn_modules/qlinear/qlinear_cuda.py``; GPTQModel, ``ut
 
 AWQ's gemm layout packs eight output channels into an int32 word in the order 0, 2, 4, 6, 1, 3, 5, 7 (AutoAWQ 0.2.9,
 ``modules/linear/gemm.py``), zero-points too; groups are runs of input channels.
+
+MXFP4 (OCP Microscaling Formats 1.0, 2023) stores 32 numbers of four bits, which share a power of two.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from quant_methods.formats.quantized import QuantizedLinear
 GPTQ_BITS = (2, 3, 4, 8)
 # Which output channel of eight lies in which four bits of a word, the lowest first.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the lower three bits of a four-bit floating-point number (E2M1) mean; the highest one is the sign."""
 
 
 def unpack_stream(words: Tensor, bits: int, count: int | None = None) -> Tensor:
@@ -89,6 +93,42 @@ def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedLine
 
     """
     return _transposed(_unpack_awq_words(qweight), _unpack_awq_words(qzeros), scales, None, 4)
+
+
+def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return weights in the MXFP4 layout.
+
+    Args:
+        blocks: uint8 [..., rows, groups, 16], 32 numbers of a row two in a byte, the first one in the lower bits.
+        scales: uint8 [..., rows, groups], the exponent of a group's power of two plus 127.
+
+    Returns:
+        bfloat16 [..., rows, 32 * groups], which holds them exactly.
+
+    Raises:
+        ParetoError: the shapes or dtypes contradict each other.
+
+    """
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8 or blocks.shape != (*scales.shape, 16):
+        raise ParetoError(
+            f"MXFP4 blocks {blocks.dtype} {list(blocks.shape)} and scales {scales.dtype} {list(scales.shape)} do not "
+            "belong together: a group has 16 bytes and one scale"
+        )
+    positive = torch.tensor(FP4, dtype=torch.bfloat16, device=blocks.device)
+    table = torch.cat([positive, -positive])
+    result = torch.empty(*blocks.shape, 2, dtype=torch.bfloat16, device=blocks.device)
+    # One matrix at a time: an index takes eight bytes a number.
+    rows, groups = scales.shape[-2:]
+    matrices = (
+        result.view(-1, rows, groups, 16, 2),
+        blocks.reshape(-1, rows, groups, 16),
+        scales.reshape(-1, rows, groups),
+    )
+    for part, bytes_, exponents in zip(*matrices, strict=True):
+        power = torch.exp2(exponents.float() - 127).to(torch.bfloat16)[..., None]
+        for place, codes in enumerate((bytes_ & 15, bytes_ >> 4)):
+            torch.mul(table[codes.long()], power, out=part[..., place])
+    return result.flatten(-3)
 
 
 def regrouped(linear: QuantizedLinear, g_idx: Tensor) -> QuantizedLinear:

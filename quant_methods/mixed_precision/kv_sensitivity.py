@@ -178,7 +178,7 @@ class KVSensitivity:
                 self.model.progress(0, self.total, f"loss of KV codes, output of sequence {number + 1}/{len(last)}")
                 with torch.enable_grad():
                     hidden = last[number : number + 1].to(device).requires_grad_()
-                    logits = head(hidden).float()
+                    logits = head(hidden.float()).float()
                     generator = torch.Generator(device).manual_seed(self.settings.seed * 1_000_003 + number)
                     logits.backward(probe(logits.detach(), generator))
                 assert hidden.grad is not None
@@ -230,7 +230,7 @@ class KVSensitivity:
         found = []
         with self.model.head() as head:
             for number in range(len(exact)):
-                pair_of = (head(x[number : number + 1].to(self.decoder.device)).float() for x in (exact, coded))
+                pair_of = (head(x[number : number + 1].to(self.decoder.device).float()).float() for x in (exact, coded))
                 expected, got = (logits.log_softmax(-1) for logits in pair_of)
                 found.append(divergence(expected, got).double().mean().item())
         return max(statistics.median(found), 0.0)

@@ -50,7 +50,7 @@ def kv_caches(llm):
     """Return the layers' pages by layer name."""
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     context = runner.vllm_config.compilation_config.static_forward_context
-    return {name: layer.kv_cache for name, layer in context.items()}
+    return {name: layer.kv_cache for name, layer in context.items() if hasattr(layer, "kv_cache")}
 
 
 def run(llm, prompts, tokens, prompt_logprobs=None):
@@ -86,6 +86,33 @@ def write_scales(model, layers, kv_heads, head_dim, bits=None):
     layer = LayerScales(nothing, nothing, transform, inverse, torch.ones(kv_heads), nothing, rotary)
     KVScales(layers, kv_heads, head_dim, [layer] * layers, bits).save(model)
     return model
+
+
+def write_gpt_oss(folder, window=128):
+    """Write a small random gpt-oss, and scales: the real one's values where they are not sizes.
+
+    Sinks take much of the weight. All experts are chosen: small differences would choose others, which hides the rest.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    yarn = {
+        "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": 128,
+    }  # fmt: skip
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=64, num_local_experts=4, num_experts_per_tok=4, sliding_window=window,
+        max_position_embeddings=4096, initializer_range=0.08, rope_parameters=yarn,
+        bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, mean=3.0, std=2.0)
+        layer.self_attn.q_proj.weight.data *= 0.5  # Else few tokens would have all of the weight.
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=2.0)  # Centres of keys that count.
+    model.bfloat16().save_pretrained(folder)
+    return write_scales(folder, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
 
 def write_model(folder, head_dim=64, heads=4, kv_heads=2, layers=2, window=None, seed=0, soft_cap=None):

@@ -7,7 +7,17 @@ codes do, and no more.
 import pytest
 import torch
 
-from tests.end_to_end.engines import VOCABULARY, engine, kv_caches, prompts, run, scheduler, write_model, write_scales
+from tests.end_to_end.engines import (
+    VOCABULARY,
+    engine,
+    kv_caches,
+    prompts,
+    run,
+    scheduler,
+    write_gpt_oss,
+    write_model,
+    write_scales,
+)
 from tests.end_to_end.test_kv_cache_in_vllm import count_preemptions, worst_difference
 
 pytestmark = [
@@ -74,6 +84,20 @@ def test_soft_cap(tmp_path):
     texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
     plain, coded = plain_and_coded(
         model, "int8_per_head", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128
+    )
+    assert worst_difference(plain, coded, steps=8) < 0.15
+
+
+@pytest.mark.serves("attention sinks (gpt-oss)")
+@pytest.mark.parametrize("eager", [True, False])
+def test_sinks(tmp_path, eager):
+    """gpt-oss' shape, with graphs and without; what sinks themselves change is tested on CPU."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs FlashAttention 3")
+    model = write_gpt_oss(tmp_path / "model")
+    texts = [p[:n] for p, n in zip(prompts(4, 300, vocabulary=VOCABULARY), (1, 33, 129, 300), strict=True)]
+    plain, coded = plain_and_coded(
+        model, "int8_per_head", texts, 16, skip_tokenizer_init=True, max_num_batched_tokens=128, enforce_eager=eager
     )
     assert worst_difference(plain, coded, steps=8) < 0.15
 

@@ -112,25 +112,40 @@ def test_the_average_holds_near_angle_zero_and_around_full_turns():
 # What errors of keys cost.
 
 
-def test_the_metric_is_the_curvature_of_attention():
+def a_window(tokens: int, window: int) -> torch.Tensor:
+    """What each of some tokens sees: the last ones, itself included."""
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril() & torch.ones(tokens, tokens).triu(1 - window).bool()
+
+
+SINKS = torch.tensor([1.5, -2.0, 0.3, 4.0])
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [7, 3])
+def test_the_metric_is_the_curvature_of_attention(window, sinks):
     query, key, value = (x.double() for x in qkv(7, dim=8))
     positions = torch.tensor([0, 2, 5, 6])
+    mask = a_window(7, window)
+    more = {"seen": None if window == 7 else mask[positions], "sinks": sinks}
 
     def attention(keys):
         logits = torch.einsum("qhd,thd->hqt", query[positions], keys.repeat_interleave(2, 1)) / math.sqrt(8)
-        future = torch.arange(7) > positions[:, None]
-        return logits.masked_fill(future, -math.inf).softmax(-1) @ value.repeat_interleave(2, 1).transpose(0, 1)
+        weights = logits.masked_fill(~mask[positions], -math.inf).exp()
+        weights = weights / (
+            weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.double().exp()[:, None, None])
+        )
+        return weights @ value.repeat_interleave(2, 1).transpose(0, 1)
 
     jacobian = torch.autograd.functional.jacobian(attention, key).flatten(0, 2)[:, 1:]  # without the first key
     expected = torch.einsum("othc,othd->hcd", jacobian, jacobian)
     rows = query[positions].unflatten(1, (2, 2)).permute(1, 2, 0, 3).flatten(1, 2)
-    weights = query_weights(positions, query[positions], key, value)
+    weights = query_weights(positions, query[positions], key, value, **more)
     found = torch.einsum("hn,hnc,hnd->hcd", weights, rows, rows) / 8
     torch.testing.assert_close(found, expected)
     # Logits of another scale are those of other queries.
     torch.testing.assert_close(
-        query_weights(positions, query[positions], key, value, 0.7),
-        query_weights(positions, query[positions] * (0.7 * math.sqrt(8)), key, value),
+        query_weights(positions, query[positions], key, value, 0.7, **more),
+        query_weights(positions, query[positions] * (0.7 * math.sqrt(8)), key, value, **more),
     )
 
 
@@ -151,16 +166,23 @@ def awkward(tokens: int, rotary: Rotary, seed: int):
     return rotary.turn(query, positions), rotary.turn(key, positions), value
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("name", ROTARIES)
-def test_scales_are_those_of_the_definition(name):
+def test_scales_are_those_of_the_definition(name, window, sinks):
     rotary = ROTARIES[name]
     sequences = [awkward(tokens, rotary, seed) for seed, tokens in enumerate((90, 33, 128))]
-    found = calibrated(sequences, rotary=rotary, queries=128).layers[0]
+    calibrator = KVCalibrator(1, 2, 16, rotary=rotary, queries=128)
+    masks = [a_window(len(key), window) if window else None for _, key, _ in sequences]
+    for sequence, mask in zip(sequences, masks, strict=True):
+        calibrator.observe(0, *sequence, None if mask is None else mask[None, None], sinks)
+    found = calibrator.finish().layers[0]
     keys, metric = [], torch.zeros(2, 16, 16, dtype=torch.float64)
-    for query, key, value in sequences:
+    for (query, key, value), mask in zip(sequences, masks, strict=True):
         positions = torch.arange(len(key))
         keys.append(rotary.turn(key.double(), -positions)[1:])
-        weights = query_weights(positions, query.double(), key.double(), value.double())
+        tensors = (x.double() for x in (query, key, value))
+        weights = query_weights(positions, *tensors, seen=mask, sinks=sinks)
         rows = rotary.turn(query.double(), -positions).unflatten(1, (2, 2)).permute(1, 2, 0, 3).flatten(1, 2)
         metric += torch.einsum("hn,hnc,hnd->hcd", weights, rows, rows)
     keys = torch.cat(keys)

@@ -66,6 +66,7 @@ class Batch:
     own: tuple[torch.Tensor, torch.Tensor] | None = None
     window: int = 0
     soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     @property
     def query_start(self) -> torch.Tensor:
@@ -83,8 +84,9 @@ class Batch:
         pages = PagedCache(self.cache, self.layout, self.scales)
         lens = torch.tensor(self.lens, dtype=torch.int32)
         pages.attend(
-            self.query, out, self.table, lens, self.query_start, self.factor, self.window, self.soft_cap, isa, self.own
-        )
+            self.query, out, self.table, lens, self.query_start, self.factor, self.window, self.soft_cap, isa, self.own,
+            self.sinks,
+        )  # fmt: skip
         assert whole[:, 0].isnan().all()
         assert whole[:, -1].isnan().all()
         return out.clone()
@@ -93,7 +95,7 @@ class Batch:
         lens = torch.tensor(self.lens, dtype=torch.int32)
         return reference.paged_attention(
             self.query, self.cache, self.table, lens, self.query_start, self.layout, self.scales, self.factor,
-            self.window, self.soft_cap, own=self.own,
+            self.window, self.soft_cap, own=self.own, sinks=self.sinks,
         )  # fmt: skip
 
     def part(self, request: int, first: int, count: int) -> Batch:
@@ -289,6 +291,57 @@ def test_soft_cap(name, window):
     assert not torch.allclose(capped, replace(batch, soft_cap=0.0).run(), rtol=0.01)
 
 
+def random_sinks(batch: Batch) -> torch.Tensor:
+    """Sinks that take from next to nothing to nearly all of the weight, and one that takes nothing at all."""
+    sinks = torch.linspace(-6, 14, batch.query.shape[1])[torch.randperm(batch.query.shape[1])]
+    sinks[0] = float("-inf")
+    return sinks
+
+
+@pytest.mark.parametrize("more", [{}, {"window": 50}, {"soft_cap": 3.0}, {"soft_cap": 30.0, "window": 20}], ids=str)
+@pytest.mark.parametrize("name", ["int8_per_head", "int4_per_head", "k4v3_per_head"])
+def test_sinks(name, more):
+    batch = make(name, group=5, lens=(300, 40, 1), query_lens=(2, 30, 1), **more)
+    batch.sinks = random_sinks(batch)
+    got = check(batch)
+    without = replace(batch, sinks=None).run()
+    assert torch.equal(got[:, 0], without[:, 0])  # a sink of -infinity is none
+    most = int(batch.sinks.argmax())
+    assert (got[:, most].norm(dim=-1) < 0.9 * without[:, most].norm(dim=-1)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", SIZES)
+def test_sinks_of_every_head_size(dim, dtype):
+    batch = make("int4_per_head", dim=dim, group=8, kv_heads=1, lens=(65, 270), query_lens=(9, 1), dtype=dtype)
+    batch.sinks = random_sinks(batch)
+    check(batch)
+
+
+def test_a_sink_above_all_logits_leaves_nothing():
+    batch = make("int8_per_head", kv_heads=1, group=1)
+    for size in (300.0, float("inf")):
+        batch.sinks = torch.tensor([size])
+        assert (batch.run() == 0).all()
+
+
+def test_sinks_weigh_what_the_softmax_of_all_logits_says():
+    """The specification itself, of one token: its value times the share that its logit has beside the sink."""
+    batch = make("int8_per_head", kv_heads=1, group=2, lens=(1,), query_lens=(1,))
+    batch.sinks = torch.tensor([1.5, -0.5])
+    key, value = (x.double()[0, 0] for x in batch.own)
+    share = torch.sigmoid(batch.query[0].double() @ key * batch.factor - batch.sinks)
+    torch.testing.assert_close(batch.want()[0], share[:, None] * value)
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(4).double(), torch.zeros(8)[::2], torch.zeros(4, 1)])
+def test_other_sinks_are_refused(sinks):
+    batch = make("int8_per_head")
+    batch.sinks = sinks
+    with pytest.raises(ParetoError, match=r"float32 sinks \[4\]"):
+        batch.run()
+
+
 @pytest.mark.parametrize("soft_cap", [0.0, 30.0])
 def test_the_first_position_in_and_out_of_the_window(soft_cap):
     """Its key has a centre of its own, and much of a row's weight here."""
@@ -356,7 +409,7 @@ def test_bits_do_not_depend_on_batching(name, isa):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-@pytest.mark.parametrize("more", [{}, {"window": 90}, {"soft_cap": 20.0}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"window": 90}, {"soft_cap": 20.0}, {"sinks": torch.tensor([2.0, 5.0])}], ids=str)
 @pytest.mark.parametrize("name", ["int8_per_head", "k4v3_per_head"])
 def test_bits_do_not_depend_on_chunks_of_the_prompt(name, more, isa):
     batch = make(name, group=2, kv_heads=1, lens=(340,), query_lens=(340,), **more)
@@ -372,6 +425,7 @@ def test_bits_do_not_depend_on_threads(name, isa):
     # One request: its chunks are handed out singly and merged. Many: they are whole items.
     for lens, query_lens in (((1500,), (1,)), ((600,), (70,)), ((40, 300, 90, 17, 600, 3), (1, 40, 2, 1, 1, 3))):
         batch = make(name, lens=lens, query_lens=query_lens, window=random.choice([0, 700]))
+        batch.sinks = random.choice([None, random_sinks(batch)])
         one = batch.run(isa)
         for threads in (2, 3):
             torch.set_num_threads(threads)

@@ -30,10 +30,6 @@ MODELS: dict[str, tuple[Any, str]] = {
         "a quantized KV cache does not serve head size 32 (it serves 64, 80, 96, 128, 256)",
     ),
     "latent": (transformers.DeepseekV2Config(**SHAPE, **LATENT), "does not serve multi-head latent attention"),
-    "sinks": (
-        transformers.GptOssConfig(**SHAPE, **GQA, head_dim=64, num_local_experts=2, num_experts_per_tok=1),
-        "does not serve attention sinks",
-    ),
 }
 SMALL = ["--num-calibration-samples", "4", "--calibration-length", "32"]
 

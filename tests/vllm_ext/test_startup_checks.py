@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import importlib
 import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +89,6 @@ def test_each_dtype_has_a_backend_that_vllm_can_import():
     [
         ({"head_size": 72}, "head size 72"),
         ({"use_mla": True}, "multi-head latent"),
-        ({"has_sink": True}, "sinks"),
         ({"attn_type": "encoder_only"}, "encoder_only"),
         ({"use_dcp": True}, "context parallelism"),
     ],
@@ -97,6 +98,51 @@ def test_a_layer_that_cannot_be_served_names_the_alternative(changes, reason):
 
     with pytest.raises(ParetoError, match=f"does not serve .*{reason}.*--kv-cache-dtype auto"):
         backend_path(selection(**changes))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_sinks_are_served_on_cuda_where_flash_attention_serves_them(version, monkeypatch):
+    from vllm.v1.attention.backends import fa_utils
+
+    from vllm_ext import cpu_backend
+
+    # A vLLM for CPUs lacks the function itself.
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", None, raising=False)
+    monkeypatch.delitem(sys.modules, "vllm_ext.cuda_backend", raising=False)
+    cuda_backend = importlib.import_module("vllm_ext.cuda_backend")
+    monkeypatch.delitem(sys.modules, "vllm_ext.cuda_backend")
+    assert "int4_per_head" in cpu_backend.backend_path(selection(has_sink=True))
+    monkeypatch.setattr(cuda_backend, "flash_attn_supports_sinks", lambda: version >= 3)
+    assert "int4_per_head" in cuda_backend.backend_path(selection())
+    if version >= 3:
+        assert "int4_per_head" in cuda_backend.backend_path(selection(has_sink=True))
+        return
+    with pytest.raises(ParetoError, match=r"int4_per_head serves attention sinks .* capability 9\.0: use .* auto"):
+        cuda_backend.backend_path(selection(has_sink=True))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.5, -3.0, 0.25, 8.0]).bfloat16()])
+def test_a_layer_reads_the_sinks_that_its_model_loads(sinks, monkeypatch):
+    """The parameter has no values yet when the layer is built, and gets others where it lies when loaded again."""
+    from vllm_ext import codes_backend
+
+    monkeypatch.setattr(codes_backend, "get_current_vllm_config", lambda: None)
+    parameter = None if sinks is None else torch.nn.Parameter(torch.full((4,), float("nan"), dtype=torch.bfloat16))
+    layer = codes_backend.CodesLayer(4, 64, 0.125, 2, kv_cache_dtype="int4_per_head", sinks=parameter)
+    layer.process_weights_after_loading(torch.bfloat16)
+    if sinks is None:
+        assert layer.sinks is None
+        return
+    addresses = set()
+    for now in (sinks, -sinks):
+        parameter.data.copy_(now)
+        layer.process_weights_after_loading(torch.bfloat16)
+        assert layer.sinks.dtype == torch.float32
+        assert torch.equal(layer.sinks, now.float())
+        addresses.add(layer.sinks.data_ptr())
+    assert len(addresses) == 1
+    with pytest.raises(ParetoError, match=r"sinks of shape \(4,\) do not fit 8 query heads"):
+        codes_backend.CodesLayer(8, 64, 0.125, 2, kv_cache_dtype="int4_per_head", sinks=parameter)
 
 
 def some_scales(layers=3, heads=4, dim=64):

@@ -14,7 +14,7 @@ INTERVAL_S = 10.0
 def said(name: str) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how many more requests are done."""
     done, begun = 0, time.monotonic()
-    last = begun
+    last, stream = begun, sys.stderr  # lm-eval's own bars are shown nowhere, whatever they are told.
 
     def say(count: int) -> None:
         nonlocal done, last
@@ -22,7 +22,7 @@ def said(name: str) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - last >= INTERVAL_S:
             last = now
-            print(f"{name}: {done:,} requests, {now - begun:.0f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {done:,} requests, {now - begun:.0f} s", file=stream, flush=True)
 
     yield say
-    print(f"{name}: {done:,} requests in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {done:,} requests in {time.monotonic() - begun:.0f} s", file=stream, flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import tempfile
@@ -167,14 +169,15 @@ def ask(
     name = task.task_name
     # Examples are drawn anew for each question: without this, the next configuration would be shown other ones.
     task.set_fewshot_seed(seed=settings.seed)
-    found = evaluate(
-        scorer,
-        {"tasks": {name: task}, "groups": {}, "group_map": {}},
-        limit=settings.limit,
-        bootstrap_iters=0,
-        apply_chat_template=settings.chat,
-        verbosity="ERROR",
-    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = evaluate(
+            scorer,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
+            limit=settings.limit,
+            bootstrap_iters=0,
+            apply_chat_template=settings.chat,
+            verbosity="ERROR",
+        )
     assert found is not None
     read = scorer.read / scorer.asked if warm and scorer.asked else 1.0
     return _scores(name, task, found["results"][name], found["samples"][name], read)

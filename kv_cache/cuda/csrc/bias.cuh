@@ -18,14 +18,13 @@
 #include "merge.cuh"
 
 constexpr int TABLE_QUADS = SPAN * HEAD_DIM / 8;  // Of 16 bytes.
-constexpr int COEFFICIENTS = HEAD_DIM + 16;       // Floats of a row's coefficients, padded.
 
 // What the rows of a piece need, in shared memory.
 struct BiasRows {
     static constexpr int BYTES = ROWS * (sizeof(float4) + COEFFICIENTS * sizeof(float) + HEAD_DIM * sizeof(u16))
         + OUTPUT_ROW * sizeof(float);
     float4* numbers;      // [ROWS]: of Params::rows.
-    float* coefficients;  // [ROWS, COEFFICIENTS]: A, then B.
+    float* coefficients;  // [ROWS, COEFFICIENTS]: A, then B; in the padding's first place the sink of the row's head.
     float* output;        // [OUTPUT_ROW]: the head's of Params::value_output.
     u16* values;          // [ROWS, HEAD_DIM]: of the rows' own tokens.
 
@@ -34,11 +33,15 @@ struct BiasRows {
           coefficients(reinterpret_cast<float*>(room + ROWS * sizeof(float4))),
           output(coefficients + ROWS * COEFFICIENTS), values(reinterpret_cast<u16*>(output + OUTPUT_ROW)) {}
 
-    DEVICE Ends ends() const { return {numbers, output, values}; }
+    DEVICE Ends ends() const { return {numbers, output, values, coefficients + HEAD_DIM}; }
 
     DEVICE void fetch(const Params& p, const Piece& piece, int rows) const {
         static_assert(ROWS <= THREADS, "a thread fetches a row's numbers");
         const int own = threadIdx.x;
+        if (p.sinks && own < rows) {
+            const float* sink = p.sinks + piece.head * p.group + piece.row(p, own).y;
+            fetch_4(coefficients + own * COEFFICIENTS + HEAD_DIM, sink);
+        }
         if (own < rows) fetch_16(numbers + own, p.rows + piece.query_of(p, own));
         else if (own < ROWS) numbers[own] = {1, 0, 0, 0};
         for (int i = threadIdx.x; i < rows * (HEAD_DIM / 4); i += THREADS) {

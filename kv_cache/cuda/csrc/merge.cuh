@@ -3,13 +3,14 @@
 #include "work.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int MERGE_WIDTH = HEAD_DIM + 4;  // Floats of a row of sums in shared memory, padded.
+constexpr int MERGE_WIDTH = HEAD_DIM + 4;    // Floats of a row of sums in shared memory, padded.
+constexpr int COEFFICIENTS = HEAD_DIM + 16;  // Floats of a row's coefficients (bias.cuh), padded.
 
 // Softmax weights are 2^(x - top + SHIFT), relative to a per-warp maximum `top` that only moves once a logit exceeds it
 // by SLACK, so that sums are rarely rescaled. Times a value's scale, which lies between 2^-10 and 62, they become
 // float16: a weight times a scale is at most 62 * 2^10, which float16 holds.
 constexpr float SLACK = 7.0f, SHIFT = 3.0f;
-[[maybe_unused]] constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f;
 
 // c * tanh(y / c) = c * (1 - 2 / (1 + exp(2y / c))), times log2(e), of x = y * log2(e), y a logit.
 [[maybe_unused]] DEVICE float capped(const Params& p, float x) {
@@ -86,6 +87,7 @@ struct Ends {
     const float4* numbers;
     const float* output;
     const u16* values;
+    const float* sinks;  // COEFFICIENTS apart.
 };
 
 // Turn a row's sums of weighted codes into its output, and write them if `there`. Weights are relative to `top`, base 2.
@@ -100,9 +102,11 @@ DEVICE void finish(const Params& p, const Piece& piece, const Ends& ends, int ro
 #if SOFT_CAP
     own = capped(p, own);
 #endif
-    const float best = fmaxf(top, own), keep = exp2_fast(top - best);
+    const float sink = p.sinks ? ends.sinks[row * COEFFICIENTS] * LOG2E : NEG_INF;
+    const float best = fmaxf(fmaxf(top, own), sink), keep = exp2_fast(top - best);
     const float own_weight = p.value ? exp2_fast(own - best + SHIFT) : 0.0f;
-    const float whole = weight * keep + own_weight, own_share = own_weight / whole;
+    const float sink_weight = p.sinks ? exp2_fast(sink - best + SHIFT) : 0.0f;
+    const float whole = weight * keep + own_weight + sink_weight, own_share = own_weight / whole;
     // Of a code's 2^-24 and of its scale's unit, see codes.cuh.
     constexpr float UNIT_OF_SUMS = 0x1p24f * 4 / (1 << VALUE_BITS);
     const float factor = ends.output[HEAD_DIM] * UNIT_OF_SUMS * keep / whole;

@@ -37,6 +37,7 @@ struct Params {
                                  // they are; or null, then their codes are.
     i64 value_token_stride;      // Elements.
     i64 value_head_stride;       // Elements.
+    const float* sinks;          // [heads]: a logit more in each head's softmax, without a value; or null.
     const float* value_output;   // [KV heads, OUTPUT_ROW]: kv_cache/cuda/folding.py.
     float* partial;              // [2 * thread blocks, ROWS, HEAD_DIM]: sums of pieces.
     float2* partial_stats;       // [2 * thread blocks, ROWS]: maximum (base 2) and weight of pieces.

@@ -18,6 +18,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.simulate.coder import Coder, Decoded, all_but_newest
 from kv_cache.simulate.registry import ENTRIES
 from quant_methods.model_source import resolve_model
+from tests.end_to_end.engines import write_gpt_oss
 
 ROOT = Path(__file__).parents[3]
 
@@ -49,6 +50,11 @@ def test_what_is_read_back_exactly_costs_nothing(model):
     assert max(map(abs, loss.kl)) < 1e-9
     assert min(loss.top1) == 1
     assert loss.nll == pytest.approx(model.reference_nll, abs=1e-5)
+
+
+def test_sinks_are_refused(tmp_path):
+    with pytest.raises(ParetoError, match="gpt-oss: this model has attention sinks: the study has no coders for such"):
+        StudiedModel(write_gpt_oss(tmp_path / "gpt-oss"), "cpu")
 
 
 def test_fewer_bits_cost_more(model):

@@ -57,6 +57,7 @@ class Batch:
     own: tuple[torch.Tensor, torch.Tensor] | None = None
     window: int = 0
     soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     @classmethod
     def make(
@@ -75,6 +76,7 @@ class Batch:
         padded: bool = False,
         written: bool = False,
         own: bool = True,
+        sinks: bool = False,
         **more,
     ) -> Batch:
         """Make random requests.
@@ -93,6 +95,8 @@ class Batch:
             padded: leave gaps between pages.
             written: the codec writes the pages of random keys and values, instead of any bytes.
             own: the query's tokens have keys and values of their own, beside those that their codes are.
+            sinks: heads have sinks, from such that take next to nothing to such that take nearly all, and one of
+                -infinity, which takes nothing.
             more: window and soft cap.
 
         """
@@ -114,6 +118,9 @@ class Batch:
             wide = torch.randn(2, sum(query_lens), kv_heads + 1, dim, device=where) * 2
             beside = tuple(x[:, 1:] for x in wide.to(dtype))
         batch = cls(layout, scales, folding, cache, table, lens, query_lens, query.to(dtype), beside, **more)
+        if sinks:
+            batch.sinks = torch.linspace(-6, 14, kv_heads * group, device=where)[torch.randperm(kv_heads * group)]
+            batch.sinks[0] = float("-inf")
         if written:
             batch.write()
         return batch
@@ -163,6 +170,7 @@ class Batch:
             self.window,
             self.soft_cap,
             self.own,
+            self.sinks,
         )
         assert whole[:, 0].isnan().all()
         assert whole[:, -1].isnan().all()
@@ -208,7 +216,11 @@ class Batch:
             hidden = token > position
             if self.window:
                 hidden |= token <= position - self.window
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if self.sinks is not None:
+                sink = self.sinks.double().view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+                scores = torch.cat([scores, sink], -1)
+            weights = scores.softmax(-1)[..., :length]
             result = torch.einsum("hgqt,thd->qhgd", weights, values)
             if self.own is not None:
                 result += torch.einsum("hgq,qhd->qhgd", weights[:, :, row, places], value - values[places])

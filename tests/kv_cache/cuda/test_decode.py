@@ -102,6 +102,14 @@ def test_a_soft_cap_and_a_window(dim):
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("more", [{}, {"window": 128}, {"soft_cap": 20.0}], ids=str)
+@pytest.mark.parametrize(("name", "dim"), served(NAMES, (64, 96, 128, 256)))
+def test_sinks(name, dim, more, dtype):
+    lens = [random.randint(3, 5000) for _ in range(6)] + [20000]
+    check(Batch.make(name, lens, [3] * 7, dim=dim, group=8, sinks=True, dtype=dtype, **more), factor=2.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_sharp_attention(name):
     # Logits with a deviation of tens: few tokens share the weight, and the query's rounding to float16 shows most.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kv_cache import reference
 from kv_cache.cuda import decode
+from kv_cache.errors import ParetoError
 from tests.kv_cache.cuda.emulator import emulated
 from tests.kv_cache.cuda.random_batch import MIXED, Batch, relative_error
 from tests.kv_cache.cuda.test_decode import NAMES, check
@@ -48,6 +51,34 @@ def test_shapes(name, settings):
     check(Batch.make(name, **{"lens": [400, 17, 65], **HALF, **settings}), 2.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("int4_per_head", {}),
+        ("int4_per_head", {"dtype": torch.bfloat16, "dim": 64, "group": 8, "window": 100}),  # gpt-oss' shape.
+        ("int3_per_head", {"window": 17, "soft_cap": 20.0, "query_lens": [1, 16, 5], "group": 2}),
+        ("k4v3_per_head", {"query_lens": [1, 8, 1], "group": 7, "dim": 96}),
+        ("int8_per_head", {"group": 3, "dim": 80, "soft_cap": 30.0}),
+        ("int6_per_head", {"group": 1, "dim": 256, "sharpness": 4.0}),
+    ],
+)
+def test_sinks(name, settings):
+    # 1,200 tokens are several pieces, each merged once: a sink that joined each of them would count twice.
+    batch = Batch.make(name, **{"lens": [1200, 17, 65], "query_lens": [1, 1, 1], "sinks": True, **HALF, **settings})
+    check(batch, 2.0)
+    without = replace(batch, sinks=None)
+    assert relative_error(without.run()[:, 0], batch.want()[:, 0]) < 1e-2  # A sink of -infinity is none.
+    assert relative_error(without.run(), batch.want()) > 0.1
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(8).half(), torch.zeros(16)[::2]])
+def test_other_sinks_are_refused(sinks):
+    batch = Batch.make("int4_per_head", [5], [1], **HALF)
+    batch.sinks = sinks
+    with pytest.raises(ParetoError, match=r"float32 sinks \[8\]"):
+        batch.run()
+
+
 @pytest.mark.parametrize("byte", [0, 255])
 def test_values_of_extreme_scales(byte):
     """A softmax weight times a value's scale has to fit into float16."""
@@ -69,7 +100,8 @@ def test_as_ampere_copies(name, monkeypatch):
 @pytest.mark.parametrize("dim", [96, 128])
 def test_pages_that_the_codec_wrote(name, dim):
     """Against the specification itself, which reads one page after the other."""
-    batch = Batch.make(name, [70, 1, 20], [2, 1, 0], kv_heads=1, dim=dim, written=True, window=60, **HALF)
+    more = {"window": 60, "sinks": dim == 128}
+    batch = Batch.make(name, [70, 1, 20], [2, 1, 0], kv_heads=1, dim=dim, written=True, **more, **HALF)
     lens, start = batch.indices()
     want = reference.paged_attention(
         batch.query,
@@ -82,6 +114,7 @@ def test_pages_that_the_codec_wrote(name, dim):
         batch.scale,
         batch.window,
         own=batch.own,
+        sinks=batch.sinks,
     )
     assert relative_error(batch.want(), want) < 1e-12
     assert relative_error(batch.run(), want) < 8e-4

@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import AttentionInterface
 
-from kv_cache.calibration import KVCalibrator
+from kv_cache.calibration import KVCalibrator, attention_of
 from kv_cache.errors import ParetoError
 from kv_cache.scales import TENSORS
 from quant_methods.calibration import calibrator, kv_pass
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.kv_observer import kv_rotary, observing
+from quant_methods.calibration.kv_observer import ATTENTION, kv_rotary, observing, unserved_kv
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 from quant_methods.compress import compress
 from quant_methods.methods.rtn import RTN
@@ -133,6 +134,15 @@ MODELS: dict[str, Any] = {
     "own scaling": transformers.GraniteMoeConfig(
         **SHAPE, num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.4
     ),
+    "sinks": transformers.GptOssConfig(
+        **SHAPE,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=256,
+        pad_token_id=0,
+        initializer_range=0.2,
+    ),
     "experts": transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=32, moe_intermediate_size=32),
 }
 
@@ -141,7 +151,9 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
         self.seen += [(layer, *sequence) for sequence in zip(query, key, value, strict=True)]
 
 
@@ -193,6 +205,80 @@ def test_rotary_turns_keys_back_to_what_they_were(model: tuple[Path, Any]) -> No
         assert (back - back[:1]).abs().max() < 1e-4
     else:
         assert torch.equal(back, key)
+
+
+# Windows and sinks.
+
+SPECIAL: dict[str, Any] = {
+    "gpt-oss": transformers.GptOssConfig(
+        **SHAPE, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=6, pad_token_id=0,
+        initializer_range=0.2,
+    ),
+    "granite": transformers.GraniteSWAConfig(
+        **SHAPE, sliding_window=6, layer_types=["sliding_attention", "full_attention"], attention_multiplier=0.4,
+        initializer_range=0.2,
+    ),
+}  # fmt: skip
+
+
+class Probabilities:
+    """The attention probabilities that a calibrator weighs errors by, of every layer: [sequences, heads, t, t]."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def observe(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
+        of_layer = []
+        for index, sequence in enumerate(zip(query, key, value, strict=True)):
+            seen = None if mask is None else mask[min(index, len(mask) - 1), 0]
+            attention, _ = attention_of(torch.arange(key.shape[1]), *sequence, seen=seen, sinks=sinks)
+            of_layer.append(attention.unflatten(1, (-1, key.shape[1])).flatten(0, 1))
+        self.found.append(torch.stack(of_layer))
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@torch.no_grad()
+def test_windows_and_sinks_are_those_of_the_whole_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against transformers' own eager attention: what leaves the blocks, and the probabilities within."""
+    monkeypatch.setattr(calibrator, "quick_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(SPECIAL[name], attn_implementation="eager").float().eval()
+    for layer in whole.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2)
+    whole.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    wanted = whole.model(tokens, output_attentions=True, output_hidden_states=True)
+    decoder, seen, outputs = Decoder(tmp_path), Probabilities(), []
+    assert unserved_kv(decoder.base, decoder.config) == "head size 32 (it serves 64, 80, 96, 128, 256)"
+    hidden = decoder.embed(tokens)
+    for index in range(2):
+        with decoder.loaded(index) as block:
+            decoder.advance(index, block, hidden, seen)
+        outputs.append(hidden.clone())
+    torch.testing.assert_close(outputs[0], wanted.hidden_states[1], atol=1e-5, rtol=1e-4)
+    last = whole.model.norm(outputs[1])
+    torch.testing.assert_close(last, wanted.last_hidden_state, atol=1e-5, rtol=1e-4)
+    for found, expected in zip(seen.found, wanted.attentions, strict=True):
+        if name == "gpt-oss":
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        else:  # Granite shows its probabilities before sinks took their part.
+            scaled = found / found.sum(-1, keepdim=True)
+            torch.testing.assert_close(scaled, expected, atol=1e-5, rtol=1e-4)
+        assert found.sum(-1).min() < 0.5
+    assert (seen.found[0] > 0).sum(-1).max() == 6
+    assert (seen.found[1] > 0).sum(-1).max() == 20
+
+
+def test_sinks_that_a_model_keeps_to_itself_are_refused() -> None:
+    module = torch.nn.Module()
+    module.sinks = torch.nn.Parameter(torch.zeros(4))
+    query = torch.zeros(1, 4, 5, 32)
+    with pytest.raises(ParetoError, match="Module has attention sinks and does not say so"):
+        AttentionInterface()[ATTENTION](module, query, query, query, None, scaling=1.0)
 
 
 def test_scales_of_a_whole_model_are_those_of_its_attention(tiny_model: Path, text_file: Path) -> None:

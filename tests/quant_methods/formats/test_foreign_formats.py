@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.foreign_formats import unpack_awq, unpack_gptq, unpack_stream
+from quant_methods.formats.foreign_formats import unpack_awq, unpack_gptq, unpack_mxfp4, unpack_stream
 
 INPUTS, OUTPUTS, GROUP = 96, 64, 32
 
@@ -123,3 +123,28 @@ def test_what_does_not_fit_together_is_refused() -> None:
         unpack_gptq(qweight, qzeros, scales, torch.full((INPUTS,), 3), 4, 1)
     with pytest.raises(ParetoError, match="whole number of 3-bit codes"):
         unpack_gptq(qweight[:11], qzeros, scales, None, 3, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2), (4, 7), (2, 2, 3, 1)])
+def test_mxfp4_is_what_transformers_reads(shape: tuple[int, ...]) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(100, 140, shape, dtype=torch.uint8, generator=generator)
+    found = unpack_mxfp4(blocks, scales)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (*shape[:-1], 32 * shape[-1])
+    flat = convert_moe_packed_tensors(
+        blocks.flatten(0, -4) if len(shape) > 2 else blocks[None], scales.reshape(-1, *shape[-2:])
+    )
+    assert torch.equal(found.reshape(-1, *found.shape[-2:]), flat.mT)
+
+
+def test_mxfp4_by_hand() -> None:
+    blocks = torch.zeros(1, 1, 16, dtype=torch.uint8)
+    blocks[0, 0, 0], blocks[0, 0, 15] = 0xA3, 0x7F  # codes 3 and 10 come first, 15 and 7 last
+    found = unpack_mxfp4(blocks, torch.tensor([[128]], dtype=torch.uint8))
+    assert found[0, [0, 1, 30, 31]].tolist() == [3.0, -2.0, -12.0, 12.0]
+    with pytest.raises(ParetoError, match=r"MXFP4 blocks .* and scales .* \[1, 2\] do not belong together"):
+        unpack_mxfp4(blocks, torch.zeros(1, 2, dtype=torch.uint8))

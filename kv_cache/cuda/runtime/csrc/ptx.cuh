@@ -223,7 +223,13 @@ DEVICE void fetch_16(void* to, const void* from) {
                  ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
 }
 
-// The same to an address in shared memory, or 16 bytes of zeros; a copy of those before copy_commit.
+// The same with 4 bytes.
+DEVICE void fetch_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)) : "memory");
+}
+
+// The first to an address in shared memory, or 16 bytes of zeros; a copy of those before copy_commit.
 DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(read ? 16 : 0) : "memory");

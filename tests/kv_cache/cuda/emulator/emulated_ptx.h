@@ -277,6 +277,7 @@ DEVICE void copy_commit() {}
 template <int PENDING> void copy_wait() {}
 // These copies are done no sooner than they are waited for, so that who forgets to wait finds nothing.
 DEVICE void fetch_16(void* to, const void* from) { emulator::current->fetches.push_back({to, from, 16}); }
+DEVICE void fetch_4(void* to, const void* from) { emulator::current->fetches.push_back({to, from, 4}); }
 DEVICE void fetch_16_or_zeros(u32 to, const void* from, bool read) {
     memset(shared + to, 0, 16);
     if (read) memcpy(shared + to, from, 16);
