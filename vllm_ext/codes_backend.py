@@ -17,7 +17,6 @@ from vllm_ext.compat import (
     AttentionType,
     KVCacheLayout,
     MultipleOf,
-    extract_layer_index,
     get_current_vllm_config,
 )
 from vllm_ext.scale_source import layer_scales
@@ -146,4 +145,4 @@ class CodesLayer:
     def scales_of(self, layer: Any) -> LayerScales:
         """Return the scales that the layer's pages are read with."""
         name = self.kv_sharing_target_layer_name or layer.layer_name
-        return layer_scales(self.config, extract_layer_index(name), self.num_kv_heads)
+        return layer_scales(self.config, name, self.num_kv_heads)

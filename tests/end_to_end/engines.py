@@ -46,10 +46,13 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def kv_caches(llm):
     """Return the layers' pages by layer name."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    context = runner.vllm_config.compilation_config.static_forward_context
+    context = runner(llm).vllm_config.compilation_config.static_forward_context
     return {name: layer.kv_cache for name, layer in context.items()}
 
 
