@@ -61,7 +61,9 @@ def _prepare_draft(config: VllmConfig, dtype: str) -> None:
     try:
         model, _ = draft_config(config)
         if speculative.method != DRAFT_MODEL:
-            raise ParetoError(f"{speculative.method} drafts from the model's hidden states and has no scales of its own")
+            raise ParetoError(
+                f"{speculative.method} drafts from the model's hidden states and has no scales of its own"
+            )
         if reason := _unserved(model):
             raise ParetoError(f"{dtype} {reason}")
         config.additional_config[DRAFT_SCALES_KEY] = str(find_scales(config, draft=True))

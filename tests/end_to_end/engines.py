@@ -27,9 +27,9 @@ def environment(**values):
 
 
 @contextlib.contextmanager
-def engine(model, kv_cache_dtype="auto", **settings):
-    """Start an engine in this process; its configuration is small, and the same for every dtype."""
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"):
+def engine(model, kv_cache_dtype="auto", apart=False, **settings):
+    """Start an engine in this process, or apart from it; its configuration is small, and the same for every dtype."""
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(apart)), VLLM_CPU_KVCACHE_SPACE="1"):
         from vllm import LLM
 
         settings = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0} | settings

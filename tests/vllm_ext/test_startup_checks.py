@@ -144,9 +144,12 @@ def test_what_cuda_cannot_serve_is_refused(changes, capability, message, monkeyp
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim, tmp_path, monkeypatch):
+    import vllm.distributed
+
     from kv_cache import codec
     from vllm_ext.scale_source import find_scales, layer_scales
 
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 1)
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
     parameters = {"rope_theta": 1e6, "partial_rotary_factor": 0.5 if dim == 80 else 1.0}
     model = SimpleNamespace(
@@ -155,16 +158,16 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
         hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
-        model_config=model, additional_config={},
+        model_config=model, additional_config={}, speculative_config=None,
         load_config=SimpleNamespace(load_format="dummy", download_dir=None),
         cache_config=SimpleNamespace(cache_dtype="int4_per_head"),
     )  # fmt: skip
     folder = find_scales(config)
     assert find_scales(config) == folder
     config.additional_config[SCALES_KEY] = str(folder)
-    scales = layer_scales(config, 1, 2)
+    scales = layer_scales(config, "model.layers.1.attn", 2)
     assert scales.rotary.rotated == (20 if dim == 80 else dim // 2)
-    assert not torch.equal(scales.key_transform, layer_scales(config, 0, 2).key_transform)
+    assert not torch.equal(scales.key_transform, layer_scales(config, "model.layers.0.attn", 2).key_transform)
     same = torch.eye(dim).expand(2, dim, dim)
     torch.testing.assert_close(scales.key_inverse @ scales.key_transform, same, atol=1e-5, rtol=0)
     # Keys and values of a dummy model are brought to size 1.
@@ -181,9 +184,9 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
 def test_scales_of_another_model_are_refused(tmp_path):
     from vllm_ext.scale_source import check_geometry
 
-    check_geometry(some_scales(), fake_config(), tmp_path)
+    check_geometry(some_scales(), fake_config().model_config, tmp_path)
     with pytest.raises(ParetoError, match="are for 2 layers of 4 KV heads"):
-        check_geometry(some_scales(layers=2), fake_config(), tmp_path)
+        check_geometry(some_scales(layers=2), fake_config().model_config, tmp_path)
 
 
 def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
@@ -197,16 +200,103 @@ def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
     for world, rank, heads, expected in ((1, 0, 4, slice(0, 4)), (2, 1, 2, slice(2, 4)), (8, 5, 1, slice(2, 3))):
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda w=world: w)
-        found = layer_scales(config, 1, heads)
+        found = layer_scales(config, "model.layers.1.attn", heads)
         for part in ("key_mean", "key_inverse", "value_size"):
             assert torch.equal(getattr(found, part), getattr(scales.layer(1), part)[expected])
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 2)
+    with pytest.raises(ParetoError, match="has 1 KV heads on each of 2 ranks, its scales are for 4"):
+        layer_scales(config, "model.layers.1.attn", 1)
 
 
 def test_no_scales_is_an_error_not_a_scale_of_one():
     from vllm_ext.scale_source import layer_scales
 
     with pytest.raises(ParetoError, match="needs calibrated scales"):
-        layer_scales(fake_config(), 0, 4)
+        layer_scales(fake_config(), "model.layers.0.attn", 4)
+
+
+def draft_engine(tmp_path, method="draft_model", kv_cache_dtype=None, head_size=64):
+    """Return an engine's configuration whose draft model has one layer of two heads."""
+    some_scales(layers=1, heads=2).save(tmp_path)
+    shape = {
+        "get_total_num_hidden_layers": lambda: 1,
+        "get_total_num_kv_heads": lambda: 2,
+        "get_head_size": lambda: head_size,
+    }
+    draft = SimpleNamespace(model=str(tmp_path), revision=None, use_mla=False, is_attention_free=False, **shape)
+    config = fake_config()
+    config.cache_config = SimpleNamespace(cache_dtype="int4_per_head")
+    config.load_config = SimpleNamespace(load_format="auto", download_dir=None)
+    config.speculative_config = SimpleNamespace(
+        method=method, kv_cache_dtype=kv_cache_dtype, draft_model_config=draft, draft_load_config=None
+    )
+    return config
+
+
+def test_a_draft_model_has_scales_of_its_own(tmp_path, monkeypatch):
+    import vllm.distributed
+
+    from vllm_ext.scale_source import layer_scales
+    from vllm_ext.startup import _prepare_draft
+
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 1)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "draft").mkdir()
+    config = draft_engine(tmp_path / "draft")
+    config.additional_config[SCALES_KEY] = str(tmp_path / "target")
+    some_scales().save(tmp_path / "target")
+    _prepare_draft(config, "int4_per_head")
+    assert config.speculative_config.kv_cache_dtype is None
+    for name, heads, folder in (("model.layers.0.attn", 4, "target"), ("draft_model.model.layers.0.attn", 2, "draft")):
+        found = layer_scales(config, name, heads)
+        assert torch.equal(found.key_mean, KVScales.load(tmp_path / folder).layer(0).key_mean)
+    del config.additional_config["pareto_draft_kv_scales"]
+    with pytest.raises(ParetoError, match="a quantized KV cache of a draft model needs calibrated scales"):
+        layer_scales(config, "draft_model.model.layers.0.attn", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"method": "eagle"}, "eagle drafts from the model's hidden states"),
+        ({"head_size": 72}, "int4_per_head does not serve head size 72"),
+    ],
+)
+def test_what_drafts_without_scales_keeps_16_bits_unless_the_user_said_otherwise(tmp_path, changes, reason, capsys):
+    from vllm_ext.startup import _prepare_draft
+
+    config = draft_engine(tmp_path, **changes)
+    _prepare_draft(config, "int4_per_head")
+    assert config.speculative_config.kv_cache_dtype == "auto"
+    assert f"pareto: what drafts keeps its keys and values in 16 bits: {reason}" in capsys.readouterr().err
+    with pytest.raises(ParetoError, match=f"in --speculative-config: {reason}"):
+        _prepare_draft(draft_engine(tmp_path, kv_cache_dtype="int4_per_head", **changes), "int4_per_head")
+
+
+def test_methods_without_layers_need_nothing(tmp_path):
+    from vllm_ext.drafts import draft_dtype
+
+    assert draft_dtype(draft_engine(tmp_path, method="ngram")) is None
+    assert draft_dtype(draft_engine(tmp_path, kv_cache_dtype="fp8")) is None
+    assert draft_dtype(draft_engine(tmp_path)) == "int4_per_head"
+
+
+def test_no_layer_is_read_with_the_scales_of_another(monkeypatch):
+    import vllm.config
+
+    from vllm_ext.drafts import check_apart
+
+    def layer(name, dtype="int4_per_head"):
+        return SimpleNamespace(layer_name=name, kv_cache_dtype=dtype)
+
+    built = [layer("model.layers.0.attn"), layer("model.layers.1.attn", "auto"), layer("model.layers.2.attn")]
+    context = {one.layer_name: one for one in built}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: config)
+    for name in ("model.layers.3.attn", "draft_model.model.layers.0.attn", "mtp.layers.1.attn", "model.layers.0.attn"):
+        check_apart(context.get(name) or layer(name))
+    with pytest.raises(ParetoError, match=r"mtp\.layers\.0\.attn would be read with the KV scales of model\.layers\.0"):
+        check_apart(layer("mtp.layers.0.attn"))
 
 
 def test_cost_counts_every_layers_own_bits():
