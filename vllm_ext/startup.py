@@ -13,6 +13,7 @@ from kv_cache.formats import DTYPES, unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from vllm_ext.drafts import DRAFT_MODEL, draft_config, draft_dtype
 from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
+from vllm_ext.transfer import check_transfer, separate_storage
 
 if TYPE_CHECKING:
     from vllm_ext.compat import ModelConfig, VllmConfig
@@ -35,6 +36,7 @@ def prepare(config: VllmConfig) -> None:
     if drafts := draft_dtype(config):
         _check_engine(config, drafts)
         _prepare_draft(config, drafts)
+    separate_storage(config)
 
 
 def _prepare_model(config: VllmConfig, dtype: str) -> None:
@@ -95,8 +97,7 @@ def _check_engine(config: VllmConfig, dtype: str) -> None:
 
     if not current_platform.is_cpu() and not current_platform.is_cuda():
         raise ParetoError(f"--kv-cache-dtype {dtype} is served on CPU and NVIDIA GPUs only: {INSTEAD} here")
-    if config.kv_transfer_config is not None:
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve KV transfer between instances: {INSTEAD}")
+    check_transfer(config, dtype)
     if current_platform.is_cuda():
         _check_cuda(config, dtype)
     else:
