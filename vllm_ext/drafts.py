@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kv_cache.errors import ParetoError
-from kv_cache.formats import DTYPES, LAYER_FORMATS
+from kv_cache.formats import DTYPES
 
 if TYPE_CHECKING:
-    from vllm_ext.compat import Attention, LoadConfig, ModelConfig, VllmConfig
+    from vllm_ext.compat import LoadConfig, ModelConfig, VllmConfig
 
 DRAFT_MODEL = "draft_model"
 """vLLM's name of the method, and the prefix of the layers that it builds."""
-CODED = frozenset((*DTYPES, *LAYER_FORMATS))
-"""What layers with scales have for a dtype."""
 WITHOUT_LAYERS = ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")
 """Methods that have no attention of their own."""
 
@@ -45,22 +42,3 @@ def draft_dtype(config: VllmConfig) -> str | None:
         return None
     dtype: str = speculative.kv_cache_dtype or config.cache_config.cache_dtype
     return dtype if dtype in DTYPES else None
-
-
-def check_apart(layer: Attention) -> None:
-    """Raise if a layer that was just built would share its scales with another one.
-
-    The prefix tells a draft model's layers from the others. What else vLLM may build beside the model, now or in a
-    version to come, may number its layers from 0 as well.
-    """
-    from vllm_ext.compat import extract_layer_index, get_current_vllm_config
-
-    mine = is_draft(layer.layer_name), extract_layer_index(layer.layer_name)
-    for name, other in get_current_vllm_config().compilation_config.static_forward_context.items():
-        if other is layer or getattr(other, "kv_cache_dtype", None) not in CODED:
-            continue
-        if (is_draft(name), extract_layer_index(name)) == mine:
-            raise ParetoError(
-                f"{layer.layer_name} would be read with the KV scales of {name}: --kv-cache-dtype "
-                f"{layer.kv_cache_dtype} does not serve this model, use --kv-cache-dtype auto"
-            )

@@ -14,9 +14,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from kv_cache.formats import DTYPES, MIXED
+from kv_cache.formats import CODED, DTYPES, MIXED
 from vllm_ext import compat, names
-from vllm_ext.drafts import CODED
 from vllm_ext.dtype_names import add_dtypes
 from vllm_ext.on_import import on_import
 
@@ -72,7 +71,7 @@ def _offer_kernel() -> None:
 def _give_layers_their_bits() -> None:
     """Let each attention layer of a model served in ``mixed_per_head`` be built with the dtype that its bits name.
 
-    No layer with a dtype of ours may be taken for another one.
+    A layer with a dtype of ours must have scales, and not those of another layer.
     """
     layer = compat.Attention
     original = layer.__init__
@@ -88,9 +87,9 @@ def _give_layers_their_bits() -> None:
             cache_config.cache_dtype = layer_dtype(prefix)
         original(self, *args, cache_config=cache_config, prefix=prefix, **kwargs)
         if self.kv_cache_dtype in CODED:
-            from vllm_ext.drafts import check_apart
+            from vllm_ext.scale_source import check_layer
 
-            check_apart(self)
+            check_layer(self)
 
     setattr(__init__, _MARK, True)
     layer.__init__ = __init__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import MIXED, KVFormat, get_format
+from kv_cache.formats import CODED, MIXED, KVFormat, get_format
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
 from quant_methods.model_source import hub_trouble
 from vllm_ext.drafts import draft_config, is_draft
@@ -24,7 +24,7 @@ from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
 
 if TYPE_CHECKING:
     from vllm_ext.auto_calibration import Origin
-    from vllm_ext.compat import LoadConfig, ModelConfig, VllmConfig
+    from vllm_ext.compat import Attention, LoadConfig, ModelConfig, VllmConfig
 
 
 @contextlib.contextmanager
@@ -228,3 +228,23 @@ def layer_dtype(prefix: str) -> str:
     from vllm_ext.compat import extract_layer_index, get_current_vllm_config
 
     return layer_format_of(get_current_vllm_config(), extract_layer_index(prefix), draft=is_draft(prefix)).name
+
+
+def check_layer(layer: Attention) -> None:
+    """Raise if a layer that was just built has no scales, or would share those of another layer.
+
+    The prefix tells a draft model's layers from the others. What else vLLM may build beside the model, now or in a
+    version to come, may number its layers from 0 as well.
+    """
+    from vllm_ext.compat import extract_layer_index, get_current_vllm_config
+
+    config, name = get_current_vllm_config(), layer.layer_name
+    mine = is_draft(name), extract_layer_index(name)
+    model_scales(config, draft=mine[0]).layer(mine[1])
+    for other, module in config.compilation_config.static_forward_context.items():
+        coded = module is not layer and getattr(module, "kv_cache_dtype", None) in CODED
+        if coded and (is_draft(other), extract_layer_index(other)) == mine:
+            raise ParetoError(
+                f"{name} would be read with the KV scales of {other}: --kv-cache-dtype {layer.kv_cache_dtype} does not "
+                "serve this model, use --kv-cache-dtype auto"
+            )

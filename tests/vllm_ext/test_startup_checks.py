@@ -1,7 +1,6 @@
 """Checks that need vLLM's configuration classes but no engine."""
 
 import argparse
-import dataclasses
 import socket
 from types import SimpleNamespace
 
@@ -10,8 +9,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, FORMATS, get_format
-from kv_cache.scales import KVScales
-from tests.kv_cache.random_scales import random_scales
+from tests.vllm_ext.fake_engines import fake_config, some_scales
 from vllm_ext import serve
 from vllm_ext.metrics import cache_cost
 from vllm_ext.names import SCALES_KEY
@@ -96,18 +94,6 @@ def test_a_layer_that_cannot_be_served_names_the_alternative(changes, reason):
 
     with pytest.raises(ParetoError, match=f"does not serve .*{reason}.*--kv-cache-dtype auto"):
         backend_path(selection(**changes))
-
-
-def some_scales(layers=3, heads=4, dim=64):
-    made = [random_scales(heads, dim) for _ in range(layers)]
-    return KVScales(layers, heads, dim, [dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
-
-
-def fake_config(**extra):
-    model = SimpleNamespace(
-        get_total_num_hidden_layers=lambda: 3, get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
-    )
-    return SimpleNamespace(model_config=model, additional_config=dict(extra))
 
 
 def cuda_config(**changes):
@@ -213,148 +199,6 @@ def test_no_scales_is_an_error_not_a_scale_of_one():
 
     with pytest.raises(ParetoError, match="needs calibrated scales"):
         layer_scales(fake_config(), "model.layers.0.attn", 4)
-
-
-def draft_engine(tmp_path, method="draft_model", kv_cache_dtype=None, head_size=64):
-    """Return an engine's configuration whose draft model has one layer of two heads."""
-    some_scales(layers=1, heads=2).save(tmp_path)
-    shape = {
-        "get_total_num_hidden_layers": lambda: 1,
-        "get_total_num_kv_heads": lambda: 2,
-        "get_head_size": lambda: head_size,
-    }
-    draft = SimpleNamespace(model=str(tmp_path), revision=None, use_mla=False, is_attention_free=False, **shape)
-    config = fake_config()
-    config.cache_config = SimpleNamespace(cache_dtype="int4_per_head")
-    config.load_config = SimpleNamespace(load_format="auto", download_dir=None)
-    config.speculative_config = SimpleNamespace(
-        method=method, kv_cache_dtype=kv_cache_dtype, draft_model_config=draft, draft_load_config=None
-    )
-    return config
-
-
-def test_a_draft_model_has_scales_of_its_own(tmp_path, monkeypatch):
-    import vllm.distributed
-
-    from vllm_ext.scale_source import layer_scales
-    from vllm_ext.startup import _prepare_draft
-
-    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 1)
-    (tmp_path / "target").mkdir()
-    (tmp_path / "draft").mkdir()
-    config = draft_engine(tmp_path / "draft")
-    config.additional_config[SCALES_KEY] = str(tmp_path / "target")
-    some_scales().save(tmp_path / "target")
-    _prepare_draft(config, "int4_per_head")
-    assert config.speculative_config.kv_cache_dtype is None
-    for name, heads, folder in (("model.layers.0.attn", 4, "target"), ("draft_model.model.layers.0.attn", 2, "draft")):
-        found = layer_scales(config, name, heads)
-        assert torch.equal(found.key_mean, KVScales.load(tmp_path / folder).layer(0).key_mean)
-    del config.additional_config["pareto_draft_kv_scales"]
-    with pytest.raises(ParetoError, match="a quantized KV cache of a draft model needs calibrated scales"):
-        layer_scales(config, "draft_model.model.layers.0.attn", 2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"method": "eagle"}, "eagle drafts from the model's hidden states"),
-        ({"head_size": 72}, "int4_per_head does not serve head size 72"),
-    ],
-)
-def test_what_drafts_without_scales_keeps_16_bits_unless_the_user_said_otherwise(tmp_path, changes, reason, capsys):
-    from vllm_ext.startup import _prepare_draft
-
-    config = draft_engine(tmp_path, **changes)
-    _prepare_draft(config, "int4_per_head")
-    assert config.speculative_config.kv_cache_dtype == "auto"
-    assert f"pareto: what drafts keeps its keys and values in 16 bits: {reason}" in capsys.readouterr().err
-    with pytest.raises(ParetoError, match=f"in --speculative-config: {reason}"):
-        _prepare_draft(draft_engine(tmp_path, kv_cache_dtype="int4_per_head", **changes), "int4_per_head")
-
-
-def test_methods_without_layers_need_nothing(tmp_path):
-    from vllm_ext.drafts import draft_dtype
-
-    assert draft_dtype(draft_engine(tmp_path, method="ngram")) is None
-    assert draft_dtype(draft_engine(tmp_path, kv_cache_dtype="fp8")) is None
-    assert draft_dtype(draft_engine(tmp_path)) == "int4_per_head"
-
-
-def test_no_layer_is_read_with_the_scales_of_another(monkeypatch):
-    import vllm.config
-
-    from vllm_ext.drafts import check_apart
-
-    def layer(name, dtype="int4_per_head"):
-        return SimpleNamespace(layer_name=name, kv_cache_dtype=dtype)
-
-    built = [layer("model.layers.0.attn"), layer("model.layers.1.attn", "auto"), layer("model.layers.2.attn")]
-    context = {one.layer_name: one for one in built}
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
-    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: config)
-    for name in ("model.layers.3.attn", "draft_model.model.layers.0.attn", "mtp.layers.1.attn", "model.layers.0.attn"):
-        check_apart(context.get(name) or layer(name))
-    with pytest.raises(ParetoError, match=r"mtp\.layers\.0\.attn would be read with the KV scales of model\.layers\.0"):
-        check_apart(layer("mtp.layers.0.attn"))
-
-
-def transferring(connector, module_path=None, world_size=1, **extra):
-    transfer = SimpleNamespace(
-        kv_connector=connector, kv_connector_module_path=module_path, kv_connector_extra_config=extra
-    )
-    return SimpleNamespace(kv_transfer_config=transfer, parallel_config=SimpleNamespace(world_size=world_size))
-
-
-@pytest.mark.parametrize(
-    ("config", "cuda", "message"),
-    [
-        (transferring("NixlConnector"), True, "does not serve KV transfer by NixlConnector"),
-        (transferring("MultiConnector"), True, "does not serve KV transfer by MultiConnector"),
-        (transferring("ExampleConnector", "elsewhere"), False, "does not compare the scales of the two sides"),
-        (transferring("ExampleConnector", world_size=2), False, "use one rank"),
-        (transferring("OffloadingConnector"), False, "give the cache more memory"),
-        (transferring("OffloadingConnector", spec_name="TieringOffloadingSpec"), True, "leave spec_name"),
-        (transferring("OffloadingConnector", canonical_layout=True), True, "leave spec_name and canonical_layout"),
-        (transferring("OffloadingConnector", cpu_bytes_to_use=1), True, None),
-        (transferring("ExampleConnector", world_size=1), False, None),
-        (transferring(None), False, None),
-    ],
-)
-def test_pages_go_only_where_scales_are_equal(config, cuda, message, monkeypatch):
-    import vllm.platforms
-
-    from vllm_ext.transfer import check_transfer
-
-    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(is_cuda=lambda: cuda))
-    if message is None:
-        check_transfer(config, "int4_per_head")
-        return
-    with pytest.raises(ParetoError, match=message):
-        check_transfer(config, "int4_per_head")
-
-
-def test_the_fingerprint_of_pages_is_that_of_all_that_their_bytes_depend_on(tmp_path):
-    from vllm_ext.transfer import fingerprint
-
-    some_scales().save(tmp_path)
-    some_scales().save(tmp_path / "other")
-
-    def engine(folder="", **changes):
-        values = {"cache_dtype": "int4_per_head", "block_size": 128, "kv_cache_dtype_skip_layers": []} | changes
-        return SimpleNamespace(
-            cache_config=SimpleNamespace(**values),
-            model_config=SimpleNamespace(dtype=torch.bfloat16),
-            speculative_config=None,
-            additional_config={SCALES_KEY: str(tmp_path / folder)},
-        )
-
-    found = {
-        fingerprint(engine()), fingerprint(engine("other")), fingerprint(engine(cache_dtype="int3_per_head")),
-        fingerprint(engine(block_size=64)), fingerprint(engine(kv_cache_dtype_skip_layers=["0"])),
-    }  # fmt: skip
-    assert len(found) == 5
-    assert fingerprint(engine()) in found
 
 
 def test_cost_counts_every_layers_own_bits():
