@@ -119,6 +119,9 @@ LAYER_FORMATS: dict[str, KVFormat] = {
 }
 """What the layers of ``mixed_per_head`` can have."""
 
+CODED = frozenset((*DTYPES, *LAYER_FORMATS))
+"""Every name that an engine, or one of its layers, can have for a dtype of ours."""
+
 
 def get_format(name: str) -> KVFormat:
     """Return the format of that name, or of a layer of ``mixed_per_head``.

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from kv_cache.errors import ParetoError
 from kv_cache.formats import META_BYTES, PLANES, KVFormat, unserved_head_size
 
+LAYOUT = 1
+"""Raised when the same keys and values become other bytes, here or in the codec. Pages may be kept where an engine of
+another version of this package looks for them (vllm_ext/transfer.py)."""
 TOKEN_MULTIPLE = 16
 """A page's tokens are a multiple of this, which keeps planes 16-byte aligned."""
 META = "meta"

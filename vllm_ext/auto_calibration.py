@@ -21,7 +21,7 @@ from kv_cache.user_cache import cache_dir, making
 from quant_methods.model_source import resolve_model, resolve_tokenizer, sampled_fingerprint
 
 if TYPE_CHECKING:
-    from vllm_ext.compat import VllmConfig
+    from vllm_ext.compat import LoadConfig, ModelConfig
 
 REVISION = 7
 """Of the calibration's method: raised when scales made before are worse than those made now, which sets those aside."""
@@ -52,15 +52,14 @@ class Origin:
     config: str | None = None
 
     @classmethod
-    def of(cls, config: VllmConfig) -> Origin:
-        """Return the model of an engine's configuration."""
-        model = config.model_config
+    def of(cls, model: ModelConfig, load: LoadConfig) -> Origin:
+        """Return where a model of an engine's configuration comes from."""
         found = cls(
             model.model,
             model.revision,
             getattr(model, "tokenizer", None),
             getattr(model, "tokenizer_revision", None),
-            config.load_config.download_dir,
+            load.download_dir,
             getattr(model, "hf_token", None),
             getattr(model, "hf_config_path", None),
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from kv_cache.errors import ParetoError
-from kv_cache.formats import DTYPES, FORMATS, HEAD_SIZES, LAYER_FORMATS, MIXED, KVFormat, get_format
+from kv_cache.formats import CODED, FORMATS, HEAD_SIZES, LAYER_FORMATS, MIXED, KVFormat, get_format
 from kv_cache.layout import TOKEN_MULTIPLE
 from kv_cache.scales import LayerScales
 from vllm_ext.compat import (
@@ -17,7 +17,6 @@ from vllm_ext.compat import (
     AttentionType,
     KVCacheLayout,
     MultipleOf,
-    extract_layer_index,
     get_current_vllm_config,
 )
 from vllm_ext.scale_source import layer_scales
@@ -28,7 +27,7 @@ class CodesBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     fmt: ClassVar[KVFormat]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*DTYPES, *LAYER_FORMATS]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = sorted(CODED)
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
@@ -164,4 +163,4 @@ class CodesLayer:
     def scales_of(self, layer: Any) -> LayerScales:
         """Return the scales that the layer's pages are read with."""
         name = self.kv_sharing_target_layer_name or layer.layer_name
-        return layer_scales(self.config, extract_layer_index(name), self.num_kv_heads)
+        return layer_scales(self.config, name, self.num_kv_heads)

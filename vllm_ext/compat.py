@@ -63,6 +63,7 @@ _MARLIN = f"{_LAYERS}.quantization.utils.marlin_utils"
 NAMES: dict[str, Name] = {
     # How a KV-cache dtype gets its name (patches.py). 0.32 has a closed list in three modules, 0.33 a registry.
     "config_module": Name("vllm.config", has="VllmConfig", releases=_CLOSED_LIST),
+    "speculative_module": Name("vllm.config.speculative", has="CacheDType", releases=_CLOSED_LIST),
     "cache_module": Name("vllm.config.cache", has="CacheConfig CacheDType", releases=_CLOSED_LIST),
     "arg_utils_module": Name("vllm.engine.arg_utils", has="CacheDType", releases=_CLOSED_LIST),
     "selector_with_list": Name("vllm.v1.attention.selector", has="CacheDType", releases=_CLOSED_LIST),
@@ -82,8 +83,8 @@ NAMES: dict[str, Name] = {
     "VllmConfig": Name(
         "vllm.config",
         "VllmConfig",
-        "cache_config model_config scheduler_config load_config kv_transfer_config speculative_config "
-        "additional_config use_v2_model_runner",
+        "cache_config model_config scheduler_config load_config parallel_config kv_transfer_config speculative_config "
+        "additional_config compilation_config use_v2_model_runner",
     ),
     "ModelConfig": Name(
         "vllm.config",
@@ -92,9 +93,17 @@ NAMES: dict[str, Name] = {
         "use_mla is_attention_free",
         calls=dict.fromkeys(("get_total_num_hidden_layers", "get_total_num_kv_heads", "get_head_size"), ""),
     ),
-    "CacheConfig": Name("vllm.config.cache", "CacheConfig", "cache_dtype kv_cache_dtype_skip_layers"),
+    "CacheConfig": Name("vllm.config.cache", "CacheConfig", "cache_dtype block_size kv_cache_dtype_skip_layers"),
     "SchedulerConfig": Name("vllm.config", "SchedulerConfig", "max_num_seqs"),
-    "SpeculativeConfig": Name("vllm.config", "SpeculativeConfig", "num_speculative_tokens"),
+    "SpeculativeConfig": Name(
+        "vllm.config.speculative",
+        "SpeculativeConfig",
+        "num_speculative_tokens method kv_cache_dtype draft_model_config draft_load_config",
+    ),
+    "KVTransferConfig": Name(
+        "vllm.config", "KVTransferConfig", "kv_connector kv_connector_extra_config kv_connector_module_path"
+    ),
+    "ParallelConfig": Name("vllm.config", "ParallelConfig", "world_size"),
     "LoadConfig": Name("vllm.config", "LoadConfig", "load_format download_dir"),
     "get_current_vllm_config": Name("vllm.config", "get_current_vllm_config", calls={"": ""}),
     "get_current_vllm_config_or_none": Name("vllm.config", "get_current_vllm_config_or_none", calls={"": ""}),

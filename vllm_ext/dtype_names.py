@@ -70,20 +70,26 @@ def _let_selector_know() -> None:
     selector.is_known_kv_cache_dtype = is_known_kv_cache_dtype
 
 
+def _retype(config: Any, name: str, annotation: Any) -> None:
+    """Give a field of one of vLLM's configurations another type."""
+    config.__annotations__[name] = annotation
+    for field in dataclasses.fields(config):
+        if field.name == name:
+            field.type = annotation
+    rebuild_dataclass(config, force=True)
+
+
 def _extend_list() -> None:
     """Extend the list of vLLM 0.32 wherever a module or a compiled schema has a copy of it."""
     cache, names = compat.cache_module, known_dtypes()
     extended = Literal[(*names, *DTYPES)]  # type: ignore[valid-type]
-    cache.CacheDType = extended
-    cache.CacheConfig.__annotations__["cache_dtype"] = extended
-    for field in dataclasses.fields(cache.CacheConfig):
-        if field.name == "cache_dtype":
-            field.type = extended
+    cache.CacheDType = compat.speculative_module.CacheDType = extended
+    _retype(cache.CacheConfig, "cache_dtype", extended)
+    _retype(compat.SpeculativeConfig, "kv_cache_dtype", extended | None)
     for name in DTYPES:
         compat.STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
-    # VllmConfig holds a CacheConfig, whose schema it has compiled into its own.
-    for config in (cache.CacheConfig, compat.config_module.VllmConfig):
-        rebuild_dataclass(config, force=True)
+    # VllmConfig holds the two, whose schemas it has compiled into its own.
+    rebuild_dataclass(compat.config_module.VllmConfig, force=True)
 
     def extend_arguments() -> None:
         compat.arg_utils_module.CacheDType = extended

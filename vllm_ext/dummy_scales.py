@@ -20,15 +20,14 @@ from kv_cache.transforms import hadamard_sums, mirror
 from kv_cache.user_cache import cache_dir
 
 if TYPE_CHECKING:
-    from vllm_ext.compat import VllmConfig
+    from vllm_ext.compat import ModelConfig
 
 DUMMY_STD = 1e-3 / math.sqrt(3)
 """Standard deviation of vLLM's dummy weights, drawn evenly from -1e-3 to 1e-3."""
 
 
-def make(config: VllmConfig) -> Path:
+def make(model: ModelConfig) -> Path:
     """Return a folder with random scales for a model's shape, kept between starts."""
-    model = config.model_config
     text = model.hf_text_config
     shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
     rotary = _rotary(text, shape[-1], model.max_model_len)

@@ -14,13 +14,12 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from kv_cache.formats import DTYPES, FORMATS, LAYER_FORMATS, MIXED
+from kv_cache.formats import CODED, DTYPES, MIXED
 from vllm_ext import compat, names
 from vllm_ext.dtype_names import add_dtypes
 from vllm_ext.on_import import on_import
 
 _MARK = "_pareto_patched"
-_DTYPES = frozenset((*FORMATS, *LAYER_FORMATS, MIXED))
 
 Failed = Callable[[Exception], None]
 
@@ -70,7 +69,10 @@ def _offer_kernel() -> None:
 
 
 def _give_layers_their_bits() -> None:
-    """Let each attention layer of a model served in ``mixed_per_head`` be built with the dtype that its bits name."""
+    """Let each attention layer of a model served in ``mixed_per_head`` be built with the dtype that its bits name.
+
+    A layer with a dtype of ours must have scales, and not those of another layer.
+    """
     layer = compat.Attention
     original = layer.__init__
     if hasattr(original, _MARK):
@@ -84,6 +86,10 @@ def _give_layers_their_bits() -> None:
             cache_config = copy.copy(cache_config)
             cache_config.cache_dtype = layer_dtype(prefix)
         original(self, *args, cache_config=cache_config, prefix=prefix, **kwargs)
+        if self.kv_cache_dtype in CODED:
+            from vllm_ext.scale_source import check_layer
+
+            check_layer(self)
 
     setattr(__init__, _MARK, True)
     layer.__init__ = __init__
@@ -108,7 +114,7 @@ def _choose_backend(platform: Any, name: str, path: str) -> None:
     def get_attn_backend_cls(
         cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
     ) -> str:
-        if attn_selector_config.kv_cache_dtype in _DTYPES:
+        if attn_selector_config.kv_cache_dtype in CODED:
             module = importlib.import_module(path.rpartition(".")[0])
             chosen: str = module.backend_path(attn_selector_config)
             return chosen
@@ -127,7 +133,8 @@ def _check_at_start() -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
-        if config.cache_config.cache_dtype in DTYPES:
+        speculative = config.speculative_config
+        if not {config.cache_config.cache_dtype, speculative and speculative.kv_cache_dtype}.isdisjoint(DTYPES):
             from vllm_ext.startup import prepare
 
             prepare(config)

@@ -2,56 +2,108 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 
 from kv_cache.cuda.arguments import MAX_QUERY_LEN
 from kv_cache.errors import ParetoError
-from kv_cache.formats import unserved_head_size
+from kv_cache.formats import DTYPES, unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
-from vllm_ext.names import SCALES_KEY
+from vllm_ext.drafts import DRAFT_MODEL, draft_config, draft_dtype
+from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
+from vllm_ext.transfer import check_transfer, separate_storage
 
 if TYPE_CHECKING:
-    from vllm_ext.compat import VllmConfig
+    from vllm_ext.compat import ModelConfig, VllmConfig
+
+
+INSTEAD = "use --kv-cache-dtype auto"
 
 
 def prepare(config: VllmConfig) -> None:
-    """Refuse what the dtype cannot serve, find or make its scales, and publish its metrics.
+    """Refuse what the dtypes cannot serve, find or make scales, and publish metrics; nothing without a dtype of ours.
 
     Raises:
         ParetoError: one line that says what does not fit and what to use instead.
 
     """
+    dtype = config.cache_config.cache_dtype
+    if dtype in DTYPES:
+        _check_engine(config, dtype)
+        _prepare_model(config, dtype)
+    if drafts := draft_dtype(config):
+        _check_engine(config, drafts)
+        _prepare_draft(config, drafts)
+    separate_storage(config)
+
+
+def _prepare_model(config: VllmConfig, dtype: str) -> None:
+    """Find or make the scales of the model that answers, and publish its metrics."""
+    from vllm_ext.metrics import publish
+    from vllm_ext.scale_source import find_scales, layer_format_of
+
+    model = config.model_config
+    if reason := _unserved(model):
+        raise ParetoError(f"--kv-cache-dtype {dtype} {reason}: {INSTEAD}")
+    config.additional_config[SCALES_KEY] = str(find_scales(config))
+    for layer in range(model.get_total_num_hidden_layers()):
+        PageLayout(layer_format_of(config, layer), model.get_head_size(), TOKEN_MULTIPLE)
+    publish(config)
+
+
+def _prepare_draft(config: VllmConfig, dtype: str) -> None:
+    """Find or make the draft model's scales; where it cannot have any, let what drafts keep 16 bits, and say so."""
+    from vllm_ext.scale_source import find_scales, model_scales
+
+    speculative = config.speculative_config
+    if speculative.method == "extract_hidden_states":
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {speculative.method}, which needs pages: {INSTEAD}")
+    try:
+        model, _ = draft_config(config)
+        if speculative.method != DRAFT_MODEL:
+            raise ParetoError(
+                f"{speculative.method} drafts from the model's hidden states and has no scales of its own"
+            )
+        if reason := _unserved(model):
+            raise ParetoError(f"{dtype} {reason}")
+        config.additional_config[DRAFT_SCALES_KEY] = str(find_scales(config, draft=True))
+        for layer in range(model.get_total_num_hidden_layers()):
+            fmt = model_scales(config, draft=True).format(dtype, layer)
+            PageLayout(fmt, model.get_head_size(), TOKEN_MULTIPLE)
+    except ParetoError as error:
+        if speculative.kv_cache_dtype is not None:
+            raise ParetoError(
+                f"kv_cache_dtype {dtype} in --speculative-config: {error}; without it what drafts keeps 16 bits"
+            ) from error
+        speculative.kv_cache_dtype = "auto"
+        print(f"pareto: what drafts keeps its keys and values in 16 bits: {error}", file=sys.stderr, flush=True)
+
+
+def _unserved(model: ModelConfig) -> str | None:
+    """Return why no dtype serves a model; None if they do."""
+    if model.use_mla:
+        return "does not serve multi-head latent attention"
+    if model.is_attention_free:
+        return "has nothing to serve in a model without attention"
+    reason = unserved_head_size(model.get_head_size())
+    return reason and f"does not serve {reason}"
+
+
+def _check_engine(config: VllmConfig, dtype: str) -> None:
+    """Refuse what the backends cannot serve, whatever the model."""
     from vllm_ext.compat import current_platform
 
-    dtype = config.cache_config.cache_dtype
-    model = config.model_config
-    instead = "use --kv-cache-dtype auto"
     if not current_platform.is_cpu() and not current_platform.is_cuda():
-        raise ParetoError(f"--kv-cache-dtype {dtype} is served on CPU and NVIDIA GPUs only: {instead} here")
-    if model.use_mla:
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve multi-head latent attention: {instead}")
-    if model.is_attention_free:
-        raise ParetoError(f"--kv-cache-dtype {dtype} has nothing to serve in a model without attention: {instead}")
-    if reason := unserved_head_size(model.get_head_size()):
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {reason}: {instead}")
-    if config.kv_transfer_config is not None:
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve KV transfer between instances: {instead}")
+        raise ParetoError(f"--kv-cache-dtype {dtype} is served on CPU and NVIDIA GPUs only: {INSTEAD} here")
+    check_transfer(config, dtype)
     if current_platform.is_cuda():
         _check_cuda(config, dtype)
     else:
         from kv_cache.cpu_kernels import best_isa
 
         best_isa()
-    from vllm_ext.metrics import publish
-    from vllm_ext.scale_source import find_scales, layer_format_of
-
-    config.additional_config[SCALES_KEY] = str(find_scales(config))
-    for layer in range(model.get_total_num_hidden_layers()):
-        PageLayout(layer_format_of(config, layer), model.get_head_size(), TOKEN_MULTIPLE)
-
-    publish(config)
 
 
 def _check_cuda(config: VllmConfig, dtype: str) -> None:

@@ -105,6 +105,9 @@ class ParetoLinearMethod(LinearMethodBase):
                 start += full
         del layer.pareto_pieces
         layer.served = nn.ModuleList(serve(linears, forms, layer.pareto_dtype))
+        # What takes LoRA adapters asks a layer's weight where they shall lie, under one of the names that weights have
+        # in vLLM's own formats. This one holds nothing: it only lies where the layer does.
+        layer.register_buffer("weight_packed", torch.empty(0, device=device), persistent=False)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the product of inputs [..., in] with the layer, its bias added."""

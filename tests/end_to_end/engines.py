@@ -27,9 +27,9 @@ def environment(**values):
 
 
 @contextlib.contextmanager
-def engine(model, kv_cache_dtype="auto", **settings):
-    """Start an engine in this process; its configuration is small, and the same for every dtype."""
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"):
+def engine(model, kv_cache_dtype="auto", apart=False, **settings):
+    """Start an engine in this process, or apart from it; its configuration is small, and the same for every dtype."""
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(apart)), VLLM_CPU_KVCACHE_SPACE="1"):
         from vllm import LLM
 
         settings = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "seed": 0} | settings
@@ -46,10 +46,13 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def kv_caches(llm):
     """Return the layers' pages by layer name."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    context = runner.vllm_config.compilation_config.static_forward_context
+    context = runner(llm).vllm_config.compilation_config.static_forward_context
     return {name: layer.kv_cache for name, layer in context.items() if hasattr(layer, "kv_cache")}
 
 

@@ -38,19 +38,18 @@ def test_serve_leaves_a_hub_model_to_vllm_with_all_flags(started, monkeypatch):
 
 def config(**changes):
     model = {"model": "org/m", "revision": "r", "tokenizer": "org/m", "tokenizer_revision": "r", "hf_token": None}
-    return SimpleNamespace(
-        model_config=SimpleNamespace(**model | changes),
-        load_config=SimpleNamespace(load_format="auto", download_dir="/models"),
-        additional_config={},
-    )
+    return SimpleNamespace(**model | changes), SimpleNamespace(load_format="auto", download_dir="/models")
 
 
 def test_the_engines_configuration_says_all_of_it():
-    assert Origin.of(config()) == Origin("org/m", "r", download_dir="/models")
-    assert Origin.of(config(hf_config_path="/other")) == Origin("org/m", "r", download_dir="/models", config="/other")
-    assert Origin.of(config(hf_config_path="org/m")) == Origin("org/m", "r", download_dir="/models")
-    assert Origin.of(config(tokenizer_revision="t", hf_token="x")) == Origin("org/m", "r", "org/m", "t", "/models", "x")
-    assert Origin.of(config(tokenizer="org/t")).tokenizer == "org/t"
+    assert Origin.of(*config()) == Origin("org/m", "r", download_dir="/models")
+    elsewhere = Origin("org/m", "r", download_dir="/models", config="/other")
+    assert Origin.of(*config(hf_config_path="/other")) == elsewhere
+    assert Origin.of(*config(hf_config_path="org/m")) == Origin("org/m", "r", download_dir="/models")
+    assert Origin.of(*config(tokenizer_revision="t", hf_token="x")) == Origin(
+        "org/m", "r", "org/m", "t", "/models", "x"
+    )
+    assert Origin.of(*config(tokenizer="org/t")).tokenizer == "org/t"
 
 
 def test_scales_are_fetched_and_made_from_the_files_that_are_served(monkeypatch, tmp_path):
@@ -77,7 +76,7 @@ def test_scales_are_fetched_and_made_from_the_files_that_are_served(monkeypatch,
     monkeypatch.setattr("quant_methods.model_source.validate_checkpoint", lambda *a, **k: None)
     monkeypatch.setattr(auto_calibration, "sampled_fingerprint", lambda folder: "f" * 64)
     monkeypatch.setattr(auto_calibration, "_run", calibrated)
-    first = scale_source._find(config(tokenizer_revision="t", hf_token="x"))
+    first = scale_source._find(*config(tokenizer_revision="t", hf_token="x"))
     assert asked == [
         ("org/m", str(SCALES_FILE), "r", "/models", "x"),
         ("org/m", "r", "/models", "x"),
@@ -85,8 +84,8 @@ def test_scales_are_fetched_and_made_from_the_files_that_are_served(monkeypatch,
     ]
     assert ran == [(tmp_path / "org-m" / "r", tmp_path / "org-m" / "t")]
     # Another tokenizer has other scales, and the same one the same.
-    assert scale_source._find(config(tokenizer_revision="t")) == first
-    assert len({first, scale_source._find(config(tokenizer_revision="u")), scale_source._find(config())}) == 3
+    assert scale_source._find(*config(tokenizer_revision="t")) == first
+    assert len({first, scale_source._find(*config(tokenizer_revision="u")), scale_source._find(*config())}) == 3
     assert ran[-1] == (tmp_path / "org-m" / "r", None)
 
 
@@ -140,8 +139,8 @@ def test_trouble_with_the_hub_is_not_taken_for_no_scales(monkeypatch):
     [(["a"], "--additional-config is list, and --kv-cache-dtype int4"), ({"pareto_kv_scales": 1}, "a folder's name")],
 )
 def test_additional_config_of_another_kind_gets_one_line(value, said):
-    made = config()
-    made.additional_config = value
-    made.cache_config = SimpleNamespace(cache_dtype="int4_per_head")
+    model, load = config()
+    cache = SimpleNamespace(cache_dtype="int4_per_head")
+    made = SimpleNamespace(model_config=model, load_config=load, cache_config=cache, additional_config=value)
     with pytest.raises(ParetoError, match=said):
-        scale_source._find(made)
+        scale_source.find_scales(made)

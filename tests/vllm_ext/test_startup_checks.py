@@ -1,7 +1,6 @@
 """Checks that need vLLM's configuration classes but no engine."""
 
 import argparse
-import dataclasses
 import importlib
 import socket
 import sys
@@ -12,8 +11,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, FORMATS, get_format
-from kv_cache.scales import KVScales
-from tests.kv_cache.random_scales import random_scales
+from tests.vllm_ext.fake_engines import fake_config, some_scales
 from vllm_ext import serve
 from vllm_ext.metrics import cache_cost
 from vllm_ext.names import SCALES_KEY
@@ -145,18 +143,6 @@ def test_a_layer_reads_the_sinks_that_its_model_loads(sinks, monkeypatch):
         codes_backend.CodesLayer(8, 64, 0.125, 2, kv_cache_dtype="int4_per_head", sinks=parameter)
 
 
-def some_scales(layers=3, heads=4, dim=64):
-    made = [random_scales(heads, dim) for _ in range(layers)]
-    return KVScales(layers, heads, dim, [dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
-
-
-def fake_config(**extra):
-    model = SimpleNamespace(
-        get_total_num_hidden_layers=lambda: 3, get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
-    )
-    return SimpleNamespace(model_config=model, additional_config=dict(extra))
-
-
 def cuda_config(**changes):
     values = {
         "use_v2_model_runner": True,
@@ -191,9 +177,12 @@ def test_what_cuda_cannot_serve_is_refused(changes, capability, message, monkeyp
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim, tmp_path, monkeypatch):
+    import vllm.distributed
+
     from kv_cache import codec
     from vllm_ext.scale_source import find_scales, layer_scales
 
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 1)
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
     parameters = {"rope_theta": 1e6, "partial_rotary_factor": 0.5 if dim == 80 else 1.0}
     model = SimpleNamespace(
@@ -202,16 +191,16 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
         hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
-        model_config=model, additional_config={},
+        model_config=model, additional_config={}, speculative_config=None,
         load_config=SimpleNamespace(load_format="dummy", download_dir=None),
         cache_config=SimpleNamespace(cache_dtype="int4_per_head"),
     )  # fmt: skip
     folder = find_scales(config)
     assert find_scales(config) == folder
     config.additional_config[SCALES_KEY] = str(folder)
-    scales = layer_scales(config, 1, 2)
+    scales = layer_scales(config, "model.layers.1.attn", 2)
     assert scales.rotary.rotated == (20 if dim == 80 else dim // 2)
-    assert not torch.equal(scales.key_transform, layer_scales(config, 0, 2).key_transform)
+    assert not torch.equal(scales.key_transform, layer_scales(config, "model.layers.0.attn", 2).key_transform)
     same = torch.eye(dim).expand(2, dim, dim)
     torch.testing.assert_close(scales.key_inverse @ scales.key_transform, same, atol=1e-5, rtol=0)
     # Keys and values of a dummy model are brought to size 1.
@@ -228,9 +217,9 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
 def test_scales_of_another_model_are_refused(tmp_path):
     from vllm_ext.scale_source import check_geometry
 
-    check_geometry(some_scales(), fake_config(), tmp_path)
+    check_geometry(some_scales(), fake_config().model_config, tmp_path)
     with pytest.raises(ParetoError, match="are for 2 layers of 4 KV heads"):
-        check_geometry(some_scales(layers=2), fake_config(), tmp_path)
+        check_geometry(some_scales(layers=2), fake_config().model_config, tmp_path)
 
 
 def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
@@ -244,16 +233,19 @@ def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
     for world, rank, heads, expected in ((1, 0, 4, slice(0, 4)), (2, 1, 2, slice(2, 4)), (8, 5, 1, slice(2, 3))):
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda r=rank: r)
         monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda w=world: w)
-        found = layer_scales(config, 1, heads)
+        found = layer_scales(config, "model.layers.1.attn", heads)
         for part in ("key_mean", "key_inverse", "value_size"):
             assert torch.equal(getattr(found, part), getattr(scales.layer(1), part)[expected])
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_world_size", lambda: 2)
+    with pytest.raises(ParetoError, match="has 1 KV heads on each of 2 ranks, its scales are for 4"):
+        layer_scales(config, "model.layers.1.attn", 1)
 
 
 def test_no_scales_is_an_error_not_a_scale_of_one():
     from vllm_ext.scale_source import layer_scales
 
     with pytest.raises(ParetoError, match="needs calibrated scales"):
-        layer_scales(fake_config(), 0, 4)
+        layer_scales(fake_config(), "model.layers.0.attn", 4)
 
 
 def test_cost_counts_every_layers_own_bits():

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -72,6 +73,8 @@ def load(layer: torch.nn.Module, shard: Any, linear: QuantizedLinear, form: Form
 def finished(layer: torch.nn.Module) -> torch.nn.Module:
     layer.quant_method.process_weights_after_loading(layer)
     assert {name for name, _ in layer.named_parameters(recurse=False)} <= {"bias"}
+    # Every layer takes LoRA adapters, which lie where it does.
+    assert _get_lora_device(layer) == torch.device("cpu")
     return layer
 
 
