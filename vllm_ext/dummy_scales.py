@@ -83,4 +83,4 @@ def random_scales(layers: int, heads: int, dim: int, spread: float, rotary: Rota
         )
     # Every mixed layer is another one than its neighbours: 3.5 bits of codes, as a budget might choose them.
     bits = [((4, 3), (3, 4), (4, 4), (3, 3))[index % 4] for index in range(layers)]
-    return KVScales(layers, heads, dim, made, bits, {"dummy": True})
+    return KVScales(made, bits, {"dummy": True})

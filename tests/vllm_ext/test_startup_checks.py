@@ -100,7 +100,7 @@ def test_a_layer_that_cannot_be_served_names_the_alternative(changes, reason):
 
 def some_scales(layers=3, heads=4, dim=64):
     made = [random_scales(heads, dim) for _ in range(layers)]
-    return KVScales(layers, heads, dim, [dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
+    return KVScales([dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
 
 
 def fake_config(**extra):
