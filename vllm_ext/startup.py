@@ -10,6 +10,7 @@ from kv_cache.cuda.arguments import MAX_QUERY_LEN
 from kv_cache.errors import ParetoError
 from kv_cache.formats import unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
+from vllm_ext.layers import layer_shape, unserved_layers
 from vllm_ext.names import SCALES_KEY
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def prepare(config: VllmConfig) -> None:
         ParetoError: one line that says what does not fit and what to use instead.
 
     """
-    from vllm_ext.compat import current_platform
+    from vllm_ext.compat import current_platform, init_logger
 
     dtype = config.cache_config.cache_dtype
     model = config.model_config
@@ -34,7 +35,9 @@ def prepare(config: VllmConfig) -> None:
         raise ParetoError(f"--kv-cache-dtype {dtype} does not serve multi-head latent attention: {instead}")
     if model.is_attention_free:
         raise ParetoError(f"--kv-cache-dtype {dtype} has nothing to serve in a model without attention: {instead}")
-    if reason := unserved_head_size(model.get_head_size()):
+    layers, unserved = model.get_total_num_hidden_layers(), unserved_layers(config)
+    if len(unserved) == layers:
+        reason = unserved_head_size(layer_shape(config, 0)[1])
         raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {reason}: {instead}")
     if config.kv_transfer_config is not None:
         raise ParetoError(f"--kv-cache-dtype {dtype} does not serve KV transfer between instances: {instead}")
@@ -45,13 +48,22 @@ def prepare(config: VllmConfig) -> None:
 
         best_isa()
     from vllm_ext.metrics import publish
-    from vllm_ext.scale_source import find_scales, layer_format_of
+    from vllm_ext.scale_source import find_scales, layer_format_of, model_scales
 
     config.additional_config[SCALES_KEY] = str(find_scales(config))
-    for layer in range(model.get_total_num_hidden_layers()):
-        PageLayout(layer_format_of(config, layer), model.get_head_size(), TOKEN_MULTIPLE)
-
-    publish(config)
+    scales = model_scales(config)
+    for layer in range(layers):
+        if shape := scales.shape(layer):
+            PageLayout(layer_format_of(config, layer), shape[1], TOKEN_MULTIPLE)
+    cost = publish(config)
+    if unserved:
+        sizes = sorted({layer_shape(config, layer)[1] for layer in unserved})
+        init_logger(__name__).warning(
+            "--kv-cache-dtype %s: %d of %d layers have heads of %s channels, which no kernel serves, and keep %s; a "
+            "cached token takes %.1f bits an element over all layers",
+            dtype, len(unserved), layers, " or ".join(map(str, sizes)), str(model.dtype).removeprefix("torch."),
+            cost.mean_bits,
+        )  # fmt: skip
 
 
 def _check_cuda(config: VllmConfig, dtype: str) -> None:

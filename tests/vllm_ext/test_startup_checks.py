@@ -103,10 +103,12 @@ def some_scales(layers=3, heads=4, dim=64):
     return KVScales([dataclasses.replace(layer, rotary=made[0].rotary) for layer in made])
 
 
+def arch(heads, dim, count):
+    return [SimpleNamespace(total_num_kv_heads=heads, head_size=dim)] * count
+
+
 def fake_config(**extra):
-    model = SimpleNamespace(
-        get_total_num_hidden_layers=lambda: 3, get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
-    )
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: 3, model_arch_config=arch(4, 64, 3))
     return SimpleNamespace(model_config=model, additional_config=dict(extra))
 
 
@@ -151,7 +153,7 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
     parameters = {"rope_theta": 1e6, "partial_rotary_factor": 0.5 if dim == 80 else 1.0}
     model = SimpleNamespace(
         model=str(tmp_path), revision=None, max_model_len=1000, get_total_num_hidden_layers=lambda: 2,
-        get_total_num_kv_heads=lambda: 2, get_head_size=lambda: dim,
+        model_arch_config=arch(2, dim, 2),
         hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
@@ -211,7 +213,7 @@ def test_no_scales_is_an_error_not_a_scale_of_one():
 
 def test_cost_counts_every_layers_own_bits():
     four, three = FORMATS["int4_per_head"], FORMATS["int3_per_head"]
-    cost = cache_cost([four, None, three, four], kv_heads=2, head_dim=64, element_bytes=2)
+    cost = cache_cost([(fmt, 2, 64) for fmt in (four, None, three, four)], element_bytes=2)
     assert cost.bytes_per_token == 2 * (68 + 256 + 52 + 68)
     assert cost.compression_ratio == pytest.approx(4 * 512 / cost.bytes_per_token)
     assert cost.bits_per_element == pytest.approx((4.25 + 3.25 + 4.25) / 3)
