@@ -22,6 +22,8 @@ served (`average_over_positions`): short text calibrates long contexts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +69,35 @@ class _Layer:
                     setattr(self, name, sum_.to(device))
 
 
+@dataclass(frozen=True, eq=False)
+class LayerShape:
+    """What one layer's keys and values are like.
+
+    Attributes:
+        num_kv_heads: KV heads of the layer.
+        head_dim: channels of a head.
+        rotary: how positions turn queries and keys; `Rotary.over` makes one also for a layer that turns only a part of
+            the channels, or none. One object for all layers that have the same.
+
+    Raises:
+        ParetoError: a size is not positive, or rotary does not fit head_dim.
+
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    rotary: Rotary
+
+    def __post_init__(self) -> None:
+        if min(self.num_kv_heads, self.head_dim) < 1:
+            raise ParetoError("KV calibration: the numbers of heads and channels must be positive")
+        if 2 * self.rotary.inv_freq.numel() != self.head_dim:
+            raise ParetoError(
+                f"KV calibration: {self.rotary.inv_freq.numel()} rotary frequencies do not fit heads of "
+                f"{self.head_dim} channels"
+            )
+
+
 class KVCalibrator:
     """Sums up one model's queries, keys and values layer by layer and turns the sums into `KVScales`.
 
@@ -74,40 +105,37 @@ class KVCalibrator:
     KV head of each layer, 96 MiB for 32 layers of 8 heads of 128 channels.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        seed: int = 0,
-        *,
-        rotary: Rotary,
-        queries: int = QUERIES,
-    ) -> None:
-        """Prepare for a model's shape.
+    def __init__(self, shapes: Sequence[LayerShape | None], seed: int = 0, *, queries: int = QUERIES) -> None:
+        """Prepare for a model's layers.
 
         Args:
-            num_layers: decoder layers with a KV cache.
-            num_kv_heads: KV heads of a layer.
-            head_dim: channels of a head.
+            shapes: of each decoder layer; None for one that gets no scales.
             seed: which queries are looked at.
-            rotary: how positions turn queries and keys; `Rotary.over` makes one also for a model that turns only a
-                part of the channels, or none.
             queries: how many queries of a sequence are looked at.
 
         Raises:
-            ParetoError: a size is not positive, or rotary does not fit head_dim.
+            ParetoError: no layer gets scales, or no queries.
 
         """
-        if min(num_layers, num_kv_heads, head_dim, queries) < 1:
-            raise ParetoError("KV calibration: the numbers of layers, heads, channels and queries must be positive")
-        if 2 * rotary.inv_freq.numel() != head_dim:
-            raise ParetoError(
-                f"KV calibration: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {head_dim} channels"
-            )
-        self.num_layers, self.num_kv_heads, self.head_dim, self.seed = num_layers, num_kv_heads, head_dim, seed
-        self.rotary, self.queries = rotary, queries
-        self._layers = [_Layer(num_kv_heads, head_dim, seed * 1_000_003 + index) for index in range(num_layers)]
+        if not any(shapes) or queries < 1:
+            raise ParetoError("KV calibration: the numbers of layers and queries must be positive")
+        self.shapes, self.seed, self.queries = list(shapes), seed, queries
+        self._layers = [
+            None if shape is None else _Layer(shape.num_kv_heads, shape.head_dim, seed * 1_000_003 + index)
+            for index, shape in enumerate(shapes)
+        ]
+
+    def turned_by(self, layer: int, rotary: Rotary) -> None:
+        """Let a layer that nothing has been observed of have another rotary embedding."""
+        shape = self.shapes[layer]
+        assert shape is not None
+        assert not self._record(layer).tokens
+        self.shapes[layer] = replace(shape, rotary=rotary)
+
+    def _record(self, layer: int) -> _Layer:
+        record = self._layers[layer]
+        assert record is not None
+        return record
 
     @torch.no_grad()
     def observe(
@@ -139,9 +167,9 @@ class KVCalibrator:
 
         """
         # One check for all sequences: on a GPU each one waits until everything before it is done.
-        self._check(layer, query, key, value, mask, sinks)
+        shape = self._check(layer, query, key, value, mask, sinks)
         query, key, value = (x[None] if x.dim() == 3 else x for x in (query, key, value))
-        record, (sequences, tokens) = self._layers[layer], key.shape[:2]
+        record, (sequences, tokens) = self._record(layer), key.shape[:2]
         record.to(key.device)
         record.tokens += sequences * tokens
         several = int(tokens > 1)
@@ -150,16 +178,23 @@ class KVCalibrator:
         if several:
             seen = [None] * sequences if mask is None else mask[:, 0].expand(sequences, -1, -1)
             for sequence in zip(query, key, value, seen, strict=True):
-                self._add(record, *sequence, sinks)
+                self._add(record, shape, *sequence, sinks)
 
     def _add(
-        self, record: _Layer, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, sinks: Tensor | None
+        self,
+        record: _Layer,
+        shape: LayerShape,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor | None,
+        sinks: Tensor | None,
     ) -> None:
         """Sum up one sequence's tokens but the first, shapes as `observe` takes them; seen: [tokens, tokens]."""
         key, value, tokens = key.float(), value.float(), len(key)
         with tf32(False):
             positions = torch.arange(1, tokens, device=key.device)
-            turned = self.rotary.turn(key[1:], -positions)
+            turned = shape.rotary.turn(key[1:], -positions)
             if record.shift is None:
                 record.shift = turned.mean(0)
             turned -= record.shift
@@ -171,46 +206,32 @@ class KVCalibrator:
             rows = directions(value[1:]).transpose(0, 1)
             record.value_direction += torch.bmm(rows.mT, rows)
             chosen = torch.randperm(tokens, generator=record.generator)[: self.queries].sort().values.to(key.device)
-            asked = query[chosen].float()
-            record.metric += self._metric(chosen, asked, key, value, None if seen is None else seen[chosen], sinks)
-
-    def _metric(
-        self,
-        positions: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Return H of some of a sequence's queries [n, num_heads, head_dim], turned back to position 0."""
-        size = max(1, MAX_PROBABILITIES // (query.shape[1] * len(key)))
-        metric = torch.zeros(self.num_kv_heads, self.head_dim, self.head_dim, device=key.device)
-        views = [None] * -(-len(positions) // size) if seen is None else seen.split(size)
-        for part, asked, view in zip(positions.split(size), query.split(size), views, strict=True):
-            weight = query_weights(part, asked, key, value, seen=view, sinks=sinks)
-            rows = grouped(self.rotary.turn(asked, -part), self.num_kv_heads)
-            metric += torch.bmm((rows * weight[..., None]).mT, rows)
-        return metric
+            view = None if seen is None else seen[chosen]
+            record.metric += _metric(shape.rotary, chosen, query[chosen].float(), key, value, view, sinks)
 
     def _check(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
-    ) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise ParetoError(f"KV calibration: there is no layer {layer}; the model has {self.num_layers}")
+    ) -> LayerShape:
+        """Return the layer's shape, which the tensors fit."""
+        if not 0 <= layer < len(self.shapes):
+            raise ParetoError(f"KV calibration: there is no layer {layer}; the model has {len(self.shapes)}")
+        expected = self.shapes[layer]
+        if expected is None:
+            raise ParetoError(f"KV calibration: layer {layer} gets no scales, and was observed")
+        kv_heads, dim = expected.num_kv_heads, expected.head_dim
         where = f"KV calibration, layer {layer}"
         tokens = tuple(key.shape[:-2])
-        shape = (*tokens, self.num_kv_heads, self.head_dim)
+        shape = (*tokens, kv_heads, dim)
         if tuple(key.shape) != shape or tuple(value.shape) != shape or len(tokens) not in (1, 2) or 0 in tokens:
             raise ParetoError(
                 f"{where}: keys {tuple(key.shape)} and values {tuple(value.shape)} must both be "
-                f"[tokens, {self.num_kv_heads}, {self.head_dim}] with at least one token, or several sequences of such"
+                f"[tokens, {kv_heads}, {dim}] with at least one token, or several sequences of such"
             )
         heads = query.shape[-2] if query.dim() == key.dim() else 0
-        if tuple(query.shape) != (*tokens, heads, self.head_dim) or heads == 0 or heads % self.num_kv_heads:
+        if tuple(query.shape) != (*tokens, heads, dim) or heads == 0 or heads % kv_heads:
             raise ParetoError(
                 f"{where}: queries {tuple(query.shape)} must be [{', '.join(map(str, tokens))}, num_heads, "
-                f"{self.head_dim}] with a multiple of {self.num_kv_heads} heads"
+                f"{dim}] with a multiple of {kv_heads} heads"
             )
         if sinks is not None and tuple(sinks.shape) != (heads,):
             raise ParetoError(f"{where}: sinks {tuple(sinks.shape)} must be one for each of {heads} query heads")
@@ -226,6 +247,7 @@ class KVCalibrator:
         if not finite.all():
             bad = ("queries", "keys", "values")[finite.tolist().index(False)]
             raise ParetoError(f"{where}: the {bad} hold NaN or infinity")
+        return expected
 
     @torch.no_grad()
     def finish(self, metadata: dict[str, Any] | None = None) -> KVScales:
@@ -240,37 +262,61 @@ class KVCalibrator:
             ParetoError: a layer was never observed, or in sequences of one token only.
 
         """
-        missing = [index for index, record in enumerate(self._layers) if not record.later]
+        records = [record for record in self._layers if record is not None]
+        missing = [index for index, record in enumerate(self._layers) if record is not None and not record.later]
         if missing:
             raise ParetoError(
                 f"KV calibration: no keys and values of layer {', '.join(map(str, missing))} were observed; "
-                f"run at least one sequence of two tokens or more through all {self.num_layers} layers"
+                f"run at least one sequence of two tokens or more through all {len(records)} layers"
             )
         made = {
-            "calibration_tokens": max(record.tokens for record in self._layers),
+            "calibration_tokens": max(record.tokens for record in records),
             "calibration_seed": self.seed,
         }
-        layers = [self._scales(record) for record in self._layers]
-        return KVScales(
-            self.num_layers, self.num_kv_heads, self.head_dim, layers, metadata={**(metadata or {}), **made}
-        )
+        layers = [
+            None if shape is None else _scales(self._record(index), shape.rotary)
+            for index, shape in enumerate(self.shapes)
+        ]
+        return KVScales(layers, metadata={**(metadata or {}), **made})
 
-    def _scales(self, record: _Layer) -> LayerScales:
-        """Return one layer's scales."""
-        record.to(torch.device("cpu"))
-        assert record.shift is not None
-        mean = record.key / record.later
-        covariance = record.key_product / record.later - mean[..., None] * mean[:, None]
-        one = int(not record.firsts[0])
-        return scales_of_moments(
-            key_mean=mean + record.shift.double(),
-            key_first=record.first[one] / record.firsts[one],
-            covariance=average_over_positions(covariance, self.rotary),
-            metric=average_over_positions(record.metric, self.rotary),
-            value_size=(record.value_square / record.later).sqrt(),
-            value_direction=record.value_direction / record.later,
-            rotary=self.rotary,
-        )
+
+def _metric(
+    rotary: Rotary,
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Return H of some of a sequence's queries [n, num_heads, head_dim], turned back to position 0."""
+    size = max(1, MAX_PROBABILITIES // (query.shape[1] * len(key)))
+    heads, dim = key.shape[1:]
+    metric = torch.zeros(heads, dim, dim, device=key.device)
+    views = [None] * -(-len(positions) // size) if seen is None else seen.split(size)
+    for part, asked, view in zip(positions.split(size), query.split(size), views, strict=True):
+        weight = query_weights(part, asked, key, value, seen=view, sinks=sinks)
+        rows = grouped(rotary.turn(asked, -part), heads)
+        metric += torch.bmm((rows * weight[..., None]).mT, rows)
+    return metric
+
+
+def _scales(record: _Layer, rotary: Rotary) -> LayerScales:
+    """Return one layer's scales."""
+    record.to(torch.device("cpu"))
+    assert record.shift is not None
+    mean = record.key / record.later
+    covariance = record.key_product / record.later - mean[..., None] * mean[:, None]
+    one = int(not record.firsts[0])
+    return scales_of_moments(
+        key_mean=mean + record.shift.double(),
+        key_first=record.first[one] / record.firsts[one],
+        covariance=average_over_positions(covariance, rotary),
+        metric=average_over_positions(record.metric, rotary),
+        value_size=(record.value_square / record.later).sqrt(),
+        value_direction=record.value_direction / record.later,
+        rotary=rotary,
+    )
 
 
 def scales_of_moments(
@@ -435,6 +481,6 @@ def _mean_phase(angle: Tensor, count: int) -> Tensor:
 
 
 __all__ = [
-    "KVCalibrator", "attention_of", "average_over_positions", "directions", "grouped", "query_weights",
+    "KVCalibrator", "LayerShape", "attention_of", "average_over_positions", "directions", "grouped", "query_weights",
     "scales_of_moments",
 ]  # fmt: skip

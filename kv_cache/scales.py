@@ -26,6 +26,11 @@ from kv_cache.rotary import Rotary
 
 SCALES_FILE = Path("kv_scales") / "scales.safetensors"
 SCHEMA = "vllm-pareto/kv-scales/4"
+"""Of a file whose layers are all alike."""
+SCHEMA_OF_GROUPS = "vllm-pareto/kv-scales/5"
+"""Of a file with groups of layers: those of a group have one shape and one rotary embedding."""
+GROUP = ("num_kv_heads", "head_dim", "rotary")
+"""What the header says of a group beside its layers."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class LayerScales:
         value_size: float32 [num_kv_heads], positive: the root mean square of a head's values.
         value_mirror: float32 [num_kv_heads, head_dim], a vector n of length sqrt(2), or zeros: values are reflected,
             ``v - n (n . v)``, before they are mixed. That undoes itself.
-        rotary: of the model.
+        rotary: of the layer; one object for all layers that have the same.
 
     """
 
@@ -87,40 +92,61 @@ MATRIX_DTYPE = torch.bfloat16
 
 @dataclass
 class KVScales:
-    """Scales for every layer of one model.
+    """Scales for every layer of one model. Layers may differ in their heads and in their rotary embedding.
 
     Attributes:
-        num_layers: decoder layers that have a KV cache.
-        num_kv_heads: KV heads of a layer (before any tensor parallelism).
-        head_dim: channels of a head.
-        layers: one LayerScales a layer.
+        layers: of each decoder layer in turn; None for one whose cache is not coded by scales of its own: it has no
+            attention, reads another layer's cache, or has heads that no kernel serves.
         bits: what ``mixed_per_head`` gives each layer, (bits of keys, bits of values); None: nothing was chosen.
         metadata: how they were made (seed, number of tokens, tool versions); JSON values.
 
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    layers: list[LayerScales]
+    layers: list[LayerScales | None]
     bits: list[tuple[int, int]] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def rotary(self) -> Rotary:
-        """The model's rotary embedding, the same for all layers."""
-        return self.layers[0].rotary
+    def num_layers(self) -> int:
+        """Decoder layers, those without scales included."""
+        return len(self.layers)
+
+    def shape(self, index: int) -> tuple[int, int] | None:
+        """Return (KV heads before any tensor parallelism, channels of a head) of a layer; None without scales."""
+        layer = self.layers[index]
+        return None if layer is None else (layer.key_mean.shape[0], layer.key_mean.shape[1])
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have scales, of one shape."""
+        return len({self.shape(index) for index in range(self.num_layers)} | {None}) == 2 and None not in self.layers
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head in a model whose layers are `uniform`.
+
+        Raises:
+            ParetoError: its layers differ.
+
+        """
+        shape = self.shape(0)
+        if not self.uniform or shape is None:
+            raise ParetoError("the layers of this model differ in their heads, or not all of them are coded")
+        return shape[1]
 
     def layer(self, index: int) -> LayerScales:
         """Return one layer's scales.
 
         Raises:
-            ParetoError: there is no such layer.
+            ParetoError: there is no such layer, or it has none.
 
         """
         if not 0 <= index < self.num_layers:
             raise ParetoError(f"the checkpoint has KV scales for {self.num_layers} layers, not for layer {index}")
-        return self.layers[index]
+        found = self.layers[index]
+        if found is None:
+            raise ParetoError(f"the checkpoint has no KV scales for layer {index}, which was not calibrated")
+        return found
 
     def format(self, name: str, index: int) -> KVFormat:
         """Return the format that a layer has under the dtype of that name.
@@ -141,24 +167,42 @@ class KVScales:
 
     def bits_per_element(self, name: str) -> float:
         """Return the bits that an element costs under a dtype, the mean over the layers."""
-        formats = [self.format(name, index) for index in range(self.num_layers)]
-        return sum(fmt.bits_per_element(self.head_dim) for fmt in formats) / len(formats)
+        numbers = bits = 0.0
+        for index in range(self.num_layers):
+            if shape := self.shape(index):
+                numbers += math.prod(shape)
+                bits += math.prod(shape) * self.format(name, index).bits_per_element(shape[1])
+        return bits / numbers
+
+    def _groups(self) -> list[list[int]]:
+        """Return the layers with scales that have one shape and one rotary embedding, from the first on."""
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            if layer is not None:
+                found.setdefault((self.shape(index), id(layer.rotary)), []).append(index)
+        return list(found.values())
 
     def save(self, checkpoint: Path | str) -> Path:
         """Write ``kv_scales/scales.safetensors`` into a checkpoint's folder, atomically; returns its path."""
         path = Path(checkpoint) / SCALES_FILE
-        tensors = {}
-        for name in TENSORS:
-            stack = torch.stack([getattr(layer, name) for layer in self.layers]).float()
-            tensors[name] = (stack.to(MATRIX_DTYPE) if name == "key_transform" else stack).contiguous()
-        rotary = self.rotary
-        tensors["rotary.inv_freq"] = rotary.inv_freq.float().contiguous()
+        tensors: dict[str, torch.Tensor] = {}
+        groups = []
+        for number, indices in enumerate(self._groups()):
+            # Where all layers are alike the file is what it was before layers could differ.
+            prefix = "" if len(indices) == self.num_layers else f"{number}."
+            layers = [self.layer(index) for index in indices]
+            for name in TENSORS:
+                stack = torch.stack([getattr(layer, name) for layer in layers]).float()
+                tensors[prefix + name] = (stack.to(MATRIX_DTYPE) if name == "key_transform" else stack).contiguous()
+            rotary, (heads, dim) = layers[0].rotary, layers[0].key_mean.shape
+            tensors[f"{prefix}rotary.inv_freq"] = rotary.inv_freq.float().contiguous()
+            described = {name: getattr(rotary, name) for name in ("max_position", "rotated", "interleaved")}
+            groups.append({"layers": indices, "num_kv_heads": heads, "head_dim": dim, "rotary": described})
+        alike = len(groups) == 1 and len(groups[0]["layers"]) == self.num_layers
         header = {
-            "schema": SCHEMA,
+            "schema": SCHEMA if alike else SCHEMA_OF_GROUPS,
             "num_layers": self.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rotary": {name: getattr(rotary, name) for name in ("max_position", "rotated", "interleaved")},
+            **({name: groups[0][name] for name in GROUP} if alike else {"groups": groups}),
             "bits": self.bits,
             **self.metadata,
         }
@@ -180,33 +224,44 @@ class KVScales:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["kv_scales"])
-                if header.pop("schema", None) != SCHEMA:
+                if (schema := header.pop("schema", None)) not in (SCHEMA, SCHEMA_OF_GROUPS):
                     raise ParetoError(f"{path}: written by another version of vllm-pareto; make the scales again")
-                layers, heads, dim = (int(header.pop(key)) for key in ("num_layers", "num_kv_heads", "head_dim"))
-                rotary = Rotary(file.get_tensor("rotary.inv_freq"), **header.pop("rotary"))
-                bits = header.pop("bits")
-                stacks = {name: file.get_tensor(name).float() for name in TENSORS}
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                count, bits = int(header.pop("num_layers")), header.pop("bits")
+                layers: list[LayerScales | None] = [None] * count
+                if schema == SCHEMA:
+                    groups = [("", {"layers": range(count), **{name: header.pop(name) for name in GROUP}})]
+                else:
+                    groups = [(f"{number}.", group) for number, group in enumerate(header.pop("groups"))]
+                for prefix, group in groups:
+                    stacks = {name: file.get_tensor(prefix + name).float() for name in TENSORS}
+                    rotary = Rotary(file.get_tensor(f"{prefix}rotary.inv_freq"), **group["rotary"])
+                    shape = len(group["layers"]), int(group["num_kv_heads"]), int(group["head_dim"])
+                    _check(path, stacks, rotary, shape)
+                    for place, index in enumerate(group["layers"]):
+                        layers[index] = LayerScales(**{name: x[place] for name, x in stacks.items()}, rotary=rotary)
+        except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
             raise ParetoError(f"{path} is truncated or no KV-scales file: make the scales again") from error
-        head, square = (layers, heads, dim), (layers, heads, dim, dim)
-        shapes = dict(zip(TENSORS, (head, head, square, square, (layers, heads), head), strict=True))
-        for name, stack in stacks.items():
-            if tuple(stack.shape) != shapes[name]:
-                raise ParetoError(f"{path}: {name} has the shape {tuple(stack.shape)} instead of {shapes[name]}")
-            if not stack.isfinite().all():
-                raise ParetoError(f"{path}: {name} is not finite")
-        if not (stacks["value_size"] > 0).all():
-            raise ParetoError(f"{path}: value_size is not positive")
-        length = stacks["value_mirror"].double().square().sum(-1)
-        if not torch.isclose(torch.where(length == 0, 2.0, length), torch.tensor(2.0).double(), atol=1e-5).all():
-            raise ParetoError(f"{path}: value_mirror is neither 0 nor of length sqrt(2)")
-        if rotary.inv_freq.numel() * 2 != dim:
-            raise ParetoError(
-                f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels"
-            )
         if bits is not None:
             bits = [layer_format(*pair) and (pair[0], pair[1]) for pair in bits]
-            if len(bits) != layers:
-                raise ParetoError(f"{path}: bits for {len(bits)} layers instead of {layers}")
-        made = [LayerScales(**{name: stack[i] for name, stack in stacks.items()}, rotary=rotary) for i in range(layers)]
-        return cls(layers, heads, dim, made, bits, header)
+            if len(bits) != count:
+                raise ParetoError(f"{path}: bits for {len(bits)} layers instead of {count}")
+        return cls(layers, bits, header)
+
+
+def _check(path: Path, stacks: dict[str, torch.Tensor], rotary: Rotary, shape: tuple[int, int, int]) -> None:
+    """Raise unless the stacked tensors of ``shape``, (layers, KV heads, head_dim), are what scales can be."""
+    layers, heads, dim = shape
+    square = (*shape, dim)
+    shapes = dict(zip(TENSORS, (shape, shape, square, square, (layers, heads), shape), strict=True))
+    for name, stack in stacks.items():
+        if tuple(stack.shape) != shapes[name]:
+            raise ParetoError(f"{path}: {name} has the shape {tuple(stack.shape)} instead of {shapes[name]}")
+        if not stack.isfinite().all():
+            raise ParetoError(f"{path}: {name} is not finite")
+    if not (stacks["value_size"] > 0).all():
+        raise ParetoError(f"{path}: value_size is not positive")
+    length = stacks["value_mirror"].double().square().sum(-1)
+    if not torch.isclose(torch.where(length == 0, 2.0, length), torch.tensor(2.0).double(), atol=1e-5).all():
+        raise ParetoError(f"{path}: value_mirror is neither 0 nor of length sqrt(2)")
+    if rotary.inv_freq.numel() * 2 != dim:
+        raise ParetoError(f"{path}: {rotary.inv_freq.numel()} rotary frequencies do not fit heads of {dim} channels")

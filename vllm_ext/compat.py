@@ -90,11 +90,21 @@ NAMES: dict[str, Name] = {
         "vllm.config",
         "ModelConfig",
         "model revision tokenizer tokenizer_revision hf_token hf_text_config dtype max_model_len served_model_name "
-        "use_mla is_attention_free",
-        calls=dict.fromkeys(("get_total_num_hidden_layers", "get_total_num_kv_heads", "get_head_size"), ""),
+        "use_mla is_attention_free model_arch_config",
+        calls={"get_total_num_hidden_layers": "", "get_num_kv_heads": "parallel_config arch_config"},
     ),
-    "CacheConfig": Name("vllm.config.cache", "CacheConfig", "cache_dtype block_size kv_cache_dtype_skip_layers"),
-    "SchedulerConfig": Name("vllm.config", "SchedulerConfig", "max_num_seqs"),
+    "ModelArchitectureConfig": Name(
+        "vllm.config.model_arch",
+        "ModelArchitectureConfig",
+        "total_num_kv_heads head_size",
+        calls={"__getitem__": "layer_idx"},
+    ),
+    "CacheConfig": Name(
+        "vllm.config.cache",
+        "CacheConfig",
+        "cache_dtype block_size kv_cache_dtype_skip_layers skip_page_size_padded",
+    ),
+    "SchedulerConfig": Name("vllm.config", "SchedulerConfig", "max_num_seqs disable_hybrid_kv_cache_manager"),
     "SpeculativeConfig": Name(
         "vllm.config.speculative",
         "SpeculativeConfig",
@@ -132,7 +142,10 @@ NAMES: dict[str, Name] = {
         "kv_cache_dtype head_size use_mla has_sink use_sparse use_mm_prefix attn_type use_non_causal use_dcp use_pcp",
     ),
     "Attention": Name(
-        f"{_LAYERS}.attention.attention", "Attention", "layer_name", wraps={"__init__": "cache_config prefix"}
+        f"{_LAYERS}.attention.attention",
+        "Attention",
+        "layer_name",
+        wraps={"__init__": "num_heads head_size cache_config prefix", "get_kv_cache_spec": "vllm_config"},
     ),
     "AttentionBackend": Name(
         "vllm.v1.attention.backend",

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import Gauge
 
 from kv_cache.formats import KVFormat
-from vllm_ext.scale_source import layer_format_of
+from quant_methods.calibration.kv_observer import keeps_keys
+from vllm_ext.layers import layer_shape, unserved_layers
+from vllm_ext.scale_source import layer_format_of, model_scales
 
 if TYPE_CHECKING:
     from vllm_ext.compat import VllmConfig
@@ -29,29 +31,31 @@ class CacheCost:
         bits_per_element: of the quantized layers, scales kept in the page included.
         bytes_per_token: over all layers and KV heads.
         compression_ratio: bytes per token of the unquantized cache over ``bytes_per_token``.
+        mean_bits: bits of an element over all layers, unquantized ones included.
 
     """
 
     bits_per_element: float
     bytes_per_token: int
     compression_ratio: float
+    mean_bits: float
 
 
-def cache_cost(formats: list[KVFormat | None], kv_heads: int, head_dim: int, element_bytes: int) -> CacheCost:
+def cache_cost(layers: list[tuple[KVFormat | None, int, int]], element_bytes: int) -> CacheCost:
     """Return the cost of a model's cache.
 
     Args:
-        formats: of each layer with a KV cache; None for one that keeps ``element_bytes`` per element.
-        kv_heads: of a layer.
-        head_dim: channels of a head.
+        layers: of each layer with a KV cache of its own: its format, None for ``element_bytes`` per element; its KV
+            heads; channels of a head.
         element_bytes: bytes of an unquantized element.
 
     """
-    plain = 2 * head_dim * element_bytes
-    quantized = [fmt.bytes_per_token(head_dim) for fmt in formats if fmt is not None]
-    total = sum(quantized) + (len(formats) - len(quantized)) * plain
-    bits = 8 * sum(quantized) / (2 * head_dim * max(1, len(quantized)))
-    return CacheCost(bits, total * kv_heads, len(formats) * plain / total)
+    elements = [2 * heads * dim for _, heads, dim in layers]
+    sizes = [heads * (fmt.bytes_per_token(dim) if fmt else 2 * dim * element_bytes) for fmt, heads, dim in layers]
+    coded = [number for number, (fmt, _, _) in enumerate(layers) if fmt is not None]
+    bits = 8 * sum(sizes[number] for number in coded) / max(1, sum(elements[number] for number in coded))
+    whole, total = sum(elements), sum(sizes)
+    return CacheCost(bits, total, element_bytes * whole / total, 8 * total / whole)
 
 
 @functools.cache
@@ -71,12 +75,15 @@ def _gauges() -> dict[str, Gauge]:
 def publish(config: VllmConfig) -> CacheCost:
     """Set the gauges for an engine's configuration; returns what they say."""
     model, cache = config.model_config, config.cache_config
-    skipped = cache.kv_cache_dtype_skip_layers
-    formats = [
-        None if str(layer) in skipped else layer_format_of(config, layer)
-        for layer in range(model.get_total_num_hidden_layers())
+    skipped, scales = cache.kv_cache_dtype_skip_layers, model_scales(config)
+    uncoded = {*map(str, unserved_layers(config.model_config)), *skipped}
+    layers = [
+        (None if str(layer) in uncoded else layer_format_of(config, layer), *layer_shape(config.model_config, layer))
+        for layer in range(scales.num_layers)
+        # What has no scales has no attention or another layer's cache, but for what no kernel serves.
+        if scales.shape(layer) or (str(layer) in uncoded and keeps_keys(model.hf_text_config, layer))
     ]
-    cost = cache_cost(formats, model.get_total_num_kv_heads(), model.get_head_size(), model.dtype.itemsize)
+    cost = cache_cost(layers, model.dtype.itemsize)
     labels = (model.served_model_name or model.model, cache.cache_dtype)
     for name, gauge in _gauges().items():
         gauge.labels(*map(str, labels)).set(1 if name == "info" else getattr(cost, name))

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from kv_cache.formats import CODED, DTYPES, MIXED
+from kv_cache.formats import CODED, DTYPES, MIXED, unserved_head_size
 from vllm_ext import compat, names
 from vllm_ext.dtype_names import add_dtypes
 from vllm_ext.on_import import on_import
@@ -69,30 +69,54 @@ def _offer_kernel() -> None:
 
 
 def _give_layers_their_bits() -> None:
-    """Let each attention layer of a model served in ``mixed_per_head`` be built with the dtype that its bits name.
+    """Let each attention layer be built with the dtype that is its own.
 
-    A layer with a dtype of ours must have scales, and not those of another layer.
+    Under ``mixed_per_head`` that is the one that its bits name, and vLLM's for a layer whose heads no kernel serves. A
+    layer with a dtype of ours must have scales, and not those of another layer.
     """
     layer = compat.Attention
-    original = layer.__init__
-    if hasattr(original, _MARK):
+    build, describe = layer.__init__, layer.get_kv_cache_spec
+    if hasattr(build, _MARK):
         return
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, cache_config: Any = None, prefix: str = "", **kwargs: Any) -> None:
-        if cache_config is not None and cache_config.cache_dtype == MIXED:
-            from vllm_ext.scale_source import layer_dtype
+    @functools.wraps(build)
+    def __init__(
+        self: Any,
+        num_heads: int,
+        head_size: int,
+        *args: Any,
+        cache_config: Any = None,
+        prefix: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if cache_config is not None and cache_config.cache_dtype in DTYPES:
+            own = cache_config.cache_dtype
+            if unserved_head_size(head_size):
+                own = "auto"
+            elif own == MIXED:
+                from vllm_ext.scale_source import layer_dtype
 
-            cache_config = copy.copy(cache_config)
-            cache_config.cache_dtype = layer_dtype(prefix)
-        original(self, *args, cache_config=cache_config, prefix=prefix, **kwargs)
+                own = layer_dtype(prefix)
+            if own != cache_config.cache_dtype:
+                cache_config = copy.copy(cache_config)
+                cache_config.cache_dtype = own
+        build(self, num_heads, head_size, *args, cache_config=cache_config, prefix=prefix, **kwargs)
         if self.kv_cache_dtype in CODED:
             from vllm_ext.scale_source import check_layer
 
             check_layer(self)
 
+    @functools.wraps(describe)
+    def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
+        spec = describe(self, vllm_config)
+        if spec is not None and self.kv_cache_dtype in CODED:
+            from vllm_ext.layers import fitted
+
+            return fitted(spec, self.attn_backend, vllm_config)
+        return spec
+
     setattr(__init__, _MARK, True)
-    layer.__init__ = __init__
+    layer.__init__, layer.get_kv_cache_spec = __init__, get_kv_cache_spec
 
 
 def _choose_cpu_backend() -> None:

@@ -20,6 +20,7 @@ from kv_cache.formats import CODED, MIXED, KVFormat, get_format
 from kv_cache.scales import SCALES_FILE, KVScales, LayerScales
 from quant_methods.model_source import hub_trouble
 from vllm_ext.drafts import draft_config, is_draft
+from vllm_ext.layers import layer_shape
 from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
 
 if TYPE_CHECKING:
@@ -142,19 +143,23 @@ def _checkpoint_folder(origin: Origin) -> Path | None:
 
 
 def check_geometry(scales: KVScales, model: ModelConfig, folder: Path) -> None:
-    """Raise unless the scales were made for a model of this shape."""
-    expected = (
-        model.get_total_num_hidden_layers(),
-        model.get_total_num_kv_heads(),
-        model.get_head_size(),
-    )
-    found = (scales.num_layers, scales.num_kv_heads, scales.head_dim)
-    if found != expected:
+    """Raise unless the scales were made for a model of this shape.
+
+    Layers without scales are passed over here: which layers vLLM codes is known only when it builds them.
+    """
+    count = model.get_total_num_hidden_layers()
+    again = "make them with 'pareto compress --recipe kv-scales'"
+    if scales.num_layers != count:
         raise ParetoError(
-            f"the KV scales in {folder} are for {found[0]} layers of {found[1]} KV heads of {found[2]} channels, the "
-            f"model has {expected[0]}, {expected[1]} and {expected[2]}: make them with 'pareto compress --recipe "
-            "kv-scales'"
+            f"the KV scales in {folder} are for {scales.num_layers} layers, the model has {count}: {again}"
         )
+    for index in range(count):
+        found, expected = scales.shape(index), layer_shape(model, index)
+        if found not in (None, expected):
+            raise ParetoError(
+                f"the KV scales in {folder} are for {found[0]} KV heads of {found[1]} channels in layer {index}, the "
+                f"model has {expected[0]} and {expected[1]}: {again}"
+            )
 
 
 def model_scales(config: VllmConfig, *, draft: bool = False) -> KVScales:

@@ -12,10 +12,12 @@ from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
 from vllm_ext.drafts import DRAFT_MODEL, draft_config, draft_dtype
+from vllm_ext.layers import layer_shape, unserved_layers
 from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
 from vllm_ext.transfer import check_transfer, separate_storage
 
 if TYPE_CHECKING:
+    from kv_cache.scales import KVScales
     from vllm_ext.compat import ModelConfig, VllmConfig
 
 
@@ -41,16 +43,31 @@ def prepare(config: VllmConfig) -> None:
 
 def _prepare_model(config: VllmConfig, dtype: str) -> None:
     """Find or make the scales of the model that answers, and publish its metrics."""
+    from vllm_ext.compat import init_logger
     from vllm_ext.metrics import publish
-    from vllm_ext.scale_source import find_scales, layer_format_of
+    from vllm_ext.scale_source import find_scales, model_scales
 
     model = config.model_config
     if reason := _unserved(model):
         raise ParetoError(f"--kv-cache-dtype {dtype} {reason}: {INSTEAD}")
     config.additional_config[SCALES_KEY] = str(find_scales(config))
-    for layer in range(model.get_total_num_hidden_layers()):
-        PageLayout(layer_format_of(config, layer), model.get_head_size(), TOKEN_MULTIPLE)
-    publish(config)
+    _check_layouts(model_scales(config), dtype)
+    cost = publish(config)
+    if unserved := unserved_layers(model):
+        sizes = sorted({layer_shape(model, layer)[1] for layer in unserved})
+        init_logger(__name__).warning(
+            "--kv-cache-dtype %s: %d of %d layers have heads of %s channels, which no kernel serves, and keep %s; a "
+            "cached token takes %.1f bits an element over all layers",
+            dtype, len(unserved), model.get_total_num_hidden_layers(), " or ".join(map(str, sizes)),
+            str(model.dtype).removeprefix("torch."), cost.mean_bits,
+        )  # fmt: skip
+
+
+def _check_layouts(scales: KVScales, dtype: str) -> None:
+    """Raise unless the bits of each coded layer fit its heads."""
+    for layer in range(scales.num_layers):
+        if shape := scales.shape(layer):
+            PageLayout(scales.format(dtype, layer), shape[1], TOKEN_MULTIPLE)
 
 
 def _prepare_draft(config: VllmConfig, dtype: str) -> None:
@@ -69,9 +86,7 @@ def _prepare_draft(config: VllmConfig, dtype: str) -> None:
         if reason := _unserved(model):
             raise ParetoError(f"{dtype} {reason}")
         config.additional_config[DRAFT_SCALES_KEY] = str(find_scales(config, draft=True))
-        for layer in range(model.get_total_num_hidden_layers()):
-            fmt = model_scales(config, draft=True).format(dtype, layer)
-            PageLayout(fmt, model.get_head_size(), TOKEN_MULTIPLE)
+        _check_layouts(model_scales(config, draft=True), dtype)
     except ParetoError as error:
         if speculative.kv_cache_dtype is not None:
             raise ParetoError(
@@ -87,8 +102,9 @@ def _unserved(model: ModelConfig) -> str | None:
         return "does not serve multi-head latent attention"
     if model.is_attention_free:
         return "has nothing to serve in a model without attention"
-    reason = unserved_head_size(model.get_head_size())
-    return reason and f"does not serve {reason}"
+    if len(unserved_layers(model)) < model.get_total_num_hidden_layers():
+        return None
+    return f"does not serve {unserved_head_size(layer_shape(model, 0)[1])}"
 
 
 def _check_engine(config: VllmConfig, dtype: str) -> None:

@@ -212,7 +212,12 @@ class Decoder:
         seen: list[tuple[Tensor, dict[str, Any]]] = []
 
         def stub(last: bool) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, **arguments: Any) -> Tensor:
+            def forward(hidden_states: Tensor, *others: Tensor | None, **arguments: Any) -> Tensor:
+                if any(other is not None for other in others):
+                    raise ParetoError(
+                        f"{type(self.model).__name__} gives its blocks inputs of each token beside hidden states, which "
+                        "calibration does not follow"
+                    )
                 seen.append((hidden_states, arguments))
                 if last:
                     raise Stop

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from kv_cache.calibration import LayerShape
 from kv_cache.errors import ParetoError
 from kv_cache.formats import unserved_head_size
 from kv_cache.rotary import Rotary
@@ -166,18 +167,48 @@ AttentionInterface.register(ATTENTION, _observed_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def kv_geometry(config: Any) -> tuple[int, int, int]:
-    """Return (layers, KV heads, head_dim) of a transformers configuration."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+def layer_config(config: Any, index: int) -> Any:
+    """Return what a configuration says of one layer, where layers differ (Gemma 4); else the configuration itself."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def kv_geometry(config: Any, index: int = 0) -> tuple[int, int, int]:
+    """Return (layers, KV heads, head_dim) of a transformers configuration.
+
+    Args:
+        config: of the model's decoder.
+        index: the layer whose heads are meant, in a model whose layers differ.
+
+    """
+    own = layer_config(config, index)
+    heads = own.num_attention_heads
+    kv_heads = getattr(own, "num_key_value_heads", None) or heads
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
+
+
+def layer_type(config: Any, index: int) -> str | None:
+    """Return what transformers calls a layer's attention ("sliding_attention"); None where all layers are alike."""
+    types = getattr(config, "layer_types", None)
+    return types[index] if types else None
+
+
+def keeps_keys(config: Any, index: int) -> bool:
+    """Return whether a layer keeps keys and values of its own: it has attention, and reads no other layer's cache."""
+    kind = layer_type(config, index) or "full_attention"
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    return (
+        ("attention" in kind or "hybrid" in kind)
+        and kind != "linear_attention"
+        and (index < config.num_hidden_layers - shared)
+    )
 
 
 def unserved_kv(decoder: torch.nn.Module, config: Any) -> str | None:
     """Return what of a model no quantized KV cache serves, for the end of "... does not serve"; None if one does.
 
-    Scales of such a model would be of no use: vLLM refuses to start with them (vllm_ext/startup.py).
+    Scales of such a model would be of no use: vLLM refuses to start with them (vllm_ext/startup.py). A model of which
+    only some layers have heads of a size that no kernel serves keeps those in 16 bits.
 
     Args:
         decoder: transformers' decoder (``model.get_decoder()``).
@@ -186,29 +217,56 @@ def unserved_kv(decoder: torch.nn.Module, config: Any) -> str | None:
     """
     if getattr(config, "kv_lora_rank", None):
         return "multi-head latent attention"
-    return unserved_head_size(kv_geometry(config)[2])
+    kept = [index for index in range(config.num_hidden_layers) if keeps_keys(config, index)]
+    if not kept:
+        return "models without attention"
+    reasons = [unserved_head_size(kv_geometry(config, index)[2]) for index in kept]
+    return None if None in reasons else reasons[0]
 
 
 INTERLEAVED = frozenset({"cohere", "cohere2", "codegen", "ernie4_5", "glm", "glm4", "gptj", "helium"})
 """Model types whose rotary embedding turns channels 2i and 2i + 1 together; the others turn i and i + rotated / 2."""
 
 
-def kv_rotary(decoder: torch.nn.Module, config: Any) -> Rotary:
-    """Return the rotary embedding that a decoder's layers share; one that turns nothing where it has none of its own.
+def kv_rotary(decoder: torch.nn.Module, config: Any, index: int = 0) -> Rotary:
+    """Return the rotary embedding of a decoder's layer; one that turns nothing where the decoder has none.
 
     Args:
         decoder: transformers' decoder (``model.get_decoder()``); its buffers may lie on the meta device.
         config: its configuration.
+        index: of the layer; models whose layers are of several types (Gemma 3) have an embedding for each type.
 
     """
-    _, _, head_dim = kv_geometry(config)
-    embedding = getattr(decoder, "rotary_emb", None)
-    frequencies = None
-    if embedding is not None and hasattr(embedding, "inv_freq"):
+    _, _, head_dim = kv_geometry(config, index)
+    embedding, frequencies = getattr(decoder, "rotary_emb", None), None
+    name = next(
+        (name for name in (f"{layer_type(config, index)}_inv_freq", "inv_freq") if hasattr(embedding, name)), None
+    )
+    if embedding is not None and name is not None:
         # The decoder was built without weights; frequencies follow from the configuration alone.
-        frequencies = type(embedding)(config=config).inv_freq
+        frequencies = getattr(type(embedding)(config=config), name)
     interleaved = getattr(config, "model_type", "") in INTERLEAVED
     return Rotary.over(head_dim, frequencies, config.max_position_embeddings, interleaved)
+
+
+def kv_shapes(decoder: torch.nn.Module, config: Any) -> list[LayerShape | None]:
+    """Return what each layer's keys and values are like; None for layers that get no scales.
+
+    Those are layers without attention, layers that read another layer's cache, and layers with heads of a size that
+    no kernel serves. Layers of one type share one Rotary.
+    """
+    rotaries: dict[tuple[Any, ...], Rotary] = {}
+    shapes: list[LayerShape | None] = []
+    for index in range(config.num_hidden_layers):
+        _, heads, dim = kv_geometry(config, index)
+        if not keeps_keys(config, index) or unserved_head_size(dim):
+            shapes.append(None)
+            continue
+        key = layer_type(config, index), dim
+        if key not in rotaries:
+            rotaries[key] = kv_rotary(decoder, config, index)
+        shapes.append(LayerShape(heads, dim, rotaries[key]))
+    return shapes
 
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")

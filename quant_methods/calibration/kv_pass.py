@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
+from kv_cache.rotary import Rotary
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.kv_observer import kv_geometry, kv_rotary
+from quant_methods.calibration.kv_observer import kv_shapes
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 
 SHIPPED = Path(__file__).parent / "text"
@@ -125,17 +127,62 @@ class KVPass:
 
         """
         self.decoder = decoder
-        self.calibrator = KVCalibrator(
-            *kv_geometry(decoder.config), seed=seed, rotary=kv_rotary(decoder.base, decoder.config)
-        )
+        self.calibrator = KVCalibrator(kv_shapes(decoder.base, decoder.config), seed=seed)
         self.firsts = decoder.embed(first_tokens(load_tokenizer(model_dir), tokens, seed))
+        self.last = max(index for index, shape in enumerate(self.calibrator.shapes) if shape is not None)
+        self._variants: dict[Rotary, tuple[Rotary, ...]] = {}
 
     def advance(self, index: int, block: torch.nn.Module, hidden: Tensor) -> None:
-        """Run a block as ``Decoder.advance`` does, seen by the calibrator; the last one no further than needed."""
-        last = index == len(self.decoder.blocks) - 1
-        step = self.decoder.watch if last else self.decoder.advance
+        """Run a block as ``Decoder.advance`` does, seen by the calibrator; the last one no further than needed.
+
+        A layer without scales, of linear attention for example, runs unseen.
+        """
+        shape = self.calibrator.shapes[index]
+        if shape is None:
+            for states in (hidden, self.firsts):
+                self.decoder.advance(index, block, states)
+            return
+        self.calibrator.turned_by(index, self._rotary_of(index, block, shape.rotary))
+        step = self.decoder.watch if index == len(self.decoder.blocks) - 1 else self.decoder.advance
         for states in (hidden, self.firsts):
             step(index, block, states, self.calibrator)
+
+    def _rotary_of(self, index: int, block: torch.nn.Module, known: Rotary) -> Rotary:
+        """Return how a layer turns its keys: of what may be, what makes one token's keys alike wherever it stands.
+
+        Configurations do not say in one way which layers turn nothing (Cohere 2, SmolLM3), nor which pairs of channels
+        turn together. A token that is repeated has the same key everywhere but for its position, in any layer.
+        """
+        if known not in self._variants:
+            other = replace(known, interleaved=not known.interleaved)
+            nothing = Rotary.over(2 * known.inv_freq.numel(), None, known.max_position)
+            self._variants[known] = (known, other, nothing) if known.rotated else (known,)
+        if len(self._variants[known]) == 1:
+            return known
+        seen = _Keys()
+        self.decoder.watch(index, block, self.firsts[:1].expand(1, PROBED, -1).contiguous(), seen)
+        positions = torch.arange(PROBED, device=seen.key.device)
+
+        def spread(rotary: Rotary) -> float:
+            back = rotary.turn(seen.key, -positions)
+            return float((back - back[:1]).square().mean())
+
+        return min(self._variants[known], key=spread)
+
+
+PROBED = 32
+"""Tokens of the sequence that shows how a layer turns its keys."""
+
+
+class _Keys:
+    """Keeps the keys of the first sequence that it is shown, float32 [tokens, heads, head_dim]."""
+
+    key: Tensor
+
+    def observe(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
+        self.key = key[0].float()
 
 
 def calibrate(
@@ -158,7 +205,7 @@ def calibrate(
     progress(0, "embedding")
     hidden = decoder.embed(tokens)
     found = KVPass(decoder, model_dir, tokens, seed)
-    total = len(decoder.blocks)
+    total = found.last + 1  # what comes behind has no scales to make
     # The next block is read while this one runs: from a disk, reading takes the longer time of the two.
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(decoder.read_block, 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.kv_observer import kv_geometry, unserved_kv
+from quant_methods.calibration.kv_observer import kv_geometry, kv_shapes, unserved_kv
 from quant_methods.calibration.served import Served
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, assign, widths
 from quant_methods.mixed_precision.kv_plot import plot
@@ -55,6 +55,12 @@ class KVChoice:
             )
         if reason := unserved_kv(decoder.base, decoder.config):
             raise ParetoError(f"--kv-budget {self.budget.text}: a quantized KV cache does not serve {reason}")
+        shapes = {shape and (shape.num_kv_heads, shape.head_dim) for shape in kv_shapes(decoder.base, decoder.config)}
+        if len(shapes) > 1:
+            raise ParetoError(
+                f"--kv-budget {self.budget.text} needs layers that are alike, and some of this model's have other heads "
+                "or no keys of their own: serve it in a dtype of the same bits for all, such as int4_per_head"
+            )
         self.budget.check(kv_geometry(decoder.config)[2])
 
     def __call__(self, model: Served, scales: KVScales, name: str, folder: Path, key: str) -> dict[str, bytes]:

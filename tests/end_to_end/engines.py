@@ -87,7 +87,7 @@ def write_scales(model, layers, kv_heads, head_dim, bits=None):
     nothing = torch.zeros(kv_heads, head_dim)
     rotary = Rotary.over(head_dim, 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), 2048)
     layer = LayerScales(nothing, nothing, transform, inverse, torch.ones(kv_heads), nothing, rotary)
-    KVScales(layers, kv_heads, head_dim, [layer] * layers, bits).save(model)
+    KVScales([layer] * layers, bits).save(model)
     return model
 
 

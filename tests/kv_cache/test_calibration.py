@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from kv_cache import codec
-from kv_cache.calibration import KVCalibrator, average_over_positions, query_weights
+from kv_cache.calibration import KVCalibrator, LayerShape, average_over_positions, query_weights
 from kv_cache.codec import reflect
 from kv_cache.errors import ParetoError
 from kv_cache.rotary import Rotary
@@ -30,6 +30,7 @@ ROTARIES = {
     "interleaved and partial": Rotary.over(16, INV_FREQ[:4], 4096, interleaved=True),
     "none": Rotary.over(16, None, 4096),
 }
+WIDE = Rotary.over(32, 1e6 ** (-torch.arange(0, 32, 2) / 32), 4096)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +54,7 @@ def qkv(tokens: int, seed: int = 0, heads: int = 4, kv_heads: int = 2, dim: int 
 
 
 def calibrated(sequences, layers: int = 1, **settings) -> KVScales:
-    calibrator = KVCalibrator(layers, 2, 16, **{"rotary": LLAMA, **settings})
+    calibrator = KVCalibrator([LayerShape(2, 16, settings.pop("rotary", LLAMA))] * layers, **settings)
     for sequence in sequences:
         for layer in range(layers):
             calibrator.observe(layer, *sequence)
@@ -322,7 +323,7 @@ def test_sequences_of_one_token_alone_say_what_comes_first():
 
 
 def test_metadata_is_carried():
-    calibrator = KVCalibrator(1, 2, 16, seed=5, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 1, seed=5)
     calibrator.observe(0, *qkv(20))
     calibrator.observe(0, *qkv(30))
     metadata = calibrator.finish({"recipe": "kv-scales"}).metadata
@@ -335,7 +336,7 @@ def test_the_seed_decides_and_the_order_of_layers_does_not():
     first = calibrated(sequences, seed=1, **settings)
     assert same(first, calibrated(sequences, seed=1, **settings))
     assert not same(first, calibrated(sequences, seed=2, **settings))
-    calibrator = KVCalibrator(2, 2, 16, seed=1, queries=16, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 2, seed=1, queries=16)
     for layer in (1, 0):
         for sequence in sequences:
             calibrator.observe(layer, *sequence)
@@ -343,7 +344,7 @@ def test_the_seed_decides_and_the_order_of_layers_does_not():
 
 
 def test_sequences_may_come_together():
-    together = KVCalibrator(1, 2, 16, rotary=LLAMA)
+    together = KVCalibrator([LayerShape(2, 16, LLAMA)] * 1)
     for tokens, count in ((1, 5), (40, 3)):
         batch = [torch.stack(x) for x in zip(*(qkv(tokens, seed=seed) for seed in range(count)), strict=True)]
         together.observe(0, *batch)
@@ -363,7 +364,7 @@ def test_long_sequences_are_looked_at_in_parts(monkeypatch):
 def test_caller_may_reuse_its_tensors():
     buffers = tuple(x.bfloat16() for x in qkv(100))
     expected = calibrated([tuple(x.clone() for x in buffers)])
-    calibrator = KVCalibrator(1, 2, 16, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 1)
     calibrator.observe(0, *buffers)
     for buffer in buffers:
         buffer.zero_()
@@ -375,7 +376,7 @@ def test_nothing_is_kept_but_sums():
         found = [x for x in vars(calibrator._layers[0]).values() if isinstance(x, torch.Tensor)]
         return sum(x.untyped_storage().nbytes() for x in found)
 
-    calibrator = KVCalibrator(1, 2, 16, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 1)
     calibrator.observe(0, *qkv(1000))
     size = kept(calibrator)
     assert 2 * 2 * 16 * 16 * 8 < size < 4 * 2 * 16 * 16 * 8
@@ -393,7 +394,7 @@ def test_keys_that_never_vary_are_read_back():
 
 
 def test_a_layer_without_data_is_named():
-    calibrator = KVCalibrator(3, 2, 16, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 3)
     calibrator.observe(1, *qkv(10))
     calibrator.observe(2, *qkv(1))
     with pytest.raises(ParetoError, match=r"no keys and values of layer 0, 2 were observed; .* two tokens or more"):
@@ -406,12 +407,12 @@ def test_tensors_must_be_finite(which, bad):
     sequence = qkv(10)
     sequence[which][3, 1, 2] = bad
     with pytest.raises(ParetoError, match=f"layer 0: the {('queries', 'keys', 'values')[which]} hold NaN"):
-        KVCalibrator(1, 2, 16, rotary=LLAMA).observe(0, *sequence)
+        KVCalibrator([LayerShape(2, 16, LLAMA)] * 1).observe(0, *sequence)
 
 
 def test_wrong_shapes_are_refused():
     query, key, value = qkv(10)
-    calibrator = KVCalibrator(1, 2, 16, rotary=LLAMA)
+    calibrator = KVCalibrator([LayerShape(2, 16, LLAMA)] * 1)
     for sequence, message in (
         ((query, key[:, :1], value), "keys"),
         ((query, key, value[:9]), "values"),
@@ -429,10 +430,37 @@ def test_wrong_shapes_are_refused():
         calibrator.observe(-1, query, key, value)
 
 
-@pytest.mark.parametrize("settings", [{"queries": 0}, {"rotary": Rotary.over(32, INV_FREQ, 100)}])
-def test_settings_that_cannot_work_are_refused(settings):
-    with pytest.raises(ParetoError, match="KV calibration"):
-        KVCalibrator(1, 2, 16, **{"rotary": LLAMA, **settings})
+def test_settings_that_cannot_work_are_refused():
+    for make in (
+        lambda: KVCalibrator([LayerShape(2, 16, LLAMA)], queries=0),
+        lambda: KVCalibrator([None, None]),
+        lambda: LayerShape(2, 16, Rotary.over(32, INV_FREQ, 100)),
+        lambda: LayerShape(0, 16, LLAMA),
+    ):
+        with pytest.raises(ParetoError, match="KV calibration"):
+            make()
+
+
+def test_layers_may_differ_in_heads_and_rotary_embedding_or_have_none():
+    """Each layer's scales are those that a model of such layers alone would have."""
+    shapes = [LayerShape(2, 16, LLAMA), None, LayerShape(1, 16, ROTARIES["none"]), LayerShape(2, 32, WIDE)]
+    calibrator = KVCalibrator(shapes)
+    for index, shape in enumerate(shapes):
+        if shape is not None:
+            calibrator.observe(index, *qkv(60, kv_heads=shape.num_kv_heads, dim=shape.head_dim))
+    found = calibrator.finish()
+    assert [found.shape(index) for index in range(4)] == [(2, 16), None, (1, 16), (2, 32)]
+    assert not found.uniform
+    for index, shape in enumerate(shapes):
+        if shape is None:
+            continue
+        alone = KVCalibrator([None] * index + [shape])
+        alone.observe(index, *qkv(60, kv_heads=shape.num_kv_heads, dim=shape.head_dim))
+        wanted = alone.finish().layer(index)
+        assert found.layer(index).rotary is shape.rotary
+        assert all(torch.equal(getattr(found.layer(index), name), getattr(wanted, name)) for name in TENSORS)
+    with pytest.raises(ParetoError, match="layer 1 gets no scales, and was observed"):
+        calibrator.observe(1, *qkv(9))
 
 
 @pytest.mark.gpu
@@ -503,7 +531,7 @@ def model():
 def divergences(model, formats: dict[str, tuple[int, int]], start: int) -> dict[str, float]:
     """Return each format's KL divergence, calibrated and measured on text of the model's own, from ``start`` on."""
     llama, spy, text = model
-    calibrator = KVCalibrator(6, 2, 64, rotary=spy.rotary)
+    calibrator = KVCalibrator([LayerShape(2, 64, spy.rotary)] * 6)
     spy.observe, spy.start = calibrator.observe, 0
     llama.model(text[:2], use_cache=False)
     spy.observe, spy.start = None, start

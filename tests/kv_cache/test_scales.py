@@ -23,7 +23,7 @@ BITS = [(4, 3), (2, 2), (8, 3)]
 def some_scales(dim: int = DIM, bits: list[tuple[int, int]] | None = None) -> KVScales:
     rotary = random_rotary(dim)
     layers = [replace(random_scales(HEADS, dim), rotary=rotary) for _ in range(LAYERS)]
-    return KVScales(LAYERS, HEADS, dim, layers, bits, metadata={"seed": 3, "source": "text"})
+    return KVScales(layers, bits, metadata={"seed": 3, "source": "text"})
 
 
 def rewrite(folder, change) -> None:
@@ -47,18 +47,18 @@ def test_a_saved_file_reads_back_the_same(tmp_path, dim, bits):
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode  # readable by whom the user's umask says
     loaded = KVScales.load(tmp_path)
-    assert (loaded.num_layers, loaded.num_kv_heads, loaded.head_dim) == (LAYERS, HEADS, dim)
+    assert [loaded.shape(index) for index in range(loaded.num_layers)] == [(HEADS, dim)] * LAYERS
     assert loaded.metadata == {"seed": 3, "source": "text"}
     assert loaded.bits == bits
-    assert torch.equal(loaded.rotary.inv_freq, scales.rotary.inv_freq)
+    assert torch.equal(loaded.layer(0).rotary.inv_freq, scales.layer(0).rotary.inv_freq)
     for name in ("max_position", "rotated", "interleaved"):
-        assert getattr(loaded.rotary, name) == getattr(scales.rotary, name)
+        assert getattr(loaded.layer(0).rotary, name) == getattr(scales.layer(0).rotary, name)
     for index in range(LAYERS):
         before, after = scales.layer(index), loaded.layer(index)
         for tensor in TENSORS:
             assert torch.equal(getattr(before, tensor), getattr(after, tensor)), tensor
             assert getattr(after, tensor).dtype == torch.float32
-        assert after.rotary is loaded.rotary
+        assert after.rotary is loaded.layer(0).rotary
 
 
 def test_the_transform_takes_two_bytes_an_entry(tmp_path):
@@ -229,7 +229,7 @@ def _no_bits(tensors, header):
 def test_damaged_scales_are_refused(tmp_path, change, message):
     some_scales(bits=BITS).save(tmp_path)
     rewrite(tmp_path, lambda tensors, header: None)
-    assert KVScales.load(tmp_path).rotary.max_position == MAX_POSITION  # rewriting alone does no damage
+    assert KVScales.load(tmp_path).layer(0).rotary.max_position == MAX_POSITION  # rewriting alone does no damage
     rewrite(tmp_path, change)
     with pytest.raises(ParetoError, match=message):
         KVScales.load(tmp_path)

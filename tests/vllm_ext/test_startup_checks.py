@@ -11,7 +11,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import DTYPES, FORMATS, get_format
-from tests.vllm_ext.fake_engines import fake_config, some_scales
+from tests.vllm_ext.fake_engines import arch, fake_config, some_scales
 from vllm_ext import serve
 from vllm_ext.metrics import cache_cost
 from vllm_ext.names import SCALES_KEY
@@ -187,7 +187,7 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
     parameters = {"rope_theta": 1e6, "partial_rotary_factor": 0.5 if dim == 80 else 1.0}
     model = SimpleNamespace(
         model=str(tmp_path), revision=None, max_model_len=1000, get_total_num_hidden_layers=lambda: 2,
-        get_total_num_kv_heads=lambda: 2, get_head_size=lambda: dim,
+        model_arch_config=arch(2, dim, 2),
         hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
@@ -250,7 +250,7 @@ def test_no_scales_is_an_error_not_a_scale_of_one():
 
 def test_cost_counts_every_layers_own_bits():
     four, three = FORMATS["int4_per_head"], FORMATS["int3_per_head"]
-    cost = cache_cost([four, None, three, four], kv_heads=2, head_dim=64, element_bytes=2)
+    cost = cache_cost([(fmt, 2, 64) for fmt in (four, None, three, four)], element_bytes=2)
     assert cost.bytes_per_token == 2 * (68 + 256 + 52 + 68)
     assert cost.compression_ratio == pytest.approx(4 * 512 / cost.bytes_per_token)
     assert cost.bits_per_element == pytest.approx((4.25 + 3.25 + 4.25) / 3)
