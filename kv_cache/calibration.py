@@ -128,7 +128,8 @@ class KVCalibrator:
     def turned_by(self, layer: int, rotary: Rotary) -> None:
         """Let a layer that nothing has been observed of have another rotary embedding."""
         shape = self.shapes[layer]
-        assert shape is not None and not self._record(layer).tokens
+        assert shape is not None
+        assert not self._record(layer).tokens
         self.shapes[layer] = replace(shape, rotary=rotary)
 
     def _record(self, layer: int) -> _Layer:
@@ -238,9 +239,7 @@ class KVCalibrator:
             "calibration_tokens": max(record.tokens for record in records),
             "calibration_seed": self.seed,
         }
-        layers = [
-            shape and _scales(self._record(index), shape.rotary) for index, shape in enumerate(self.shapes)
-        ]
+        layers = [shape and _scales(self._record(index), shape.rotary) for index, shape in enumerate(self.shapes)]
         return KVScales(layers, metadata={**(metadata or {}), **made})
 
 

@@ -98,7 +98,11 @@ NAMES: dict[str, Name] = {
         "total_num_kv_heads head_size",
         calls={"__getitem__": "layer_idx"},
     ),
-    "CacheConfig": Name("vllm.config.cache", "CacheConfig", "block_size cache_dtype kv_cache_dtype_skip_layers skip_page_size_padded"),
+    "CacheConfig": Name(
+        "vllm.config.cache",
+        "CacheConfig",
+        "block_size cache_dtype kv_cache_dtype_skip_layers skip_page_size_padded",
+    ),
     "SchedulerConfig": Name("vllm.config", "SchedulerConfig", "max_num_seqs disable_hybrid_kv_cache_manager"),
     "SpeculativeConfig": Name("vllm.config", "SpeculativeConfig", "num_speculative_tokens"),
     "LoadConfig": Name("vllm.config", "LoadConfig", "load_format download_dir"),

@@ -51,9 +51,7 @@ def cache_cost(layers: list[tuple[KVFormat | None, int, int]], element_bytes: in
 
     """
     elements = [2 * heads * dim for _, heads, dim in layers]
-    sizes = [
-        heads * (fmt.bytes_per_token(dim) if fmt else 2 * dim * element_bytes) for fmt, heads, dim in layers
-    ]
+    sizes = [heads * (fmt.bytes_per_token(dim) if fmt else 2 * dim * element_bytes) for fmt, heads, dim in layers]
     coded = [number for number, (fmt, _, _) in enumerate(layers) if fmt is not None]
     bits = 8 * sum(sizes[number] for number in coded) / max(1, sum(elements[number] for number in coded))
     whole, total = sum(elements), sum(sizes)

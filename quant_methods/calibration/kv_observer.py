@@ -157,8 +157,10 @@ def keeps_keys(config: Any, index: int) -> bool:
     """Return whether a layer keeps keys and values of its own: it has attention, and reads no other layer's cache."""
     kind = layer_type(config, index) or "full_attention"
     shared = getattr(config, "num_kv_shared_layers", None) or 0
-    return ("attention" in kind or "hybrid" in kind) and kind != "linear_attention" and (
-        index < config.num_hidden_layers - shared
+    return (
+        ("attention" in kind or "hybrid" in kind)
+        and kind != "linear_attention"
+        and (index < config.num_hidden_layers - shared)
     )
 
 

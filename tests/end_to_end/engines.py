@@ -50,7 +50,7 @@ def kv_caches(llm):
     """Return the layers' pages by layer name."""
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     context = runner.vllm_config.compilation_config.static_forward_context
-    return {name: layer.kv_cache for name, layer in context.items()}
+    return {name: layer.kv_cache for name, layer in context.items() if hasattr(layer, "kv_cache")}
 
 
 def run(llm, prompts, tokens, prompt_logprobs=None):
