@@ -215,8 +215,8 @@ class Decoder:
             def forward(hidden_states: Tensor, *others: Tensor | None, **arguments: Any) -> Tensor:
                 if any(other is not None for other in others):
                     raise ParetoError(
-                        f"{type(self.model).__name__} gives its blocks inputs of each token beside hidden states, which "
-                        "calibration does not follow"
+                        f"{type(self.model).__name__} gives its blocks inputs of each token beside hidden states, "
+                        "which calibration does not follow"
                     )
                 seen.append((hidden_states, arguments))
                 if last:

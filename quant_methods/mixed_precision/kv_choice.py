@@ -58,8 +58,8 @@ class KVChoice:
         shapes = {shape and (shape.num_kv_heads, shape.head_dim) for shape in kv_shapes(decoder.base, decoder.config)}
         if len(shapes) > 1:
             raise ParetoError(
-                f"--kv-budget {self.budget.text} needs layers that are alike, and some of this model's have other heads "
-                "or no keys of their own: serve it in a dtype of the same bits for all, such as int4_per_head"
+                f"--kv-budget {self.budget.text} needs layers that are alike, and some of this model's have other "
+                "heads or no keys of their own: serve it in a dtype of the same bits for all, such as int4_per_head"
             )
         self.budget.check(kv_geometry(decoder.config)[2])
 

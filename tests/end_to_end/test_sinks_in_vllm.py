@@ -17,11 +17,11 @@ def gpt_oss(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     from kv_cache.calibration import KVCalibrator
-    from quant_methods.calibration.kv_observer import ATTENTION, kv_geometry, kv_rotary, observing
+    from quant_methods.calibration.kv_observer import ATTENTION, kv_shapes, observing
 
     folder = write_gpt_oss(tmp_path_factory.mktemp("models") / "gpt-oss")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
-    calibrator = KVCalibrator(*kv_geometry(model.config), rotary=kv_rotary(model.model, model.config))
+    calibrator = KVCalibrator(kv_shapes(model.model, model.config))
     with torch.no_grad(), observing(calibrator):
         model.model(torch.tensor(prompts(4, 300, vocabulary=VOCABULARY)), use_cache=False)
         model.model(torch.arange(2, 258)[:, None], use_cache=False)

@@ -173,7 +173,7 @@ def awkward(tokens: int, rotary: Rotary, seed: int):
 def test_scales_are_those_of_the_definition(name, window, sinks):
     rotary = ROTARIES[name]
     sequences = [awkward(tokens, rotary, seed) for seed, tokens in enumerate((90, 33, 128))]
-    calibrator = KVCalibrator(1, 2, 16, rotary=rotary, queries=128)
+    calibrator = KVCalibrator([LayerShape(2, 16, rotary)], queries=128)
     masks = [a_window(len(key), window) if window else None for _, key, _ in sequences]
     for sequence, mask in zip(sequences, masks, strict=True):
         calibrator.observe(0, *sequence, None if mask is None else mask[None, None], sinks)

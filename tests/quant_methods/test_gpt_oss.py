@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
 
-from kv_cache.calibration import KVCalibrator
+from kv_cache.calibration import KVCalibrator, LayerShape
 from kv_cache.scales import KVScales
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import kv_rotary, observing
@@ -47,7 +47,7 @@ def whole_models_scales(model: Path, tokens: torch.Tensor) -> KVScales:
     torch.testing.assert_close(rotary.inv_freq, whole.model.rotary_emb.inv_freq)
     plain = 150000.0 ** (-torch.arange(0, 64, 2) / 64)
     assert not torch.allclose(rotary.inv_freq, plain, rtol=0.1)  # YaRN's frequencies are others.
-    calibrator = KVCalibrator(3, 1, 64, rotary=rotary)
+    calibrator = KVCalibrator([LayerShape(1, 64, rotary)] * 3)
     with torch.no_grad(), observing(calibrator):
         whole(tokens, use_cache=False)
         whole(first_tokens(load_tokenizer(model), tokens, 0), use_cache=False)

@@ -7,7 +7,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
-from tests.vllm_ext.fake_engines import fake_config, some_scales
+from tests.vllm_ext.fake_engines import arch, fake_config, some_scales
 from vllm_ext.names import DRAFT_SCALES_KEY, SCALES_KEY
 
 pytest.importorskip("vllm")
@@ -18,8 +18,7 @@ def draft_engine(tmp_path, method="draft_model", kv_cache_dtype=None, head_size=
     some_scales(layers=1, heads=2).save(tmp_path)
     shape = {
         "get_total_num_hidden_layers": lambda: 1,
-        "get_total_num_kv_heads": lambda: 2,
-        "get_head_size": lambda: head_size,
+        "model_arch_config": arch(2, head_size, 1),
     }
     draft = SimpleNamespace(model=str(tmp_path), revision=None, use_mla=False, is_attention_free=False, **shape)
     config = fake_config()

@@ -188,7 +188,7 @@ def test_dummy_weights_get_scales_with_every_part_that_calibrated_ones_have(dim,
     model = SimpleNamespace(
         model=str(tmp_path), revision=None, max_model_len=1000, get_total_num_hidden_layers=lambda: 2,
         model_arch_config=arch(2, dim, 2),
-        hf_text_config=SimpleNamespace(hidden_size=256, rope_parameters=parameters),
+        hf_text_config=SimpleNamespace(hidden_size=256, num_hidden_layers=2, rope_parameters=parameters),
     )  # fmt: skip
     config = SimpleNamespace(
         model_config=model, additional_config={}, speculative_config=None,
@@ -218,8 +218,14 @@ def test_scales_of_another_model_are_refused(tmp_path):
     from vllm_ext.scale_source import check_geometry
 
     check_geometry(some_scales(), fake_config().model_config, tmp_path)
-    with pytest.raises(ParetoError, match="are for 2 layers of 4 KV heads"):
+    with pytest.raises(ParetoError, match="are for 2 layers, the model has 3"):
         check_geometry(some_scales(layers=2), fake_config().model_config, tmp_path)
+    with pytest.raises(ParetoError, match="4 KV heads of 80 channels in layer 0, the model has 4 and 64"):
+        check_geometry(some_scales(dim=80), fake_config().model_config, tmp_path)
+    # A layer may have none: vLLM knows which layers it codes only when it builds them.
+    some = some_scales()
+    some.layers[1] = None
+    check_geometry(some, fake_config().model_config, tmp_path)
 
 
 def test_a_rank_gets_its_own_heads(tmp_path, monkeypatch):
@@ -254,6 +260,75 @@ def test_cost_counts_every_layers_own_bits():
     assert cost.bytes_per_token == 2 * (68 + 256 + 52 + 68)
     assert cost.compression_ratio == pytest.approx(4 * 512 / cost.bytes_per_token)
     assert cost.bits_per_element == pytest.approx((4.25 + 3.25 + 4.25) / 3)
+    assert cost.mean_bits == pytest.approx((4.25 + 16 + 3.25 + 4.25) / 4)
+    # Layers may differ in their heads (Gemma 4): wide ones count for more.
+    cost = cache_cost([(four, 16, 256), (None, 4, 512)], element_bytes=2)
+    assert cost.bytes_per_token == 16 * 260 + 4 * 2048
+    assert cost.mean_bits == pytest.approx((4.0625 * 8192 + 16 * 4096) / 12288)
+
+
+def mixed_config(block_size=128, **cache):
+    """The shape of Gemma 4 31B: three layers of 16 heads of 256 channels, one of 4 heads of 512."""
+    heads = [*arch(16, 256, 3), *arch(4, 512, 1)]
+    model = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: 4, model_arch_config=heads, dtype=torch.bfloat16,
+        get_num_kv_heads=lambda parallel, layer: layer.total_num_kv_heads // parallel.tensor_parallel_size,
+    )  # fmt: skip
+    return SimpleNamespace(
+        model_config=model,
+        cache_config=SimpleNamespace(block_size=block_size, skip_page_size_padded=None, **cache),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+
+
+@pytest.mark.parametrize("block_size", [16, 128, 144])
+@pytest.mark.parametrize(("heads", "full_heads"), [(16, 4), (1, 1), (8, 2), (4, 4)])
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_of_coded_layers_fill_the_pages_of_uncoded_ones(name, heads, full_heads, block_size):
+    """vLLM makes all pages as large as the largest; nothing but a page's worth of the difference may be lost."""
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_ext.cpu_backend import _BACKENDS
+    from vllm_ext.layers import fitted, unserved_layers
+
+    config = mixed_config(block_size)
+    config.model_config.model_arch_config = [*arch(heads, 256, 3), *arch(full_heads, 512, 1)]
+    assert unserved_layers(config) == [3]
+    backend = _BACKENDS[name]
+    spec = SlidingWindowSpec(
+        block_size=block_size, num_kv_heads=heads, head_size=256, dtype=torch.uint8, sliding_window=1024
+    )
+    full = FullAttentionSpec(block_size=block_size, num_kv_heads=full_heads, head_size=512, dtype=torch.bfloat16)
+    coded = backend.customize_spec(fitted(spec, backend, config))
+    unified = unify_kv_cache_spec_page_size({"sliding": coded, "full": full})
+    assert unified["sliding"].page_size_bytes == unified["full"].page_size_bytes
+    assert unified["sliding"].block_size == coded.block_size
+    per_token = FORMATS[name].bytes_per_token(256) * heads
+    assert coded.block_size % block_size == 0
+    lost = unified["full"].page_size_bytes - full.page_size_bytes
+    assert 0 <= lost < per_token * block_size
+    assert unified["sliding"].page_size_bytes == coded.block_size * per_token
+
+
+def test_blocks_stay_as_they_are_where_nothing_is_to_be_filled():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_ext.cpu_backend import _BACKENDS
+    from vllm_ext.layers import fitted
+
+    backend = _BACKENDS["int4_per_head"]
+    shape = {"block_size": 128, "num_kv_heads": 16, "head_size": 256, "dtype": torch.uint8}
+    sliding, full = SlidingWindowSpec(**shape, sliding_window=1024), FullAttentionSpec(**shape)
+    assert fitted(sliding, backend, mixed_config()).block_size == 256
+    assert fitted(full, backend, mixed_config()) is full
+    together = mixed_config()
+    together.scheduler_config.disable_hybrid_kv_cache_manager = True
+    assert fitted(sliding, backend, together) is sliding
+    alike = mixed_config()
+    alike.model_config.model_arch_config = arch(16, 256, 4)
+    assert fitted(sliding, backend, alike) is sliding
 
 
 @pytest.mark.parametrize("bits", [None, [(4, 3), (8, 2), (2, 6)]])

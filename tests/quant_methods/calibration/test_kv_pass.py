@@ -19,7 +19,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.scales import TENSORS
 from quant_methods.calibration import calibrator, kv_pass
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.kv_observer import ATTENTION, kv_rotary, observing, unserved_kv
+from quant_methods.calibration.kv_observer import ATTENTION, kv_rotary, kv_shapes, observing, unserved_kv
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 from quant_methods.compress import compress
 from quant_methods.methods.rtn import RTN
@@ -291,7 +291,7 @@ def test_scales_of_a_whole_model_are_those_of_its_attention(tiny_model: Path, te
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_model, dtype=torch.float32, attn_implementation="pareto_observed"
     )
-    expected = KVCalibrator(3, 1, 64, seed=3, rotary=kv_rotary(plain.get_decoder(), plain.config))
+    expected = KVCalibrator(kv_shapes(plain.get_decoder(), plain.config), seed=3)
     firsts = kv_pass.first_tokens(load_tokenizer(tiny_model), tokens, 3)
     with torch.no_grad(), observing(expected):
         plain(tokens, use_cache=False)

@@ -42,7 +42,8 @@ GEMMA_4: dict[str, Any] = {**SHAPE, **PLAIN_EMBEDDINGS, "head_dim": 256, "slidin
 MODELS: dict[str, tuple[Any, list[tuple[int, int] | None], list[int | None]]] = {
     # A configuration, each layer's (KV heads, head size), and how many pairs of channels it turns.
     "Gemma 2": (
-        transformers.Gemma2Config(**SHAPE, **ALTERNATING, head_dim=64, query_pre_attn_scalar=64), [(1, 64)] * 4, [32] * 4
+        transformers.Gemma2Config(**SHAPE, **ALTERNATING, head_dim=64, query_pre_attn_scalar=64),
+        [(1, 64)] * 4, [32] * 4,
     ),
     "Gemma 3": (GEMMA_3, [(1, 64)] * 4, [32] * 4),
     "Gemma 4": (
@@ -181,4 +182,5 @@ def test_a_model_is_unserved_only_if_no_layer_of_it_is_served() -> None:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         found = unserved_kv(model.get_decoder(), config)
-        assert (found or "").startswith(reason or "") and bool(found) == bool(reason)
+        assert (found or "").startswith(reason or "")
+        assert bool(found) == bool(reason)
