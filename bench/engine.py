@@ -157,6 +157,8 @@ def reason(error: BaseException) -> str:
     Validation errors name the field and list what is valid; a worker that failed wrote its own cause to the log above.
     An error of a kind that no engine raises is named by its type, since its text alone (a key, say) tells nothing.
     """
+    if isinstance(error, ParetoError):
+        return " ".join(str(error).split())
     errors = getattr(error, "errors", None)
     if callable(errors):
         with contextlib.suppress(Exception):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.replay import Replay
+from quant_methods.calibration.replay import Replay, Replays
 from quant_methods.calibration.stages import (
     Stage,
     Statistics,
@@ -50,7 +50,7 @@ class BlockSolver:
         self.learned: dict[str, Learned] = {}
         self.unseen: list[str] = []
         self.storage = storage_of(plan)
-        self._replays: list[Replay] = []
+        self._replays: Replays = (None, None)
 
     def transform(
         self, index: int, block: nn.Module, hidden: Tensor | None, *, original: tuple[nn.Module, Tensor] | None = None
@@ -90,7 +90,7 @@ class BlockSolver:
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         self.unseen = []
-        self._replays = []
+        self._replays = (None, None)
         if self.plan.needs_data:
             assert hidden is not None
             stages = find_stages(self.decoder, index, block, hidden)
@@ -102,7 +102,6 @@ class BlockSolver:
             self._replays = self._kept(block, original, stages)
         else:
             stages = []
-        replays = dict(enumerate(self._replays))
         order = [(position, name) for position, stage in enumerate(stages) for name in stage.names if name in local]
         statistics: Statistics | None = None
         of_experts: dict[int, Statistics | None] = {}
@@ -134,7 +133,7 @@ class BlockSolver:
                     position=position,
                     original=original,
                     ranges=ranges,
-                    replays=(replays.get(0), replays.get(1)),
+                    replays=self._replays,
                 )
                 seen = position
             linear = block.get_submodule(name)
@@ -155,24 +154,28 @@ class BlockSolver:
             tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors
 
-    def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None, stages: list[Stage]) -> list[Replay]:
+    def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None, stages: list[Stage]) -> Replays:
         """Return what keeps the outputs of the block's parts, and of the original one's; on a GPU, nothing does.
 
         There the outputs would have to go through the host's memory, which takes as long as computing them anew.
         """
         if self.decoder.device.type != "cpu":
-            return []
-        blocks = [(block, False), *([(original[0], True)] if original else [])]
-        return [Replay(one, constant=constant, joining=joining_layers(stages)) for one, constant in blocks]
+            return None, None
+        joining = joining_layers(stages)
+        pristine = Replay(original[0], constant=True, joining=joining) if original else None
+        return Replay(block, constant=False, joining=joining), pristine
 
     @contextlib.contextmanager
     def replaying(self, index: int, block: nn.Module) -> Iterator[None]:
         """Run a block that `quantize` has solved, or its original, without the parts whose outputs are known; once."""
-        replay = next((one for one in self._replays if one.block is block), None)
-        if replay is None:
+        solved, pristine = self._replays
+        if solved is not None and solved.block is block:
+            replay, self._replays = solved, (None, pristine)
+        elif pristine is not None and pristine.block is block:
+            replay, self._replays = pristine, (solved, None)
+        else:
             yield
             return
-        self._replays.remove(replay)
         with replay.passing(self.decoder.linears(index)):
             yield
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import json_flag
@@ -202,7 +203,7 @@ def table(report: EvalReport) -> Table:
     for row in report.configurations:
         result.add_row(*_cells(row))
     for failure in report.failed:
-        result.add_row(f"{failure.name}\nfailed: {failure.error}", *["-"] * (len(result.columns) - 1))
+        result.add_row(escape(f"{failure.name}\nfailed: {failure.error}"), *["-"] * (len(result.columns) - 1))
     return result
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import plain_dtype
@@ -241,7 +242,7 @@ def table(report: KVBenchReport) -> Table:
     for index, heading in enumerate(HEADINGS):
         result.add_column(heading, justify="left" if index < 2 else "right")
     for line in lines(report):
-        result.add_row(*line)
+        result.add_row(*map(escape, line))
     return result
 
 

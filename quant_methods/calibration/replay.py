@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 MOST_BYTES = 1 << 30
-"""Of a block's outputs that are kept; of a larger calibration set, none are."""
+"""Of a block's outputs that are kept; of a larger calibration set, the first batches' are."""
 
 Joined = Callable[[str, Tensor], None]
 
@@ -110,6 +110,10 @@ class Replay:
     def _room(self, output: Any) -> bool:
         self._bytes += sum(x.numel() * x.element_size() for x in _tensors(output))
         return self._bytes <= MOST_BYTES
+
+
+Replays = tuple[Replay | None, Replay | None]
+"""Of a block that is being solved, and of the original one; None where nothing is kept, or there is no original."""
 
 
 def _tensors(output: Any) -> list[Tensor]:

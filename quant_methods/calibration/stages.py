@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder, Stop
 from quant_methods.calibration.finite import check_inputs
-from quant_methods.calibration.replay import Replay
+from quant_methods.calibration.replay import Replay, Replays
 from quant_methods.experts import waves
 
 SAMPLE_TOKENS = 1024
@@ -133,7 +133,7 @@ def stage_statistics(
     position: int,
     original: tuple[nn.Module, Tensor] | None = None,
     ranges: bool = False,
-    replays: tuple[Replay | None, Replay | None] = (None, None),
+    replays: Replays = (None, None),
 ) -> Statistics:
     """Gather the statistics of one stage's inputs over the calibration set.
 

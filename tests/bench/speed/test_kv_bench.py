@@ -157,14 +157,14 @@ def test_the_command_says_what_failed(tmp_path, monkeypatch, capsys, dtypes):
 
     def measure(self, row):
         if row.kv_cache_dtype == "fp8":
-            raise Exception("Call to collective_rpc method failed: no kernel")
+            raise Exception("Call to collective_rpc method failed: no [/kernel]")
         made = sample(20.0)
         return made | {"points": made["points"] | {"8x64": made["points"]["8x1024"]}}
 
     monkeypatch.setattr(KVBench, "_measure", measure)
     words = ["kv-bench", "ref-7m", "--shape", "8x64", "--rounds", "1", "--out", str(tmp_path)]
     code = main([*words, *(["--kv-cache-dtype", *dtypes] if dtypes else [])])
-    failure = "pareto kv-bench: failed: fp8: Call to collective_rpc method failed: no kernel"
+    failure = "pareto kv-bench: failed: fp8: Call to collective_rpc method failed: no [/kernel]"
     assert capsys.readouterr().err.splitlines()[-1] == failure
     # Without names it measures what runs here.
     assert code == (1 if dtypes else 0)
