@@ -35,6 +35,7 @@ def test_an_unsupported_vllm_is_named():
 
 def test_vllm_parses_our_dtypes_and_still_refuses_others():
     from vllm.config.cache import CacheConfig
+    from vllm.config.speculative import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -46,6 +47,10 @@ def test_vllm_parses_our_dtypes_and_still_refuses_others():
         assert CacheConfig(cache_dtype=name).cache_dtype == name
     with pytest.raises(ValueError, match="int4_per_head"):
         CacheConfig(cache_dtype="int5_per_head")
+    draft = {"method": "ngram", "num_speculative_tokens": 1}
+    assert SpeculativeConfig(**draft, kv_cache_dtype="int4_per_head").kv_cache_dtype == "int4_per_head"
+    with pytest.raises(ValueError, match="int4_per_head"):
+        SpeculativeConfig(**draft, kv_cache_dtype="int5_per_head")
 
 
 def selection(**changes):
