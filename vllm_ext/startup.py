@@ -18,8 +18,8 @@ from vllm_ext.transfer import check_transfer, separate_storage
 if TYPE_CHECKING:
     from vllm_ext.compat import ModelConfig, VllmConfig
 
-
 INSTEAD = "use --kv-cache-dtype auto"
+"""Said where a dtype does not serve a configuration."""
 
 
 def prepare(config: VllmConfig) -> None:
@@ -59,7 +59,8 @@ def _prepare_draft(config: VllmConfig, dtype: str) -> None:
 
     speculative = config.speculative_config
     if speculative.method == "extract_hidden_states":
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {speculative.method}, which needs pages: {INSTEAD}")
+        what = "the speculative method extract_hidden_states, which keeps hidden states in the KV cache"
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {what}: {INSTEAD}")
     try:
         model, _ = draft_config(config)
         if speculative.method != DRAFT_MODEL:
