@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from kv_cache.scales import KVScales
     from vllm_ext.compat import ModelConfig, VllmConfig
 
-
 INSTEAD = "use --kv-cache-dtype auto"
+"""Said where a dtype does not serve a configuration."""
 
 
 def prepare(config: VllmConfig) -> None:
@@ -76,7 +76,8 @@ def _prepare_draft(config: VllmConfig, dtype: str) -> None:
 
     speculative = config.speculative_config
     if speculative.method == "extract_hidden_states":
-        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {speculative.method}, which needs pages: {INSTEAD}")
+        what = "the speculative method extract_hidden_states, which keeps hidden states in the KV cache"
+        raise ParetoError(f"--kv-cache-dtype {dtype} does not serve {what}: {INSTEAD}")
     try:
         model, _ = draft_config(config)
         if speculative.method != DRAFT_MODEL:

@@ -128,6 +128,17 @@ def test_a_draft_model_of_another_shape(target, models, alone, dtype, capfd):
     assert (said in capfd.readouterr().err) == (dtype == "mixed_per_head")
 
 
+def test_a_draft_model_alone_may_be_coded(target, near):
+    with engine(target, **SETTINGS) as llm:
+        plain = run(llm, TEXTS, NEW)
+    speculative = {"method": "draft_model", "model": str(near), "num_speculative_tokens": 4}
+    speculative["kv_cache_dtype"] = "int8_per_head"
+    with engine(target, speculative_config=speculative, **SETTINGS) as llm:
+        same(run(llm, TEXTS, NEW), plain)
+        coded = {name for name, layer in layers(llm).items() if isinstance(layer.impl, CodesLayer)}
+        assert coded == {f"draft_model.model.layers.{i}.self_attn.attn" for i in range(3)}
+
+
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
 def test_what_has_no_scales_keeps_16_bits(target, models, alone, method, capfd):
     """16 bits, or as many as the model has."""

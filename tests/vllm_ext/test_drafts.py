@@ -70,6 +70,13 @@ def test_what_drafts_without_scales_keeps_16_bits_unless_the_user_said_otherwise
         _prepare_draft(draft_engine(tmp_path, kv_cache_dtype="int4_per_head", **changes), "int4_per_head")
 
 
+def test_hidden_states_in_pages_are_refused(tmp_path):
+    from vllm_ext.startup import _prepare_draft
+
+    with pytest.raises(ParetoError, match="does not serve the speculative method extract_hidden_states"):
+        _prepare_draft(draft_engine(tmp_path, method="extract_hidden_states"), "int4_per_head")
+
+
 def test_methods_without_layers_need_nothing(tmp_path):
     from vllm_ext.drafts import draft_dtype
 

@@ -37,6 +37,7 @@ def test_an_unsupported_vllm_is_named():
 
 def test_vllm_parses_our_dtypes_and_still_refuses_others():
     from vllm.config.cache import CacheConfig
+    from vllm.config.speculative import SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -48,6 +49,10 @@ def test_vllm_parses_our_dtypes_and_still_refuses_others():
         assert CacheConfig(cache_dtype=name).cache_dtype == name
     with pytest.raises(ValueError, match="int4_per_head"):
         CacheConfig(cache_dtype="int5_per_head")
+    draft = {"method": "ngram", "num_speculative_tokens": 1}
+    assert SpeculativeConfig(**draft, kv_cache_dtype="int4_per_head").kv_cache_dtype == "int4_per_head"
+    with pytest.raises(ValueError, match="int4_per_head"):
+        SpeculativeConfig(**draft, kv_cache_dtype="int5_per_head")
 
 
 def selection(**changes):
@@ -295,7 +300,7 @@ def test_blocks_of_coded_layers_fill_the_pages_of_uncoded_ones(name, heads, full
 
     config = mixed_config(block_size)
     config.model_config.model_arch_config = [*arch(heads, 256, 3), *arch(full_heads, 512, 1)]
-    assert unserved_layers(config) == [3]
+    assert unserved_layers(config.model_config) == [3]
     backend = _BACKENDS[name]
     spec = SlidingWindowSpec(
         block_size=block_size, num_kv_heads=heads, head_size=256, dtype=torch.uint8, sliding_window=1024
