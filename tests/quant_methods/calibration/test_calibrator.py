@@ -31,7 +31,9 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
-    def observe(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def observe(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> None:
         self.seen += [(layer, *sequence) for sequence in zip(query, key, value, strict=True)]
 
 
