@@ -117,11 +117,15 @@ def test_decode_attention_on_a_gpu_asks_for_both_of_its_steps():
     cache = torch.zeros(4, HEADS, BLOCK, layout.bytes_per_token, dtype=torch.uint8)
     table, lens = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     start = torch.zeros(3, dtype=torch.int32)
-    shape.verify_pages(query, cache, table, lens, start, 0.0, cpu)
+    for sinks in (None, torch.zeros(4)):
+        shape.verify_pages(query, cache, table, lens, start, 0.0, sinks, cpu)
     for wrong in ((table.long(), lens, start), (table, lens.long(), start), (table, lens, start[:2]),
                   (table, torch.zeros(4, dtype=torch.int32)[::2], start)):  # fmt: skip
         with pytest.raises(ParetoError, match="decode attention expects"):
-            shape.verify_pages(query, cache, *wrong, 0.0, cpu)
+            shape.verify_pages(query, cache, *wrong, 0.0, None, cpu)
+    for sinks in (torch.zeros(2), torch.zeros(4).bfloat16(), torch.zeros(8)[::2], torch.zeros(4, device="meta")):
+        with pytest.raises(ParetoError, match=r"contiguous float32 sinks \[4\]"):
+            shape.verify_pages(query, cache, table, lens, start, 0.0, sinks, cpu)
 
 
 def test_the_low_bit_kernels():
