@@ -121,7 +121,7 @@ class KVCalibrator:
             raise ParetoError("KV calibration: the numbers of layers and queries must be positive")
         self.shapes, self.seed, self.queries = list(shapes), seed, queries
         self._layers = [
-            shape and _Layer(shape.num_kv_heads, shape.head_dim, seed * 1_000_003 + index)
+            None if shape is None else _Layer(shape.num_kv_heads, shape.head_dim, seed * 1_000_003 + index)
             for index, shape in enumerate(shapes)
         ]
 
@@ -239,7 +239,10 @@ class KVCalibrator:
             "calibration_tokens": max(record.tokens for record in records),
             "calibration_seed": self.seed,
         }
-        layers = [shape and _scales(self._record(index), shape.rotary) for index, shape in enumerate(self.shapes)]
+        layers = [
+            None if shape is None else _scales(self._record(index), shape.rotary)
+            for index, shape in enumerate(self.shapes)
+        ]
         return KVScales(layers, metadata={**(metadata or {}), **made})
 
 
