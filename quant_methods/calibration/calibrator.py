@@ -66,6 +66,8 @@ class Decoder:
         except (ValueError, KeyError, ImportError, OSError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ParetoError(f"{model_dir}: transformers cannot build this model ({reason})") from error
+        # Of a model that also sees pictures, the part that writes text is what runs here.
+        self.config = self.config.get_text_config(decoder=True)
         self.model.eval().requires_grad_(False)
         self.base = self.model.get_decoder()
         blocks = getattr(self.base, "layers", None)
