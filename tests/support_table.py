@@ -25,7 +25,7 @@ stands here because a test shows it.
 Small random models with what is special about each kind, calibrated at start-up and served by vLLM {version} on a CPU
 with `int8_per_head`: what they say of each token differs from transformers in float32 by less than a twentieth of what
 another order of the context changes, 15% where random routers choose experts. `tests/end_to_end/test_models.py` shows
-it for those marked * in every run, for all of them by `make test-models`. The kernels for GPUs take the same shapes and
+it for those marked * in every run, for all of them by `make test-long`. The kernels for GPUs take the same shapes and
 are tested apart from models; families were not run there one by one. What vLLM itself does not serve on a CPU is not
 here.
 

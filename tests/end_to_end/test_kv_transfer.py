@@ -34,6 +34,7 @@ def answers(model, storage, dtype="mixed_per_head"):
     return found, hits, sorted(path.name for path in storage.iterdir())
 
 
+@pytest.mark.serves("KV transfer by a shared folder (ExampleConnector)")
 def test_a_shared_folder_serves_engines_with_equal_scales_only(model, tmp_path):
     storage = tmp_path / "storage"
     storage.mkdir()

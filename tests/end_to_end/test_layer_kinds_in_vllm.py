@@ -61,6 +61,7 @@ def write(config, folder):
     return model
 
 
+@pytest.mark.serves("layers of several kinds and head sizes (Gemma 3, Gemma 4, Qwen3-Next)")
 @pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_the_model(name, tmp_path):
     from vllm import SamplingParams

@@ -150,6 +150,7 @@ def served(llm, texts, adapters):
     return [text + ids for text, ids in zip(texts, made, strict=True)], torch.tensor(found)
 
 
+@pytest.mark.serves("LoRA adapters over every weight format")
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8_per_head"])
 def test_adapters_add_their_products_to_every_format(model, adapters, kv_cache_dtype):
     """Two adapters and none in one batch: each text has the log-probabilities of the model that its adapter makes."""

@@ -9,7 +9,7 @@ from tests.end_to_end.zoo import FAMILIES
 
 pytestmark = pytest.mark.engine
 FAMILIES_TO_TEST = [
-    pytest.param(family, id=family.name, marks=() if family.quick else pytest.mark.models) for family in FAMILIES
+    pytest.param(family, id=family.name, marks=() if family.quick else pytest.mark.long) for family in FAMILIES
 ]
 TOKENS, MOVED = 150, 100
 

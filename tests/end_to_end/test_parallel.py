@@ -10,7 +10,7 @@ from kv_cache.scales import TENSORS, KVScales
 from tests.end_to_end.engines import VOCABULARY, engine, environment, prompts, run, write_model
 from tests.kv_cache.random_scales import random_scales
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 LAYERS, HEADS, DIM = 4, 2, 64
 BITS = [(8, 3), (3, 4), (2, 8), (6, 4)]
@@ -69,6 +69,7 @@ def test_scales_of_another_head_would_show(model, alone):
     assert difference > 0.1
 
 
+@pytest.mark.serves("tensor parallelism", "pipeline parallelism")
 @pytest.mark.parametrize("kind", RANKS)
 def test_two_ranks_answer_like_one(model, alone, kind):
     """Each rank of the first kind has one head, each of the second two layers with bits of their own."""
@@ -79,6 +80,7 @@ def test_two_ranks_answer_like_one(model, alone, kind):
         assert found == alone
 
 
+@pytest.mark.serves("data parallelism")
 def test_engines_side_by_side_answer_alike(model, alone):
     """Data parallelism: each of two engines answers some of the requests."""
 

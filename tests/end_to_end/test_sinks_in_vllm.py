@@ -52,6 +52,7 @@ def with_and_without_sinks(llm, texts):
     return [*found, prompt_logprobs(llm, texts)]
 
 
+@pytest.mark.serves("attention sinks (gpt-oss)")
 def test_codes_change_little_and_sinks_much(gpt_oss):
     texts = [p[:n] for p, n in zip(prompts(4, 500, seed=21, vocabulary=VOCABULARY), (2, 40, 300, 500), strict=True)]
     results = {}

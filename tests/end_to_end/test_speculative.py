@@ -98,6 +98,7 @@ def layers(llm):
     return dict(runner(llm).vllm_config.compilation_config.static_forward_context)
 
 
+@pytest.mark.serves("speculative decoding, draft models")
 def test_a_draft_model_has_scales_of_its_own(target, near, alone):
     """Some drafts are accepted and some are not, whose codes are written over: the answers stay what they were."""
     speculative = {"method": "draft_model", "model": str(near), "num_speculative_tokens": 4}
@@ -113,6 +114,8 @@ def test_a_draft_model_has_scales_of_its_own(target, near, alone):
             assert torch.equal(layer.impl.scales_of(layer).value_size, KVScales.load(folder).layer(index).value_size)
 
 
+@pytest.mark.serves("speculative decoding, draft models")
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["int4_per_head", "mixed_per_head"])
 def test_a_draft_model_of_another_shape(target, models, alone, dtype, capfd):
     """With other heads, as many as one rank of the target would have. Nobody chose bits for its layers."""
@@ -128,6 +131,7 @@ def test_a_draft_model_of_another_shape(target, models, alone, dtype, capfd):
     assert (said in capfd.readouterr().err) == (dtype == "mixed_per_head")
 
 
+@pytest.mark.long
 def test_a_draft_model_alone_may_be_coded(target, near):
     with engine(target, **SETTINGS) as llm:
         plain = run(llm, TEXTS, NEW)
@@ -139,6 +143,8 @@ def test_a_draft_model_alone_may_be_coded(target, near):
         assert coded == {f"draft_model.model.layers.{i}.self_attn.attn" for i in range(3)}
 
 
+@pytest.mark.serves("speculative decoding, EAGLE and EAGLE3 (their layers in 16 bits)")
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
 def test_what_has_no_scales_keeps_16_bits(target, models, alone, method, capfd):
     """16 bits, or as many as the model has."""
@@ -152,6 +158,8 @@ def test_what_has_no_scales_keeps_16_bits(target, models, alone, method, capfd):
     assert f"{method} drafts from the model's hidden states and has no scales of its own" in capfd.readouterr().err
 
 
+@pytest.mark.serves("speculative decoding, n-grams")
+@pytest.mark.long
 def test_ngrams(target, alone):
     """In a process of its own: vLLM looks into all modules when an engine starts, and those that this loads fail it."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
@@ -161,6 +169,8 @@ def test_ngrams(target, alone):
         assert drafts > taken > 0
 
 
+@pytest.mark.serves("speculative decoding, MTP (its layers in 16 bits)")
+@pytest.mark.long
 def test_multi_token_prediction(models, target, capfd):
     """MiMo's extra layer is numbered after the model's."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

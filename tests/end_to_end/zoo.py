@@ -39,7 +39,7 @@ class Family:
         kind: what is special about its attention.
         settings: of the configuration, beside the common ones.
         refused: what the line says that refuses its KV dtypes; empty if they are served.
-        quick: whether it is tested in every run, not by ``make test-models`` alone.
+        quick: whether it is tested in every run, not by ``make test-long`` alone.
 
     """
 
