@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kv_cache.calibration import KVCalibrator
+from kv_cache.calibration import KVCalibrator, LayerShape
 from kv_cache.errors import ParetoError
 from kv_cache.scales import TENSORS
 from quant_methods.calibration import calibrator, kv_pass
@@ -205,7 +205,7 @@ def test_scales_of_a_whole_model_are_those_of_its_attention(tiny_model: Path, te
     plain = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_model, dtype=torch.float32, attn_implementation="pareto_observed"
     )
-    expected = KVCalibrator(3, 1, 64, seed=3, rotary=kv_rotary(plain.get_decoder(), plain.config))
+    expected = KVCalibrator([LayerShape(1, 64, kv_rotary(plain.get_decoder(), plain.config))] * 3, seed=3)
     firsts = kv_pass.first_tokens(load_tokenizer(tiny_model), tokens, 3)
     with torch.no_grad(), observing(expected):
         plain(tokens, use_cache=False)
