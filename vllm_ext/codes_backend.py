@@ -88,7 +88,7 @@ def path_of_layer(backends: dict[str, type[CodesBackend]], selected: Any) -> str
         f"head size {selected.head_size}": selected.head_size not in HEAD_SIZES,
         "multi-head latent attention": selected.use_mla,
         "sparse attention": selected.use_sparse,
-        "bidirectional multimodal prefixes": selected.use_mm_prefix,
+        "bidirectional multimodal prefixes (--language-model-only leaves them out)": selected.use_mm_prefix,
         f"{selected.attn_type} attention": selected.attn_type != AttentionType.DECODER,
         "non-causal attention": selected.use_non_causal,
         "decode context parallelism": selected.use_dcp or selected.use_pcp,

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 
+from kv_cache.decoder_layers import keeps_keys
 from kv_cache.formats import unserved_head_size
 from kv_cache.rotary import Rotary
 from kv_cache.scales import MATRIX_DTYPE, SCALES_FILE, SCHEMA_OF_GROUPS, KVScales, LayerScales
 from kv_cache.transforms import hadamard_sums, mirror
 from kv_cache.user_cache import cache_dir
-from quant_methods.calibration.kv_observer import keeps_keys
 from vllm_ext.layers import layer_shape
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 
+from kv_cache.decoder_layers import keeps_keys
 from kv_cache.formats import KVFormat
-from quant_methods.calibration.kv_observer import keeps_keys
 from vllm_ext.layers import layer_shape, unserved_layers
 from vllm_ext.scale_source import layer_format_of, model_scales
 

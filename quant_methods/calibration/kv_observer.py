@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kv_cache.calibration import LayerShape
+from kv_cache.decoder_layers import keeps_keys, layer_type
 from kv_cache.errors import ParetoError
 from kv_cache.formats import unserved_head_size
 from kv_cache.rotary import Rotary
@@ -185,23 +186,6 @@ def kv_geometry(config: Any, index: int = 0) -> tuple[int, int, int]:
     kv_heads = getattr(own, "num_key_value_heads", None) or heads
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // heads
     return config.num_hidden_layers, kv_heads, head_dim
-
-
-def layer_type(config: Any, index: int) -> str | None:
-    """Return what transformers calls a layer's attention ("sliding_attention"); None where all layers are alike."""
-    types = getattr(config, "layer_types", None)
-    return types[index] if types else None
-
-
-def keeps_keys(config: Any, index: int) -> bool:
-    """Return whether a layer keeps keys and values of its own: it has attention, and reads no other layer's cache."""
-    kind = layer_type(config, index) or "full_attention"
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    return (
-        ("attention" in kind or "hybrid" in kind)
-        and kind != "linear_attention"
-        and (index < config.num_hidden_layers - shared)
-    )
 
 
 def unserved_kv(decoder: torch.nn.Module, config: Any) -> str | None:

@@ -1,7 +1,6 @@
 """Models whose layers are not all alike, calibrated and served: answers are those of transformers' float32 model.
 
-Layers of two rotary embeddings (Gemma 3), of two head sizes of which one is not served (Gemma 4), of attention beside
-linear attention, whose states share the pool of pages (Qwen3-Next).
+Layers of two rotary embeddings (Gemma 3), of two head sizes of which one is not served (Gemma 4).
 """
 
 import shutil
@@ -18,7 +17,7 @@ from tests.end_to_end.engines import REF_7M, engine, kv_caches, prompts
 
 pytestmark = pytest.mark.engine
 
-SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
 SHAPE = {
     "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1,
     "vocab_size": 8192, "max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
@@ -37,19 +36,14 @@ MODELS = {
         **SHAPE, **ALTERNATING | {"layer_types": [SLIDING, FULL] * 2}, head_dim=256, global_head_dim=512,
         hidden_size_per_layer_input=0, vocab_size_per_layer_input=16,
     ),
-    "Qwen3-Next": transformers.Qwen3NextConfig(
-        **SHAPE, num_hidden_layers=4, layer_types=[LINEAR, FULL] * 2, head_dim=256, linear_num_key_heads=2,
-        linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64,
-    ),
 }  # fmt: skip
-UNCODED = {"Gemma 4": {1, 3}, "Qwen3-Next": {0, 2}}
+UNCODED = {"Gemma 4": {1, 3}}
 
 
 def write(config, folder):
     """Write a random model and its calibrated scales; return what transformers makes of it, in float32."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().float().eval()
     for name, weight in model.named_parameters():
         # Normalized queries of 256 channels would attend to one token each, and the least noise to another one.
         if name.endswith("q_norm.weight") and config.model_type == "gemma4_text":

@@ -68,7 +68,8 @@ def test_sinks(name, settings):
     check(batch, 2.0)
     without = replace(batch, sinks=None)
     assert relative_error(without.run()[:, 0], batch.want()[:, 0]) < 1e-2  # A sink of -infinity is none.
-    assert relative_error(without.run(), batch.want()) > 0.1
+    if "sharpness" not in settings:  # Sharp logits may be above any sink.
+        assert relative_error(without.run(), batch.want()) > 0.1
 
 
 @pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(8).half(), torch.zeros(16)[::2]])
