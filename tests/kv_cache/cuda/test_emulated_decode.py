@@ -59,7 +59,7 @@ def test_shapes(name, settings):
         ("int3_per_head", {"window": 17, "soft_cap": 20.0, "query_lens": [1, 16, 5], "group": 2}),
         ("k4v3_per_head", {"query_lens": [1, 8, 1], "group": 7, "dim": 96}),
         ("int8_per_head", {"group": 3, "dim": 80, "soft_cap": 30.0}),
-        ("int6_per_head", {"group": 1, "dim": 256, "sharpness": 4.0}),
+        ("int6_per_head", {"group": 2, "dim": 256}),
     ],
 )
 def test_sinks(name, settings):
