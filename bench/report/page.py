@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from bench.engine import plain_dtype
-from bench.quality.schema import EvalReport, NeedleCell
+from bench.quality.schema import EvalReport, NeedleCell, TaskResult
 from bench.report import plots
 from bench.report.documents import Inputs, Recipe
 from bench.report.figures import NONE, milliseconds
@@ -47,6 +47,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
             {"title": f.title, "svg": plots.frontier_plot(f), "best": "; ".join(p[0] for p in f.points if p[3])}
             for f in trade_offs
         ],
+        tasks=task_table(inputs, rows),
         needles=_needles(inputs, rows),
         needle_trials=trials.pop() if len(trials) == 1 else "several",
         latency=_latency(tests),
@@ -64,6 +65,33 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
 def _load_name(test: Summary, rows: list[Row], path: Path) -> str:
     """Return the configuration that a load test belongs to, as the table calls it."""
     return next((row.name for row in rows if str(path) in row.sources), test.label)
+
+
+def task_table(inputs: Inputs, rows: list[Row]) -> dict[str, Any] | None:
+    """Return the table of tasks, a line a task and metric and a column a configuration; None without any.
+
+    A cell has the value, and below it the change against the baseline with its p; the newest evaluation of a
+    configuration counts.
+    """
+    names = {(row.fingerprint, row.kv_cache_dtype): row.name for row in rows}
+    found: dict[tuple[str, str], dict[str, Cell]] = {}
+    for _, evaluation in sorted(inputs.of(EvalReport), key=lambda item: item[1].created_at):
+        for result in evaluation.configurations:
+            name = names[result.model.fingerprint, plain_dtype(result.kv_cache.dtype)]
+            for task in result.tasks:
+                found.setdefault((task.task, task.metric), {})[name] = _task_cell(task)
+    used = [row.name for row in rows if any(row.name in cells for cells in found.values())]
+    if not used:
+        return None
+    lines = [(f"{task}, {metric}", [found[task, metric].get(name, DASH) for name in used]) for task, metric in found]
+    return {"headings": ["task", *used], "lines": lines}
+
+
+def _task_cell(task: TaskResult) -> Cell:
+    error = f" ± {task.value.standard_error:.4f}" if task.value.standard_error is not None else ""
+    if task.change is None or task.p is None:
+        return Cell(f"{task.value.value:.4f}{error}")
+    return Cell(f"{task.value.value:.4f}{error}", f"{task.change.value:+.4f}, p {task.p:.3f}")
 
 
 def _needle_cells(inputs: Inputs) -> list[NeedleCell]:

@@ -6,16 +6,17 @@ from html.parser import HTMLParser
 import pytest
 
 from bench.frontier import non_dominated
-from bench.quality.schema import FailedConfiguration
+from bench.quality.schema import FailedConfiguration, TaskResult
 from bench.report import command as report_command
 from bench.report import metrics, table
 from bench.report import rows as rows_module
 from bench.report.documents import collect
 from bench.report.figures import NONE, Figure
 from bench.report.metrics import Metric
-from bench.report.page import render
+from bench.report.page import render, task_table
 from bench.report.rows import frontiers, make_rows, to_json
 from bench.report.table import console
+from bench.statistics import mean_estimate, proportion
 from kv_cache.errors import ParetoError
 from tests.bench.result_files import configuration, eval_document, kv_bench_document, loadtest_document
 from vllm_ext.cli import build_parser
@@ -323,3 +324,22 @@ def test_speed_is_of_the_model_with_its_fingerprint(tmp_path):
     measured = {(row.fingerprint, row.kv_cache_dtype) for row in rows if row.get("step_ratio")}
     assert measured == {(mine.model.fingerprint, "bf16"), (None, "fp8")}
     assert len({row.model for row in rows}) == 2
+
+
+def test_tasks_stand_beside_their_baseline(tmp_path):
+    def task(value, change=None, p=None):
+        return TaskResult("arc_easy", "acc", "more", 100, proportion(value, 100), change, p, None, None, 1.0)
+
+    base = replace(configuration(), tasks=[task(58)])
+    four = replace(
+        configuration("int4_per_head", 4, 0.02), tasks=[task(55, mean_estimate([-1.0] * 3 + [0.0] * 97), 0.25)]
+    )
+    inputs = written(tmp_path / "r", quality=eval_document(base, four, configuration("fp8", 8, 0.03)))
+    rows, _ = make_rows(inputs, 0)
+    found = task_table(inputs, rows)
+    assert found["headings"] == ["task", "ref-7m, bf16 KV", "ref-7m, int4_per_head KV"]
+    ((name, (plain, coded)),) = found["lines"]
+    assert (name, plain.text, coded.text) == ("arc_easy, acc", "0.5800 ± 0.0494", "0.5500 ± 0.0497")
+    assert coded.sub == "-0.0300, p 0.250"
+    assert "-0.0300, p 0.250" in render("title", inputs, rows, [], [])
+    assert task_table(written(tmp_path / "s", quality=eval_document(configuration())), rows[:1]) is None
