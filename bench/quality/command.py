@@ -17,7 +17,7 @@ from bench.quality.tasks.run import TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
 
-HELP = "measure perplexity, KL divergence, top-1 agreement and retrieval through vLLM"
+HELP = "measure perplexity, KL divergence, top-1 agreement, retrieval and tasks through vLLM"
 DESCRIPTION = """\
 Measure what compression costs in quality, in the engine that serves it.
 

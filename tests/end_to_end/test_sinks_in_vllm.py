@@ -73,6 +73,7 @@ def test_codes_change_little_and_sinks_much(gpt_oss):
         assert (coded_without - plain).abs().mean() > 0.3
 
 
+@pytest.mark.long
 def test_scheduling_does_not_change_a_token(gpt_oss):
     """Chunked prefill, prefix-cache hits, mixed batches, preemption and recomputation, windows and sinks among them."""
     texts = [

@@ -82,11 +82,11 @@ class Family:
 
 GROUPED, WINDOWS, MIXTURE = "grouped-query attention", "sliding windows in some layers", "mixture of experts"
 FAMILIES = [
-    Family("Llama", "Llama 2 and 3, SmolLM2, Yi, Mistral 7B v0.3 and later", GROUPED, quick=True),
+    Family("Llama", "Llama 2 and 3, SmolLM2, Yi, Mistral 7B v0.3 and later", GROUPED),
     Family("Mistral", "Mistral 7B v0.1", "a sliding window in all layers", {"sliding_window": 100}),
     Family("Qwen2", "Qwen2, Qwen2.5", "biases of keys", quick=True),
-    Family("Qwen3", "Qwen3", "normalized keys", {"head_dim": 64}, quick=True),
-    Family("Phi3", "Phi-3, Phi-4", "fused projections", quick=True),
+    Family("Qwen3", "Qwen3", "normalized keys", {"head_dim": 64}),
+    Family("Phi3", "Phi-3, Phi-4", "fused projections"),
     Family("Gemma", "Gemma", GROUPED, {"head_dim": 64}),
     Family(
         "Gemma2", "Gemma 2", f"soft caps, {WINDOWS}",
@@ -96,7 +96,7 @@ FAMILIES = [
     Family("Olmo3", "OLMo 3", f"keys normalized over all heads, {WINDOWS}", {"sliding_window": 100}),
     Family("Granite", "Granite 3", GROUPED),
     Family("GraniteMoe", "Granite 3 MoE", MIXTURE, {"num_local_experts": 4}),
-    Family("Cohere", "Command R", "interleaved rotary embedding", quick=True),
+    Family("Cohere", "Command R", "interleaved rotary embedding"),
     Family("Cohere2", "Command R7B, Command A", f"{WINDOWS}, no positions in others", {"sliding_window": 100}),
     Family("StableLm", "StableLM 2", "a quarter of the channels turned", {"partial_rotary_factor": 0.25}, quick=True),
     Family("Starcoder2", "StarCoder2", GROUPED),
