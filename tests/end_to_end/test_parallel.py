@@ -35,7 +35,7 @@ def write_scales(folder, *, exchanged=False):
     made = [dataclasses.replace(one, rotary=made[0].rotary) for one in made]
     if exchanged:
         made = [dataclasses.replace(one, **{name: getattr(one, name).flip(0) for name in TENSORS}) for one in made]
-    KVScales(LAYERS, HEADS, DIM, made, BITS).save(folder)
+    KVScales(made, BITS).save(folder)
 
 
 @pytest.fixture(scope="module")

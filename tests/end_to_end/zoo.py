@@ -122,8 +122,4 @@ FAMILIES = [
     Family("HunYuanDenseV1", "Hunyuan dense", "keys normalized after they are turned", {"head_dim": 64}),
     Family("Arcee", "AFM", GROUPED),
     Family("Apertus", "Apertus", "normalized keys"),
-    Family(
-        "MiniMaxM2", "MiniMax M2", f"{MIXTURE}, half of the channels turned",
-        {**_EXPERTS, "head_dim": 64, "rotary_dim": 32, "scoring_func": "sigmoid"},
-    ),
 ]  # fmt: skip
