@@ -9,6 +9,7 @@ what they have in common one after the other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,76 +24,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import engine
 from bench.environment import environment
-from bench.files import read_arrays, read_json, replacing, write_arrays, write_json
+from bench.files import replacing, write_arrays, write_json
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
 from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, TaskResult, TextQuality
+from bench.quality.store import Arrays, Store
 from bench.quality.tasks.figures import task_results
-from bench.quality.tasks.progress import said
-from bench.quality.tasks.run import Chosen, Scores, TaskSettings, ask, choose, scratch
-from bench.quality.tasks.run import key as settings_key
-from bench.schema import KVCache
+from bench.quality.tasks.run import Chosen, Scores, ask, choose, scratch
 from bench.statistics import exp_estimate, mean_estimate
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using
+from quant_methods.progress import Lines
 
 RESULT = "eval.json"
-Arrays = dict[str, np.ndarray]
-
-
-class Store:
-    """The finished pieces of one configuration in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def window_file(self, index: int) -> Path:
-        """Return where a window's per-token figures lie."""
-        return self.folder / f"window-{index:04d}.npz"
-
-    def logits_file(self, index: int) -> Path:
-        """Return where a baseline window's logits lie."""
-        return self.folder / f"logits-{index:04d}.bin"
-
-    def window(self, index: int, baseline: bool) -> Arrays | None:
-        """Return a finished window's figures; None when it is to be measured."""
-        arrays = read_arrays(self.window_file(index))
-        if arrays is None or (baseline and not self.logits_file(index).is_file()):
-            return None
-        return arrays
-
-    def answers(self) -> dict[int, str]:
-        """Return the retrieval answers by trial."""
-        content = read_json(self.folder / "needle.json")
-        return {int(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}
-
-    def add_answers(self, answers: dict[int, str]) -> None:
-        """Keep retrieval answers."""
-        write_json(self.folder / "needle.json", {str(k): v for k, v in sorted((self.answers() | answers).items())})
-
-    def scores(self, task: str, settings: TaskSettings) -> list[Scores] | None:
-        """Return a task's scores; None if it is to be asked."""
-        content = read_json(self._scores_file(task, settings))
-        try:
-            return [Scores(**one) for one in content] if isinstance(content, list) else None
-        except TypeError:
-            return None
-
-    def add_scores(self, task: str, settings: TaskSettings, scores: Sequence[Scores]) -> None:
-        """Keep a task's scores."""
-        write_json(self._scores_file(task, settings), [asdict(one) for one in scores])
-
-    def _scores_file(self, task: str, settings: TaskSettings) -> Path:
-        return self.folder / f"task-{task.replace('/', '_')}-{settings_key(settings)}.json"
-
-    def kv_cache(self) -> KVCache | None:
-        """Return what the engine said of its KV cache."""
-        content = read_json(self.folder / "kv_cache.json")
-        try:
-            return KVCache(**content)
-        except TypeError:
-            return None
 
 
 class Evaluation:
@@ -133,7 +78,6 @@ class Evaluation:
             for configuration in self.plan.configurations:
                 try:
                     self._measure_alone(configuration)
-                    self._ask_tasks(configuration)
                     results.append(self._result(configuration))
                 # vLLM raises bare exceptions for what happens in a worker.
                 except Exception as error:
@@ -165,6 +109,7 @@ class Evaluation:
             if configuration.is_baseline:
                 self._check_disk()
             self._measure(configuration)
+            self._ask_tasks(configuration)
         if configuration.is_baseline:
             for entry in trim():
                 print(f"the cache was above its limit: removed {entry.path}", file=sys.stderr, flush=True)
@@ -236,15 +181,16 @@ class Evaluation:
         missing = self._missing_tasks(store)
         if self.tasks is None or not missing:
             return
-        with making(store.folder), self._progress(f"{configuration.name}, tasks", len(missing)) as advance:
+        with self._progress(f"{configuration.name}, tasks", len(missing)) as advance:
             running = self.plan.task_engine_settings(configuration)
             with engine.running(running) as llm:
                 cache = engine.kv_cache(llm, running)
                 if store.kv_cache() is None:
                     write_json(store.folder / "kv_cache.json", asdict(cache))
                 for name in missing:
-                    with said(f"{configuration.name}: {name}") as say:
-                        scores = ask(llm, self.tasks.tasks[name], settings, engine.on_gpu(llm), cache.tokens, say)
+                    task, say = self.tasks.tasks[name], functools.partial(print, file=sys.stderr, flush=True)
+                    with Lines(f"{configuration.name}: {name}", say) as lines:
+                        scores = ask(llm, task, settings, engine.on_gpu(llm), cache.tokens, lines.note)
                     store.add_scores(name, settings, scores)
                     advance(1)
 

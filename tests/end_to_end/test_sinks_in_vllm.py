@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.end_to_end.engines import VOCABULARY, engine, kv_caches, prompts, run, scheduler, write_gpt_oss
+from tests.end_to_end.engines import VOCABULARY, engine, kv_caches, prompts, run, runner, scheduler, write_gpt_oss
 from tests.end_to_end.test_kv_cache_in_vllm import count_preemptions
 
 pytestmark = pytest.mark.engine
@@ -30,8 +30,7 @@ def gpt_oss(tmp_path_factory):
 
 
 def attention_layers(llm):
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    return [layer.attn for layer in runner.model.model.layers]
+    return [layer.attn for layer in runner(llm).model.model.layers]
 
 
 def prompt_logprobs(llm, texts):

@@ -148,7 +148,7 @@ def key(settings: TaskSettings) -> str:
 
 
 def ask(
-    llm: Any, task: Any, settings: TaskSettings, warm: bool, capacity: int, say: Callable[[int], None]
+    llm: Any, task: Any, settings: TaskSettings, warm: bool, capacity: int, note: Callable[[str], object]
 ) -> list[Scores]:
     """Return a task's scores, one a metric.
 
@@ -158,14 +158,14 @@ def ask(
         settings: what is asked.
         warm: whether contexts have to be read from the prefix cache to be read from codes, as on a GPU.
         capacity: tokens that the KV cache holds.
-        say: called with the number of requests that are done.
+        note: told how far it is.
 
     """
     from lm_eval.evaluator import evaluate
 
     from bench.quality.tasks.scorer import EngineScorer
 
-    scorer = EngineScorer(llm, warm, capacity, say)
+    scorer = EngineScorer(llm, warm, capacity, note)
     name = task.task_name
     # Examples are drawn anew for each question: without this, the next configuration would be shown other ones.
     task.set_fewshot_seed(seed=settings.seed)

@@ -31,7 +31,7 @@ class EngineScorer(TemplateLM):
         llm: the engine; idle.
         warm: whether contexts are computed ahead, so that scores read them from the cache.
         capacity: tokens that the KV cache holds; contexts computed ahead take no more than half.
-        say: called with the number of requests that are done.
+        note: told how far it is.
 
     Attributes:
         read: tokens of scored contexts that came from the cache.
@@ -39,12 +39,12 @@ class EngineScorer(TemplateLM):
 
     """
 
-    def __init__(self, llm: Any, warm: bool, capacity: int, say: Callable[[int], None] = lambda count: None) -> None:
+    def __init__(self, llm: Any, warm: bool, capacity: int, note: Callable[[str], object] = lambda what: None) -> None:
         super().__init__()
-        self.llm, self.warm, self.room, self.say = llm, warm, max(capacity // 2, 1), say
+        self.llm, self.warm, self.room, self.note = llm, warm, max(capacity // 2, 1), note
         self.tokenizer = llm.get_tokenizer()
         self.max_length = int(llm.llm_engine.vllm_config.model_config.max_model_len)
-        self.read = self.asked = 0
+        self.read = self.asked = self._done = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -121,7 +121,7 @@ class EngineScorer(TemplateLM):
                     known = max(cached - (length - 1), 0)
                     answers[index] = _rest(output, tokens[known:])
                     hidden += [(index, [*prompt[:length], *tokens[:at]], tokens[at]) for at in range(known)]
-                self.say(len(reader))
+                self._count(len(reader))
             again = self._generate(
                 [prompt for _, prompt, _ in hidden], [_params(logprob_token_ids=[token]) for _, _, token in hidden]
             )
@@ -129,6 +129,10 @@ class EngineScorer(TemplateLM):
                 value, greedy = _first(output, token)
                 answers[index] = answers[index][0] + value, answers[index][1] and greedy
         return answers
+
+    def _count(self, more: int) -> None:
+        self._done += more
+        self.note(f"{self._done:,} requests done")
 
     def _groups(self, contexts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
         """Return contexts in groups that the cache has room for."""
@@ -178,7 +182,7 @@ class EngineScorer(TemplateLM):
         answers = []
         for output in self._generate(prompts, params):
             answers.append(output.outputs[0].text)
-            self.say(1)
+            self._count(1)
         return answers
 
     def _generate(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:

@@ -273,7 +273,7 @@ def test_evaluations_at_the_same_time_share_a_baseline(evaluate, monkeypatch):
 
 
 def test_answers_that_are_gone_are_no_bug(evaluate, monkeypatch):
-    monkeypatch.setattr("bench.quality.evaluate.Store.add_answers", lambda self, answers: None)
+    monkeypatch.setattr("bench.quality.store.Store.add_answers", lambda self, answers: None)
     with pytest.raises(ParetoError, match="was changed while the evaluation ran; run again"):
         evaluate()
 

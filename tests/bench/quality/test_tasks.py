@@ -170,8 +170,8 @@ def test_scores_are_those_of_plain_lm_eval(data, tmp_path):
     )
     with engine(REF_7M, max_model_len=512, block_size=32, enable_prefix_caching=True) as llm:
         # Asked twice, as of two configurations: the same examples stand before the questions.
-        ask(llm, chosen.tasks["arc_easy"], settings, True, 4096, lambda count: None)
-        ours = {name: ask(llm, chosen.tasks[name], settings, True, 4096, lambda count: None) for name in names}
+        ask(llm, chosen.tasks["arc_easy"], settings, True, 4096, lambda what: None)
+        ours = {name: ask(llm, chosen.tasks[name], settings, True, 4096, lambda what: None) for name in names}
         scorer = EngineScorer(llm, True, 4096)
         # The trap: contexts that fill their pages exactly, and answers that begin alike and fill one.
         generator = torch.Generator().manual_seed(0)
