@@ -1,0 +1,118 @@
+"""How long a server takes from its command to its first token, by KV-cache dtype.
+
+Every dtype is started with empty caches (the compiled kernels of vLLM, Triton, PyTorch and this project, and the scales
+that a start without calibrated ones measures), and then again with what the first start left there. All starts of one
+kind come before the next kind, so files of the model are in the machine's memory for all but the first.
+
+    python -m bench.lab.startup MODEL --kv-cache-dtype auto fp8 int4_per_head --rounds 3 --out results/gpu-startup \\
+        -- --max-model-len 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.environment import environment
+from bench.files import write_json
+from bench.server import serving
+from kv_cache.errors import ParetoError
+
+SCHEMA = "vllm-pareto/startup/1"
+CACHES = {
+    "PARETO_CACHE": "pareto",
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "CUDA_CACHE_PATH": "cuda",
+}
+"""Variables that name folders of what a start leaves for the next, and the folders' names here."""
+
+
+@contextlib.contextmanager
+def caches(folder: Path) -> Iterator[None]:
+    """Let every cache lie under ``folder`` for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in CACHES}
+    os.environ.update({name: str(folder / part) for name, part in CACHES.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def start(model: str, dtype: str, flags: Sequence[str], log: Path) -> dict[str, float]:
+    """Start a server, ask for a token, and return the seconds until it was ready and until the token was there."""
+    began = time.perf_counter()
+    words = [model, "--kv-cache-dtype", dtype, "--served-model-name", "model", *flags]
+    with serving(words, log) as server:
+        ready = time.perf_counter() - began
+        body = {"model": "model", "prompt": [7] * 32, "max_tokens": 1, "temperature": 0}
+        request = urllib.request.Request(
+            f"{server.base_url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            response.read()
+        return {"ready_s": ready, "first_token_s": time.perf_counter() - began}
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a record for every dtype and kind of start, with all its starts."""
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for turn in range(args.rounds):
+        with tempfile.TemporaryDirectory(prefix="startup-") as folder:
+            for kind in ("empty caches", "filled caches"):
+                for dtype in args.kv_cache_dtype:
+                    with caches(Path(folder) / dtype):
+                        log = args.out / "logs" / f"{turn}-{kind.split()[0]}-{dtype}.log"
+                        found = start(args.model, dtype, args.flags, log)
+                    record = records.setdefault((dtype, kind), {"dtype": dtype, "caches": kind, "starts": []})
+                    record["starts"].append(found)
+                    print(f"round {turn + 1}, {kind}, {dtype}: first token after {found['first_token_s']:.1f} s",
+                          flush=True)  # fmt: skip
+    for record in records.values():
+        for key in ("ready_s", "first_token_s"):
+            record[key] = statistics.median(one[key] for one in record["starts"])
+    return list(records.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = words[words.index("--") + 1 :] if "--" in words else []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto", "fp8", "int4_per_head"])
+    parser.add_argument("--rounds", type=int, default=1, help="starts of each kind; the median counts")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
+    args.flags = flags
+    try:
+        records = measure(args)
+    except ParetoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_json(
+        args.out / "startup.json",
+        {"schema": SCHEMA, "command": words, "environment": environment(), "results": records},
+    )
+    for record in records:
+        print(f"{record['dtype']:16} {record['caches']:14} {record['first_token_s']:6.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
