@@ -222,7 +222,8 @@ class KVScales:
         if not path.is_file():
             raise ParetoError(f"no KV scales in {checkpoint}: make them with 'pareto compress --recipe kv-scales'")
         try:
-            with safe_open(path, framework="pt") as file:
+            # vLLM builds models with their device as the default, also where a worker reads its scales there.
+            with torch.device("cpu"), safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["kv_scales"])
                 if (schema := header.pop("schema", None)) not in (SCHEMA, SCHEMA_OF_GROUPS):
                     raise ParetoError(f"{path}: written by another version of vllm-pareto; make the scales again")

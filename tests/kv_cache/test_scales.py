@@ -61,6 +61,15 @@ def test_a_saved_file_reads_back_the_same(tmp_path, dim, bits):
         assert after.rotary is loaded.layer(0).rotary
 
 
+def test_scales_are_read_into_memory_whatever_the_default_device(tmp_path):
+    """A worker of tensor parallelism reads them while vLLM builds the model on its GPU."""
+    made = some_scales()
+    made.save(tmp_path)
+    with torch.device("meta"):
+        loaded = KVScales.load(tmp_path)
+    assert torch.equal(loaded.layer(0).key_mean, made.layer(0).key_mean)
+
+
 def test_the_transform_takes_two_bytes_an_entry(tmp_path):
     path = some_scales().save(tmp_path)
     with safe_open(path, framework="pt") as file:
