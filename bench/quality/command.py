@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench.engine import json_flag
 from bench.quality.plan import Settings, make_plan
-from bench.quality.schema import ConfigurationResult, EvalReport
+from bench.quality.schema import ConfigurationResult, EvalReport, TaskResult
 from bench.quality.tasks.run import TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
@@ -51,6 +51,9 @@ cached under $PARETO_CACHE (default ~/.cache/pareto) and reused by later runs: t
 vocabulary entry.
 """
 USER_ERRORS = (ParetoError,)
+TASKS_CAPTION = """\
+p: of no change from the baseline; Holm: adjusted for the whole table; smallest: smallest change that so many questions
+show (80% power); verdict: by the 95% interval of the change; pt: points; else: from one wrong answer to another"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task-context", type=int, default=t.max_model_len, metavar="N", help="longest context of tasks (%(default)s)"
     )
     parser.add_argument(
+        "--margin", type=float, default=d.margin * 100, metavar="POINTS",
+        help="loss of a task's score, in points, that does not matter: what non-inferior is about (%(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
         "--compilation-config", metavar="JSON", help="vLLM's, with --no-enforce-eager (default: vLLM's own choice)"
     )
 
@@ -138,6 +145,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         raise ParetoError("needles are hidden in the text: with --num-windows 0 give --haystack, or --no-needle")
     if args.task_data and not args.tasks:
         raise ParetoError("--task-data is of --tasks: name the tasks")
+    if not 0 < args.margin < 100:
+        raise ParetoError(f"--margin is in points, above 0 and below 100 (1 is 0.01), got {args.margin:g}")
     json_flag("compilation_config", args.compilation_config)
     if args.window_tokens < 2:
         raise ParetoError(f"--window-tokens must be at least 2, got {args.window_tokens}")
@@ -170,6 +179,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             chat=args.apply_chat_template,
             max_model_len=args.task_context,
         ),
+        margin=args.margin / 100,
     )
 
 
@@ -209,21 +219,28 @@ def table(report: EvalReport) -> Table:
 
 def task_table(report: EvalReport) -> Table:
     """Return the tasks' results as a table, one row a task, metric and configuration."""
-    result = Table(title="Tasks")
-    for heading in ("task", "metric", "configuration", "questions", "value", "change", "p", "gained", "lost", "read"):
-        result.add_column(heading, justify="left" if heading in ("task", "metric", "configuration") else "right")
+    result = Table(title="Tasks", caption=TASKS_CAPTION)
+    left = ("task", "metric", "configuration", "verdict (margin)")
+    for heading in (*left[:3], "questions", "value", "change", "p", "smallest", left[3], "gained, lost", "read"):
+        result.add_column(heading, justify="left" if heading in left else "right")
     for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
         for row in report.configurations:
             for one in row.tasks:
                 if (one.task, one.metric) == (name, metric):
                     result.add_row(
                         name, metric, row.name, f"{one.questions:,}", _plain(one.value, "{:.4f}"),
-                        _plain(one.change, "{:+.4f}").replace("±+", "±"), "-" if one.p is None else f"{one.p:.3f}",
-                        *("-" if count is None else f"{count:,}" for count in (one.gained, one.lost)),
+                        _plain(one.change, "{:+.4f}").replace("±+", "±"), one.significance or "-",
+                        "-" if one.smallest is None else f"{one.smallest:.4f}", one.judged or "-", _moved(one),
                         f"{one.read:.1%}",
                     )  # fmt: skip
         result.add_section()
     return result
+
+
+def _moved(row: TaskResult) -> str:
+    if row.flips is not None:
+        return f"+{row.flips.wrong_to_right:,} -{row.flips.right_to_wrong:,}, {row.flips.wrong_to_wrong:,} else"
+    return "-" if row.gained is None or row.lost is None else f"+{row.gained:,} -{row.lost:,}"
 
 
 def _cells(row: ConfigurationResult) -> list[str]:
