@@ -212,8 +212,3 @@ def test_the_bindings_have_what_is_asked_of_them():
     for name in vars(FakeNvml):
         if name.startswith(("nvml", "NVML")):
             assert hasattr(pynvml, name), name
-    # No driver on this machine, or one that answers: never a number that nobody measured.
-    try:
-        assert find_counter(1).read()[0] > 0
-    except CannotMeasure as error:
-        assert "\n" not in str(error)
