@@ -19,8 +19,8 @@ from bench.report.rows import Frontier, Row, stage_label
 from bench.report.table import DASH, Cell, cells, columns
 from bench.speed.schema import KVBenchReport, Point, Spread
 from bench.speed.served_schema import ServeBenchReport
-from bench.speed.served_table import HEADINGS, lines
-from bench.speed.served_table import notes as notes_of
+from bench.speed.served_table import cells as endpoint
+from bench.speed.served_table import notes as remarks
 from kv_cache.sizes import readable
 from loadtest.schema import Distribution, StageResult, Summary
 
@@ -57,7 +57,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
         stage_headings=STAGE_HEADINGS,
         stages=[_stage(name, stage) for name, test in tests for stage in test.stages],
         kv_benches=[_kv_bench(bench) for _, bench in inputs.of(KVBenchReport)],
-        endpoints=[(short_model(e.model), HEADINGS, lines(e), notes_of(e)) for _, e in inputs.of(ServeBenchReport)],
+        endpoints=[(short_model(e.model), *endpoint(e), remarks(e)) for _, e in inputs.of(ServeBenchReport)],
         recipes=[_recipe(path, recipe) for path, recipe in inputs.of(Recipe)],
         environments=_environments(inputs),
         sources=[str(path) for path, _ in inputs.documents],
@@ -226,6 +226,7 @@ def _environments(inputs: Inputs) -> list[list[tuple[str, str]]]:
     kinds: list[tuple[str, list[tuple[Path, dict[str, Any]]]]] = [
         ("quality", [(path, document.environment) for path, document in inputs.of(EvalReport)]),
         ("KV-cache speed", [(path, document.environment) for path, document in inputs.of(KVBenchReport)]),
+        ("endpoint", [(path, document.environment) for path, document in inputs.of(ServeBenchReport)]),
         ("load", [(path, document.environment) for path, document in inputs.of(Summary)]),
     ]
     for kind, found in kinds:

@@ -8,8 +8,6 @@ and energy are those of the same requests.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,16 +22,17 @@ from pydantic import TypeAdapter
 
 from bench.engine import cache_of
 from bench.environment import environment, gpu_names
-from bench.files import write_json, write_text
+from bench.files import write_json
 from bench.schema import KVCache
-from bench.server import HOST, Server, run_pareto, starting
+from bench.server import Server, run_pareto, starting
 from bench.speed.alternation import Alternation, Sample, identity, say_on_stderr
+from bench.speed.endpoint import ask, memory_of, word_tokenizer
 from bench.speed.energy import CannotMeasure, Counter, Meter, Window, find_counter
-from bench.speed.served_schema import EnergySource, Idle, Load, Memory, PointRound, Round, ServeBenchReport
+from bench.speed.served_schema import EnergySource, Idle, Load, PointRound, Round, ServeBenchReport
 from bench.speed.served_summary import summarize
 from kv_cache.errors import ParetoError
 from loadtest.schema import StageResult, Summary
-from quant_methods.model_source import read_config, resolve_model, resolve_shape
+from quant_methods.model_source import read_config, resolve_model, resolve_shape, weight_bytes
 
 RESULT = "serve-bench.json"
 PROBE = "bench.speed.worker_memory.MemoryProbe"
@@ -121,6 +120,7 @@ class ServeBench:
                 f"{self.max_model_len} positions and the model's context is {positions}; use a --context of at most "
                 f"{positions - settings.output_tokens - SPARE_TOKENS}"
             )
+        self.weight_bytes = None if dummy else weight_bytes(self.folder)
         self.identity = identity(self.folder, settings.load_format)
         self.turns = Alternation(
             list(settings.kv_cache_dtypes),
@@ -279,7 +279,7 @@ class ServeBench:
             ranks = ask(server, "pareto_memory")
             cache = self._kv_cache(name, ranks, test.server.cache_config)
             step = None if meter is None else meter.resolution_s()
-        return asdict(Round(index, at, idle, step, memory_of(ranks), cache, points))
+        return asdict(Round(index, at, idle, step, memory_of(ranks, self.weight_bytes), cache, points))
 
     def _idle(self, meter: Meter | None) -> Idle:
         if meter is None:
@@ -347,54 +347,3 @@ def _as_load(stage: StageResult, meter: Meter | None, energy: EnergySource) -> L
         joules=None if window is None else window.joules,
         missing=missing,
     )
-
-
-def ask(server: Server, method: str) -> list[dict[str, Any]]:
-    """Return what a method of the workers' returns, of each rank.
-
-    Raises:
-        ParetoError: the server has no door to its workers, or the method failed.
-
-    """
-    connection = http.client.HTTPConnection(HOST, int(server.base_url.rpartition(":")[2]), timeout=60)
-    try:
-        body = json.dumps({"method": method})
-        connection.request("POST", "/collective_rpc", body, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        text = answer.read()
-        if answer.status != 200:
-            raise ParetoError(f"the server does not say what memory it takes: /collective_rpc answered {answer.status}")
-        return list(json.loads(text)["results"])
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-        raise ParetoError(f"the server does not say what memory it takes: {error} (log: {server.log})") from error
-    finally:
-        connection.close()
-
-
-def memory_of(ranks: list[dict[str, Any]]) -> Memory:
-    """Return the memory of all ranks together from what each says (:mod:`bench.speed.worker_memory`)."""
-
-    def total(name: str) -> int | None:
-        values = [rank[name] for rank in ranks]
-        return None if None in values else sum(values)
-
-    weights, cache = total("weights") or 0, total("kv_cache") or 0
-    allocated, peak = total("allocated"), total("peak_allocated")
-    if allocated is None or peak is None:
-        return Memory(weights, cache, None, None, total("peak_rss"), None)
-    return Memory(weights, cache, peak - allocated, allocated - weights - cache, peak, total("profiled_activations"))
-
-
-def word_tokenizer(folder: Path, vocabulary: int) -> Path:
-    """Write a tokenizer whose every id is a word of its own, for a shape that has none, and return its folder.
-
-    An endpoint sends text, so that what has no tokenizer cannot be served; random weights may answer with any id.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({f"w{index}": index for index in range(vocabulary)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    write_text(folder / "tokenizer.json", made.to_str())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0", "model_max_length": 1 << 30}
-    write_json(folder / "tokenizer_config.json", config)
-    return folder

@@ -36,7 +36,8 @@ class Memory:
     """Bytes of all ranks together, at the end of a round's load.
 
     Attributes:
-        weights: vLLM's own figure of what loading the model took; on CPU the model's parameters and buffers.
+        weights: vLLM's own figure of what loading the model took; on CPU, where it takes none, the checkpoint's
+            tensors, None for a shape without any.
         kv_cache: of the cache's tensors.
         activations: most that PyTorch held on the GPUs during the load, less what it holds at rest; None on CPU.
         other: what it holds at rest beside weights and cache: CUDA graphs, buffers of the engine; None on CPU.
@@ -46,7 +47,7 @@ class Memory:
 
     """
 
-    weights: int
+    weights: int | None
     kv_cache: int
     activations: int | None
     other: int | None

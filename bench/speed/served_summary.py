@@ -151,8 +151,10 @@ def prefill_share(point: PointRound, idle: Idle) -> float | None:
 
 def _notes(rounds: list[Round], points: list[PointRound]) -> list[str]:
     loads = [load for point in points for load in (point.prefill, point.generation)]
-    notes = [f"no energy: {why}" for why in dict.fromkeys(load.missing for load in loads if load.missing)]
-    notes += [f"no idle power: {why}" for why in dict.fromkeys(r.idle.missing for r in rounds if r.idle.missing)]
+    without = dict.fromkeys(load.missing for load in loads if load.missing)
+    notes = [f"no energy: {why}" for why in without]
+    watched = dict.fromkeys(r.idle.missing for r in rounds if r.idle.missing and r.idle.missing not in without)
+    notes += [f"no idle power: {why}" for why in watched]
     if failed := sum(load.failed for load in loads):
         notes.append(f"{failed} requests failed; what they took counts for no token, so there is no energy")
     if preempted := sum(load.preemptions or 0 for load in loads):

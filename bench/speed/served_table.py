@@ -18,8 +18,14 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def lines(report: ServeBenchReport) -> list[list[str]]:
-    """Return the result as rows of text under :data:`HEADINGS`."""
+def cells(report: ServeBenchReport) -> tuple[list[str], list[list[str]]]:
+    """Return the headings for which there are figures, and the rows of text under them."""
+    rows = _lines(report)
+    shown = [index for index in range(len(HEADINGS)) if index < 2 or any(row[index] not in ("", "-") for row in rows)]
+    return [HEADINGS[index] for index in shown], [[row[index] for index in shown] for row in rows]
+
+
+def _lines(report: ServeBenchReport) -> list[list[str]]:
     made = []
     for row in report.dtypes:
         name = plain_dtype(row.kv_cache_dtype)
@@ -44,10 +50,13 @@ def _line(row: ServedDtype, point: ServedPoint, memory: Memory) -> list[str]:
         _pair(energy.prefill, energy.prefill_net, ".4g", ", ") if energy else "-",
         _pair(energy.decode, energy.decode_net, ".4g", ", ") if energy else "-",
         ratio_text(point.decode_energy_ratio),
-        f"{readable(memory.weights)} + {readable(memory.kv_cache)}, "
-        + ("-" if memory.peak is None else readable(memory.peak)),
+        f"{_bytes(memory.weights)} + {_bytes(memory.kv_cache)}, {_bytes(memory.peak)}",
         f"{row.kv_cache.tokens:,}" if row.kv_cache else "-",
     ]
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else readable(count)
 
 
 def _pair(first: Spread | None, second: Spread | None, form: str, between: str = " / ") -> str:
@@ -77,16 +86,18 @@ def _title(report: ServeBenchReport) -> str:
 def table(report: ServeBenchReport) -> Table:
     """Return the result as a table for the terminal."""
     result = Table(title=_title(report))
-    for index, heading in enumerate(HEADINGS):
+    headings, rows = cells(report)
+    for index, heading in enumerate(headings):
         result.add_column(heading, justify="left" if index < 2 else "right")
-    for line in lines(report):
-        result.add_row(*map(escape, line))
+    for row in rows:
+        result.add_row(*map(escape, row))
     return result
 
 
 def markdown(report: ServeBenchReport) -> str:
     """Return the result as a Markdown document."""
     settings, environment, energy = report.settings, report.environment, report.energy
+    headings, rows = cells(report)
     if energy.missing:
         counted = f"Energy cannot be measured: {energy.missing}."
     else:
@@ -99,9 +110,9 @@ def markdown(report: ServeBenchReport) -> str:
         f"{settings['output_tokens']} tokens, requests started for {settings['duration_s']:g} s. {counted} "
         f"{environment['machine']}, {environment['versions']}, commit {environment['commit']}.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + " --- |" * len(HEADINGS),
-        *("| " + " | ".join(line) + " |" for line in lines(report)),
+        "| " + " | ".join(headings) + " |",
+        "|" + " --- |" * len(headings),
+        *("| " + " | ".join(row) + " |" for row in rows),
         "",
         *(f"- {note}" for note in notes(report)),
     ]
