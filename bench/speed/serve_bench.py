@@ -39,6 +39,8 @@ PROBE = "bench.speed.worker_memory.MemoryProbe"
 SETTLE_S = 0.5
 WARM_UP_TOKENS = 8
 SPARE_TOKENS = 8
+LEAST_DURATION_S = 1.5
+"""A load's window may be a little shorter than asked for, and energy is told of LEAST_WINDOW_S."""
 FIRST_ID = 16
 """The first few ids are special tokens in most vocabularies."""
 

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from bench.quality.plan import default_memory
     from bench.server import terminated_like_interrupted
     from bench.speed.energy import LEAST_WINDOW_S
-    from bench.speed.serve_bench import RESULT, SPARE_TOKENS, ServeBench, Settings
+    from bench.speed.serve_bench import LEAST_DURATION_S, RESULT, SPARE_TOKENS, ServeBench, Settings
     from bench.speed.served_table import markdown, notes, table
     from quant_methods.model_source import resolve_model, resolve_shape
 
@@ -106,10 +106,9 @@ def run(args: argparse.Namespace) -> int:
         given = getattr(args, flag)
         if min(given if isinstance(given, list) else [given]) < least:
             raise ParetoError(f"--{flag.replace('_', '-')} must be at least {least}, got {given}")
-    if not LEAST_WINDOW_S <= args.duration < math.inf:
+    if not LEAST_DURATION_S <= args.duration < math.inf:
         raise ParetoError(
-            f"--duration must be at least {LEAST_WINDOW_S:g} s, the shortest time over which energy is told, "
-            f"got {args.duration:g}"
+            f"--duration must be at least {LEAST_DURATION_S:g} s, so that energy can be told, got {args.duration:g}"
         )
     if args.idle_seconds and not LEAST_WINDOW_S <= args.idle_seconds < math.inf:
         raise ParetoError(

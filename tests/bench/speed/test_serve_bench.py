@@ -27,7 +27,7 @@ from tests.bench.result_files import load, point_round, served_round
 from vllm_ext.cli import build_parser
 
 SETTINGS = Settings(
-    "ref-7m", ("auto", "int4_per_head"), (2,), (64,), 8, 1.0, 1, 1.0, False, 2048, "auto", 1 << 28, True, 1, 0
+    "ref-7m", ("auto", "int4_per_head"), (2,), (64,), 8, 1.5, 1, 1.0, False, 2048, "auto", 1 << 28, True, 1, 0
 )
 RANK = {
     "weights": None, "kv_cache": 1 << 28, "allocated": None, "peak_allocated": None, "profiled_activations": None,
@@ -184,7 +184,7 @@ def test_energy_and_latencies_are_of_the_same_requests(endpoint, tmp_path):
     assert started == ["auto", "stopped", "bogus", "stopped"]
     base, bogus = report.dtypes
     assert bogus.error == "the server ended with status 2 before it answered; unknown dtype"
-    assert lines[:2] == ["2 turns of at least 3 s each, and the servers' starts", "round 1 of 1: auto"]
+    assert lines[:2] == ["2 turns of at least 4 s each, and the servers' starts", "round 1 of 1: auto"]
     assert base.kv_cache.tokens == 16_000
     assert base.kv_cache.bits_per_element == 4.25
     (turn,) = base.rounds
@@ -251,7 +251,7 @@ def command(*words):
     [
         (["--batch", 0], "--batch must be at least 1"),
         (["--output-tokens", 1], "--output-tokens must be at least 2"),
-        (["--duration", 0.5], "--duration must be at least 1 s"),
+        (["--duration", 1], "--duration must be at least 1.5 s"),
         (["--idle-seconds", 0.5], "--idle-seconds must be at least 1, or 0"),
         (["--context", 9000], "use a --context of at most 8056"),
         (["--compilation-config", "{"], "is not JSON"),
@@ -281,10 +281,10 @@ def test_columns_that_nobody_has_are_left_out():
 
 
 @pytest.mark.engine
-def test_a_real_endpoint_is_measured_and_leaves_no_server_behind(ref_7m, tmp_path):
+def test_a_real_endpoint_is_measured_and_leaves_no_server_behind(tmp_path):
     """Two dtypes side by side, on ref-7m; then Ctrl-C while they start."""
     counter = SimpleNamespace(name="made up", devices=("a",), read=lambda: [100 * time.time()])
-    settings = replace(SETTINGS, model=str(ref_7m), side_by_side=True, batches=(1, 2), contexts=(200,))
+    settings = replace(SETTINGS, side_by_side=True, batches=(1, 2), contexts=(200,))
     report = ServeBench(settings, tmp_path / "out", lambda line: None, lambda gpus: counter).run()
     base, ours = report.dtypes
     assert (base.error, ours.error) == (None, None)
@@ -300,7 +300,7 @@ def test_a_real_endpoint_is_measured_and_leaves_no_server_behind(ref_7m, tmp_pat
         assert point.energy is None or point.energy.output.median > 0
     assert [(p.batch, p.context) for p in ours.points] == [(1, 200), (2, 200)]
 
-    words = ["serve-bench", ref_7m, "--kv-cache-dtype", "auto", "--out", tmp_path / "second", "--context", "64"]
+    words = ["serve-bench", "ref-7m", "--kv-cache-dtype", "auto", "--out", tmp_path / "second", "--context", "64"]
     # Ctrl-C is ignored in what is started in the background.
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "from vllm_ext.cli import main; sys.exit(main())"
