@@ -1,4 +1,4 @@
-"""Starts ``pareto serve`` for a while, and leaves no process behind."""
+"""Starts ``pareto serve`` and other commands for a while, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,11 +32,35 @@ class Server:
     pid: int
 
 
+@dataclass(frozen=True)
+class Starting:
+    """A server that was started and need not answer yet."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def wait(self, timeout_s: float = 600) -> Server:
+        """Return the server as soon as it answers.
+
+        Raises:
+            ParetoError: it ended or did not answer in time; the message has the end of its log.
+
+        """
+        _wait(self.process, self.port, self.log, timeout_s)
+        return Server(f"http://{HOST}:{self.port}", self.log, self.process.pid)
+
+
 @contextlib.contextmanager
-def serving(
-    words: Sequence[str], log: Path, *, timeout_s: float = 600, grace_s: float = 20, program: Sequence[str] = SERVE
-) -> Iterator[Server]:
-    """Run ``pareto serve`` with ``words`` on a free loopback port until the block ends.
+def starting(
+    words: Sequence[str],
+    log: Path,
+    *,
+    grace_s: float = 20,
+    program: Sequence[str] = SERVE,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Starting]:
+    """Run ``pareto serve`` with ``words`` on a free loopback port until the block ends; several start at once so.
 
     The server and all its workers form a process group of their own, which is stopped whatever happens: the block ends
     or raises, Ctrl-C, or a termination signal to this process.
@@ -44,12 +68,9 @@ def serving(
     Args:
         words: arguments of ``pareto serve`` without host and port.
         log: file for everything it prints.
-        timeout_s: how long it may take to answer.
         grace_s: how long it may take to stop before it is killed.
         program: what is started in place of ``pareto serve``; takes the same host and port.
-
-    Raises:
-        ParetoError: it ended or did not answer in time; the message has the end of its log.
+        variables: of the environment, beside those of this process.
 
     """
     port = free_port()
@@ -57,13 +78,59 @@ def serving(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file, terminated_like_interrupted():
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(variables or {})},
         )
         try:
-            _wait(process, port, log, timeout_s)
-            yield Server(f"http://{HOST}:{port}", log, process.pid)
+            yield Starting(process, port, log)
         finally:
             stop_group(process, grace_s)
+
+
+@contextlib.contextmanager
+def serving(
+    words: Sequence[str],
+    log: Path,
+    *,
+    timeout_s: float = 600,
+    grace_s: float = 20,
+    program: Sequence[str] = SERVE,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """Start a server as :func:`starting` does and give it when it answers, within ``timeout_s``.
+
+    Raises:
+        ParetoError: it ended or did not answer in time; the message has the end of its log.
+
+    """
+    with starting(words, log, grace_s=grace_s, program=program, variables=variables) as server:
+        yield server.wait(timeout_s)
+
+
+def run_pareto(words: Sequence[str], log: Path) -> None:
+    """Run a ``pareto`` command to its end, interrupted when this process is.
+
+    Args:
+        words: the command and its arguments.
+        log: file for everything it prints.
+
+    Raises:
+        ParetoError: its status is not 0; the message has its last line.
+
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file, child([sys.executable, "-m", "vllm_ext.cli", *words], file.fileno()) as process:
+        status = process.wait()
+    if status != 0:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        raise ParetoError(
+            f"pareto {words[0]} failed with status {status}: {lines[-1][:300] if lines else 'no output'} (log: {log}); "
+            "run the same command to go on"
+        )
 
 
 def free_port() -> int:
@@ -101,6 +168,24 @@ def _tail(log: Path) -> str:
     if not lines:
         return f"its log {log} is empty"
     return "\n".join([f"the end of its log {log}:", *(f"  {line[:300]}" for line in lines[-TAIL_LINES:])])
+
+
+@contextlib.contextmanager
+def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own, interrupted and then stopped when the block is left early."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            # As Ctrl-C does: the command keeps what it has finished.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+        stop_group(process, grace_s=5)
 
 
 def stop_group(process: subprocess.Popen[bytes], grace_s: float) -> None:

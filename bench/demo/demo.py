@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.engine import plain_dtype
 from bench.files import read_json, write_json
 from bench.report.models import short_model
-from bench.server import serving, stop_group, terminated_like_interrupted
-from kv_cache.errors import ParetoError
+from bench.server import run_pareto, serving, terminated_like_interrupted
 
 
 @dataclass(frozen=True)
@@ -161,31 +155,4 @@ class Demo:
         return content if isinstance(content, dict) else {}
 
     def _run(self, name: str, words: list[str]) -> None:
-        log = self.out / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file, child([sys.executable, "-m", "vllm_ext.cli", *words], file.fileno()) as process:
-            status = process.wait()
-        if status != 0:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise ParetoError(
-                f"pareto {words[0]} failed with status {status}: {lines[-1][:300] if lines else 'no output'} "
-                f"(log: {log}); run the same command to go on"
-            )
-
-
-@contextlib.contextmanager
-def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a process group of its own, interrupted and then stopped when the block is left early."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            # As Ctrl-C does: the command keeps what it has finished.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
-        stop_group(process, grace_s=5)
+        run_pareto(words, self.out / "logs" / f"{name}.log")

@@ -8,9 +8,6 @@ once would share memory bandwidth and, on a GPU, not fit.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,13 +18,14 @@ from typing import Any
 
 from bench import engine
 from bench.engine import EngineSettings
-from bench.environment import environment, gpu_names, versions
-from bench.files import read_json, write_json
+from bench.environment import environment
+from bench.files import write_json
 from bench.schema import KVCache
+from bench.speed.alternation import Alternation, Sample, identity, say_on_stderr
 from bench.speed.schema import DtypeResult, KVBenchReport, Point, Spread
 from bench.speed.step_timer import ahead, prompts, time_batch
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import fingerprint, read_config, resolve_model, resolve_shape
+from quant_methods.model_source import read_config, resolve_model, resolve_shape
 
 RESULT = "kv-bench.json"
 FLOOR = 16
@@ -105,13 +103,11 @@ class Row:
     name: str
 
 
-Sample = dict[str, Any]
-"""What one engine start measured: ``kv_cache``, the device's ``copy_bytes_per_s`` (None on CPU), and by ``batch x
-context`` the times in seconds: ``prefill_s``, ``step_s`` and, where timed, ``prefix_prefill_s``."""
-
-
 class KVBench:
     """One run.
+
+    A sample is what one engine start measured: ``kv_cache``, the device's ``copy_bytes_per_s`` (None on CPU), and by
+    ``batch x context`` the times in seconds: ``prefill_s``, ``step_s`` and, where timed, ``prefix_prefill_s``.
 
     Args:
         settings: what to measure.
@@ -122,7 +118,6 @@ class KVBench:
 
     def __init__(self, settings: Settings, out: Path, say: Callable[[str], None] | None = None) -> None:
         self.settings, self.out = settings, out
-        self.say = say or (lambda line: print(line, file=sys.stderr, flush=True))
         models = [settings.model, *settings.compressed]
         dummy = settings.load_format == "dummy"
         resolve = resolve_shape if dummy else functools.partial(resolve_model, quantized=True)
@@ -138,21 +133,21 @@ class KVBench:
                 f"--context {longest} and {settings.steps} decode steps need {self.max_model_len} positions and the "
                 f"model's context is {context}; use at most {context - settings.steps - self._ahead() - 8}"
             )
-        self.identities = {model: self._identity(folder) for model, folder in self.folders.items()}
-        determining = asdict(settings) | {
-            "model": list(self.identities.values()), "rounds": None,
-            "versions": versions(), "gpus": gpu_names(),
-        }  # fmt: skip
-        key = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:24]
-        self.samples_file = out / ".work" / f"kv-bench-{key}.json"
-        self.samples: dict[str, Sample] = read_json(self.samples_file) or {}
-        self.errors: dict[str, str] = {}
+        self.identities = {model: identity(folder, settings.load_format) for model, folder in self.folders.items()}
+        self._rows = {row.name: row for row in settings.rows()}
+        self._turns = Alternation(
+            list(self._rows),
+            settings.rounds,
+            asdict(settings) | {"model": list(self.identities.values()), "rounds": None},
+            out / ".work" / "kv-bench",
+            say or say_on_stderr,
+        )
         self.environment = environment()
 
-    def _identity(self, folder: Path) -> str:
-        if self.settings.load_format == "dummy":
-            return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
-        return fingerprint(folder)
+    @property
+    def errors(self) -> dict[str, str]:
+        """Why rows could not be measured, by their names."""
+        return self._turns.errors
 
     def _ahead(self) -> int:
         return max(
@@ -168,25 +163,11 @@ class KVBench:
             ParetoError: the baseline cannot be measured.
 
         """
-        s = self.settings
-        baseline, *_ = rows = s.rows()
-        for index in range(s.rounds):
-            for row in rows:
-                name = f"{index} {row.name}"
-                if name in self.samples or row.name in self.errors:
-                    continue
-                self.say(f"round {index + 1} of {s.rounds}: {row.name}")
-                try:
-                    self.samples[name] = self._measure(row)
-                # vLLM raises bare exceptions for what happens in a worker.
-                except Exception as error:
-                    if row == baseline:
-                        raise ParetoError(engine.reason(error)) from error
-                    self.errors[row.name] = engine.reason(error)
-                    self.say(f"{row.name} left out: {self.errors[row.name]}")
-                    continue
-                write_json(self.samples_file, self.samples)
-                write_json(self.out / RESULT, self.report("partial").to_dict())
+
+        def keep() -> None:
+            write_json(self.out / RESULT, self.report("partial").to_dict())
+
+        self._turns.run(lambda name, _: self._measure(self._rows[name]), keep)
         report = self.report("complete")
         write_json(self.out / RESULT, report.to_dict())
         return report
@@ -233,7 +214,7 @@ class KVBench:
             baseline=s.kv_cache_dtypes[0],
             settings=asdict(s) | {"max_model_len": self.max_model_len},
             environment=self.environment,
-            dtypes=summarize(s, self.samples, self.errors, {} if s.load_format == "dummy" else self.identities),
+            dtypes=summarize(s, self._turns.samples, self.errors, {} if s.load_format == "dummy" else self.identities),
         )
 
 
