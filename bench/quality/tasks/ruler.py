@@ -1,8 +1,8 @@
 """RULER (Hsieh et al. 2024) as lm-eval makes it, at the length of ``--task-context`` and from local texts.
 
-lm-eval makes 500 questions at a time, draws them from the global generators and downloads what it hides them in. Here its
-own functions make as many as are asked, from a seed, and read ``--task-data``: essays from ``haystack/*.txt`` in the
-folder or beside it, cut into sentences with nltk's ``nltk_data/tokenizers/punkt_tab``, and documents from
+lm-eval makes 500 questions at a time, draws them from the global generators and downloads what it hides them in. Here
+its own functions make as many as are asked, from a seed, and read ``--task-data``: essays from ``haystack/*.txt`` in
+the folder or beside it, cut into sentences with nltk's ``nltk_data/tokenizers/punkt_tab``, and documents from
 ``ruler/squad*.json`` and ``ruler/hotpotqa*.json``. Without a folder lm-eval downloads them.
 """
 
@@ -24,7 +24,7 @@ import numpy as np
 from kv_cache.errors import ParetoError
 
 RESERVE = 128
-"""Tokens of the context that are left for a chat template and for the beginning of the answer, which RULER doesn't count."""
+"""Tokens left for a chat template, for the beginning of the answer and, in fwe, for the answer: RULER counts none."""
 MAKERS = ("generate_samples", "sys_word_pair_random", "sys_vartrack_w_noise_random", "sys_kwext")
 """lm-eval's functions that make questions, by the name of their module's."""
 

@@ -146,9 +146,8 @@ class EngineScorer(TemplateLM):
     def _compute_ahead(self, contexts: Sequence[Sequence[int]]) -> None:
         """Compute contexts less their last tokens, from which vLLM predicts in any case, into the prefix cache."""
         if self.warm:
-            self._generate(
-                [list(context[:-1]) for context in contexts if len(context) > 1], [_params()] * len(contexts)
-            )
+            prompts = [list(context[:-1]) for context in contexts if len(context) > 1]
+            self._generate(prompts, [_params()] * len(prompts))
 
     def _groups(self, sizes: Sequence[int]) -> list[list[int]]:
         """Return the places of contexts of so many tokens in groups that the cache has room for."""
@@ -222,7 +221,7 @@ class EngineScorer(TemplateLM):
         if not prompts:
             return []
         tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return list(self.llm.generate(tokens, params[: len(prompts)], use_tqdm=False))
+        return list(self.llm.generate(tokens, params, use_tqdm=False))
 
 
 def _params(**more: Any) -> Any:

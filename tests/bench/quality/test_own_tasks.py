@@ -38,7 +38,9 @@ FILES = {
         {"instruction": "Sing", "input": ""},
     ],
     "instruction/dolly_hhrlhf_heldout.jsonl": [{"instruction": "Sing", "input": ""}],
-    "longbench/qasper.jsonl": [{"context": "It was 4 degrees. " * 300, "question": "How cold?", "answers": ["4 degrees"]}],
+    "longbench/qasper.jsonl": [
+        {"context": "It was 4 degrees. " * 300, "question": "How cold?", "answers": ["4 degrees"]}
+    ],
     "bbq/test.jsonl": [
         {
             "example_id": i, "question_index": "1", "question_polarity": "neg", "context_condition": condition,
@@ -56,7 +58,7 @@ FILES = {
                     {
                         "context": f"The town of number {i} lies on a river and has {i} bridges.",
                         "qas": [
-                            {"question": f"How many bridges has {i}?", "is_impossible": False, "answers": [{"text": str(i)}]}
+                            {"question": f"How many has {i}?", "is_impossible": False, "answers": [{"text": str(i)}]}
                         ],
                     }
                     for i in range(30)
@@ -186,7 +188,7 @@ def test_f1_and_rouge_by_hand():
 @pytest.mark.parametrize(
     ("answer", "start", "phrase"),
     [
-        ("I’m sorry, but no", 1, 1),
+        ("I\N{RIGHT SINGLE QUOTATION MARK}m sorry, but no", 1, 1),
         ("  i CANNOT do that", 1, 0),
         ("Here you are. I cannot stress enough", 0, 1),
         ("Sure, first take a balloon", 0, 0),
@@ -203,7 +205,7 @@ def test_repetition_and_length_by_hand():
         return SimpleNamespace(input_ids=[hash(word) for word in text.split()])
 
     found = drift.score({}, ["a b c d a b c d a"], words)
-    # 9 tokens; 4-grams abcd bcda cdab dabc abcd bcda: 4 of 6 are new; pairs ab bc cd da four times over but once: 4 of 8.
+    # 4-grams abcd bcda cdab dabc abcd bcda: 4 of 6 are different; pairs ab bc cd da ab bc cd da: 4 of 8.
     assert found == {"tokens": 9, "repeated_4grams": pytest.approx(2 / 6), "distinct_1": 4 / 9, "distinct_2": 4 / 8}
     assert drift.score({}, ["a b c"], words)["repeated_4grams"] == 0
     assert drift.score({}, [""], words) == {"tokens": 0, "repeated_4grams": 0, "distinct_1": 1, "distinct_2": 1}
@@ -289,7 +291,7 @@ def test_longbench_and_its_groups_read_what_is_there(folder, capsys):
     assert found["longbench_qasper", "qa_f1_score"].value == 1
     assert {len(prompt) for prompt in llm.prompts} == {512 - 128}
     assert llm.tokenizer.decode(llm.prompts[0]).startswith("<|begin|>You are given a scientific")
-    assert "longbench: without longbench_narrativeqa" in capsys.readouterr().err.replace("longbench_lcc, ", "")
+    assert "longbench: without longbench_lcc, longbench_repobench-p," in capsys.readouterr().err
 
 
 def test_bbq_leaves_out_what_is_not_there(folder):
@@ -328,7 +330,7 @@ def test_ruler_is_made_from_the_folder(folder):
     assert "An essay of words." in made[0]["niah_single_2"][0]["input"]
 
 
-def test_what_ruler_lacks_is_said(folder):
+def test_what_ruler_lacks_is_said(folder, monkeypatch):
     pytest.importorskip("wonderwords")
     with pytest.raises(ParetoError, match=r"ruler_cwe: .* --task-context"):
         chosen(folder, "ruler_cwe", limit=1, max_model_len=512)
@@ -339,19 +341,16 @@ def test_what_ruler_lacks_is_said(folder):
         (folder / missing).unlink()
         with pytest.raises(ParetoError, match=message):
             chosen(folder, name, limit=1, max_model_len=1024)
-    with pytest.raises(ParetoError, match="unpack nltk_data's punkt_tab.zip"):
-        import nltk
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nltk.data, "path", [])
-            ruler.essays(folder.parent)
+    monkeypatch.setattr(pytest.importorskip("nltk").data, "path", [])
+    with pytest.raises(ParetoError, match=r"unpack nltk_data's punkt_tab\.zip"):
+        ruler.essays(folder.parent)
 
 
 @pytest.mark.parametrize(
     ("file", "text", "name", "message"),
     [
         ("xstest/prompts.jsonl", None, "xstest_safe", r"xstest_safe: --task-data .* has no xstest/prompts\.jsonl"),
-        ("xstest/prompts.jsonl", '{"id": 1}\n', "xstest_safe", "line 1: each line must be a JSON object with prompt, label"),
+        ("xstest/prompts.jsonl", '{"id": 1}\n', "xstest_safe", "line 1: each line must be a JSON object with prompt"),
         ("xstest/prompts.jsonl", "id,prompt\n", "xstest_safe", "line 1: each line must be a JSON object"),
         ("xstest/prompts.jsonl", '{"prompt": "a", "label": "b"}\n', "xstest_safe", "holds none of the questions"),
         ("books/1.txt", None, "narrativeqa_book", "holds none of the questions"),

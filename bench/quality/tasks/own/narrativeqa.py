@@ -39,8 +39,8 @@ def _with_contexts(texts: dict[str, str], task_data: str | None) -> dict[str, An
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Return how much of an answer's words are one of the right answers', the better one's.
 
-    ``f1`` is that of words without articles and punctuation, as SQuAD counts it; ``rouge_l`` the F-measure of the longest
-    common subsequence (Lin 2004), which NarrativeQA's authors report.
+    ``f1`` is that of words without articles and punctuation, as SQuAD counts it; ``rouge_l`` the F-measure of the
+    longest common subsequence (Lin 2004), which NarrativeQA's authors report.
     """
     from transformers.data.metrics.squad_metrics import compute_f1
 
