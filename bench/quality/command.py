@@ -210,7 +210,7 @@ def table(report: EvalReport) -> Table:
 def task_table(report: EvalReport) -> Table:
     """Return the tasks' results as a table, one row a task, metric and configuration."""
     result = Table(title="Tasks")
-    for heading in ("task", "metric", "configuration", "questions", "value", "change", "p", "gained", "lost", "read"):
+    for heading in ("task", "metric", "configuration", "questions", "value", "change", "p", "gained", "lost", "same", "read"):
         result.add_column(heading, justify="left" if heading in ("task", "metric", "configuration") else "right")
     for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
         for row in report.configurations:
@@ -220,7 +220,7 @@ def task_table(report: EvalReport) -> Table:
                         name, metric, row.name, f"{one.questions:,}", _plain(one.value, "{:.4f}"),
                         _plain(one.change, "{:+.4f}").replace("±+", "±"), "-" if one.p is None else f"{one.p:.3f}",
                         *("-" if count is None else f"{count:,}" for count in (one.gained, one.lost)),
-                        f"{one.read:.1%}",
+                        "-" if one.agreement is None else f"{one.agreement:.1%}", f"{one.read:.1%}",
                     )  # fmt: skip
         result.add_section()
     return result

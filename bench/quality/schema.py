@@ -99,6 +99,13 @@ class TaskResult:
     lost: int | None
     read: float
 
+    @property
+    def agreement(self) -> float | None:
+        """Return the share of questions whose score is the baseline's, such as its verdict of a refusal."""
+        if self.gained is None or self.lost is None:
+            return None
+        return 1 - (self.gained + self.lost) / self.questions
+
 
 @dataclass(frozen=True)
 class ConfigurationResult:

@@ -90,8 +90,7 @@ def questions(made_by: str, length: int, seed: int, samples: int, task_data: str
         )
     if task_data is not None and "download_json" in space:
         replaced["download_json"] = lambda url: documents(Path(task_data), "squad" if "SQuAD" in url else "hotpotqa")
-        for reader in ("read_squad", "read_hotpotqa"):
-            space[reader].cache_clear()
+        space["read_squad" if "squad" in name else "read_hotpotqa"].cache_clear()
     random.seed(seed)
     np.random.seed(seed)
     quiet = io.StringIO()

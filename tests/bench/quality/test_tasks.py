@@ -75,6 +75,8 @@ def test_a_group_is_all_questions_together():
     assert found["all"].questions == 6
     assert found["all"].value.value == pytest.approx(5 / 6)
     assert (found["all"].gained, found["all"].lost) == (4, 1)
+    assert found["all"].agreement == pytest.approx(1 / 6)
+    assert task_results(tested, None, {})[0].agreement is None
     with pytest.raises(ParetoError, match="other questions"):
         task_results(tested, [scores("a", [1.0]), base[1]], {})
 
