@@ -210,8 +210,9 @@ def table(report: EvalReport) -> Table:
 def task_table(report: EvalReport) -> Table:
     """Return the tasks' results as a table, one row a task, metric and configuration."""
     result = Table(title="Tasks")
-    for heading in ("task", "metric", "configuration", "questions", "value", "change", "p", "gained", "lost", "same", "read"):
-        result.add_column(heading, justify="left" if heading in ("task", "metric", "configuration") else "right")
+    left = ("task", "metric", "configuration")
+    for heading in (*left, "questions", "value", "change", "p", "gained", "lost", "same", "read"):
+        result.add_column(heading, justify="left" if heading in left else "right")
     for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
         for row in report.configurations:
             for one in row.tasks:
