@@ -221,7 +221,8 @@ def task_table(report: EvalReport) -> Table:
     """Return the tasks' results as a table, one row a task, metric and configuration."""
     result = Table(title="Tasks", caption=TASKS_CAPTION)
     left = ("task", "metric", "configuration", "verdict (margin)")
-    for heading in (*left[:3], "questions", "value", "change", "p", "smallest", left[3], "gained, lost", "read"):
+    headings = (*left[:3], "questions", "value", "change", "p", "smallest", left[3], "gained, lost", "same", "read")
+    for heading in headings:
         result.add_column(heading, justify="left" if heading in left else "right")
     for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
         for row in report.configurations:
@@ -231,7 +232,7 @@ def task_table(report: EvalReport) -> Table:
                         name, metric, row.name, f"{one.questions:,}", _plain(one.value, "{:.4f}"),
                         _plain(one.change, "{:+.4f}").replace("±+", "±"), one.significance or "-",
                         "-" if one.smallest is None else f"{one.smallest:.4f}", one.judged or "-", _moved(one),
-                        f"{one.read:.1%}",
+                        "-" if one.agreement is None else f"{one.agreement:.1%}", f"{one.read:.1%}",
                     )  # fmt: skip
         result.add_section()
     return result

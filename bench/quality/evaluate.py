@@ -97,7 +97,8 @@ class Evaluation:
             yield
             return
         with scratch() as folder:
-            self.tasks = choose(self.plan.settings.tasks, Path(folder))
+            tokenizer = self.plan.configurations[0].checkpoint.folder
+            self.tasks = choose(self.plan.settings.tasks, tokenizer, Path(folder))
             yield
 
     def _measure_alone(self, configuration: Configuration) -> None:

@@ -142,6 +142,13 @@ class TaskResult:
         """Return the verdict with its margin; empty without one."""
         return "" if self.verdict is None or self.margin is None else f"{self.verdict} ({self.margin * 100:g} pt)"
 
+    @property
+    def agreement(self) -> float | None:
+        """Return the share of questions whose score is the baseline's, such as its verdict of a refusal."""
+        if self.gained is None or self.lost is None:
+            return None
+        return 1 - (self.gained + self.lost) / self.questions
+
 
 @dataclass(frozen=True)
 class ConfigurationResult:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
+import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.quality.tasks import ruler, sources
 from bench.quality.tasks.choices import Choice, choice
 from bench.quality.tasks.documents import document
-from bench.quality.tasks.sources import local_definitions
 from kv_cache.errors import ParetoError
 
 CALIBRATION = "ece"
 """The metric that keeps what was chosen."""
 KEPT = 2
 """What is kept of a question; scores of an earlier form are asked for again."""
+OWN = Path(__file__).parent / "own"
+"""This project's definitions of tasks."""
 
 
 @dataclass(frozen=True)
@@ -90,48 +97,140 @@ class Chosen:
     groups: dict[str, list[str]]
 
 
-def choose(settings: TaskSettings, work: Path) -> Chosen:
-    """Find and load tasks.
+def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen:
+    """Find and load tasks, with a look at the first question of each.
 
     Args:
         settings: what is asked.
+        tokenizer: folder of the model's; tasks that make their questions to a length, or count tokens, need it.
         work: an empty folder, for definitions.
 
     Raises:
-        ParetoError: lm-eval is missing, a name matches nothing, or the data is missing.
+        ParetoError: lm-eval or what a task needs of it is missing, a name matches nothing, or the data is missing or of
+            another task.
 
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ParetoError("--tasks needs lm-eval: pip install 'vllm-pareto[tasks]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    known = TaskManager()
-    names = []
-    for pattern in settings.tasks:
-        found = [name for name in known.task_index if fnmatch(name, pattern)]
-        if not found:
-            raise ParetoError(f"--tasks {pattern}: lm-eval {version('lm-eval')} has no such task (lm-eval ls tasks)")
-        names += [name for name in found if name not in names]
-    manager = known
-    if settings.data is not None:
-        folder = Path(settings.data)
-        if not folder.is_dir():
-            raise ParetoError(f"--task-data {folder}: no such folder")
-        leaves = [(name, Path(str(known.task_index[name].yaml_path))) for name in _leaves(known, names)]
-        manager = TaskManager(include_path=str(local_definitions(leaves, folder, work)))
-    try:
-        loaded = manager.load(names)
-    except (OSError, ConnectionError) as error:
-        raise ParetoError(
-            f"the questions of {', '.join(names)} cannot be loaded ({str(error)[:200]}); --task-data DIR takes them "
-            "from files"
-        ) from error
-    for task in loaded["tasks"].values():
+    for name in ("lm_eval", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if settings.data is not None and not Path(settings.data).is_dir():
+        raise ParetoError(f"--task-data {settings.data}: no such folder")
+    metadata = {"tokenizer": str(tokenizer), "max_seq_lengths": [settings.max_model_len], "task_data": settings.data}
+    manager = TaskManager(include_path=str(OWN), metadata=metadata)
+    names, definitions = _defined(manager, _named(manager, settings.tasks), settings, work)
+    # lm-eval takes seconds to read its own definitions: those of this run take their places without a second time.
+    written = TaskManager(include_path=str(sources.write(definitions, work)), include_defaults=False).task_index
+    manager.task_index.update({name: entry for name, entry in written.items() if entry.kind.name != "TAG"})
+    tasks: dict[str, Any] = {}
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        loaded = _load(manager, name, settings.data)
+        tasks |= loaded["tasks"]
+        if name in loaded["groups"]:
+            groups[name] = [task.task_name for task in loaded["groups"][name].get_all_tasks()]
+    for name, task in tasks.items():
+        _look_at(name, task, settings.data)
         if settings.num_fewshot is not None and task.config.num_fewshot != 0:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
-    groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
-    return Chosen(loaded["tasks"], {name: groups[name] for name in names if name in groups})
+        scoring = task.config.process_results
+        if callable(scoring) and "tokenizer" in inspect.signature(scoring).parameters:
+            task.set_config(key="process_results", value=functools.partial(scoring, tokenizer=_tokenizer(tokenizer)))
+    return Chosen(tasks, groups)
+
+
+def _named(known: Any, patterns: Iterable[str]) -> list[str]:
+    """Return the names of tasks, groups and tags that are asked for."""
+    names: list[str] = []
+    for pattern in patterns:
+        found = [name for name in known.task_index if fnmatch(name, pattern)]
+        if not found:
+            close = get_close_matches(pattern, known.task_index, 1)
+            raise ParetoError(
+                f"--tasks {pattern}: no such task in lm-eval {version('lm-eval')} or here"
+                f"{f'; did you mean {close[0]}?' if close else ' (lm-eval ls tasks)'}"
+            )
+        names += [name for name in found if name not in names]
+    return names
+
+
+def _defined(
+    known: Any, names: Iterable[str], settings: TaskSettings, work: Path
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return what is to be loaded, and the definitions of those tasks that take their questions from elsewhere.
+
+    A task that was named must have its files; of a group or tag those that have none are left out, with a line.
+    """
+    chosen: list[str] = []
+    definitions: dict[str, dict[str, Any]] = {}
+    for name in names:
+        leaves, without = _leaves(known, [name]), []
+        for leaf in leaves:
+            entry = known.task_index[leaf]
+            source, says = Path(str(entry.yaml_path)), entry.cfg or {}
+            change: dict[str, Any] = {"include": str(source), "task": leaf}
+            if ruler.is_ruler(source):
+                change |= ruler.changes(says, settings.max_model_len, settings.seed, settings.limit)
+            elif OWN in source.parents or settings.data is None:
+                continue
+            elif files := sources.files_of(leaf, Path(settings.data), work):
+                change = sources.definition(source, leaf, says, files)
+            else:
+                without.append(leaf)
+                continue
+            definitions[leaf] = change
+        if without == leaves:
+            place = f"{settings.data}/{name}"
+            raise ParetoError(
+                f"--task-data {settings.data} has no questions of {name}: {place}/test.jsonl or validation.jsonl"
+            )
+        if without:
+            print(f"{name}: without {', '.join(without)}: not in {settings.data}", file=sys.stderr, flush=True)
+        chosen += [leaf for leaf in leaves if leaf not in without] if without else [name]
+    return list(dict.fromkeys(chosen)), list(definitions.values())
+
+
+def _load(manager: Any, name: str, data: str | None) -> Any:
+    try:
+        with ruler.local_nltk(data):
+            return manager.load([name])
+    except ParetoError as error:
+        raise ParetoError(f"{name}: {error}") from error
+    except ImportError as error:
+        raise ParetoError(f"{name} needs more of lm-eval ({_line(error)}): pip install 'vllm-pareto[tasks]'") from error
+    # Every library that reads data raises exceptions of its own.
+    except Exception as error:
+        hint = "; --task-data DIR takes them from files" if data is None else f", taken from {data}"
+        raise ParetoError(f"the questions of {name} cannot be loaded ({_line(error)}){hint}") from error
+
+
+def _look_at(name: str, task: Any, data: str | None) -> None:
+    """Form the first question, so that files of something else are seen before an engine starts."""
+    try:
+        first = next(iter(task.eval_docs))
+        task.doc_to_text(first)
+        task.doc_to_target(first)
+        if task.OUTPUT_TYPE == "multiple_choice":
+            task.doc_to_choice(first)
+    # Templates and the tasks' own functions raise whatever a row makes them raise.
+    except Exception as error:
+        place = f" in {data}" if data else ""
+        raise ParetoError(f"{name}: the first question{place} is not one of this task ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    from quant_methods.calibration.text_source import load_tokenizer
+
+    if folder is None:
+        raise ParetoError("a task counts tokens: it needs the model's tokenizer")
+    return load_tokenizer(folder)
 
 
 def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
@@ -154,8 +253,16 @@ def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
 
 def key(settings: TaskSettings) -> str:
     """Return what tells a task's scores under these settings from those under others."""
-    determining = {**asdict(settings), "tasks": None, "lm_eval": version("lm-eval"), "kept": KEPT}
+    determining = {
+        **asdict(settings), "tasks": None, "lm_eval": version("lm-eval"), "kept": KEPT, "own": _own_definitions(),
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _own_definitions() -> str:
+    """Return a digest of this project's tasks: scores of earlier ones are not theirs."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(OWN.glob("*.*")))).hexdigest()
 
 
 def ask(
@@ -180,16 +287,20 @@ def ask(
     name = task.task_name
     # Examples are drawn anew for each question: without this, the next configuration would be shown other ones.
     task.set_fewshot_seed(seed=settings.seed)
+    chat = settings.chat or bool((task.config.metadata or {}).get("chat") and scorer.tokenizer.chat_template)
     with contextlib.redirect_stderr(io.StringIO()):
         found = evaluate(
             scorer,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
             limit=settings.limit,
             bootstrap_iters=0,
-            apply_chat_template=settings.chat,
+            apply_chat_template=chat,
             verbosity="ERROR",
         )
     assert found is not None
+    if scorer.cut:
+        most = scorer.max_length
+        print(f"{name}: prompts longer than {most:,} tokens that were cut: {scorer.cut:,}", file=sys.stderr, flush=True)
     read = scorer.read / scorer.asked if warm and scorer.asked else 1.0
     return _scores(name, task, found["results"][name], found["samples"][name], read)
 
@@ -205,6 +316,9 @@ def _scores(
     for label, value in values.items():
         metric, _, chosen = label.partition(",")
         if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        # BBQ's figures of the kinds of bias that its questions don't show.
+        if math.isnan(value):
             continue
         questions = {
             key: float(sample[metric])

@@ -9,7 +9,9 @@ What comes from the cache predicts nothing. Where a context fills its pages exac
 one, the cache holds the very token at which an answer's first tokens are predicted; those are asked for once more, each
 as the next token after a prompt, whose end vLLM computes in any case.
 
-Answers of one token each are asked for in one request a context, others in one request each.
+Answers of one token each are asked for in one request a context, others in one request each. Prompts that are answered
+freely are computed ahead in the same way, so that their last tokens, and with them the first of the answer, read codes;
+what is decoded does in any case.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import truncate_tokens
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Pair = tuple[Any, list[int], list[int]]
@@ -34,8 +37,9 @@ class EngineScorer(TemplateLM):
         note: told how far it is.
 
     Attributes:
-        read: tokens of scored contexts that came from the cache.
-        asked: tokens of scored contexts.
+        read: tokens of scored contexts and prompts that came from the cache.
+        asked: tokens of scored contexts and prompts.
+        cut: those that were too long for the engine and lost a part.
 
     """
 
@@ -44,7 +48,7 @@ class EngineScorer(TemplateLM):
         self.llm, self.warm, self.room, self.note = llm, warm, max(capacity // 2, 1), note
         self.tokenizer = llm.get_tokenizer()
         self.max_length = int(llm.llm_engine.vllm_config.model_config.max_model_len)
-        self.read = self.asked = self._done = 0
+        self.read = self.asked = self.cut = self._done = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -64,6 +68,9 @@ class EngineScorer(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return a text's tokens; a tokenizer adds what it adds by itself unless told."""
+        first = self.tokenizer.bos_token
+        if add_special_tokens is None and first and string.startswith(first):
+            add_special_tokens = False  # A chat template wrote it already.
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, **special).input_ids)
 
@@ -87,14 +94,16 @@ class EngineScorer(TemplateLM):
         for index, (_, before, continuation) in enumerate(requests):
             # As lm-eval does: what is too long loses its beginning; one token is kept for the engine to generate.
             kept = (before + continuation)[-(self.max_length - 1) :]
+            self.cut += len(kept) < len(before) + len(continuation)
             cut = len(kept) - min(len(continuation), len(kept) - 1)
             whole.append((kept[:cut], kept[cut:]))
             contexts.setdefault(tuple(kept[:cut]), []).append(index)
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Contexts with a common beginning, such as the same examples, stand together and share pages.
-        for group in self._groups(sorted(contexts)):
-            if self.warm:
-                self._generate([list(context[:-1]) for context in group if len(context) > 1], [_params()] * len(group))
+        ordered = sorted(contexts)
+        for places in self._groups([len(context) for context in ordered]):
+            group = [ordered[place] for place in places]
+            self._compute_ahead(group)
             prompts, params, readers = [], [], []
             for context in group:
                 asked = {index: whole[index][1] for index in contexts[context]}
@@ -134,16 +143,22 @@ class EngineScorer(TemplateLM):
         self._done += more
         self.note(f"{self._done:,} requests done")
 
-    def _groups(self, contexts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-        """Return contexts in groups that the cache has room for."""
-        groups: list[list[tuple[int, ...]]] = []
+    def _compute_ahead(self, contexts: Sequence[Sequence[int]]) -> None:
+        """Compute contexts less their last tokens, from which vLLM predicts in any case, into the prefix cache."""
+        if self.warm:
+            prompts = [list(context[:-1]) for context in contexts if len(context) > 1]
+            self._generate(prompts, [_params()] * len(prompts))
+
+    def _groups(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Return the places of contexts of so many tokens in groups that the cache has room for."""
+        groups: list[list[int]] = []
         used = self.room + 1
-        for context in contexts:
-            if used + len(context) > self.room or len(groups[-1]) >= 256:
+        for place, size in enumerate(sizes):
+            if used + size > self.room or len(groups[-1]) >= 256:
                 groups.append([])
                 used = 0
-            groups[-1].append(context)
-            used += len(context)
+            groups[-1].append(place)
+            used += size
         return groups
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -161,7 +176,11 @@ class EngineScorer(TemplateLM):
         return made
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return greedy or sampled answers, each cut where its task says."""
+        """Return greedy or sampled answers, each cut where its task says.
+
+        A prompt that is too long loses its beginning as in lm-eval, or what the task's ``truncation`` says: ``left``,
+        ``middle`` or ``right``.
+        """
         from vllm import SamplingParams
 
         prompts, params = [], []
@@ -170,7 +189,11 @@ class EngineScorer(TemplateLM):
             stops = [until] if isinstance(until, str) else list(until)
             most = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256)
             sampled = bool(settings.get("do_sample"))
-            prompts.append(self.tok_encode(context)[-max(self.max_length - most, 1) :])
+            tokens, room = self.tok_encode(context), max(self.max_length - most, 1)
+            if len(tokens) > room:
+                self.cut += 1
+                tokens = truncate_tokens(tokens, room, side=settings.get("truncation", "left"))
+            prompts.append(tokens)
             params.append(
                 SamplingParams(
                     max_tokens=min(most, self.max_length - 1),
@@ -179,17 +202,26 @@ class EngineScorer(TemplateLM):
                     stop=stops,
                 )
             )
-        answers = []
-        for output in self._generate(prompts, params):
-            answers.append(output.outputs[0].text)
-            self._count(1)
+        answers = [""] * len(prompts)
+        # Prompts with a common beginning stand together and share pages.
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)
+        sizes = [len(prompts[index]) + params[index].max_tokens for index in order]
+        for places in self._groups(sizes) if self.warm else [range(len(order))]:
+            group = [order[place] for place in places]
+            asked = [prompts[index] for index in group]
+            self._compute_ahead(asked)
+            for index, output in zip(group, self._generate(asked, [params[index] for index in group]), strict=True):
+                answers[index] = output.outputs[0].text
+                self.asked += len(prompts[index])
+                self.read += output.num_cached_tokens or 0
+                self._count(1)
         return answers
 
     def _generate(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         if not prompts:
             return []
         tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return list(self.llm.generate(tokens, params[: len(prompts)], use_tqdm=False))
+        return list(self.llm.generate(tokens, params, use_tqdm=False))
 
 
 def _params(**more: Any) -> Any:

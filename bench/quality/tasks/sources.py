@@ -2,7 +2,8 @@
 
 Files lie as ``DIR/TASK/SPLIT.jsonl`` (or ``.csv``), TASK as lm-eval names it and SPLIT one of train, validation, test
 and dev; a task whose files are laid out otherwise has an entry in ``LAYOUTS``. Only where questions come from changes:
-prompts, choices and metrics stay lm-eval's.
+prompts, choices and metrics stay lm-eval's. RULER's questions are made (``ruler.py``); the tasks of this project say
+themselves what they read (``own``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from bench.quality.tasks import ruler
 from kv_cache.errors import ParetoError
 
 SPLITS = ("train", "validation", "test", "dev")
@@ -71,47 +73,82 @@ def _truthfulqa(folder: Path, task: str, work: Path) -> dict[str, Path]:
     return {"validation": made}
 
 
+def _longbench(folder: Path, task: str, work: Path) -> dict[str, Path]:
+    test = _present(folder / "longbench" / f"{task.removeprefix('longbench_')}.jsonl", folder / task / "test.jsonl")
+    return {"test": test} if test else {}
+
+
+def _bbq(folder: Path, task: str, work: Path) -> dict[str, Path]:
+    test = _present(folder / "bbq" / "test.jsonl")
+    return {"test": test} if test else {}
+
+
 _LETTERS = "{{question.strip()}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}\nAnswer:"
 LAYOUTS: dict[str, tuple[Callable[[Path, str, Path], dict[str, Path]], dict[str, Any]]] = {
+    "bbq": (_bbq, {}),
     "gsm8k": (_gsm8k, {}),
+    # A prompt that is too long loses its middle, as LongBench's authors cut it (Bai et al. 2024).
+    "longbench_": (_longbench, {"generation_kwargs": {"truncation": "middle"}}),
     "mmlu_": (_mmlu, {"doc_to_text": _LETTERS}),
     "truthfulqa_mc": (_truthfulqa, {}),
 }
 """By the beginning of a task's name: what finds its files, and what its definition says otherwise because of them."""
 
 
-def local_definitions(tasks: Iterable[tuple[str, Path]], folder: Path, work: Path) -> Path:
-    """Write definitions of tasks with a folder's files, and return where; lm-eval takes them for its own.
-
-    Args:
-        tasks: names, and the files of lm-eval's definitions, which the written ones include.
-        folder: of the data.
-        work: an empty folder.
+def files_of(task: str, folder: Path, work: Path) -> dict[str, Path]:
+    """Return a task's files by split; empty if the folder has none that questions could be taken from.
 
     Raises:
-        ParetoError: a task has no files there.
+        ParetoError: they are of two kinds.
 
     """
-    definitions = work / "definitions"
-    definitions.mkdir()
-    for task, source in tasks:
-        find, changes = next((found for name, found in LAYOUTS.items() if task.startswith(name)), (_plain, {}))
-        files = find(folder, task, work)
-        if not set(files) & {"test", "validation"}:
-            raise ParetoError(
-                f"--task-data {folder} has no questions of {task}: {folder / task}/test.jsonl or validation.jsonl"
-            )
-        kinds = {path.suffix for path in files.values()}
-        if len(kinds) > 1:
-            raise ParetoError(f"{task}: the files of its splits must all be .jsonl or all .csv")
-        definition = {
-            "include": str(source),
-            "task": task,
-            "dataset_path": "csv" if kinds == {".csv"} else "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}},
-            **{key: split if split in files else None for key, split in SPLIT_KEYS.items()},
-            **changes,
-        }
-        (definitions / f"{task}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True))
-    return definitions
+    files = _layout(task)[0](folder, task, work)
+    if len({path.suffix for path in files.values()}) > 1:
+        raise ParetoError(f"{task}: the files of its splits must all be .jsonl or all .csv")
+    return files if set(files) & {"test", "validation"} else {}
+
+
+def _layout(task: str) -> tuple[Callable[[Path, str, Path], dict[str, Path]], dict[str, Any]]:
+    return next((found for name, found in LAYOUTS.items() if task.startswith(name)), (_plain, {}))
+
+
+def definition(source: Path, task: str, known: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
+    """Return the definition of a task with local files.
+
+    Args:
+        source: lm-eval's own, which it includes.
+        task: lm-eval's name.
+        known: what the source says.
+        files: by split.
+
+    """
+    changes = {
+        key: {**(known.get(key) or {}), **value} if isinstance(value, dict) else value
+        for key, value in _layout(task)[1].items()
+    }
+    return {
+        "include": str(source),
+        "task": task,
+        "dataset_path": "csv" if {path.suffix for path in files.values()} == {".csv"} else "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}},
+        **{key: split if split in files else None for key, split in SPLIT_KEYS.items()},
+        **changes,
+    }
+
+
+def write(definitions: Iterable[dict[str, Any]], work: Path) -> Path:
+    """Write definitions into a folder, and return where; lm-eval takes them for its own."""
+    folder = work / "definitions"
+    folder.mkdir()
+    for one in definitions:
+        text = yaml.dump(one, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        (folder / f"{one['task']}.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(ruler.Function, lambda dumper, name: dumper.represent_scalar("!function", str(name)))

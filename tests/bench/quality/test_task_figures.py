@@ -201,7 +201,8 @@ def asked(tmp_path_factory):
     from bench.quality.tasks import scorer
 
     class MadeUp(LM):
-        read = asked = 0
+        read = asked = cut = 0
+        tokenizer = None
 
         def __init__(self, *ignored):
             super().__init__()
@@ -229,7 +230,7 @@ def asked(tmp_path_factory):
     (tmp_path / "work").mkdir()
     names = [name.split("/")[0] for name in QUESTIONS] + ["truthfulqa_mc1", "truthfulqa_mc2"]
     settings = TaskSettings(tasks=tuple(names), data=str(tmp_path / "data"), num_fewshot=0)
-    tasks = choose(settings, tmp_path / "work").tasks
+    tasks = choose(settings, None, tmp_path / "work").tasks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "EngineScorer", MadeUp)
         return {name: ask(None, tasks[name], settings, False, 0, print) for name in names}
