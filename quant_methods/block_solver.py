@@ -176,7 +176,7 @@ class BlockSolver:
         else:
             yield
             return
-        with replay.passing(self.decoder.linears(index)):
+        with replay.passing(self.decoder.linears(index), last=True):
             yield
 
     def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:

@@ -281,7 +281,7 @@ class LinearProblem:
         hessian: float32 [in, in], the mean of x x^T over the calibration tokens (None for a step without data).
         cross: float32 [in, in], the mean of (x_original - x) x^T, or None; what quantizing the layers before did.
         residual: float32 [out, in], the mean of (r_original - r) x^T for the residual stream r that this layer's
-            output is added to, or None.
+            output is added to, or None. It may hold ``weight @ cross`` too, and ``cross`` is None then.
         scale_dtype: dtype that scales are stored in.
         largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
         ranges: (scale, zero-point), float32 [out, groups], that an earlier step learned for the weight, or None.

@@ -22,6 +22,8 @@ from quant_methods.calibration.replay import Replay, Replays
 from quant_methods.experts import waves
 
 SAMPLE_TOKENS = 1024
+# Rows of a symmetric matrix that are computed at once; fewer are no quicker.
+SMALLEST_STRIP = 128
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Statistics:
     Attributes:
         hessian: x^T x, [in, in].
         cross: (x_original - x)^T x, [in, in], or None.
-        residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None.
+        residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None. Where the
+            stage's layer makes fewer channels of more, (r_original - r + W (x_original - x))^T x, W being its weight;
+            ``cross`` is None then: the product is that much smaller.
         ranges: sizes of x, or None.
         share: of the calibration tokens, those that were sent to this expert; 1 for what is no expert's.
 
@@ -152,10 +156,11 @@ def stage_statistics(
     stage = stages[position]
     width = block.get_submodule(stage.names[0]).in_features
     hessian = torch.zeros((width, width), device=decoder.device)
-    cross = torch.zeros_like(hessian) if original else None
     residual = (
         torch.zeros((hidden.shape[-1], width), device=decoder.device) if original and stage.joins_residual else None
     )
+    narrowing = block.get_submodule(stage.names[0]) if residual is not None and len(residual) < width else None
+    cross = torch.zeros_like(hessian) if original and narrowing is None else None
     tokens = hidden.shape[0] * hidden.shape[1]
     largest, mean = (torch.zeros(width, device=decoder.device) for _ in range(2))
     sample: list[Tensor] = []
@@ -166,7 +171,7 @@ def stage_statistics(
             original_path = stack.enter_context(_path(decoder, index, original_block, stages, position, replays[1]))
         for start, batch in decoder.batches(hidden):
             inputs, stream = path(batch)
-            hessian.addmm_(inputs.T, inputs)
+            add_square(hessian, inputs)
             if ranges:
                 size = inputs.abs()
                 torch.maximum(largest, size.amax(0), out=largest)
@@ -175,10 +180,15 @@ def stage_statistics(
             if original:
                 original_batch = original_hidden[start : start + len(batch)].to(decoder.device)
                 original_inputs, original_stream = original_path(original_batch)
-                assert cross is not None
-                cross.addmm_((original_inputs - inputs).T, inputs)
-                if residual is not None:
-                    residual.addmm_((original_stream - stream).T, inputs)
+                lost = original_stream - stream if residual is not None else None
+                if narrowing is not None:
+                    assert lost is not None
+                    lost.addmm_(original_inputs - inputs, narrowing.weight.T)
+                if cross is not None:
+                    cross.addmm_((original_inputs - inputs).T, inputs)
+                if residual is not None and lost is not None:
+                    residual.addmm_(lost.T, inputs)
+    mirror(hessian)
     for matrix in (hessian, cross, residual):
         if matrix is not None:
             matrix.div_(tokens)
@@ -219,7 +229,7 @@ def expert_statistics(
             inputs = args[0].flatten(0, -2)
             if position not in sums:
                 sums[position] = torch.zeros((inputs.shape[1], inputs.shape[1]), device=inputs.device)
-            sums[position].addmm_(inputs.T, inputs)
+            add_square(sums[position], inputs)
             counts[position] += len(inputs)
 
         hooks.append(module.register_forward_pre_hook(add))
@@ -230,7 +240,7 @@ def expert_statistics(
         for hook in hooks:
             hook.remove()
     for position, total in sums.items():
-        total.div_(counts[position])
+        mirror(total).div_(counts[position])
     check_inputs(
         {f"{decoder.name(index, stages[p].names[0])}: the squares of its inputs": total for p, total in sums.items()}
     )
@@ -239,6 +249,31 @@ def expert_statistics(
         position: Statistics(sums[position], share=count / tokens) if count else None
         for position, count in counts.items()
     }
+
+
+def add_square(total: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to the upper triangle of a matrix, and to some of the rest; ``mirror`` comes after the last.
+
+    Args:
+        total: float32 [n, n].
+        x: float32 [tokens, n].
+
+    """
+    # PyTorch has no product that knows its result is symmetric; of eight strips of rows a half is never computed.
+    columns = x.shape[1]
+    strip = max(-(-columns // 8), SMALLEST_STRIP)
+    for start in range(0, columns, strip):
+        total[start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
+
+
+def mirror(total: Tensor) -> Tensor:
+    """Copy the upper triangle of a matrix to the lower, in place; return it."""
+    columns = len(total)
+    strip = max(-(-columns // 8), SMALLEST_STRIP)
+    for start in range(0, columns, strip):
+        stop = min(start + strip, columns)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
 
 
 def joining_layers(stages: list[Stage]) -> set[str]:
@@ -267,6 +302,9 @@ def _path(
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.append(args[0])
+        if feeding:
+            assert part is not None
+            replay.feed(part, own.names[0], args[0])
         if not through:
             raise Stop
 
@@ -285,7 +323,8 @@ def _path(
     # What does not change and has no later stage in it runs to its end, to be kept.
     part = replay.part_of(own.names[0])
     later = {name for stage in stages[position + 1 :] for name in stage.names}
-    through = replay.constant and part is not None and not later & replay.parts[part]
+    ends = part is not None and not later & replay.parts[part]
+    through, feeding = replay.constant and ends, not replay.constant and ends and len(own.names) == 1
     hooks = [block.get_submodule(own.names[0]).register_forward_pre_hook(see)]
     if through:
         assert part is not None

@@ -172,7 +172,7 @@ class Tuner:
         self.student = Decoder(model_dir, source, str(device))
         self.state_file, self.result_file = work / "tuning.safetensors", work / "tuned.json"
         # Sequences that run at once.
-        at_once = min(batch_size(step.length), LOGITS // (step.length * self.teacher.config.vocab_size))
+        at_once = min(batch_size(step.length, self.device), LOGITS // (step.length * self.teacher.config.vocab_size))
         self.at_once = max(1, at_once)
 
     def block_result(self, index: int) -> Path:

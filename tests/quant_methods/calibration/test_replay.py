@@ -26,11 +26,11 @@ def recipe(*steps: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("steps", "attentions"),
     [
-        # Of each of three blocks, once to find its stages. Of each batch, once in the original and twice in the block
-        # that is solved, before and after the output's layer is; anew, once for each later stage of either, and to
-        # go on to the next block.
-        ((W4,), (3 * (1 + 3 * (1 + 2)), 3 * (1 + 3 * (3 + 3)) + 2 * 3 * 2)),
-        ((dataclasses.replace(W4, upstream=False),), (3 * (1 + 3 * 2), 3 * (1 + 3 * 3) + 2 * 3)),
+        # Of each of three blocks, once to find its stages. Of each of three batches, once in the original and once in
+        # the block that is solved, of the first once more when the output's layer is solved, to see what becomes of
+        # its output; anew, once for each later stage of either, and to go on to the next block.
+        ((W4,), (3 * (1 + 3 * (1 + 1) + 1), 3 * (1 + 3 * (3 + 3)) + 2 * 3 * 2)),
+        ((dataclasses.replace(W4, upstream=False),), (3 * (1 + 3 + 1), 3 * (1 + 3 * 3) + 2 * 3)),
         ((AWQ(), W4), None),
     ],
     ids=["gptq", "not upstream", "awq"],
@@ -38,7 +38,7 @@ def recipe(*steps: Any) -> Recipe:
 def test_a_kept_output_is_what_would_be_computed(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Any, attentions: Any
 ) -> None:
-    monkeypatch.setattr(calibrator, "TOKENS_PER_BATCH", 64)  # three batches
+    monkeypatch.setattr(calibrator, "TOKENS_PER_BATCH_CPU", 64)  # three batches
     count = 0
     attend = kv_observer.sdpa_attention_forward
 
@@ -79,6 +79,28 @@ class Block(nn.Module):
 
 
 FIRST = {"first.0", "first.2"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [False, True], ids=["ends with its layer", "changes its layer's output"])
+def test_a_parts_last_layer_runs_on_what_it_was_fed(more: bool) -> None:
+    block, batches = Block(), torch.randn(3, 5, 4).unbind()
+    if more:
+        block.first.append(nn.ReLU())
+    kept = Replay(block, constant=False, joining={"first.2"})
+    with kept.passing({"first.0"}):
+        for batch in batches:
+            kept.feed("first", "first.2", block.first[:2](batch))
+    block.first[2].weight.mul_(1.5)  # solved
+    wanted = [(block(batch), block.first[:3](batch)) for batch in batches]
+    block.runs = 0
+    joined: list[Tensor] = []
+    with kept.passing(FIRST, lambda name, output: joined.append(output.clone()), last=True):
+        for batch, (output, _) in zip(batches, wanted, strict=True):
+            assert torch.equal(block(batch), output)
+    assert block.runs == (3 if more else 1), "the first batch shows what becomes of the layer's output"
+    assert all(torch.equal(found, output) for found, (_, output) in zip(joined, wanted, strict=True))
+    assert kept._bytes == 0, "nothing is kept when no other pass comes"
 
 
 @torch.no_grad()
