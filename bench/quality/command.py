@@ -30,6 +30,8 @@ so that the context is read back from the cache's codes (a prompt prefilled at o
   KL           KL divergence (baseline || tested), nats per token
   top-1        how often both put the same token first
   needle       greedy retrieval of a planted number, by context length and depth
+  tasks        lm-eval's, with calibration error, Brier score and answers that change; each change beside the baseline
+               with its p, also for the whole table, and a verdict of non-inferiority against --margin
 
 Examples:
   # the embedded model: bf16 against three KV-cache dtypes, on text that the model writes itself
