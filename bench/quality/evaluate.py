@@ -198,17 +198,15 @@ class Evaluation:
     def _task_results(self, configuration: Configuration) -> list[TaskResult]:
         if self.tasks is None:
             return []
-        settings = self.plan.settings.tasks
-
-        def scores(store: Store) -> list[Scores]:
-            found = [store.scores(name, settings) for name in self.tasks.tasks] if self.tasks else []
-            if any(one is None for one in found):
-                raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
-            return [score for one in found for score in one or []]
-
-        tested = scores(self.store(configuration))
-        base = None if configuration.is_baseline else scores(self.base_store)
+        tested = self._scores(self.store(configuration))
+        base = None if configuration.is_baseline else self._scores(self.base_store)
         return task_results(tested, base, self.tasks.groups, self.plan.settings.margin)
+
+    def _scores(self, store: Store) -> list[Scores]:
+        found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
+        if any(one is None for one in found):
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return [score for one in found for score in one or []]
 
     def _check_chunks(self, longest: int) -> None:
         if longest > self.plan.settings.chunk_tokens:

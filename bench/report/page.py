@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from bench.engine import plain_dtype
-from bench.quality.schema import EvalReport, NeedleCell, TaskResult
+from bench.quality.schema import EvalReport, NeedleCell, TaskResult, shown_p
 from bench.report import plots
 from bench.report.documents import Inputs, Recipe
 from bench.report.figures import NONE, milliseconds
@@ -102,7 +102,8 @@ def _task_cell(task: TaskResult) -> Cell:
         )
     if task.change is None or task.p is None:
         return Cell(value)
-    said = [f"{task.change.value:+.4f}", f"p {task.significance}"]
+    said = [f"{task.change.value:+.4f}", f"p {shown_p(task.p)}"]
+    said += [f"Holm {shown_p(task.p_holm)}"] if task.p_holm is not None else []
     said += [f"smallest {task.smallest:.4f}"] if task.smallest is not None else []
     return Cell(value, ", ".join(said + ([task.judged] if task.judged else [])))
 

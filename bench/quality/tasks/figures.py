@@ -35,7 +35,7 @@ def task_results(
     wholes, bases = list(tested), list(baseline or [])
     for name, tasks in groups.items():
         for scores in (wholes, bases):
-            scores.extend(_together(name, [one for one in scores if one.task in tasks]))
+            scores.extend(together(name, [one for one in scores if one.task in tasks]))
     found = {(one.task, one.metric): one for one in bases}
     return [
         row
@@ -69,7 +69,7 @@ def adjusted(results: Sequence[ConfigurationResult], parts: Iterable[str]) -> li
     ]
 
 
-def _together(name: str, scores: Sequence[Scores]) -> list[Scores]:
+def together(name: str, scores: Sequence[Scores]) -> list[Scores]:
     """Return each metric over the questions of all tasks, as lm-eval weighs a group's tasks by their size."""
     made = []
     for metric in dict.fromkeys(one.metric for one in scores):

@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from bench import engine
+from bench.quality import evaluate as evaluate_module
 from bench.quality.evaluate import Evaluation
 from bench.quality.plan import Settings, make_plan
 from bench.quality.recording import Block, Recording, add
+from bench.quality.schema import EvalReport
+from bench.quality.tasks.choices import Choice
+from bench.quality.tasks.run import Chosen, Scores, TaskSettings
+from bench.report.documents import parse
 from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer
@@ -111,6 +116,37 @@ def test_figures_of_all_configurations(evaluate, tmp_path):
     assert (document["schema"], document["status"]) == ("vllm-pareto/eval/1", "complete")
     assert document["configurations"][1]["overall"]["kl"]["value"] == fp8.overall.kl.value
     assert document["settings"]["chunk_tokens"] == 64
+
+
+def test_tasks_are_judged_over_the_whole_table(evaluate, tmp_path, monkeypatch):
+    """A made-up task on which fp8 loses 9 of 200 answers, alone in a group; one table, whichever comes first."""
+    asked = []
+
+    def ask(llm, task, settings, warm, capacity, note):
+        asked.append(task)
+        lost = 9 if len(asked) == 2 else 0
+        right = {f"{task}/{i}": float(i >= lost) for i in range(200)}
+        choices = {key: Choice([0.2, 0.8] if value else [0.6, 0.4], int(value), 1) for key, value in right.items()}
+        return [Scores(task, "acc", "more", 0.0, right, 1.0), Scores(task, "ece", "less", 0.0, {}, 1.0, {}, choices)]
+
+    monkeypatch.setattr(engine, "on_gpu", lambda llm: False)
+    monkeypatch.setattr(evaluate_module, "ask", ask)
+    monkeypatch.setattr(evaluate_module, "choose", lambda settings, *others: Chosen({"t": "t"}, {"g": ["t"]}))
+    tasks = TaskSettings(tasks=("g",), max_model_len=64)
+    evaluate("out", tasks=tasks, margin=0.1)
+    report = parse(EvalReport, (tmp_path / "out" / "eval.json").read_text())
+    base, fp8, int4 = ({(one.task, one.metric): one for one in row.tasks} for row in report.configurations)
+    assert report.settings["margin"] == 0.1
+    assert (fp8["g", "acc"].lost, fp8["g", "acc"].judged) == (9, "non-inferior (10 pt)")
+    # McNemar's 2 / 2^9; with int4's 1 there are two in the table, and two in that of the group's parts.
+    assert fp8["g", "acc"].p_holm == fp8["t", "acc"].p_holm == pytest.approx(2 * 2 / 2**9)
+    assert (int4["g", "acc"].p_holm, int4["g", "flips"].value.value) == (1.0, 0.0)
+    assert fp8["g", "flips"].flips.right_to_wrong == 9
+    assert {metric for _, metric in base} == {"acc", "ece", "brier"}
+    evaluate("out", tasks=tasks, margin=0.03)
+    again = parse(EvalReport, (tmp_path / "out" / "eval.json").read_text())
+    assert again.configurations[1].tasks[-4].judged == "undecided (3 pt)"
+    assert len(asked) == 3  # Another margin asks nothing again.
 
 
 def test_windows_advance_together_where_chunks_are_short(evaluate):

@@ -347,7 +347,7 @@ def test_tasks_stand_beside_their_baseline(tmp_path):
     inputs = written(tmp_path / "t", quality=eval_document(base, replace(four, tasks=[judged, flips])))
     subs = [cells[1].sub for _, cells in task_table(inputs, rows)["lines"]]
     assert subs == [
-        "-0.0300, p 0.250 (Holm 0.500), smallest 0.0810, undecided (1 pt)",
+        "-0.0300, p 0.250, Holm 0.500, smallest 0.0810, undecided (1 pt)",
         "4 right to wrong, 1 wrong to right, 2 wrong to wrong",
     ]
     assert task_table(written(tmp_path / "s", quality=eval_document(configuration())), rows[:1]) is None
