@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t = d.tasks
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
-        help="lm-eval's tasks and groups to ask, * and ? as in a shell, e.g. mmlu arc_easy gsm8k (default: none)",
+        help="tasks and groups, lm-eval's and ours, * and ? as in a shell, such as mmlu ruler xstest (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--task-data", metavar="DIR", help="take questions from DIR/TASK/SPLIT.jsonl or .csv (default: from the hub)"
@@ -119,8 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--apply-chat-template", action="store_true", help="put questions into the model's chat template"
     )
     parser.add_argument(
-        "--task-context", type=int, default=t.max_model_len, metavar="N", help="longest context of tasks (%(default)s)"
-    )
+        "--task-context", type=int, default=t.max_model_len, metavar="N",
+        help="longest context of tasks, and the length of RULER's (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--margin", type=float, default=d.margin * 100, metavar="POINTS",
         help="loss of a task's score, in points, that does not matter: what non-inferior is about (%(default)g)",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -143,9 +144,16 @@ class Evaluation:
                     group = windows[start : start + together]
                     self._windows(llm, configuration, store, group)
                     advance(len(group))
-                for cell in _batches(trials, pending):
-                    store.add_answers(_ask(llm, [trials[i] for i in cell], cell))
-                    advance(len(cell))
+                # Those of one length together: none waits for another.
+                pending.sort(key=lambda i: trials[i].length)
+                for start in range(0, len(pending), self.plan.prompts_at_once):
+                    group = pending[start : start + self.plan.prompts_at_once]
+                    store.add_answers(_ask(llm, [trials[i] for i in group], group, self._chunk))
+                    advance(len(group))
+
+    @property
+    def _chunk(self) -> int | None:
+        return self.plan.settings.chunk_tokens if self.plan.shared_steps else None
 
     def _windows(self, llm: Any, configuration: Configuration, store: Store, indices: Sequence[int]) -> None:
         with contextlib.ExitStack() as written:
@@ -160,7 +168,7 @@ class Evaluation:
                         raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
                     compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
                 asked.append((self.windows[index][1], partial, compare))
-            figures = measure_windows(llm, asked)
+            figures = measure_windows(llm, asked, self._chunk)
             self._check_chunks(max(one["max_chunk"] for one in figures))
         for index, one in zip(indices, figures, strict=True):
             arrays = {
@@ -301,12 +309,41 @@ Window = tuple[list[int], str | None, list[str] | None]
 """A window's tokens, the file to write its logits to, and the baseline's logits: file, and name of their dtype."""
 
 
-def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
+MARGIN_STEPS = 64
+"""Steps for which the request beside others lasts longer than they: so late may the last of them come."""
+
+
+def chunked(prompts: list[list[int]], params: list[Any], chunk_tokens: int | None) -> tuple[list[Any], list[Any], int]:
+    """Return prompts and their settings for vLLM, and how many outputs come before theirs.
+
+    vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, the first
+    would take the whole first step, and the last that runs all that is left of it. So a request that decodes all the
+    while is there before them.
+
+    Args:
+        prompts: tokens.
+        params: of each.
+        chunk_tokens: longest chunk; None where a step holds one only, so that nothing has to be cut.
+
+    """
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    if chunk_tokens is None:
+        return asked, params, 0
+    longest = max(map(len, prompts))
+    steps = math.ceil(longest / chunk_tokens) + max(one.max_tokens for one in params) + MARGIN_STEPS
+    beside = SamplingParams(max_tokens=min(steps, longest), ignore_eos=True, temperature=0.0, detokenize=False)
+    return [{"prompt_token_ids": prompts[0][:1]}, *asked], [beside, *params], 1
+
+
+def measure_windows(llm: Any, windows: list[Window], chunk_tokens: int | None = None) -> list[dict[str, Any]]:
     """Pass windows through an engine, all at once, and return each one's per-token figures.
 
     Args:
         llm: an engine of :func:`bench.engine.build_llm`, idle, whose steps hold a chunk of every window.
         windows: what to measure.
+        chunk_tokens: longest chunk; None where a step holds one only.
 
     Returns:
         Of each window ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without
@@ -318,17 +355,10 @@ def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
     for _, store, _ in windows:
         if store:
             Path(store).parent.mkdir(parents=True, exist_ok=True)
-    prompts = [tokens for tokens, _, _ in windows]
-    params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)] * len(windows)
-    together = len(windows) > 1
-    if together:
-        # vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, and
-        # the first would take the whole first step. A request that decodes all the while is there before it.
-        prompts.insert(0, windows[0][0][:1])
-        longest = max(map(len, prompts))
-        params.insert(0, SamplingParams(max_tokens=longest, ignore_eos=True, temperature=0.0, detokenize=False))
-    llm.collective_rpc("pareto_tap_begin", args=(windows, int(together)))
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    each = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    prompts, params, before = chunked([tokens for tokens, _, _ in windows], [each] * len(windows), chunk_tokens)
+    llm.collective_rpc("pareto_tap_begin", args=(windows, before))
+    llm.generate(prompts, params, use_tqdm=False)
     figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
     if len(figures) != 1:
         raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")
@@ -372,18 +402,10 @@ def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None)
     )
 
 
-def _batches(trials: list[Trial], pending: list[int]) -> Iterator[list[int]]:
-    """Yield the pending trials cell by cell."""
-    cells: dict[tuple[int, float], list[int]] = {}
-    for index in pending:
-        cells.setdefault((trials[index].length, trials[index].depth), []).append(index)
-    yield from cells.values()
-
-
-def _ask(llm: Any, trials: list[Trial], indices: list[int]) -> dict[int, str]:
+def _ask(llm: Any, trials: list[Trial], indices: list[int], chunk_tokens: int | None) -> dict[int, str]:
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": trial.prompt} for trial in trials]
-    params = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    each = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
+    prompts, params, before = chunked([trial.prompt for trial in trials], each, chunk_tokens)
+    outputs = llm.generate(prompts, params, use_tqdm=False)[before:]
     return {index: output.outputs[0].text for index, output in zip(indices, outputs, strict=True)}
