@@ -10,7 +10,6 @@ from bench.quality.command import add_arguments, settings_from
 from bench.quality.tasks import run as tasks_run
 from bench.quality.tasks.figures import task_results
 from bench.quality.tasks.run import Scores, TaskSettings, ask, choose
-from bench.statistics import paired
 from kv_cache.errors import ParetoError
 from tests.end_to_end.engines import REF_7M, engine
 
@@ -45,24 +44,6 @@ def data(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def test_mcnemar_and_the_change_by_hand():
-    base = [1.0] * 10 + [0.0] * 10
-    tested = [1.0] * 9 + [0.0] + [1.0] * 6 + [0.0] * 4
-    found = paired(tested, base)
-    # 6 gained, 1 lost: two-sided, 2 * (C(7,0) + C(7,1)) / 2^7.
-    assert (found.more, found.fewer) == (6, 1)
-    assert found.p == pytest.approx(2 * (1 + 7) / 128)
-    assert found.change.value == pytest.approx(5 / 20)
-    differences = torch.tensor(tested) - torch.tensor(base)
-    assert found.change.standard_error == pytest.approx(float(differences.std() / 20**0.5))
-    assert paired(base, base).p == 1.0
-
-
-def test_scores_that_are_no_zeros_and_ones_have_a_paired_t_test():
-    found = paired([0.5, 0.7, 0.9, 0.4], [0.4, 0.5, 0.8, 0.4])
-    assert found.p == pytest.approx(0.0917, abs=1e-3)  # t = 0.1 / (0.0816 / 2) = 2.449 with 3 degrees of freedom
 
 
 def test_a_group_is_all_questions_together():

@@ -49,3 +49,21 @@ def test_wilson_interval():
 def test_impossible_proportions(successes, trials):
     with pytest.raises(ValueError, match="successes"):
         proportion(successes, trials)
+
+
+def test_the_error_of_clusters_by_hand():
+    # Mean 14 / 6 = 7/3. Sums of the deviations of clusters: 1 - 14/3 = -11/3, 5 - 14/3 = 1/3, 8 - 14/3 = 10/3.
+    # Squares add up to (121 + 1 + 100) / 9 = 24.667; times 3 / 2 for three clusters; the root of it over 6 values.
+    e = mean_estimate([1, 0, 2, 3, 4, 4], ["a", "a", "b", "b", "c", "c"])
+    assert e.value == pytest.approx(7 / 3)
+    assert e.standard_error == pytest.approx(math.sqrt(222 / 9 * 3 / 2) / 6)
+    assert e.n == 3
+    assert e.high - e.value == pytest.approx(4.3027 * e.standard_error, rel=1e-4)
+
+
+def test_clusters_of_one_value_are_none():
+    values = [1.0, 2.0, 4.0]
+    assert mean_estimate(values, ["a", "b", "c"]) == mean_estimate(values)
+    assert mean_estimate(values, ["a", "a", "a"]).standard_error is None
+    with pytest.raises(ValueError, match="2 labels of clusters for 3 values"):
+        mean_estimate(values, ["a", "b"])
