@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import engine
 from bench.environment import environment
 from bench.files import replacing, write_arrays, write_json
+from bench.quality import units
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
@@ -88,7 +89,24 @@ class Evaluation:
                 done = len(results) + len(failed) == len(self.plan.configurations)
                 report = self._report("complete" if done else "partial", results, failed)
                 write_json(self.out / RESULT, report.to_dict())
+            self._write_units(results)
         return report
+
+    def _write_units(self, results: Sequence[ConfigurationResult]) -> None:
+        """Write what each window, needle and question gave, by which other comparisons than this one's are made."""
+        found = {}
+        for configuration in self.plan.configurations:
+            if any(result.name == configuration.name for result in results):
+                store = self.store(configuration)
+                windows = [
+                    (f"{name}/{i}", self._arrays(store, i, configuration.is_baseline))
+                    for i, (name, _) in enumerate(self.windows)
+                ]
+                found[configuration.name] = units.of(
+                    windows, self.plan.trials, store.answers(), self._scores(store) if self.tasks else [],
+                    self.tasks.groups if self.tasks else {},
+                )  # fmt: skip
+        write_json(self.out / units.RESULT, {"schema": units.SCHEMA, "configurations": found})
 
     @contextlib.contextmanager
     def _chosen_tasks(self) -> Iterator[None]:
@@ -197,17 +215,15 @@ class Evaluation:
     def _task_results(self, configuration: Configuration) -> list[TaskResult]:
         if self.tasks is None:
             return []
-        settings = self.plan.settings.tasks
-
-        def scores(store: Store) -> list[Scores]:
-            found = [store.scores(name, settings) for name in self.tasks.tasks] if self.tasks else []
-            if any(one is None for one in found):
-                raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
-            return [score for one in found for score in one or []]
-
-        tested = scores(self.store(configuration))
-        base = None if configuration.is_baseline else scores(self.base_store)
+        tested = self._scores(self.store(configuration))
+        base = None if configuration.is_baseline else self._scores(self.base_store)
         return task_results(tested, base, self.tasks.groups)
+
+    def _scores(self, store: Store) -> list[Scores]:
+        found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
+        if any(one is None for one in found):
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return [score for one in found for score in one or []]
 
     def _check_chunks(self, longest: int) -> None:
         if longest > self.plan.settings.chunk_tokens:

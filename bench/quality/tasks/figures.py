@@ -28,13 +28,13 @@ def task_results(
     found = {(one.task, one.metric): one for one in baseline or []}
     made = [_result(one, None if baseline is None else found.get((one.task, one.metric))) for one in tested]
     for name, tasks in groups.items():
-        whole = _together(name, [one for one in tested if one.task in tasks])
-        base = {one.metric: one for one in _together(name, [one for one in baseline or [] if one.task in tasks])}
+        whole = together(name, [one for one in tested if one.task in tasks])
+        base = {one.metric: one for one in together(name, [one for one in baseline or [] if one.task in tasks])}
         made += [_result(one, base.get(one.metric)) for one in whole]
     return made
 
 
-def _together(name: str, scores: Sequence[Scores]) -> list[Scores]:
+def together(name: str, scores: Sequence[Scores]) -> list[Scores]:
     """Return each metric over the questions of all tasks, as lm-eval weighs a group's tasks by their size."""
     made = []
     for metric in dict.fromkeys(one.metric for one in scores):
