@@ -94,10 +94,10 @@ TASKS = [{"tasks": ["arc_easy"]}]
 
 
 def answers(step, is_base):
-    """200 questions; weights of 4 bits lose 30 of them, a coded cache none, and seeds change one or two."""
+    """1,000 questions; weights of 4 bits lose 150 of them, a coded cache none, and seeds change one or two."""
     seed = int(step.key[-1], 16) % 2
-    lost = 0 if is_base or not step.determines["weights"].startswith("compress") else 30 + seed
-    return {f"q{i}": float(i % 2 == 0 and i // 2 >= lost) for i in range(200)}
+    lost = 0 if is_base or not step.determines["weights"].startswith("compress") else 150 + seed
+    return {f"q{i}": float(i % 2 == 0 and i // 2 >= lost) for i in range(1000)}
 
 
 def judged(tmp_path, accuracy=answers, **changes):
