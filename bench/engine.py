@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,16 +178,29 @@ def kv_cache(llm: Any, settings: EngineSettings) -> KVCache:
     if tokens is None:
         tokens = cache.num_gpu_blocks * cache.block_size
     memory = sum(llm.collective_rpc("pareto_kv_bytes"))
-    costs = [tuple(cost) for cost in llm.collective_rpc("pareto_token_cost")]
-    per_token = sum(cost for cost, _ in costs)
-    counts = [elements for _, elements in costs]
-    elements = None if None in counts else sum(counts)
-    return KVCache(
+    return cache_of(
         dtype=settings.kv_cache_dtype,
         memory_bytes=int(memory),
         tokens=int(tokens),
         budget_bytes=settings.kv_cache_memory_bytes * settings.tensor_parallel_size,
-        bytes_per_token=per_token,
-        bits_per_element=8 * per_token / elements if elements else None,
+        costs=llm.collective_rpc("pareto_token_cost"),
         block_size=int(cache.block_size),
     )
+
+
+def cache_of(
+    *,
+    dtype: str,
+    memory_bytes: int,
+    tokens: int,
+    budget_bytes: int,
+    costs: Iterable[Sequence[float | None]],
+    block_size: int,
+) -> KVCache:
+    """Return a KV cache from its size and what one token takes in each rank's pages: bytes, and elements or None."""
+    pairs = [tuple(cost) for cost in costs]
+    per_token = sum(cost for cost, _ in pairs if cost is not None)
+    counts = [elements for _, elements in pairs if elements is not None]
+    elements = sum(counts) if len(counts) == len(pairs) else None
+    bits = 8 * per_token / elements if elements else None
+    return KVCache(dtype, memory_bytes, tokens, budget_bytes, per_token, bits, block_size)

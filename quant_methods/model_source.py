@@ -258,6 +258,17 @@ def weight_files(model_dir: Path) -> list[Path]:
     raise ParetoError(f"{model_dir}: no {SINGLE} and no {INDEX}{hint}")
 
 
+def weight_bytes(model_dir: Path) -> int:
+    """Return the bytes of all tensors in a checkpoint's files.
+
+    Raises:
+        ParetoError: it has no such files, or one is damaged.
+
+    """
+    entries = [entry for path in weight_files(model_dir) for entry in read_header(path).values()]
+    return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in entries)
+
+
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Return the header of a safetensors file: tensor name to dtype, shape and data_offsets.
 

@@ -19,7 +19,7 @@ from bench.quality.tasks.run import TaskSettings
 from bench.schema import ModelInfo
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
-from quant_methods.model_source import fingerprint, read_config, read_header, resolve_model, weight_files
+from quant_methods.model_source import fingerprint, read_config, read_header, resolve_model, weight_bytes, weight_files
 
 RECIPE_FILE = "pareto_recipe.json"
 
@@ -287,11 +287,7 @@ def _source_name(folder: Path, name: str) -> str:
 
 
 def _info(name: str, folder: Path, parameters: int | None) -> ModelInfo:
-    size = sum(
-        entry["data_offsets"][1] - entry["data_offsets"][0]
-        for path in weight_files(folder)
-        for entry in read_header(path).values()
-    )
+    size = weight_bytes(folder)
     quantization = (read_config(folder).get("quantization_config") or {}).get("quant_method")
     bits = 8 * size / parameters if parameters else None
     return ModelInfo(name, fingerprint(folder), size, parameters, bits, quantization)

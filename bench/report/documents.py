@@ -14,6 +14,8 @@ from bench.quality.schema import SCHEMA as EVAL
 from bench.quality.schema import EvalReport
 from bench.speed.schema import SCHEMA as KV_BENCH
 from bench.speed.schema import KVBenchReport
+from bench.speed.served_schema import SCHEMA as SERVE_BENCH
+from bench.speed.served_schema import ServeBenchReport
 from loadtest.schema import SCHEMA as LOADTEST
 from loadtest.schema import Summary
 
@@ -40,10 +42,12 @@ class Recipe:
     calibration: dict[str, Any] | None = None
 
 
-KINDS: dict[str, type] = {EVAL: EvalReport, LOADTEST: Summary, KV_BENCH: KVBenchReport, COMPRESSION: Recipe}
+KINDS: dict[str, type] = {
+    EVAL: EvalReport, LOADTEST: Summary, KV_BENCH: KVBenchReport, SERVE_BENCH: ServeBenchReport, COMPRESSION: Recipe,
+}  # fmt: skip
 """What a document's ``schema`` makes of it."""
-Document = EvalReport | Summary | KVBenchReport | Recipe
-Kind = TypeVar("Kind", EvalReport, Summary, KVBenchReport, Recipe)
+Document = EvalReport | Summary | KVBenchReport | ServeBenchReport | Recipe
+Kind = TypeVar("Kind", EvalReport, Summary, KVBenchReport, ServeBenchReport, Recipe)
 
 
 @dataclass
@@ -115,7 +119,7 @@ def _read(file: Path) -> Document | str | None:
         known = [kind for kind in KINDS if kind.rsplit("/", 1)[0] == family]
         if known:
             return f"schema {name} is of another version; this one reads {known[0]}"
-        return "not a result of pareto eval, loadtest, kv-bench or compress"
+        return "not a result of pareto eval, loadtest, kv-bench, serve-bench or compress"
     try:
         return parse(KINDS[name], text)
     except ValidationError as error:

@@ -17,6 +17,9 @@ from bench.report.models import short_model
 from bench.report.rows import Frontier, Row, stage_label
 from bench.report.table import DASH, Cell, cells, columns
 from bench.speed.schema import KVBenchReport, Point, Spread
+from bench.speed.served_schema import ServeBenchReport
+from bench.speed.served_table import cells as endpoint
+from bench.speed.served_table import notes as remarks
 from kv_cache.sizes import readable
 from loadtest.schema import Distribution, StageResult, Summary
 
@@ -38,7 +41,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
     tests = [(_load_name(test, rows, path), test) for path, test in inputs.of(Summary)]
     budgets = {row.get("kv_budget_bytes") for row in rows} - {None}
     trials = {cell.accuracy.n for cell in _needle_cells(inputs)}
-    grouped = columns()
+    grouped = [(head, group) for head, group in columns() if any(m.key in row.figures for m in group for row in rows)]
     return template.render(
         title=title,
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -57,6 +60,7 @@ def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontie
         stage_headings=STAGE_HEADINGS,
         stages=[_stage(name, stage) for name, test in tests for stage in test.stages],
         kv_benches=[_kv_bench(bench) for _, bench in inputs.of(KVBenchReport)],
+        endpoints=[(short_model(e.model), *endpoint(e), remarks(e)) for _, e in inputs.of(ServeBenchReport)],
         recipes=[_recipe(path, recipe) for path, recipe in inputs.of(Recipe)],
         environments=_environments(inputs),
         sources=[str(path) for path, _ in inputs.documents],
@@ -225,6 +229,7 @@ def _environments(inputs: Inputs) -> list[list[tuple[str, str]]]:
     kinds: list[tuple[str, list[tuple[Path, dict[str, Any]]]]] = [
         ("quality", [(path, document.environment) for path, document in inputs.of(EvalReport)]),
         ("KV-cache speed", [(path, document.environment) for path, document in inputs.of(KVBenchReport)]),
+        ("endpoint", [(path, document.environment) for path, document in inputs.of(ServeBenchReport)]),
         ("load", [(path, document.environment) for path, document in inputs.of(Summary)]),
     ]
     for kind, found in kinds:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.engine import plain_dtype
 from bench.frontier import non_dominated
@@ -15,7 +15,9 @@ from bench.report.documents import Inputs
 from bench.report.figures import Figure
 from bench.report.metrics import BY_KEY, LOSS, LOSS_LABEL, METRICS, MORE, TRADE_OFFS, TradeOff
 from bench.report.models import Models
+from bench.schema import KVCache
 from bench.speed.schema import DtypeResult, KVBenchReport
+from bench.speed.served_schema import ServeBenchReport, ServedDtype
 from loadtest.schema import StageResult, Summary
 
 KEY = tuple[str, str]
@@ -113,14 +115,15 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
         key = next(iter(named)) if len(named) == 1 else _loadtest_key(test, models, file)
         _add_load(row_of(key), test, file)
     for file, bench in sorted(inputs.of(KVBenchReport), key=lambda item: item[1].created_at):
-        for dtype in bench.dtypes:
-            if dtype.error:
-                notes.append(f"{file}: {dtype.kv_cache_dtype} could not be measured: {dtype.error}")
-            if dtype.error or not dtype.points:
-                continue
+        for dtype in _measured(bench.dtypes, file, notes):
             name = dtype.model or bench.model
             identity = models.add(dtype.fingerprint, name) if dtype.fingerprint else models.named(name, file)
             _add_kv_bench(row_of((identity, plain_dtype(dtype.kv_cache_dtype))), dtype, file)
+    for file, served in sorted(inputs.of(ServeBenchReport), key=lambda item: item[1].created_at):
+        known = served.fingerprint
+        identity = models.add(known, served.model) if known else models.named(served.model, file)
+        for each in _measured(served.dtypes, file, notes):
+            _add_served(row_of((identity, plain_dtype(each.kv_cache_dtype))), served, each, file)
     called = models.labels()
     for row in rows.values():
         row.model = called[row.model]
@@ -134,6 +137,15 @@ def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]
         rows.values(), key=lambda r: (not r.is_baseline, r.model, -(r.get("kv_bits") or 16), r.kv_cache_dtype)
     )
     return ordered, [*notes, *models.notes]
+
+
+Measured = TypeVar("Measured", DtypeResult, ServedDtype)
+
+
+def _measured(dtypes: Sequence[Measured], file: Path, notes: list[str]) -> list[Measured]:
+    """Return the dtypes that have figures, and note why others have none."""
+    notes += [f"{file}: {d.kv_cache_dtype} could not be measured: {d.error}" for d in dtypes if d.error]
+    return [dtype for dtype in dtypes if not dtype.error and dtype.points]
 
 
 def _add_eval(row: Row, result: ConfigurationResult, file: Path) -> None:
@@ -155,8 +167,13 @@ def _loadtest_key(test: Summary, models: Models, file: Path) -> KEY:
 def stage_label(stage: StageResult) -> str:
     """Return what load a stage was."""
     if stage.concurrency is not None:
-        return f"{stage.concurrency} user{'s' if stage.concurrency != 1 else ''}"
+        return users(stage.concurrency)
     return f"{stage.rate:g}/s"
+
+
+def users(count: int) -> str:
+    """Return how many users there were, in words."""
+    return f"{count} user{'s' if count != 1 else ''}"
 
 
 WORKLOAD = ("prompt_tokens", "output_tokens", "prefix_tokens", "prompt_token_ids", "prompts", "ignore_eos")
@@ -202,10 +219,28 @@ def _add_kv_bench(row: Row, dtype: DtypeResult, file: Path) -> None:
     """Take the point with the most context in flight: that is where the KV cache matters."""
     point = max(dtype.points, key=lambda p: p.batch * p.context)
     for metric in METRICS:
-        # An evaluation measured what both say.
-        if metric.speed and (metric.key not in row.figures or not metric.quality):
+        if metric.speed:
             row.put(metric.key, metric.speed(dtype, point))
+    _add_cache(row, dtype.kv_cache)
     row.sources.append(str(file))
+
+
+def _add_served(row: Row, bench: ServeBenchReport, dtype: ServedDtype, file: Path) -> None:
+    """Keep the figures of each point by its load, as a load test's; the answers' length is part of what was asked."""
+    for point in dtype.points:
+        workload = json.dumps([bench.schema, point.context, bench.settings.get("output_tokens")])
+        found = {metric.key: metric.served(dtype, point) for metric in METRICS if metric.served}
+        label = f"{users(point.batch)} of {point.context:,} tokens"
+        row.loads[workload, label] = {key: figure for key, figure in found.items() if figure}
+    _add_cache(row, dtype.kv_cache)
+    row.sources.append(str(file))
+
+
+def _add_cache(row: Row, cache: KVCache | None) -> None:
+    for metric in METRICS:
+        # An evaluation measured what both say.
+        if metric.cache and cache and metric.key not in row.figures:
+            row.put(metric.key, metric.cache(cache))
 
 
 def frontiers(rows: Sequence[Row], context_tokens: int) -> list[Frontier]:

@@ -43,7 +43,7 @@ def _cell(row: Row, metrics: list[Metric]) -> Cell:
         return DASH
     figures = [(metric, figure) for metric, figure in zip(metrics, found, strict=True) if figure is not None]
     under = figures[0][1].below(first.show)
-    if first.load and not under:
+    if (first.load or first.served) and not under:
         under = f"at {row.load}" if row.load else ""
     return Cell(" / ".join(metric.show(figure.value) for metric, figure in figures), under)
 

@@ -204,22 +204,23 @@ def lines(report: KVBenchReport) -> list[list[str]]:
             made.append([
                 name,
                 f"{point.batch} x {point.context:,}",
-                _spread(point.step_ms, ".2f"),
-                _ratio(point.step_ratio),
+                spread_text(point.step_ms, ".2f"),
+                ratio_text(point.step_ratio),
                 f"{point.context_ms.median:.2f}",
-                _ratio(point.context_ratio),
+                ratio_text(point.context_ratio),
                 "-" if point.context_bytes_per_s is None else f"{point.context_bytes_per_s / 1e9:,.0f}",
-                _spread(point.prefill_tokens_per_s, ",.0f"),
-                _ratio(point.prefill_ratio),
-                "-" if point.prefix_tokens_per_s is None else _spread(point.prefix_tokens_per_s, ",.0f"),
-                _ratio(point.prefix_ratio),
+                spread_text(point.prefill_tokens_per_s, ",.0f"),
+                ratio_text(point.prefill_ratio),
+                "-" if point.prefix_tokens_per_s is None else spread_text(point.prefix_tokens_per_s, ",.0f"),
+                ratio_text(point.prefix_ratio),
                 f"{row.kv_cache.tokens:,}",
-                _ratio(row.capacity_ratio),
+                ratio_text(row.capacity_ratio),
             ])  # fmt: skip
     return made
 
 
-def _spread(values: Spread, form: str) -> str:
+def spread_text(values: Spread, form: str) -> str:
+    """Return the median, with the extremes in brackets where there are several values."""
     if values.n == 1:
         return f"{values.median:{form}}"
     return f"{values.median:{form}} ({values.low:{form}}-{values.high:{form}})"
@@ -230,7 +231,8 @@ def _ceiling(report: KVBenchReport) -> str:
     return f" A copy within the GPU moves {median(rates) / 1e9:,.0f} GB/s." if rates else ""
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """Return a ratio, or a dash for none."""
     return "-" if value is None else f"{value:.2f}x"
 
 

@@ -72,12 +72,12 @@ class NvmlCounter:
 
     """
 
-    name = "NVML: energy of the GPU's whole board"
-
     def __init__(self, count: int, nvml: Any, environment: Mapping[str, str]) -> None:
         self._nvml = nvml
         try:
             nvml.nvmlInit()
+            driver = _text(nvml.nvmlSystemGetDriverVersion())
+            self.name = f"NVML: energy of the GPU's whole board, driver {driver}"
             names = _visible(environment.get("CUDA_VISIBLE_DEVICES"), count)
             self._handles = [self._handle(name) for name in names]
             self.devices = tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in self._handles)

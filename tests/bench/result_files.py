@@ -7,6 +7,7 @@ from bench.quality.schema import ConfigurationResult, EvalReport, Needle, Needle
 from bench.schema import KVCache, ModelInfo
 from bench.speed.kv_bench import Settings, summarize
 from bench.speed.schema import KVBenchReport
+from bench.speed.served_schema import Idle, Load, Memory, PointRound, Round
 from bench.statistics import exp_estimate, mean_estimate, proportion
 from loadtest.schema import (
     Distribution,
@@ -85,3 +86,17 @@ def kv_bench_document(fingerprint=None, **step_s):
         "complete", "2026-11-21T12:00:00+00:00", "ref-7m", next(iter(step_s)), asdict(settings), MACHINE,
         summarize(settings, samples, {}, {} if fingerprint is None else {"ref-7m": fingerprint}),
     ).to_dict()  # fmt: skip
+
+
+def load(window_s, prompt_tokens, output_tokens, ok, joules, missing=None, failed=0):
+    times = [distribution(middle) for middle in (50.0, 10.0, 400.0)]
+    return Load(ok, failed, window_s, prompt_tokens, output_tokens, 0, *times, joules, missing)
+
+
+def point_round(prefill, generation, batch=8, context=2048):
+    return PointRound(batch, context, prefill, generation)
+
+
+def served_round(*points, idle=Idle(50.0, 5.0), dtype="auto", bits=16):  # noqa: B008, Idle is frozen
+    memory = Memory(13_600_000, 1 << 30, 1 << 20, 1 << 21, (1 << 30) + (1 << 24), None)
+    return Round(0, 0.0, idle, 0.02, memory, kv_cache(dtype, bits), list(points))

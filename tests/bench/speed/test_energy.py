@@ -26,6 +26,9 @@ class FakeNvml:
         if self.broken == "driver":
             raise NVMLError("Driver Not Loaded")
 
+    def nvmlSystemGetDriverVersion(self):
+        return "580.1"
+
     def nvmlDeviceGetHandleByIndex(self, index):
         if index >= len(self.watts):
             raise NVMLError("Invalid Argument")
@@ -66,6 +69,7 @@ def test_several_boards_are_told_apart_and_added_up(clock):
     meter = metered(counter, clock, 5)
     window = meter.window(1001.03, 1004.03)
     assert counter.devices == ("board 0", "board 1")
+    assert counter.name.endswith("driver 580.1")
     assert window.seconds == pytest.approx(3)
     # One step at each end is what the counter leaves open.
     assert window.joules == pytest.approx([300, 900], abs=0.2 * 300)
