@@ -16,7 +16,6 @@ from bench.study import compare
 from bench.study.plan import Chart, Plan
 from bench.study.points import NONE, select
 from bench.study.samples import ACCURACY, Measured
-from bench.study.verdicts import is_energy
 
 UNDER = "under"
 """The axis of a chart that shows a metric under each load or shape of its points."""
@@ -24,14 +23,10 @@ UNDER = "under"
 
 def frontiers(plan: Plan, found: Sequence[Measured], quality: str) -> dict[str, list[Frontier]]:
     """Return for each hardware label the trade-offs between quality and each cost that two points have."""
-    energies = [
-        key for key in dict.fromkeys(k for one in found for k in one.samples) if is_energy(key) and "@" not in key
-    ]
-    trades = [*TRADE_OFFS, *(TradeOff(key, "Quality against energy", key, label(key)) for key in energies)]
     made = {}
     for hardware in plan.hardware:
         here = [one for one in found if one.hardware == hardware]
-        drawn = [_frontier(trade, plan, here, quality, hardware) for trade in trades]
+        drawn = [_frontier(trade, plan, here, quality, hardware) for trade in TRADE_OFFS]
         made[hardware] = [frontier for frontier in drawn if len(frontier.points) > 1]
     return made
 

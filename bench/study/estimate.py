@@ -16,7 +16,7 @@ from kv_cache.sizes import readable
 
 ROUGH: dict[Kind, tuple[float, float, float]] = {
     "compress": (20, 6000, 60), "quality": (60, 5000, 30), "tasks": (120, 40000, 120), "load": (60, 4000, 20),
-    "speed": (120, 8000, 60),
+    "served": (200, 8000, 60), "speed": (120, 8000, 60),
 }  # fmt: skip
 """Rough seconds: of a start, and of each billion parameters on a CPU and on a GPU. Orders of magnitude, no more."""
 

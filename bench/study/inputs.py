@@ -16,6 +16,8 @@ from quant_methods.model_source import EMBEDDED, fingerprint, read_config, resol
 
 FILE_FLAGS = ("text", "haystack", "task-data", "prompts", "sensitivity-file")
 """Flags whose values are files or folders of data."""
+BESIDE_TASKS = ("mmlu-test", "mmlu-dev", "gsm8k-test.jsonl", "truthfulqa.csv", "haystack")
+"""What tasks also look for beside the folder of --task-data (bench/quality/tasks/sources.py)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class Inputs:
             if str(name).replace("_", "-") in FILE_FLAGS:
                 many = value if isinstance(value, list) else [value]
                 found = [self._file(str(one), f"{where}.{name}") for one in many]
+                if str(name).replace("_", "-") == "task-data":
+                    beside = [Path(p).parent / other for p, _ in found for other in BESIDE_TASKS]
+                    digests[f"{name} beside"] = [self._digest(place) for place in beside if place.exists()]
                 paths[name] = [p for p, _ in found] if isinstance(value, list) else found[0][0]
                 digests[name] = [d for _, d in found]
         return paths, digests

@@ -14,7 +14,7 @@ from bench.report.rows import Row
 from bench.report.table import DASH, Cell, cells, columns
 from bench.study import compare
 from bench.study.charts import frontiers, label, sensitivity
-from bench.study.samples import Measured, headline
+from bench.study.samples import Measured, by_task, headline
 from bench.study.schema import FALSIFIED, HELD, Comparison, Decided, Improvement, Study
 from bench.study.steps import Graph
 from bench.study.verdicts import quality_metric
@@ -137,11 +137,7 @@ def _p(value: float | None) -> str:
 
 def _tasks(study: Study, found: Sequence[Measured]) -> dict[str, Any]:
     """Return the table of tasks: a line a task with the metric that stands for it, a column a point."""
-    names: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for one in found for key in one.samples):
-        task, slash, metric = key.partition("/")
-        if slash and "@" not in key:
-            names.setdefault(task, []).append(metric)
+    names = by_task(dict.fromkeys(key for one in found for key in one.samples))
     keys = [f"{task}/{headline(metrics)}" for task, metrics in names.items()]
     here = [one for one in found if any(key in one.samples for key in keys)]
     # Quality is measured on one kind of machine, so that others repeat it.

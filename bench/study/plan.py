@@ -171,6 +171,7 @@ class Plan(Part):
     tasks: list[Flags] = []
     serve: Flags = {}
     loads: dict[Name, Flags] = {}
+    served: Flags | None = None
     speed: Flags | None = None
     context_tokens: int = Field(32_768, ge=0)
     improvement: Improvement = Improvement()
@@ -197,7 +198,9 @@ class Plan(Part):
         for where, selector in selectors:
             for key, names in known.items():
                 for name in getattr(selector, key) or []:
-                    if names is not None and name not in names:
+                    # A hypothesis may name one of several that a group stands for; bench/study/points.py knows them.
+                    group = name.partition(" ")[0] if key == "weights" and not isinstance(selector, Points) else name
+                    if names is not None and group not in names:
                         raise ValueError(
                             f"{where}.{key}: {name!r} is not in the plan; it has {', '.join(sorted(names))}"
                         )
@@ -205,8 +208,8 @@ class Plan(Part):
             raise ValueError(f"quality_on: {self.quality_on!r} is none of hardware: {', '.join(self.hardware)}")
         if "none" in self.weights:
             raise ValueError("weights: 'none' stands for the model's own weights; give it another name")
-        if not (self.quality or self.tasks or self.loads or self.speed):
-            raise ValueError("nothing to measure: give quality, tasks, loads or speed")
+        if not (self.quality or self.tasks or self.loads or self.served or self.speed):
+            raise ValueError("nothing to measure: give quality, tasks, loads, served or speed")
         called = [h.name for h in self.hypotheses]
         if len(set(called)) < len(called):
             raise ValueError(f"hypotheses: two are called {next(n for n in called if called.count(n) > 1)!r}")

@@ -205,6 +205,17 @@ def check_hypotheses(plan: Plan, points: Sequence[Point]) -> None:
         ParetoError: it selects no point, or no point that has a partner.
 
     """
+    labels = {label for point in points for label in point.labels}
+    named = [(f"hypotheses.{one.name}.points", one.points.weights or []) for one in plan.hypotheses]
+    named += [
+        (f"hypotheses.{one.name}.against", [one.against["weights"]])
+        for one in plan.hypotheses
+        if isinstance(one.against, dict) and "weights" in one.against
+    ]
+    for where, names in named:
+        for name in names:
+            if name not in labels:
+                raise ParetoError(f"{where}: {name!r} are no weights of the plan's points: {', '.join(sorted(labels))}")
     for hypothesis in plan.hypotheses:
         where = f"hypotheses.{hypothesis.name}"
         if not of(hypothesis, points):

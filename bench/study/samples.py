@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from bench.quality.units import RESULT as UNITS
 from bench.report.documents import collect
 from bench.report.figures import Figure
 from bench.report.metrics import BY_KEY, METRICS, MORE
-from bench.report.rows import Row, stage_label
+from bench.report.rows import Row, stage_label, users
+from bench.schema import KVCache
 from bench.speed.schema import KVBenchReport
+from bench.speed.served_schema import ServeBenchReport
 from bench.study.points import Point
 from bench.study.steps import Graph
 from kv_cache.errors import ParetoError
@@ -24,7 +27,9 @@ from loadtest.schema import Summary
 ACCURACY = "accuracy"
 BY_UNIT = {"kl": "kl", "top1": "top1", "needle": "needle", "perplexity": "nll"}
 """Metrics of the report whose values by unit are kept, and what they are kept as."""
-HEADLINES = ("acc_norm", "acc", "exact_match", "f1", "rougeL", "score")
+ACCURACIES = ("acc_norm", "acc", "exact_match")
+"""Metrics of tasks that are shares of right answers, of which ``accuracy`` is the mean."""
+HEADLINES = (*ACCURACIES, "f1", "rougeL", "score")
 """Which of a task's metrics stands for it: the first of these that it has, else its first."""
 
 
@@ -84,6 +89,16 @@ def headline(metrics: Iterable[str]) -> str:
     return next((one for start in HEADLINES for one in found if one.partition(",")[0] == start), found[0])
 
 
+def by_task(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the metrics of each task among the keys of samples."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        task, slash, metric = key.partition("/")
+        if slash and "@" not in key:
+            found.setdefault(task, []).append(metric)
+    return found
+
+
 def measured(graph: Graph, result: Result) -> list[Measured]:
     """Return what was measured of every point on every kind of machine.
 
@@ -104,6 +119,9 @@ def measured(graph: Graph, result: Result) -> list[Measured]:
                 for key in dict.fromkeys(cell.loads[name] for cell in cells if name in cell.loads):
                     if (folder := result(key)) is not None:
                         _add_load(one, name, folder, first=name == next(iter(graph.plan.loads)))
+            for key in dict.fromkeys(cell.served for cell in cells if cell.served):
+                if (folder := result(key)) is not None:
+                    _add_served(one, folder, first=not graph.plan.loads)
             for key in dict.fromkeys(cell.speed for cell in cells if cell.speed):
                 if (folder := result(key)) is not None:
                     _add_speed(one, folder)
@@ -199,10 +217,39 @@ def _add_speed(one: Measured, folder: Path) -> None:
         for point in dtype.points:
             last = point.batch * point.context == most
             for metric in METRICS:
-                if metric.speed is None or (metric.quality is not None and metric.key in one.samples):
-                    continue
-                for key in [f"{metric.key}@{point.batch}x{point.context}", *([metric.key] if last else [])]:
-                    _put(one, key, metric.better, metric.speed(dtype, point), exact=metric.quality is not None)
+                if metric.speed is not None:
+                    for key in [f"{metric.key}@{point.batch}x{point.context}", *([metric.key] if last else [])]:
+                        _put(one, key, metric.better, metric.speed(dtype, point))
+        _add_cache(one, dtype.kv_cache)
+
+
+def _add_served(one: Measured, folder: Path, *, first: bool) -> None:
+    """Add what was measured at the served endpoint; without load tests its largest load stands for the point."""
+    bench = _document(folder, ServeBenchReport)
+    one.machines.append(bench.environment)
+    for dtype in bench.dtypes:
+        if plain_dtype(dtype.kv_cache_dtype) != plain_dtype(one.point.kv):
+            continue
+        if dtype.error:
+            one.notes.append(f"{one.point.name}: it could not be served: {dtype.error}")
+        most = max((p.batch * p.context for p in dtype.points), default=0)
+        for point in dtype.points:
+            one.notes += [f"{one.point.name}: {note}" for note in point.notes]
+            last = point.batch * point.context == most
+            for metric in METRICS:
+                if metric.served is not None:
+                    whole = last and (first or metric.load is None)
+                    under = f"{metric.key}@{users(point.batch)} of {point.context:,} tokens"
+                    for key in [under, *([metric.key] if whole else [])]:
+                        _put(one, key, metric.better, metric.served(dtype, point))
+        _add_cache(one, dtype.kv_cache)
+
+
+def _add_cache(one: Measured, cache: KVCache | None) -> None:
+    """Add what a speed measurement found of the cache; an evaluation found the same."""
+    for metric in METRICS:
+        if metric.cache is not None and cache is not None and metric.key not in one.samples:
+            _put(one, metric.key, metric.better, metric.cache(cache), exact=True)
 
 
 def _add_accuracy(one: Measured, graph: Graph) -> None:
@@ -212,12 +259,16 @@ def _add_accuracy(one: Measured, graph: Graph) -> None:
     the spread of these values is that of a stratified sample.
     """
     named = [str(task) for group in graph.plan.tasks for task in _listed(group.get("tasks"))]
+    metrics = by_task(one.samples)
     parts = []
-    for task in dict.fromkeys(named):
-        metrics = [key.partition("/")[2] for key in one.samples if key.startswith(f"{task}/")]
-        if metrics:
-            parts.append(one.samples[f"{task}/{headline(metrics)}"])
-    if not parts or len(parts) < len(set(named)):
+    for pattern in dict.fromkeys(named):
+        asked = [task for task in metrics if fnmatch(task, pattern)]
+        if not asked:
+            # Without one of its tasks it would be another figure than that of the other points.
+            return
+        keys = [f"{task}/{headline(metrics[task])}" for task in asked]
+        parts += [one.samples[key] for key in keys if key.partition("/")[2].partition(",")[0] in ACCURACIES]
+    if not parts:
         return
     count = max(len(part.runs) for part in parts)
     total = sum(part.units for part in parts)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["compress", "quality", "tasks", "load", "speed"]
-ORDER: tuple[Kind, ...] = ("compress", "quality", "tasks", "load", "speed")
+Kind = Literal["compress", "quality", "tasks", "load", "served", "speed"]
+ORDER: tuple[Kind, ...] = ("compress", "quality", "tasks", "load", "served", "speed")
 """Each kind for every point before the next: a study that is stopped early has the same of all its points."""
 OUT = "{out}"
 """Stands in a step's words for the folder of its result."""
 RESULTS = {
     "compress": "config.json", "quality": "eval.json", "tasks": "eval.json", "load": "summary.json",
-    "speed": "kv-bench.json",
+    "served": "serve-bench.json", "speed": "kv-bench.json",
 }  # fmt: skip
 """The file with which each kind of step is done."""
 SCHEMA = "vllm-pareto/step/1"
@@ -82,6 +82,7 @@ class Cell:
         quality: of ``pareto eval`` on texts and needles.
         tasks: of ``pareto eval`` on tasks, one for each group of the plan.
         loads: of load tests, by the load's name.
+        served: of ``pareto serve-bench``.
         speed: of ``pareto kv-bench``.
 
     """
@@ -93,9 +94,10 @@ class Cell:
     quality: str | None = None
     tasks: tuple[str, ...] = ()
     loads: dict[str, str] = field(default_factory=dict)
+    served: str | None = None
     speed: str | None = None
 
     def keys(self) -> list[str]:
         """Return all of them."""
-        found = [self.compress, self.quality, *self.tasks, *self.loads.values(), self.speed]
+        found = [self.compress, self.quality, *self.tasks, *self.loads.values(), self.served, self.speed]
         return [key for key in found if key is not None]

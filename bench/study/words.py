@@ -16,10 +16,17 @@ RESERVED = {
     "eval": ("model", "out", "baseline", "kv-cache-dtype", "seed"),
     "serve": ("model", "host", "port", "kv-cache-dtype", "served-model-name", "config"),
     "loadtest": ("base-url", "out", "overwrite", "label", "seed", "model", "progress", "exporter-port"),
-    "kv-bench": ("model", "out", "kv-cache-dtype", "compressed", "compressed-kv-cache-dtype", "seed"),
+    "kv-bench": ("model", "out", "kv-cache-dtype", "compressed", "compressed-kv-cache-dtype", "seed", "load-format"),
+    "serve-bench": ("model", "out", "kv-cache-dtype", "seed", "load-format"),
 }
 """What the study sets itself."""
-NEEDED = {"eval": ["M", "--out=o"], "kv-bench": ["M"], "compress": ["M", "--out=o"], "loadtest": []}
+NEEDED = {
+    "eval": ["M", "--out=o"],
+    "kv-bench": ["M"],
+    "serve-bench": ["M"],
+    "compress": ["M", "--out=o"],
+    "loadtest": [],
+}
 """Words without which a parser refuses everything."""
 
 
