@@ -64,6 +64,10 @@ class RayExecutor:
             options |= {"_node_ip_address": LOOPBACK, "include_dashboard": False}
         else:
             options["address"] = address
+            host = address.rpartition(":")[0]
+            if host.startswith("127."):
+                # Else Ray looks for a node of the cluster at this machine's address in its network.
+                options["_node_ip_address"] = host
         try:
             ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -14,7 +14,8 @@ from kv_cache.errors import ParetoError
 from tests.bench.study.studies import folder_of, graph_of
 
 ray = pytest.importorskip("ray")
-LOOPBACK = "127.0.0.1"
+# Ray takes 127.0.0.1 to mean this machine's address in its network; of the rest of the loopback it makes nothing else.
+LOOPBACK = "127.0.0.2"
 HARDWARE = {"one": {"resources": {"one": 1}}, "two": {"resources": {"two": 1}}}
 
 
