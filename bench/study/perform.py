@@ -115,6 +115,9 @@ def _reason(text: str, command: str, status: int) -> str:
 
 def main() -> int:
     """Run as a program; the exit status is 0 for a step that is done and 1 for one that failed."""
+    # Ray's workers block Ctrl-C's signal, and their children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         # A study that is killed outright takes its step with it, as one that is interrupted does.
         parent = os.getppid()
