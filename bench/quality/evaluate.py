@@ -31,7 +31,7 @@ from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
 from bench.quality.schema import ConfigurationResult, EvalReport, FailedConfiguration, TaskResult, TextQuality
 from bench.quality.store import Arrays, Store
-from bench.quality.tasks.figures import task_results
+from bench.quality.tasks.figures import adjusted, task_results
 from bench.quality.tasks.run import Chosen, Scores, ask, choose, scratch
 from bench.statistics import exp_estimate, mean_estimate
 from kv_cache.errors import ParetoError
@@ -217,7 +217,7 @@ class Evaluation:
             return []
         tested = self._scores(self.store(configuration))
         base = None if configuration.is_baseline else self._scores(self.base_store)
-        return task_results(tested, base, self.tasks.groups)
+        return task_results(tested, base, self.tasks.groups, self.plan.settings.margin)
 
     def _scores(self, store: Store) -> list[Scores]:
         found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
@@ -276,12 +276,13 @@ class Evaluation:
             "max_model_len": self.plan.max_model_len,
             "kv_cache_memory_bytes": self.plan.kv_cache_memory_bytes,
         }
+        parts = [name for tasks in self.tasks.groups.values() for name in tasks] if self.tasks else []
         return EvalReport(
             status=status,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             settings=settings,
             environment=self.environment,
-            configurations=results,
+            configurations=adjusted(results, parts),
             failed=failed,
         )
 

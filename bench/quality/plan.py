@@ -17,6 +17,7 @@ from bench.environment import gpu_names, versions
 from bench.quality.needle import Trial, make_trials, read_haystack
 from bench.quality.tasks.run import TaskSettings
 from bench.schema import ModelInfo
+from bench.statistics import MARGIN
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences, load_tokenizer
 from quant_methods.model_source import fingerprint, read_config, read_header, resolve_model, weight_bytes, weight_files
@@ -74,6 +75,7 @@ class Settings:
         enforce_eager: vLLM's.
         compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
         tasks: lm-eval's tasks to ask.
+        margin: the largest loss of a score between 0 and 1 that does not matter.
 
     """
 
@@ -95,6 +97,7 @@ class Settings:
     enforce_eager: bool = True
     compilation_config: str | None = None
     tasks: TaskSettings = field(default_factory=TaskSettings)
+    margin: float = MARGIN
 
 
 @dataclass(frozen=True)

@@ -69,22 +69,54 @@ class Needle:
     cells: list[NeedleCell]
 
 
+def shown_p(p: float | None) -> str:
+    """Return a p-value as text; empty for None."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Questions of multiple choice whose chosen answer is not the baseline's.
+
+    Attributes:
+        right_to_wrong: the baseline was right.
+        wrong_to_right: the tested configuration is.
+        wrong_to_wrong: neither is, in another way; accuracy does not see them.
+
+    """
+
+    right_to_wrong: int
+    wrong_to_right: int
+    wrong_to_wrong: int
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """A metric of a task, or of a group of tasks with all their questions together.
 
     Attributes:
         task: lm-eval's name.
-        metric: lm-eval's name, with the filter of answers behind a comma where there is one.
+        metric: lm-eval's name, with the filter of answers behind a comma where there is one; of multiple choice with
+            one right answer also ``ece`` (expected calibration error, debiased, 15 bins of equally many questions),
+            ``brier`` (0 to 2) and ``flips`` (share of questions whose chosen answer is not the baseline's).
         better: ``more`` or ``less``.
         questions: how many; 0 where the value is no mean over questions, which then has no error.
-        value: over all questions; the error is that of a mean of independent questions.
+        value: over all questions. Its ``n`` counts documents where questions share them, else questions: they are what
+            the error takes for independent. The interval of a share of right answers is Wilson's.
         change: mean difference from the baseline, question by question. None for the baseline.
-        p: of no change: McNemar's exact test for scores of 0 and 1, else a paired t-test. None for the baseline.
+        p: of no change: McNemar's exact test for scores of 0 and 1, else, and where questions share documents, the
+            paired bootstrap. None for the baseline, and for ``flips``. Results of earlier versions had a paired t-test.
         gained: questions with a better score than the baseline's; None for the baseline.
         lost: questions with a worse one.
         read: share of the contexts' tokens that were read back from the KV cache: on a CPU all, on a GPU what the
             prefix cache held.
+        p_holm: ``p`` adjusted for all configurations and tasks of the evaluation (Holm); for the tasks of a group, and
+            for ``brier`` and ``ece``, for those alone.
+        smallest: smallest true change that this sample would have shown with 80% power at two-sided 5%.
+        margin: the loss that ``verdict`` is about, in the value's unit.
+        verdict: ``non-inferior`` if the change's 95% interval loses less than the margin, ``inferior`` if all of it
+            loses more, else ``undecided``; of scores between 0 and 1 that are lm-eval's. State it with its margin.
+        flips: of the metric ``flips``. This and the four above are None in results of earlier versions.
 
     """
 
@@ -98,6 +130,16 @@ class TaskResult:
     gained: int | None
     lost: int | None
     read: float
+    p_holm: float | None = None
+    smallest: float | None = None
+    margin: float | None = None
+    verdict: str | None = None
+    flips: Flips | None = None
+
+    @property
+    def judged(self) -> str:
+        """Return the verdict with its margin; empty without one."""
+        return "" if self.verdict is None or self.margin is None else f"{self.verdict} ({self.margin * 100:g} pt)"
 
 
 @dataclass(frozen=True)

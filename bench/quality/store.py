@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench.files import read_arrays, read_json, write_json
+from bench.quality.tasks.choices import Choice
 from bench.quality.tasks.run import Scores, TaskSettings
 from bench.quality.tasks.run import key as settings_key
 from bench.schema import KVCache
 
 Arrays = dict[str, np.ndarray]
+
+
+def _scores(content: dict[str, Any]) -> Scores:
+    return Scores(**{**content, "choices": {key: Choice(**one) for key, one in content["choices"].items()}})
 
 
 class Store:
@@ -50,8 +56,8 @@ class Store:
         """Return a task's scores; None if it is to be asked."""
         content = read_json(self._scores_file(task, settings))
         try:
-            return [Scores(**one) for one in content] if isinstance(content, list) else None
-        except TypeError:
+            return [_scores(one) for one in content] if isinstance(content, list) else None
+        except (TypeError, KeyError, AttributeError):
             return None
 
     def add_scores(self, task: str, settings: TaskSettings, scores: Sequence[Scores]) -> None:

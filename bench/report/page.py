@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 
 from bench.engine import plain_dtype
-from bench.quality.schema import EvalReport, NeedleCell, TaskResult
+from bench.quality.schema import EvalReport, NeedleCell, TaskResult, shown_p
 from bench.report import plots
 from bench.report.documents import Inputs, Recipe
 from bench.report.figures import NONE, milliseconds
@@ -77,8 +77,8 @@ def _load_name(test: Summary, rows: list[Row], path: Path) -> str:
 def task_table(inputs: Inputs, rows: list[Row]) -> dict[str, Any] | None:
     """Return the table of tasks, a line a task and metric and a column a configuration; None without any.
 
-    A cell has the value, and below it the change against the baseline with its p; the newest evaluation of a
-    configuration counts.
+    A cell has the value, and below it the change against the baseline with its p, that of the whole table, the smallest
+    change that would have been shown, and the verdict with its margin; the newest evaluation of a configuration counts.
     """
     names = {(row.fingerprint, row.kv_cache_dtype): row.name for row in rows}
     found: dict[tuple[str, str], dict[str, Cell]] = {}
@@ -96,9 +96,19 @@ def task_table(inputs: Inputs, rows: list[Row]) -> dict[str, Any] | None:
 
 def _task_cell(task: TaskResult) -> Cell:
     error = f" ± {task.value.standard_error:.4f}" if task.value.standard_error is not None else ""
+    value, flips = f"{task.value.value:.4f}{error}", task.flips
+    if flips is not None:
+        return Cell(
+            value,
+            f"{flips.right_to_wrong:,} right to wrong, {flips.wrong_to_right:,} wrong to right, "
+            f"{flips.wrong_to_wrong:,} wrong to wrong",
+        )
     if task.change is None or task.p is None:
-        return Cell(f"{task.value.value:.4f}{error}")
-    return Cell(f"{task.value.value:.4f}{error}", f"{task.change.value:+.4f}, p {task.p:.3f}")
+        return Cell(value)
+    said = [f"{task.change.value:+.4f}", f"p {shown_p(task.p)}"]
+    said += [f"Holm {shown_p(task.p_holm)}"] if task.p_holm is not None else []
+    said += [f"smallest {task.smallest:.4f}"] if task.smallest is not None else []
+    return Cell(value, ", ".join(said + ([task.judged] if task.judged else [])))
 
 
 def _needle_cells(inputs: Inputs) -> list[NeedleCell]:

@@ -9,14 +9,21 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.quality.tasks.choices import Choice, choice
+from bench.quality.tasks.documents import document
 from bench.quality.tasks.sources import local_definitions
 from kv_cache.errors import ParetoError
+
+CALIBRATION = "ece"
+"""The metric that keeps what was chosen."""
+KEPT = 2
+"""What is kept of a question; scores of an earlier form are asked for again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Scores:
         value: of all questions together, as the task adds them up.
         questions: score by question; of a task whose value is no mean of them, empty.
         read: share of the contexts' tokens that were read back from the KV cache.
+        documents: by question the label of its document, of those that share one with others.
+        choices: by question what was chosen; only of the metric ``ece``, whose value is made of them.
 
     """
 
@@ -63,6 +72,8 @@ class Scores:
     value: float
     questions: dict[str, float]
     read: float
+    documents: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
 
 def key(settings: TaskSettings) -> str:
     """Return what tells a task's scores under these settings from those under others."""
-    determining = {**asdict(settings), "tasks": None, "lm_eval": version("lm-eval")}
+    determining = {**asdict(settings), "tasks": None, "lm_eval": version("lm-eval"), "kept": KEPT}
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -188,17 +199,25 @@ def _scores(
 ) -> list[Scores]:
     means = {m["metric"] for m in task.config.metric_list if m.get("aggregation", "mean") == "mean"}
     made = []
+    keys = [f"{name}/{sample['doc_id']}/{sample['doc_hash'][:8]}" for sample in samples]
+    labels = {key: document(name, sample["doc"]) for key, sample in zip(keys, samples, strict=True)}
+    documents = {key: label for key, label in labels.items() if label is not None}
     for label, value in values.items():
         metric, _, chosen = label.partition(",")
         if not chosen or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         questions = {
-            f"{name}/{sample['doc_id']}/{sample['doc_hash'][:8]}": float(sample[metric])
-            for sample in samples
+            key: float(sample[metric])
+            for key, sample in zip(keys, samples, strict=True)
             if sample["filter"] == chosen and metric in means
         }
         better = "more" if task.higher_is_better().get(metric, True) else "less"
-        made.append(Scores(name, metric if chosen == "none" else label, better, float(value), questions, read))
+        metric = metric if chosen == "none" else label
+        made.append(Scores(name, metric, better, float(value), questions, read, documents if questions else {}))
+    found = {key: choice(task, sample) for key, sample in zip(keys, samples, strict=True)}
+    choices = {key: one for key, one in found.items() if one is not None}
+    if choices:
+        made.append(Scores(name, CALIBRATION, "less", 0.0, {}, read, documents, choices))
     return made
 
 

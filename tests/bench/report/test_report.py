@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from bench.frontier import non_dominated
-from bench.quality.schema import FailedConfiguration, TaskResult
+from bench.quality.schema import FailedConfiguration, Flips, TaskResult
 from bench.report import command as report_command
 from bench.report import metrics, table
 from bench.report import rows as rows_module
@@ -342,4 +342,12 @@ def test_tasks_stand_beside_their_baseline(tmp_path):
     assert (name, plain.text, coded.text) == ("arc_easy, acc", "0.5800 ± 0.0494", "0.5500 ± 0.0497")
     assert coded.sub == "-0.0300, p 0.250"
     assert "-0.0300, p 0.250" in render("title", inputs, rows, [], [])
+    judged = replace(four.tasks[0], p_holm=0.5, smallest=0.081, verdict="undecided", margin=0.01)
+    flips = replace(task(5), metric="flips", flips=Flips(4, 1, 2))
+    inputs = written(tmp_path / "t", quality=eval_document(base, replace(four, tasks=[judged, flips])))
+    subs = [cells[1].sub for _, cells in task_table(inputs, rows)["lines"]]
+    assert subs == [
+        "-0.0300, p 0.250, Holm 0.500, smallest 0.0810, undecided (1 pt)",
+        "4 right to wrong, 1 wrong to right, 2 wrong to wrong",
+    ]
     assert task_table(written(tmp_path / "s", quality=eval_document(configuration())), rows[:1]) is None
