@@ -94,7 +94,7 @@ class Evaluation:
 
     def _write_units(self, results: Sequence[ConfigurationResult]) -> None:
         """Write what each window, needle and question gave, by which other comparisons than this one's are made."""
-        found = {}
+        found, shared = {}, {}
         for configuration in self.plan.configurations:
             if any(result.name == configuration.name for result in results):
                 store = self.store(configuration)
@@ -106,7 +106,9 @@ class Evaluation:
                     windows, self.plan.trials, store.answers(), self._scores(store) if self.tasks else [],
                     self.tasks.groups if self.tasks else {},
                 )  # fmt: skip
-        write_json(self.out / units.RESULT, {"schema": units.SCHEMA, "configurations": found})
+                if self.tasks:
+                    shared[configuration.name] = units.documents(self._scores(store), self.tasks.groups)
+        write_json(self.out / units.RESULT, {"schema": units.SCHEMA, "configurations": found, "documents": shared})
 
     @contextlib.contextmanager
     def _chosen_tasks(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.quality.needle import Trial, is_correct
-from bench.quality.tasks.figures import together
+from bench.quality.tasks.figures import brier_scores, together
 from bench.quality.tasks.run import Scores
 
 RESULT, SCHEMA = "units.json", "vllm-pareto/units/1"
@@ -47,8 +47,19 @@ def of(
             name: float(is_correct(trial, answers[i]))
             for i, (name, trial) in enumerate(zip(names, trials, strict=True))
         }
-    whole = [one for name, tasks in groups.items() for one in together(name, [s for s in scores if s.task in tasks])]
-    for score in [*scores, *whole]:
+    for score in with_groups(scores, groups):
         if score.questions:
             made[f"{score.task}/{score.metric}"] = dict(score.questions)
     return made
+
+
+def documents(scores: Sequence[Scores], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
+    """Return by ``TASK/METRIC`` the documents of the questions that share one with others, where there are any."""
+    found = with_groups(scores, groups)
+    return {f"{score.task}/{score.metric}": dict(score.documents) for score in found if score.documents}
+
+
+def with_groups(scores: Sequence[Scores], groups: Mapping[str, Sequence[str]]) -> list[Scores]:
+    """Return the scores of tasks with those of their groups behind them, and Brier scores of what was chosen."""
+    whole = [one for name, tasks in groups.items() for one in together(name, [s for s in scores if s.task in tasks])]
+    return [brier_scores(one) if one.choices else one for one in (*scores, *whole)]

@@ -22,21 +22,41 @@ RUNS_NEEDED = 3
 def value(sample: Sample) -> Estimate:
     """Return a metric's value with its 95% interval; without one where nothing tells its error."""
     runs = [list(run.values()) for run in sample.runs]
-    if len(runs) == 1 and len(runs[0]) > 1 and set(runs[0]) <= {0.0, 1.0} and not sample.exact:
+    groups = _groups(sample)
+    if len(runs) == 1 and len(runs[0]) > 1 and set(runs[0]) <= {0.0, 1.0} and not sample.exact and groups is None:
         return proportion(round(math.fsum(runs[0])), len(runs[0]))
-    found = _estimate(runs, sample.exact)
+    found = _estimate(runs, sample.exact, groups)
     return exp_estimate(found) if sample.log else found
 
 
-def _estimate(runs: list[list[float]], exact: bool) -> Estimate:
+def _groups(sample: Sample) -> list[str] | None:
+    """Return the document of each unit, the unit itself where it shares none; None where none is shared."""
+    return [sample.documents.get(unit, unit) for unit in sample.runs[0]] if sample.documents else None
+
+
+def _of_documents(runs: list[list[float]], groups: list[str]) -> list[list[float]]:
+    """Return values of documents, whose mean is that of their units: its spread is that of a mean over clusters."""
+    names = list(dict.fromkeys(groups))
+    scale = len(names) / len(groups)
+    made = []
+    for run in runs:
+        mean = math.fsum(run) / len(run)
+        sums = dict.fromkeys(names, 0.0)
+        for group, value in zip(groups, run, strict=True):
+            sums[group] += value - mean
+        made.append([mean + scale * total for total in sums.values()])
+    return made
+
+
+def _estimate(runs: list[list[float]], exact: bool, groups: list[str] | None = None) -> Estimate:
     mean = math.fsum(math.fsum(run) / len(run) for run in runs) / len(runs)
     if exact:
         return Estimate(mean, 0.0, mean, mean, len(runs))
     if len(runs) >= RUNS_NEEDED:
-        return between_and_within(runs).mean
+        return between_and_within(runs if groups is None else _of_documents(runs, groups)).mean
     if len({len(run) for run in runs}) > 1 or len(runs[0]) == 1:
         return Estimate(mean, None, None, None, len(runs))
-    return mean_estimate([math.fsum(values) / len(runs) for values in zip(*runs, strict=True)])
+    return mean_estimate([math.fsum(values) / len(runs) for values in zip(*runs, strict=True)], groups)
 
 
 def _table(tested: Sample, base: Sample) -> tuple[list[list[float]], list[list[float]]] | None:
@@ -68,15 +88,17 @@ def difference(tested: Sample, base: Sample) -> tuple[Estimate, float | None] | 
     table = _table(tested, base)
     if table is None or tested.log:
         return None
-    return _difference(*table, exact=tested.exact and base.exact)
+    return _difference(*table, tested.exact and base.exact, _groups(tested))
 
 
-def _difference(tested: list[list[float]], base: list[list[float]], exact: bool) -> tuple[Estimate, float | None]:
+def _difference(
+    tested: list[list[float]], base: list[list[float]], exact: bool, groups: list[str] | None
+) -> tuple[Estimate, float | None]:
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(tested, base, strict=True)]
     if len(tested) == 1 and len(tested[0]) > 1 and not exact:
-        compared = paired(tested[0], base[0])
+        compared = paired(tested[0], base[0], groups)
         return compared.change, compared.p
-    found = _estimate(differences, exact)
+    found = _estimate(differences, exact, groups)
     return found, None if exact else two_sided(found)
 
 
@@ -92,14 +114,14 @@ def ratio(tested: Sample, base: Sample) -> tuple[Estimate, float | None] | None:
     if table is None:
         return None
     if tested.log:
-        found, p = _difference(*table, exact=False)
+        found, p = _difference(*table, False, _groups(tested))
         return exp_estimate(found), p
     mean_base = math.fsum(map(math.fsum, table[1])) / sum(map(len, table[1]))
     if mean_base <= 0:
         return None
     whole = math.fsum(map(math.fsum, table[0])) / sum(map(len, table[0])) / mean_base
     linear = [[(a - whole * b) / mean_base for a, b in zip(*pair, strict=True)] for pair in zip(*table, strict=True)]
-    found = _estimate(linear, tested.exact and base.exact)
+    found = _estimate(linear, tested.exact and base.exact, _groups(tested))
     shifted = replace(
         found, value=whole, low=None if found.low is None else whole + found.low - found.value,
         high=None if found.high is None else whole + found.high - found.value,

@@ -43,6 +43,7 @@ class Sample:
         runs: of each run, its values by unit (windows, needles, questions), all of one weight; a figure that is one
             number a run has the one unit ``run``.
         exact: it has no error: bits and bytes.
+        documents: of the units that share one, by unit: they are no independent samples.
         log: the metric is exp of the values' mean: perplexity.
 
     """
@@ -52,6 +53,7 @@ class Sample:
     runs: tuple[dict[str, float], ...]
     exact: bool = False
     log: bool = False
+    documents: dict[str, str] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
@@ -150,7 +152,7 @@ def _document(folder: Path, kind: type[Any]) -> Any:
     return found[0][1]
 
 
-def _add(one: Measured, key: str, better: str, values: Mapping[str, float], **others: bool) -> None:
+def _add(one: Measured, key: str, better: str, values: Mapping[str, float], **others: Any) -> None:
     """Add a run's values of a metric."""
     before = one.samples.get(key)
     runs = (*(before.runs if before else ()), dict(values))
@@ -172,7 +174,9 @@ def _add_evaluation(one: Measured, folder: Path) -> None:
     report = _document(folder, EvalReport)
     result = _tested(report, one.point)
     one.machines.append(report.environment)
-    units = ((read_json(folder / UNITS) or {}).get("configurations") or {}).get(result.name) or {}
+    kept_units = read_json(folder / UNITS) or {}
+    units = (kept_units.get("configurations") or {}).get(result.name) or {}
+    documents = (kept_units.get("documents") or {}).get(result.name) or {}
     for metric in METRICS:
         if metric.quality is None:
             continue
@@ -186,7 +190,7 @@ def _add_evaluation(one: Measured, folder: Path) -> None:
     for task in result.tasks:
         key = f"{task.task}/{task.metric}"
         if key in units:
-            _add(one, key, task.better, units[key])
+            _add(one, key, task.better, units[key], documents=documents.get(key, {}))
         else:
             _put(one, key, task.better, Figure(task.value.value))
 
@@ -281,7 +285,8 @@ def _add_accuracy(one: Measured, graph: Graph) -> None:
             for (part, found), mean in zip(values, means, strict=True)
             for unit, value in found.items()
         }
-        _add(one, ACCURACY, MORE, made)
+        shared = {f"{part.key}:{unit}": f"{part.key}:{doc}" for part in parts for unit, doc in part.documents.items()}
+        _add(one, ACCURACY, MORE, made, documents=shared)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -90,6 +90,22 @@ def test_an_interval_at_another_confidence_follows_its_degrees_of_freedom():
     assert compare.beyond(compare.negated(found), -3.0) == pytest.approx(stats.t.sf(2, nu))
 
 
+def test_questions_of_one_document_are_no_independent_samples():
+    values = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    shared = {str(i): f"d{i // 3}" for i in range(12)}
+    alone, together = sample(values), sample(values, documents=shared)
+    assert compare.value(together).n == 4
+    assert compare.value(together).standard_error > 1.5 * compare.value(alone).standard_error
+    base = sample([0.5] * 12)
+    runs = [[v + 0.01 * seed for v in values] for seed in (0, 1, 2)]
+    change, _ = compare.difference(sample(*runs, documents=shared), base)
+    # The same as of documents in place of questions.
+    whole = [[run[3 * i] for i in range(4)] for run in runs]
+    expected, _ = compare.difference(sample(*whole), sample([0.5] * 4))
+    assert change.value == pytest.approx(expected.value)
+    assert change.standard_error == pytest.approx(expected.standard_error)
+
+
 TASKS = [{"tasks": ["arc_easy"]}]
 
 
