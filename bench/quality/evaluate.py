@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import engine
 from bench.environment import environment
 from bench.files import replacing, write_arrays, write_json
+from bench.quality import units
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
@@ -89,7 +90,26 @@ class Evaluation:
                 done = len(results) + len(failed) == len(self.plan.configurations)
                 report = self._report("complete" if done else "partial", results, failed)
                 write_json(self.out / RESULT, report.to_dict())
+            self._write_units(results)
         return report
+
+    def _write_units(self, results: Sequence[ConfigurationResult]) -> None:
+        """Write what each window, needle and question gave, by which other comparisons than this one's are made."""
+        found, shared = {}, {}
+        for configuration in self.plan.configurations:
+            if any(result.name == configuration.name for result in results):
+                store = self.store(configuration)
+                windows = [
+                    (f"{name}/{i}", self._arrays(store, i, configuration.is_baseline))
+                    for i, (name, _) in enumerate(self.windows)
+                ]
+                found[configuration.name] = units.of(
+                    windows, self.plan.trials, store.answers(), self._scores(store) if self.tasks else [],
+                    self.tasks.groups if self.tasks else {},
+                )  # fmt: skip
+                if self.tasks:
+                    shared[configuration.name] = units.documents(self._scores(store), self.tasks.groups)
+        write_json(self.out / units.RESULT, {"schema": units.SCHEMA, "configurations": found, "documents": shared})
 
     @contextlib.contextmanager
     def _chosen_tasks(self) -> Iterator[None]:
