@@ -171,11 +171,21 @@ def _tail(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a process group of its own, interrupted and then stopped when the block is left early."""
+def child(
+    command: list[str], output: int, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own, interrupted and then stopped when the block is left early.
+
+    Args:
+        command: its words.
+        output: file descriptor of what it prints.
+        variables: of its environment, beside this process's own.
+
+    """
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, **(variables or {})},
+    )  # fmt: skip
     try:
         yield process
     finally:

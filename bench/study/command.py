@@ -27,6 +27,7 @@ Examples:
   pareto study smoke                                   # a plan that ships: ref-7m, minutes on 2 cores
   pareto study plan.yaml --data ./data --dry-run       # what it would do, what is done, how long the rest may take
   pareto study plan.yaml --data ./data --out study-out
+  pareto study plan.yaml --out study-out --jobs 4      # what is not timed four at once, over this machine's GPUs
   pareto study plan.yaml --out /shared/out --executor ray --ray-address auto      # over GPUs and machines
   pareto study plan.yaml --out study-out --pack        # and everything that another machine needs to check it
   pareto study --verify study-out/plans/plan/plan.tar
@@ -48,8 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do the steps of these labels of the plan only; the page has all that were done (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--executor", choices=("local", "ray"), default="local", help="one step after the other, or over a Ray cluster"
+        "--executor", choices=("local", "ray"), default="local", help="this machine (see --jobs), or a Ray cluster"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="with the local executor, N steps at once that are not timed, over all GPUs; what is timed has its GPU "
+        "for itself, and the machine where there is none (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--ray-address", metavar="ADDR", help="of the cluster; auto finds it (default: one of its own)")
     parser.add_argument("--pack", action="store_true", help="write a reproducibility pack in the end")
     parser.add_argument("--verify", metavar="PACK", help="check a pack: its hashes, its verdicts and its page")
@@ -74,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError(f"--hardware {strange[0]}: the plan has {', '.join(plan.hardware)}")
     if args.ray_address and args.executor != "ray":
         raise ParetoError("--ray-address is of --executor ray")
+    if args.jobs < 1 or (args.jobs > 1 and args.executor != "local"):
+        raise ParetoError(f"--jobs {args.jobs}: 1 or more, and of --executor local; Ray goes by what machines have")
     from bench.study.folder import Folder
     from bench.study.inputs import Inputs
     from bench.study.steps import build
@@ -119,4 +127,4 @@ def _executor(args: argparse.Namespace, folder: Folder) -> Executor:
         return RayExecutor(folder, args.ray_address)
     from bench.study.executors.local import LocalExecutor
 
-    return LocalExecutor(folder)
+    return LocalExecutor(folder, args.jobs)

@@ -1,32 +1,52 @@
-"""Does steps on this machine, one after the other: what is timed must have the machine to itself."""
+"""Does steps on this machine: what is timed has its GPU or the machine to itself, the rest may run side by side."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from subprocess import Popen, TimeoutExpired
+from dataclasses import dataclass
+from subprocess import Popen
 
+from bench.environment import visible_gpus
 from bench.server import child
 from bench.study.folder import Folder, Outcome
 from bench.study.step import ORDER, Step
 
 PERFORM, ERRORS = (sys.executable, "-m", "bench.study.perform"), "errors.txt"
+UNTIMED = ("compress", "quality", "tasks")
+"""Kinds of steps whose results do not depend on what else the machine does."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass
+class _Job:
+    step: Step
+    process: Popen[bytes]
+    held: ExitStack
+    gpu: str | None
 
 
 class LocalExecutor:
-    """One step at a time, each in a process of its own that ends with this one.
+    """Each step in a process of its own that ends with this one.
+
+    Steps of one GPU are given one each, in turn, where the machine has several and more than one job is allowed. Timed
+    steps wait until nothing else runs; then each GPU has one of them, and a machine without GPUs one at a time.
 
     Args:
         folder: of the study.
+        jobs: how many steps that are not timed may run at once.
+        gpus: their names for CUDA_VISIBLE_DEVICES; None finds them out.
 
     """
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+    def __init__(self, folder: Folder, jobs: int = 1, gpus: list[str] | None = None) -> None:
+        self.folder, self.jobs = folder, jobs
+        self.gpus = (visible_gpus() if gpus is None else gpus) if jobs > 1 else []
         self._waiting: list[Step] = []
-        self._running: tuple[Step, Popen[bytes]] | None = None
-        self._held = ExitStack()
+        self._running: list[_Job] = []
 
     def submit(self, step: Step) -> None:
         """Take a step whose dependencies are done."""
@@ -36,39 +56,65 @@ class LocalExecutor:
     def running(self) -> list[Step]:
         """Return the steps that are being done now."""
         self._start()
-        return [self._running[0]] if self._running else []
+        return [job.step for job in self._running]
 
     def ended(self, wait_s: float) -> list[tuple[Step, Outcome]]:
         """Return the steps that ended meanwhile, after waiting at most so long for one."""
         self._start()
-        if self._running is None:
-            return []
-        step, process = self._running
-        try:
-            status = process.wait(timeout=wait_s)
-        except TimeoutExpired:
-            return []
-        self._held.close()
-        self._running = None
-        return [(step, ended(self.folder, step, status))]
+        deadline = time.monotonic() + wait_s
+        while self._running:
+            over = [job for job in self._running if job.process.poll() is not None]
+            if over:
+                self._running = [job for job in self._running if job not in over]
+                found = []
+                for job in over:
+                    job.held.close()
+                    found.append((job.step, ended(self.folder, job.step, job.process.returncode)))
+                return found
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        return []
 
     def close(self) -> None:
         """Interrupt what runs, as Ctrl-C does, and wait for its end."""
-        self._held.close()
-        self._running = None
+        with ExitStack() as all_of_them:
+            for job in self._running:
+                all_of_them.push(job.held)
+        self._running = []
 
     def _start(self) -> None:
-        if self._running is None and self._waiting:
-            step = self._waiting.pop(0)
-            self._running = step, self._held.enter_context(performing(self.folder, step))
+        while self._waiting and (gpu := self._room(self._waiting[0])) is not None:
+            step, held = self._waiting.pop(0), ExitStack()
+            process = held.enter_context(performing(self.folder, step, {VISIBLE: gpu} if gpu else {}))
+            self._running.append(_Job(step, process, held, gpu))
+
+    def _room(self, step: Step) -> str | None:
+        """Return the GPU on which a step can start now, empty where it sees them all; None where it has to wait."""
+        untimed = step.kind in UNTIMED
+        if any((job.step.kind in UNTIMED) != untimed for job in self._running):
+            return None
+        spread = len(self.gpus) > 1 and step.gpus <= 1
+        # A job that sees all GPUs has them to itself.
+        if self._running and not (spread or untimed):
+            return None
+        if any(not job.gpu for job in self._running) and (spread or not untimed):
+            return None
+        if len(self._running) >= (self.jobs if untimed else max(len(self.gpus), 1)):
+            return None
+        if not spread:
+            return ""
+        busy = Counter(job.gpu for job in self._running)
+        gpu = min(self.gpus, key=lambda one: busy[one])
+        return gpu if untimed or not busy[gpu] else None
 
 
 @contextmanager
-def performing(folder: Folder, step: Step) -> Iterator[Popen[bytes]]:
-    """Do a step in a process of its own, interrupted when the block is left early."""
+def performing(folder: Folder, step: Step, variables: Mapping[str, str] | None = None) -> Iterator[Popen[bytes]]:
+    """Do a step in a process of its own, with some environment variables, interrupted when the block is left early."""
     with (folder.of(step.key) / ERRORS).open("wb") as errors:
         command = [*PERFORM, str(folder.out.resolve()), step.key]
-        with child(command, errors.fileno()) as process:
+        with child(command, errors.fileno(), variables) as process:
             yield process
 
 

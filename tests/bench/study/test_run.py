@@ -232,6 +232,43 @@ def test_the_local_executor_does_one_after_the_other(tmp_path, monkeypatch):
     executor.close()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "most", "timed"), [([], 3, 1), (["0"], 3, 1), (["0", "GPU-b"], 3, 2)], ids=["none", "one", "two"]
+)
+def test_steps_that_are_not_timed_run_beside_each_other(tmp_path, monkeypatch, gpus, most, timed):
+    folder = folder_of(tmp_path)
+    code = "import tests.bench.study.test_run as t, sys; t.note_when(sys.argv)"
+    monkeypatch.setattr(local, "PERFORM", (sys.executable, "-c", code))
+    kinds = ["compress", "quality", "tasks", "tasks", "served", "served", "load"]
+    executor = LocalExecutor(folder, 3, gpus)
+    for i, kind in enumerate(kinds):
+        step = Step(f"{kind}-{i}", kind, f"step {i}", (kind,), gpus=1)
+        folder.prepare(step)
+        executor.submit(step)
+    ended, seen = [], []
+    while len(ended) < len(kinds):
+        seen.append([step.kind for step in executor.running()])
+        ended += executor.ended(5)
+    assert {outcome.status for _, outcome in ended} == {"done"}
+    untimed = [sum(kind in local.UNTIMED for kind in kinds) for kinds in seen]
+    others = [len(kinds) - count for kinds, count in zip(seen, untimed, strict=True)]
+    assert (max(untimed), max(others)) == (most, timed)
+    assert not any(a and b for a, b in zip(untimed, others, strict=True))
+    used = [(folder.of(step.key) / "gpu").read_text() for step, _ in ended]
+    assert set(used) == (set(gpus) if len(gpus) > 1 else {os.environ.get(local.VISIBLE, "all")})
+
+
+def note_when(argv):
+    """What stands in for a step's process above."""
+    out, key = argv[1:]
+    time.sleep(0.3)
+    place = os.path.join(out, "steps", key)
+    with open(os.path.join(place, "gpu"), "w") as file:
+        file.write(os.environ.get(local.VISIBLE, "all"))
+    with open(os.path.join(place, "done.json"), "w") as file:
+        json.dump({"status": "done", "error": "", "started_at": NOW, "seconds": 1.0, "environment": {}}, file)
+
+
 def note(argv):
     """What stands in for a step's process above: the last one dies without a word of its own."""
     out, key = argv[1:]
@@ -257,6 +294,8 @@ def test_two_studies_do_not_share_a_folder_at_once(tmp_path):
         ({"plan": None}, "which plan"),
         ({"hardware": ["gpu"]}, "--hardware gpu: the plan has cpu"),
         ({"ray_address": "auto"}, "--ray-address is of --executor ray"),
+        ({"jobs": 0}, "--jobs 0: 1 or more"),
+        ({"jobs": 2, "executor": "ray"}, "--jobs 2: 1 or more, and of --executor local"),
         ({"verify": "x.tar"}, "--verify takes a pack and no PLAN"),
     ],
 )
@@ -264,6 +303,6 @@ def test_flags_that_contradict_are_refused(words, line):
     import argparse
 
     args = {"plan": "smoke", "out": "o", "data": None, "models": None, "dry_run": True, "hardware": None,
-            "executor": "local", "ray_address": None, "pack": False, "verify": None}  # fmt: skip
+            "executor": "local", "jobs": 1, "ray_address": None, "pack": False, "verify": None}  # fmt: skip
     with pytest.raises(ParetoError, match=line):
         study(argparse.Namespace(**(args | words)))
