@@ -21,7 +21,7 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.mixed import JSON_FILE, PLOT_FILE, compress_to_budget
-from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, mean_square
+from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
 from quant_methods.mixed_precision.units import Unit, Width, units_of
 from quant_methods.recipe import Calibration, Recipe
 
@@ -105,12 +105,6 @@ def test_error_is_that_of_the_outputs(tiny_model: Path, text_file: Path, units: 
     expected = ((x @ (rounded - weight).T).square().sum() / (x @ weight.T).square().sum()).item()
     assert units[7].layers == ("model.layers.1.mlp.down_proj",)
     assert units[7].choices[2].error == pytest.approx(expected, rel=1e-3)
-
-
-def test_mean_square_is_a_trace() -> None:
-    torch.manual_seed(0)
-    matrix, x = torch.randn(5, 7), torch.randn(30, 7)
-    assert mean_square(matrix, x.T @ x / 30) == pytest.approx((x @ matrix.T).square().sum(1).mean().item(), rel=1e-5)
 
 
 def test_an_interrupted_measurement_goes_on_with_the_same_numbers(
