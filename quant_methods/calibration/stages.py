@@ -20,10 +20,9 @@ from quant_methods.calibration.calibrator import Decoder, Stop
 from quant_methods.calibration.finite import check_inputs
 from quant_methods.calibration.replay import Replay, Replays
 from quant_methods.experts import waves
+from quant_methods.symmetric import add_square, mirror
 
 SAMPLE_TOKENS = 1024
-# Rows of a symmetric matrix that are computed at once; fewer are no quicker.
-SMALLEST_STRIP = 128
 
 
 @dataclass(frozen=True)
@@ -311,31 +310,6 @@ def expert_statistics(
         position: Statistics(sums[position], share=count / tokens) if count else None
         for position, count in counts.items()
     }
-
-
-def add_square(total: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` to the upper triangle of a matrix, and to some of the rest; ``mirror`` comes after the last.
-
-    Args:
-        total: float32 [n, n].
-        x: float32 [tokens, n].
-
-    """
-    # PyTorch has no product that knows its result is symmetric; of eight strips of rows a half is never computed.
-    columns = x.shape[1]
-    strip = max(-(-columns // 8), SMALLEST_STRIP)
-    for start in range(0, columns, strip):
-        total[start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
-
-
-def mirror(total: Tensor) -> Tensor:
-    """Copy the upper triangle of a matrix to the lower, in place; return it."""
-    columns = len(total)
-    strip = max(-(-columns // 8), SMALLEST_STRIP)
-    for start in range(0, columns, strip):
-        stop = min(start + strip, columns)
-        total[stop:, start:stop] = total[start:stop, stop:].T
-    return total
 
 
 def joining_layers(stages: list[Stage]) -> set[str]:
