@@ -66,6 +66,17 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path):
     assert len(again.done) == 5
 
 
+def test_a_terminal_gets_a_table_that_changes(tmp_path):
+    graph, folder = graph_of(tmp_path, runs=1), folder_of(tmp_path)
+    console = Console(file=io.StringIO(), force_terminal=True, width=160, height=40)
+    fails = Pretended(folder, lambda step: "no memory" if step.kind == "compress" else "")
+    progress = run(graph, folder, fails, console, ["cpu"])
+    shown = console.file.getvalue()
+    assert "compress ref-7m, w4: failed: no memory" in shown
+    assert "steps done, 1 failed, 4 skipped" in shown
+    assert progress.line().startswith("0:0")
+
+
 def test_hardware_that_is_elsewhere_is_left_out(tmp_path):
     hardware = {"a100": {"gpu": "A100", "gpus": 1}, "l4": {"gpu": "L4", "gpus": 1}}
     graph, folder = graph_of(tmp_path, hardware=hardware, runs=1), folder_of(tmp_path)
