@@ -13,17 +13,19 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from bench.environment import environment, gpu_names
 from bench.files import read_json
-from bench.server import child, serving, terminated_like_interrupted
+from bench.server import child, serving
 from bench.study.folder import LOG, Folder, Outcome
 from bench.study.step import OUT, Step
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import making
 
 PARETO = (sys.executable, "-m", "vllm_ext.cli")
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PARENT_DEATH = 1
 """Linux's PR_SET_PDEATHSIG."""
 
@@ -113,10 +115,18 @@ def _reason(text: str, command: str, status: int) -> str:
     return f"pareto {command}: {ended}: {lines[-1][:300] if lines else 'no output'}"
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind once: a second signal would leave the command running that the first one is stopping."""
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run as a program; the exit status is 0 for a step that is done and 1 for one that failed."""
+    for number in STOPPING:
+        signal.signal(number, _stop)
     # Ray's workers block Ctrl-C's signal, and their children would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         # A study that is killed outright takes its step with it, as one that is interrupted does.
@@ -125,8 +135,7 @@ def main() -> int:
         if os.getppid() != parent:
             return 130
     try:
-        with terminated_like_interrupted():
-            outcome = perform(Folder(Path(sys.argv[1])), sys.argv[2])
+        outcome = perform(Folder(Path(sys.argv[1])), sys.argv[2])
     except KeyboardInterrupt:
         return 130
     return 0 if outcome.status == "done" else 1

@@ -11,6 +11,8 @@ from bench.server import child
 from bench.study.folder import Folder, Outcome
 from bench.study.step import ORDER, Step
 
+GRACE_S = 90.0
+"""Seconds that an interrupted step may take: it stops its command, then the server beside it, each with a grace."""
 PERFORM, ERRORS = (sys.executable, "-m", "bench.study.perform"), "errors.txt"
 
 
@@ -68,7 +70,7 @@ def performing(folder: Folder, step: Step) -> Iterator[Popen[bytes]]:
     """Do a step in a process of its own, interrupted when the block is left early."""
     with (folder.of(step.key) / ERRORS).open("wb") as errors:
         command = [*PERFORM, str(folder.out.resolve()), step.key]
-        with child(command, errors.fileno()) as process:
+        with child(command, errors.fileno(), grace_s=GRACE_S) as process:
             yield process
 
 

@@ -97,12 +97,14 @@ def test_estimates_come_from_earlier_steps(tmp_path):
 
 
 SCRIPT = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 words = sys.argv[1:]
 out = pathlib.Path(next(w for w in words if w.startswith("--out=")).removeprefix("--out="))
 out.mkdir(parents=True, exist_ok=True)
 print("asked", *words, flush=True)
-if "slow" in words:
+if "stubborn" in words:
+    signal.signal(signal.SIGINT, lambda *_: (time.sleep(3), sys.exit(130)))
+if "slow" in words or "stubborn" in words:
     (out / "began").write_text("1")
     time.sleep(60)
 if "fails" in words:
@@ -201,6 +203,19 @@ def test_an_interrupted_step_is_not_done_and_leaves_no_process(tmp_path, pareto)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert folder.outcome(step) is None
+    found = subprocess.run(["pgrep", "-f", str(pareto)], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+
+
+def test_a_second_signal_leaves_no_command_behind(tmp_path, pareto):
+    folder = folder_of(tmp_path)
+    step = step_of(folder, "stubborn")
+    process = subprocess.Popen(performer(folder, step, pareto), start_new_session=True)
+    wait_for(folder.result(step.key) / "began")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.4)
+    assert process.wait(timeout=30) == 130
     found = subprocess.run(["pgrep", "-f", str(pareto)], capture_output=True, text=True, check=False)
     assert found.stdout == ""
 
