@@ -111,6 +111,12 @@ if "fails" in words:
     print("pareto eval: error: the model is too large", flush=True)
     print("bye", flush=True)
     sys.exit(2)
+if "partly" in words or "wholly" in words:
+    points = [{"batch": 1}] if "partly" in words else []
+    result = {"status": "complete", "dtypes": [{"points": points}, {"points": [], "error": "no kernel for it"}]}
+    (out / "kv-bench.json").write_text(json.dumps(result))
+    print("pareto kv-bench: failed: fp8: no kernel for it", flush=True)
+    sys.exit(1)
 if "dies" in words:
     print("RuntimeError: boom", flush=True)
     sys.exit(1)
@@ -161,6 +167,17 @@ def test_a_failed_step_has_its_reason_in_one_line(tmp_path, pareto, word, reason
     assert outcome.status == "failed"
     assert outcome.error.startswith(reason)
     assert "\n" not in outcome.error
+
+
+def test_what_one_dtype_lacks_does_not_cost_the_others_their_figures(tmp_path, pareto):
+    folder = folder_of(tmp_path)
+    step = Step("speed-1", "speed", "s", ("kv-bench", "partly", "--out={out}"))
+    folder.prepare(step)
+    outcome = performing.perform(folder, step.key)
+    assert (outcome.status, outcome.error) == ("done", "fp8: no kernel for it")
+    nothing = Step("speed-2", "speed", "s", ("kv-bench", "wholly", "--out={out}"))
+    folder.prepare(nothing)
+    assert performing.perform(folder, nothing.key).status == "failed"
 
 
 def test_another_machine_than_the_plan_says_is_refused(tmp_path, pareto):
