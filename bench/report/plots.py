@@ -30,7 +30,7 @@ MARKERS = "osD^vPX*"
 
 def frontier_plot(frontier: Frontier) -> str:
     """Return the SVG of one trade-off: filled markers on the frontier, hollow ones off it."""
-    figure, axes = _figure(3.6)
+    figure, axes = _figure(3.6 + _legend_room(len(frontier.points)))
     order = {name: i for i, (name, _, _, _) in enumerate(frontier.points)}
     on = sorted(((x, y) for _, x, y, best in frontier.points if best), key=lambda p: p[0])
     axes.plot([x for x, _ in on], [y for _, y in on], color=MUTED, linewidth=1, linestyle="--", zorder=1)
@@ -130,7 +130,7 @@ def line_plot(name: str, x_label: str, y_label: str, lines: Sequence[tuple[str, 
         lines: name and points of each, in the order of x.
 
     """
-    figure, axes = _figure(3.4)
+    figure, axes = _figure(3.4 + _legend_room(len(lines)))
     for i, (label, places) in enumerate(lines):
         colour = SERIES[i % len(SERIES)]
         for x, _, low, high in places:
@@ -183,6 +183,11 @@ def _figure(height: float) -> tuple[Any, Any]:
     axes.xaxis.label.set(color=FOREGROUND, size=9)
     axes.yaxis.label.set(color=FOREGROUND, size=9)
     return figure, axes
+
+
+def _legend_room(count: int) -> float:
+    """Return the inches by which a figure is higher for more than six names above it, two in a row."""
+    return 0.16 * max(0, (count + 1) // 2 - 3)
 
 
 def _legend(axes: Any, count: int, columns: int = 2) -> None:

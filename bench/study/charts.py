@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +23,13 @@ UNDER = "under"
 
 
 def frontiers(plan: Plan, found: Sequence[Measured], quality: str) -> dict[str, list[Frontier]]:
-    """Return for each hardware label the trade-offs between quality and each cost that two points have."""
+    """Return for each model and hardware label the trade-offs between quality and each cost that two points have."""
     made = {}
-    for hardware in plan.hardware:
-        here = [one for one in found if one.hardware == hardware]
-        drawn = [_frontier(trade, plan, here, quality, hardware) for trade in TRADE_OFFS]
-        made[hardware] = [frontier for frontier in drawn if len(frontier.points) > 1]
+    for model, hardware in itertools.product(plan.models, plan.hardware):
+        here = [one for one in found if one.hardware == hardware and one.point.model == model]
+        name = f"{model} on {hardware}"
+        drawn = [_frontier(trade, plan, here, quality, name) for trade in TRADE_OFFS]
+        made[name] = [frontier for frontier in drawn if len(frontier.points) > 1]
     return made
 
 
@@ -41,7 +43,7 @@ def label(key: str) -> str:
     return f"{text} at {under}" if at and metric is not None else text
 
 
-def _frontier(trade: TradeOff, plan: Plan, here: Sequence[Measured], quality: str, hardware: str) -> Frontier:
+def _frontier(trade: TradeOff, plan: Plan, here: Sequence[Measured], quality: str, name: str) -> Frontier:
     places = []
     bars: dict[str, tuple[Ends, Ends]] = {}
     larger_x = BY_KEY[trade.metric].better == MORE if trade.metric in BY_KEY else False
@@ -55,7 +57,7 @@ def _frontier(trade: TradeOff, plan: Plan, here: Sequence[Measured], quality: st
     load = next(iter(plan.loads), "the load")
     x_label = trade.label.format(context=plan.context_tokens, load=f"load {load}")
     points = [(*place, on) for place, on in zip(places, best, strict=True)]
-    key = re.sub(r"\W+", "-", f"{trade.key}-{hardware}")
+    key = re.sub(r"\W+", "-", f"{trade.key}-{name}")
     return Frontier(key, trade.title, x_label, label(quality), larger_x, points, larger_y, bars)
 
 

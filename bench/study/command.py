@@ -114,7 +114,8 @@ def _carry_out(args: argparse.Namespace, path: Path, graph: Graph, folder: Folde
 
             print(f"pack: {pack(graph, folder, page, path)}")
     print(f"{progress.counts()}\npage: {page}")
-    failed = progress.of("failed")
+    partly = [*progress.of("done"), *progress.of("done before")]
+    failed = [*progress.of("failed"), *((step, state) for step, state in partly if state.reason)]
     for step, state in failed:
         print(f"pareto study: failed: {step.name}: {state.reason}", file=sys.stderr)
     return 1 if failed else 0

@@ -29,7 +29,7 @@ class Outcome:
 
     Attributes:
         status: ``done`` or ``failed``.
-        error: one line why it failed; empty if it did not.
+        error: one line why it failed, or why some of what it measures side by side did; empty if nothing did.
         started_at: ISO 8601, UTC.
         seconds: that it took, of all attempts together.
         environment: versions and machine.

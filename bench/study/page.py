@@ -63,7 +63,9 @@ def render(study: Study, graph: Graph, found: Sequence[Measured]) -> str:
         tasks=_tasks(study, found),
         comparisons=[(_place(one, machines), _comparison(one)) for one in study.comparisons],
         charts=sensitivity(plan, found),
-        failed=[(s.name, [Cell(s.status), Cell(s.reason[:300])]) for s in study.steps if s.status not in ("done",)],
+        failed=[
+            (s.name, [Cell(s.status), Cell(s.reason[:300])]) for s in study.steps if s.status != "done" or s.reason
+        ],
         environments=[described(name, one) for name, many in study.machines.items() for one in many],
     )
 

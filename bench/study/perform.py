@@ -13,17 +13,19 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from bench.environment import environment, gpu_names
 from bench.files import read_json
-from bench.server import child, serving, terminated_like_interrupted
+from bench.server import child, serving
 from bench.study.folder import LOG, Folder, Outcome
 from bench.study.step import OUT, Step
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import making
 
 PARETO = (sys.executable, "-m", "vllm_ext.cli")
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PARENT_DEATH = 1
 """Linux's PR_SET_PDEATHSIG."""
 
@@ -43,21 +45,24 @@ def perform(folder: Folder, key: str) -> Outcome:
             return known
         before = known.seconds if known is not None else 0.0
         started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-        error = ""
+        error = partial = ""
         try:
-            _do(step, folder)
+            partial = _do(step, folder)
         except ParetoError as failure:
             error = " ".join(str(failure).split())
         except OSError as failure:
             error = f"{failure.filename or folder.of(key)}: {failure.strerror or failure}"
         seconds = round(before + time.monotonic() - clock, 1)
-        outcome = Outcome("failed" if error else "done", error, started, seconds, environment())
+        outcome = Outcome("failed" if error else "done", error or partial, started, seconds, environment())
         folder.finish(key, outcome)
     return outcome
 
 
-def _do(step: Step, folder: Folder) -> None:
+def _do(step: Step, folder: Folder) -> str:
     """Run a step's commands.
+
+    Returns:
+        Why some of what it measures side by side could not be measured; empty if all was.
 
     Raises:
         ParetoError: one failed; with its own reason.
@@ -67,11 +72,17 @@ def _do(step: Step, folder: Folder) -> None:
     result, log = folder.result(step.key), folder.of(step.key) / LOG
     # A checkpoint is renamed into place when it is whole: it is there if only the note of it is missing.
     if step.kind == "compress" and (result / step.result).is_file():
-        return
+        return ""
     words = [_word(word, folder, result) for word in step.words]
+    partial = ""
     if not step.serve:
-        with log.open("wb") as file:
-            _run(words, file, log)
+        try:
+            with log.open("wb") as file:
+                _run(words, file, log)
+        except ParetoError as error:
+            if not _some_measured(step, result):
+                raise
+            partial = str(error)
     else:
         serve = [_word(word, folder, result) for word in step.serve]
         with serving(serve, folder.of(step.key) / "server.txt") as server, log.open("wb") as file:
@@ -80,6 +91,15 @@ def _do(step: Step, folder: Folder) -> None:
         raise ParetoError(f"the command ended well and left no {step.result}; its log is {log}")
     if step.kind == "load" and (read_json(result / step.result) or {}).get("status") != "complete":
         raise ParetoError("the load test was interrupted")
+    return partial
+
+
+def _some_measured(step: Step, result: Path) -> bool:
+    """Return whether a step that measures several dtypes side by side has figures of some, though another failed."""
+    if step.kind not in ("served", "speed"):
+        return False
+    found = read_json(result / step.result) or {}
+    return found.get("status") == "complete" and any(one.get("points") for one in found.get("dtypes", []))
 
 
 def _check_machine(step: Step) -> None:
@@ -113,10 +133,18 @@ def _reason(text: str, command: str, status: int) -> str:
     return f"pareto {command}: {ended}: {lines[-1][:300] if lines else 'no output'}"
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind once: a second signal would leave the command running that the first one is stopping."""
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run as a program; the exit status is 0 for a step that is done and 1 for one that failed."""
+    for number in STOPPING:
+        signal.signal(number, _stop)
     # Ray's workers block Ctrl-C's signal, and their children would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         # A study that is killed outright takes its step with it, as one that is interrupted does.
@@ -125,8 +153,7 @@ def main() -> int:
         if os.getppid() != parent:
             return 130
     try:
-        with terminated_like_interrupted():
-            outcome = perform(Folder(Path(sys.argv[1])), sys.argv[2])
+        outcome = perform(Folder(Path(sys.argv[1])), sys.argv[2])
     except KeyboardInterrupt:
         return 130
     return 0 if outcome.status == "done" else 1

@@ -43,7 +43,7 @@ class State:
 
     Attributes:
         status: ``waiting``, ``running``, ``done``, ``failed``, ``skipped`` or ``done before``.
-        reason: why it failed or was skipped.
+        reason: why it failed or was skipped, or of a step that is done, why a part of it failed.
         since: monotonic clock at its start.
         seconds: that it took.
 
@@ -123,7 +123,8 @@ def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hard
     for step in graph.steps.values():
         outcome = folder.outcome(step)
         done = outcome is not None and outcome.status == "done"
-        state = State(BEFORE if done else WAITING, seconds=outcome.seconds if outcome else 0.0)
+        reason, seconds = (outcome.error if done else "", outcome.seconds) if outcome else ("", 0.0)
+        state = State(BEFORE if done else WAITING, reason, seconds=seconds)
         if not done and step.hardware and step.hardware not in hardware:
             state = State(SKIPPED, f"is for {step.hardware}, which --hardware leaves out")
         progress.states[step.key] = state
@@ -143,7 +144,8 @@ def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hard
                     state = progress.states[step.key]
                     state.status = DONE if outcome.status == "done" else FAILED
                     state.reason, state.seconds = outcome.error, outcome.seconds
-                    end = f"done in {outcome.seconds:.0f} s" if state.status == DONE else f"failed: {outcome.error}"
+                    end = f"done in {outcome.seconds:.0f} s" if state.status == DONE else "failed"
+                    end += f": {outcome.error}" if outcome.error else ""
                     show(f"{step.name}: {end}")
                 show("")
     finally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from subprocess import Popen
 
@@ -15,6 +17,8 @@ from bench.server import child
 from bench.study.folder import Folder, Outcome
 from bench.study.step import ORDER, Step
 
+GRACE_S = 90.0
+"""Seconds that an interrupted step may take: it stops its command, then the server beside it, each with a grace."""
 PERFORM, ERRORS = (sys.executable, "-m", "bench.study.perform"), "errors.txt"
 UNTIMED = ("compress", "quality", "tasks")
 """Kinds of steps whose results do not depend on what else the machine does."""
@@ -80,6 +84,9 @@ class LocalExecutor:
         """Interrupt what runs, as Ctrl-C does, and wait for its end."""
         with ExitStack() as all_of_them:
             for job in self._running:
+                # At once: each may take its whole grace.
+                with suppress(ProcessLookupError):
+                    os.killpg(job.process.pid, signal.SIGINT)
                 all_of_them.push(job.held)
         self._running = []
 
@@ -114,7 +121,7 @@ def performing(folder: Folder, step: Step, variables: Mapping[str, str] | None =
     """Do a step in a process of its own, with some environment variables, interrupted when the block is left early."""
     with (folder.of(step.key) / ERRORS).open("wb") as errors:
         command = [*PERFORM, str(folder.out.resolve()), step.key]
-        with child(command, errors.fileno(), variables) as process:
+        with child(command, errors.fileno(), GRACE_S, variables) as process:
             yield process
 
 

@@ -1,17 +1,29 @@
 """Studies whose steps are not carried out: results of made-up figures, by a stand-in for the executor."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
 from bench.quality import units
+from bench.speed.served_schema import EnergySource, Idle, ServeBenchReport
+from bench.speed.served_summary import summarize
 from bench.study.folder import Folder, Outcome
 from bench.study.inputs import Inputs
 from bench.study.plan import parse_plan
 from bench.study.steps import build
-from tests.bench.result_files import configuration, eval_document, kv_bench_document, loadtest_document
+from tests.bench.result_files import (
+    MACHINE,
+    configuration,
+    eval_document,
+    kv_bench_document,
+    load,
+    loadtest_document,
+    point_round,
+    served_round,
+)
 
 PLAN = {
     "study": "try",
@@ -85,9 +97,27 @@ def write_result(step, folder, accuracy=None):
         faster = 1.5 if step.determines["kv"] != "bf16" else 1.0
         rate = 100 * faster + step.determines["seed"]
         (out / "summary.json").write_text(json.dumps(loadtest_document("x", rates=(rate, 4 * rate))))
+    elif step.kind == "served":
+        (out / "serve-bench.json").write_text(json.dumps(served_document(step)))
     else:
         document = kv_bench_document(auto=0.01, int4_per_head=0.005)
         (out / "kv-bench.json").write_text(json.dumps(document))
+
+
+def served_document(step):
+    """Two loads of each dtype; codes need half of the energy, and every seed differs by a little."""
+    rounds = {}
+    for dtype in step.determines["kv"]:
+        factor = (0.5 if dtype != "auto" else 1.0) * (1 + 0.01 * step.determines["seed"])
+        points = [
+            point_round(load(2.0, 1000, 10, 10, [300.0 * factor]), load(4.0, 500, 210, 10, [700.0 * factor]), batch)
+            for batch in (1, 8)
+        ]
+        bits = 4 if dtype != "auto" else 16
+        rounds[dtype] = {0: asdict(served_round(*points, idle=Idle(50.0, 5.0), dtype=dtype, bits=bits))}
+    dtypes = summarize(SimpleNamespace(names=list(rounds), of=rounds.__getitem__, errors={}))
+    source = EnergySource("board", ["a board"], 0.02, None)
+    return ServeBenchReport("complete", NOW, "ref-7m", None, "auto", {}, MACHINE, source, dtypes).to_dict()
 
 
 class Pretended:

@@ -66,6 +66,17 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(tmp_path):
     assert len(again.done) == 5
 
 
+def test_a_terminal_gets_a_table_that_changes(tmp_path):
+    graph, folder = graph_of(tmp_path, runs=1), folder_of(tmp_path)
+    console = Console(file=io.StringIO(), force_terminal=True, width=160, height=40)
+    fails = Pretended(folder, lambda step: "no memory" if step.kind == "compress" else "")
+    progress = run(graph, folder, fails, console, ["cpu"])
+    shown = console.file.getvalue()
+    assert "compress ref-7m, w4: failed: no memory" in shown
+    assert "steps done, 1 failed, 4 skipped" in shown
+    assert progress.line().startswith("0:0")
+
+
 def test_hardware_that_is_elsewhere_is_left_out(tmp_path):
     hardware = {"a100": {"gpu": "A100", "gpus": 1}, "l4": {"gpu": "L4", "gpus": 1}}
     graph, folder = graph_of(tmp_path, hardware=hardware, runs=1), folder_of(tmp_path)
@@ -86,18 +97,26 @@ def test_estimates_come_from_earlier_steps(tmp_path):
 
 
 SCRIPT = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 words = sys.argv[1:]
 out = pathlib.Path(next(w for w in words if w.startswith("--out=")).removeprefix("--out="))
 out.mkdir(parents=True, exist_ok=True)
 print("asked", *words, flush=True)
-if "slow" in words:
+if "stubborn" in words:
+    signal.signal(signal.SIGINT, lambda *_: (time.sleep(3), sys.exit(130)))
+if "slow" in words or "stubborn" in words:
     (out / "began").write_text("1")
     time.sleep(60)
 if "fails" in words:
     print("pareto eval: error: the model is too large", flush=True)
     print("bye", flush=True)
     sys.exit(2)
+if "partly" in words or "wholly" in words:
+    points = [{"batch": 1}] if "partly" in words else []
+    result = {"status": "complete", "dtypes": [{"points": points}, {"points": [], "error": "no kernel for it"}]}
+    (out / "kv-bench.json").write_text(json.dumps(result))
+    print("pareto kv-bench: failed: fp8: no kernel for it", flush=True)
+    sys.exit(1)
 if "dies" in words:
     print("RuntimeError: boom", flush=True)
     sys.exit(1)
@@ -150,6 +169,17 @@ def test_a_failed_step_has_its_reason_in_one_line(tmp_path, pareto, word, reason
     assert "\n" not in outcome.error
 
 
+def test_what_one_dtype_lacks_does_not_cost_the_others_their_figures(tmp_path, pareto):
+    folder = folder_of(tmp_path)
+    step = Step("speed-1", "speed", "s", ("kv-bench", "partly", "--out={out}"))
+    folder.prepare(step)
+    outcome = performing.perform(folder, step.key)
+    assert (outcome.status, outcome.error) == ("done", "fp8: no kernel for it")
+    nothing = Step("speed-2", "speed", "s", ("kv-bench", "wholly", "--out={out}"))
+    folder.prepare(nothing)
+    assert performing.perform(folder, nothing.key).status == "failed"
+
+
 def test_another_machine_than_the_plan_says_is_refused(tmp_path, pareto):
     folder = folder_of(tmp_path)
     step = step_of(folder, hardware="big", gpu="H900", gpus=1)
@@ -190,6 +220,19 @@ def test_an_interrupted_step_is_not_done_and_leaves_no_process(tmp_path, pareto)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     assert folder.outcome(step) is None
+    found = subprocess.run(["pgrep", "-f", str(pareto)], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+
+
+def test_a_second_signal_leaves_no_command_behind(tmp_path, pareto):
+    folder = folder_of(tmp_path)
+    step = step_of(folder, "stubborn")
+    process = subprocess.Popen(performer(folder, step, pareto), start_new_session=True)
+    wait_for(folder.result(step.key) / "began")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.4)
+    assert process.wait(timeout=30) == 130
     found = subprocess.run(["pgrep", "-f", str(pareto)], capture_output=True, text=True, check=False)
     assert found.stdout == ""
 

@@ -231,3 +231,22 @@ def test_shapes_of_kv_bench_are_figures(tmp_path):
     assert coded.figures["step_ratio@8x4096"].value == pytest.approx(2.0)
     assert coded.runs["step_ratio"] == 3
     assert replace(coded.figures["step_ratio"]) == coded.figures["step_ratio@8x4096"]
+
+
+def test_energy_at_the_served_endpoint_is_a_cost(tmp_path):
+    claim = hypothesis(
+        metric="output_joules", measure="ratio", relation="at_most", bound=0.6, points={"kv": "int4_per_head"}
+    )
+    study, graph, folder, progress = judged(tmp_path, loads=None, served={"rounds": 1}, hypotheses=[claim])
+    # One step for each kind of weights and run; it serves all dtypes of them.
+    assert sum(step.kind == "served" for step in graph.steps.values()) == 3 + 3
+    coded = next(one for one in study.points if one.kv == "int4_per_head" and one.weights is None)
+    assert coded.figures["output_joules"].value == pytest.approx(0.5 * 1.01 * 700 / 210)
+    assert coded.figures["output_joules"].low is not None
+    for key in ("output_tokens_per_s", "output_joules@1 user of 2,048 tokens", "decode_joules", "peak_memory_bytes"):
+        assert key in coded.figures
+    assert study.hypotheses[0].verdict == "held"
+    tested = {(one.point, one.metric): one for one in study.comparisons}[coded.name, "output_joules"]
+    assert tested.verdict == "better"
+    text = conclude(graph, folder, tmp_path / "plan.yaml", progress).read_text()
+    assert "Quality against energy" in text
