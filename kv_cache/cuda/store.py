@@ -75,7 +75,8 @@ def store(
 
     Returns:
         Whether the next launch may run beside this one without waiting for it, if it reads nothing that this one
-        writes: this one has then waited for all before it.
+        writes: this one has then waited for all before it. Only beside few tokens: many fill the device, and nothing
+        is gained by starting sooner.
 
     Raises:
         ParetoError: pages of another layout, positions missing, or keys of a dtype that is not served.
@@ -123,7 +124,7 @@ def store(
     warps = _warps(layer.layout.head_dim, few)
     grid = (groups, heads, 2) if few else (min(groups, max(processors * _resident(warps) // heads, 1)), heads, 1)
     _kernel(layer, few, key.dtype, device).launch(grid, 32 * warps, params, device, overlap)
-    return overlap
+    return overlap and few
 
 
 def preload(layer: LayerConstants, dtype: torch.dtype, device: torch.device) -> None:

@@ -75,6 +75,7 @@ def test_rows_of_any_stride():
     assert torch.equal(out[1], value)
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_attention_beside_the_store():
     step = DecodeStep("int4_per_head", 64, 2, [40, 1, 90], DEVICE)
     step.renew()
