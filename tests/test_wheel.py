@@ -43,12 +43,16 @@ assert names["vllm.general_plugins"].load().__module__ == "vllm_ext.plugin"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what belongs to the package, so that nothing of a build stays in the checkout."""
+    """A copy of what the images are made of, so that .dockerignore is tried and nothing of a build stays here."""
     copy = tmp_path_factory.mktemp("source")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
-        shutil.copy(ROOT / name, copy / name)
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    kept, left = [rule[1:] for rule in rules if rule[0] == "!"], [rule[3:] for rule in rules if rule[:3] == "**/"]
+    assert ["*", *(f"!{name}" for name in kept), *(f"**/{name}" for name in left)] == rules
+    for name in kept:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(*left))
+        else:
+            shutil.copy(ROOT / name, copy / name)
     return copy
 
 
