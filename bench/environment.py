@@ -49,6 +49,14 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 
+def visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [part.strip() for part in named.split(",") if part.strip()]
+    return [str(index) for index in range(len(gpu_names()))]
+
+
 def commit() -> str | None:
     """Return the checkout's commit, with ``+changes`` when tracked files differ from it; None outside a checkout."""
     folder = Path(__file__).resolve().parent

@@ -171,11 +171,22 @@ def _tail(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a process group of its own, interrupted and then stopped when the block is left early."""
+def child(
+    command: list[str], output: int, grace_s: float = 20, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own, interrupted and then stopped when the block is left early.
+
+    Args:
+        command: the program and its arguments.
+        output: descriptor of the file for everything it prints.
+        grace_s: how long it may take to end once it is interrupted.
+        variables: of its environment, beside this process's own.
+
+    """
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, **(variables or {})},
+    )  # fmt: skip
     try:
         yield process
     finally:
@@ -184,7 +195,7 @@ def child(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=20)
+                process.wait(timeout=grace_s)
         stop_group(process, grace_s=5)
 
 

@@ -46,6 +46,9 @@ from quant_methods.work_folder import empty, locked, put_in_place
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
 
+# Of the weights, up to which blocks may be calibrated with products of bfloat16.
+MOST_BITS = 6
+
 Progress = Callable[[int, int, str], None]
 """Called with (blocks finished, blocks in all, what happens now); while tuning, with steps in the place of blocks."""
 
@@ -136,6 +139,8 @@ class Run:
         self.attachments, self.kv_bits = dict(attachments), kv_bits
         self.model_dir, self.recipe, self.out, self.work = model_dir, recipe, out, work
         self.decoder, self.plan, self.overwrite, self.progress = decoder, plan, overwrite, progress
+        # Where weights keep 8 bits, what rounding them costs is no more than what bfloat16 does.
+        decoder.rounds = all(step.bits <= MOST_BITS for step in plan.steps.values())
         self.total = len(decoder.blocks)
         self.now = 0
         self.solver = BlockSolver(
@@ -332,10 +337,10 @@ class Run:
                     if watching is not None:
                         watching.advance(index, block, hidden)
                     else:
-                        with self.solver.replaying(index, block):
+                        with self.decoder.rounded(), self.solver.replaying(index, block):
                             self.decoder.advance(index, block, hidden)
                     if pristine is not None and original is not None and not last:
-                        with self.solver.replaying(index, pristine):
+                        with self.decoder.rounded(), self.solver.replaying(index, pristine):
                             self.decoder.advance(index, pristine, original)
         if watching is not None:
             self.kv_scales = watching.calibrator

@@ -33,7 +33,7 @@ WITHIN_QUANT_METHODS = (
     "formats", "kernels", "checkpoints", "calibration", "methods", "mixed_precision", "activations", "sweeps",
     "backends",
 )  # fmt: skip
-WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "demo", "lab")
+WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "study", "demo", "lab")
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},
     "quant_methods": {"locust", "vllm", "lm_eval"},

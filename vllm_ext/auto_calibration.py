@@ -6,11 +6,14 @@ its memory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE, SCHEMA
 from kv_cache.user_cache import cache_dir, making
-from quant_methods.model_source import resolve_model, resolve_tokenizer, sampled_fingerprint
+from quant_methods.model_source import read_config, resolve_model, resolve_tokenizer, sampled_fingerprint
 
 if TYPE_CHECKING:
     from vllm_ext.compat import LoadConfig, ModelConfig
@@ -40,6 +43,7 @@ class Origin:
         download_dir: where vLLM keeps models from the hub, if not in the hub's own cache.
         token: the hub's, as ``--hf-token`` gives it.
         config: folder or hub name of its config.json; None for its own.
+        overrides: JSON of what ``--hf-overrides`` changes in it; None for nothing.
 
     """
 
@@ -50,10 +54,16 @@ class Origin:
     download_dir: str | None = None
     token: str | bool | None = None
     config: str | None = None
+    overrides: str | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, load: LoadConfig) -> Origin:
-        """Return where a model of an engine's configuration comes from."""
+        """Return where a model of an engine's configuration comes from.
+
+        Raises:
+            ParetoError: a function of the user's changes its configuration, and what it does cannot be known here.
+
+        """
         found = cls(
             model.model,
             model.revision,
@@ -62,6 +72,7 @@ class Origin:
             load.download_dir,
             getattr(model, "hf_token", None),
             getattr(model, "hf_config_path", None),
+            _overrides(model),
         )
         if found.config == found.model:
             found = replace(found, config=None)
@@ -81,10 +92,10 @@ def calibrate(origin: Origin, *, device: str) -> Path:
         ParetoError: the model cannot be found or calibrated.
 
     """
-    if origin.config is not None:
+    if origin.config is not None and not Path(origin.config).is_dir():
         raise ParetoError(
             f"{origin.model} has no calibrated KV scales, and none can be made at start-up for a model whose "
-            f"config.json lies elsewhere (--hf-config-path {origin.config}): put both into one folder, or {INSTEAD}"
+            f"config.json is no local file (--hf-config-path {origin.config}): download it, or {INSTEAD}"
         )
     where: dict[str, Any] = {"download_dir": origin.download_dir, "token": origin.token}
     tokenizer = None
@@ -96,6 +107,51 @@ def calibrate(origin: Origin, *, device: str) -> Path:
         raise ParetoError(
             f"{origin.model} has no calibrated KV scales, and none can be made at start-up ({error}): {INSTEAD}"
         ) from error
+    with contextlib.ExitStack() as views:
+        if origin.config is not None or origin.overrides is not None:
+            source = views.enter_context(_as_served(origin, source))
+        return _calibrated(source, tokenizer, device)
+
+
+def _overrides(model: ModelConfig) -> str | None:
+    """Return what the user changes in the configuration, as JSON; None for nothing."""
+    found = getattr(model, "hf_overrides", None)
+    if callable(found):
+        # vLLM tells the kind of a draft model so, which changes no layer.
+        if getattr(found, "__module__", "").partition(".")[0] == "vllm":
+            return None
+        raise ParetoError(
+            f"{model.model}: hf_overrides is a function, and KV scales need to know what it changes: give a dict, or "
+            f"{INSTEAD}"
+        )
+    return json.dumps(found, sort_keys=True) if found else None
+
+
+@contextlib.contextmanager
+def _as_served(origin: Origin, source: Path) -> Iterator[Path]:
+    """Give a folder of the model's files with the configuration that it is served with."""
+    config = read_config(Path(origin.config) if origin.config else source)
+    _override(config, json.loads(origin.overrides or "{}"))
+    with tempfile.TemporaryDirectory(prefix="pareto-as-served-") as name:
+        view = Path(name)
+        for path in source.iterdir():
+            if path.name != "config.json":
+                (view / path.name).symlink_to(path.resolve())
+        (view / "config.json").write_text(json.dumps(config))
+        yield view
+
+
+def _override(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Change a configuration as vLLM does: that of a part, such as text_config, entry by entry, all else as a whole."""
+    for name, value in changes.items():
+        part = name.endswith("_config") and name != "quantization_config"
+        if part and isinstance(value, dict) and isinstance(config.get(name), dict):
+            _override(config[name], value)
+        else:
+            config[name] = value
+
+
+def _calibrated(source: Path, tokenizer: Path | None, device: str) -> Path:
     # Scales of another schema could not be read.
     key = f"{sampled_fingerprint(source)}-{SCHEMA.rpartition('/')[-1]}-{REVISION}"
     if tokenizer is not None:

@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,7 @@ import yaml
 from kv_cache.errors import ParetoError
 
 GROUP = "pareto.commands"
-ORDER = ("compress", "serve", "eval", "loadtest", "report", "demo", "kv-bench")
+ORDER = ("compress", "serve", "eval", "loadtest", "report", "study", "demo", "kv-bench", "serve-bench")
 
 
 class Command(Protocol):
@@ -66,6 +67,24 @@ def config_arguments(path: str, parser: argparse.ArgumentParser, others: dict[st
         raise ParetoError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ParetoError(f"--config {path}: expected a mapping of flag names to values")
+    return [*flag_words(data, parser, f"--config {path}", others), f"--config={path}"]
+
+
+def flag_words(
+    data: Mapping[str, Any], parser: argparse.ArgumentParser, where: str, others: dict[str, Any] | None = None
+) -> list[str]:
+    """Turn flags' values by name into command-line words.
+
+    Args:
+        data: as in the file of :func:`config_arguments`.
+        parser: the subcommand's parser, which knows the flags.
+        where: what errors start with.
+        others: takes the keys that are no flags; None: there must be none.
+
+    Raises:
+        ParetoError: a key is no flag.
+
+    """
     flags = {flag.removeprefix("--"): action for flag, action in parser._option_string_actions.items()}
     words: list[str] = []
     for key, value in data.items():
@@ -75,7 +94,7 @@ def config_arguments(path: str, parser: argparse.ArgumentParser, others: dict[st
             continue
         if name not in flags or name in ("help", "config"):
             valid = ", ".join(sorted(f for f in flags if len(f) > 1 and f not in ("-h", "help", "config")))
-            raise ParetoError(f"--config {path}: unknown key {key!r}; valid keys: {valid}")
+            raise ParetoError(f"{where}: unknown key {key!r}; valid keys: {valid}")
         if isinstance(value, bool):
             if value:
                 words.append(f"--{name}")
@@ -85,7 +104,7 @@ def config_arguments(path: str, parser: argparse.ArgumentParser, others: dict[st
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={value}")
-    return [*words, f"--config={path}"]
+    return words
 
 
 def build_parser(name: str, command: Command) -> argparse.ArgumentParser:

@@ -103,7 +103,8 @@ def _find(model: ModelConfig, load: LoadConfig) -> Path:
     from vllm_ext.auto_calibration import Origin, calibrate
 
     origin = Origin.of(model, load)
-    folder = _checkpoint_folder(origin)
+    # Scales in a checkpoint are for the model that it is, not for what --hf-overrides makes of it.
+    folder = _checkpoint_folder(origin) if origin.overrides is None else None
     if folder is not None and (folder / SCALES_FILE).is_file():
         return folder
     if load.load_format == "dummy":

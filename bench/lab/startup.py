@@ -2,7 +2,8 @@
 
 Every dtype is started with empty caches (the compiled kernels of vLLM, Triton, PyTorch and this project, and the scales
 that a start without calibrated ones measures), and then again with what the first start left there. All starts of one
-kind come before the next kind, so files of the model are in the machine's memory for all but the first.
+kind come before the next kind, so files of the model are in the machine's memory for all but the first. --beside starts
+the dtypes side by side, which needs memory for all of them and cores enough that they do not wait for each other.
 
     python -m bench.lab.startup MODEL --kv-cache-dtype auto fp8 int4_per_head --rounds 3 --out results/gpu-startup \\
         -- --max-model-len 8192
@@ -11,15 +12,15 @@ kind come before the next kind, so files of the model are in the machine's memor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,23 @@ CACHES = {
 """Variables that name folders of what a start leaves for the next, and the folders' names here."""
 
 
-@contextlib.contextmanager
-def caches(folder: Path) -> Iterator[None]:
-    """Let every cache lie under ``folder`` for as long as the block runs."""
-    before = {name: os.environ.get(name) for name in CACHES}
-    os.environ.update({name: str(folder / part) for name, part in CACHES.items()})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+@dataclass(frozen=True)
+class Job:
+    """A start: the model, the dtype, further flags, the server's log, and the folder of its caches."""
+
+    model: str
+    dtype: str
+    flags: Sequence[str]
+    log: Path
+    caches: Path
 
 
-def start(model: str, dtype: str, flags: Sequence[str], log: Path) -> dict[str, float]:
+def start(job: Job) -> dict[str, float]:
     """Start a server, ask for a token, and return the seconds until it was ready and until the token was there."""
     began = time.perf_counter()
-    words = [model, "--kv-cache-dtype", dtype, "--served-model-name", "model", *flags]
-    with serving(words, log) as server:
+    words = [job.model, "--kv-cache-dtype", job.dtype, "--served-model-name", "model", *job.flags]
+    folders = {name: str(job.caches / part) for name, part in CACHES.items()}
+    with serving(words, job.log, variables=folders) as server:
         ready = time.perf_counter() - began
         body = {"model": "model", "prompt": [7] * 32, "max_tokens": 1, "temperature": 0}
         request = urllib.request.Request(
@@ -75,10 +73,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for turn in range(args.rounds):
         with tempfile.TemporaryDirectory(prefix="startup-") as folder:
             for kind in ("empty caches", "filled caches"):
-                for dtype in args.kv_cache_dtype:
-                    with caches(Path(folder) / dtype):
-                        log = args.out / "logs" / f"{turn}-{kind.split()[0]}-{dtype}.log"
-                        found = start(args.model, dtype, args.flags, log)
+                jobs = [
+                    Job(args.model, dtype, args.flags, args.out / "logs" / f"{turn}-{kind.split()[0]}-{dtype}.log",
+                        Path(folder) / dtype)
+                    for dtype in args.kv_cache_dtype
+                ]  # fmt: skip
+                with ThreadPoolExecutor(len(jobs) if args.beside else 1) as pool:
+                    all_found = list(pool.map(start, jobs))
+                for dtype, found in zip(args.kv_cache_dtype, all_found, strict=True):
                     record = records.setdefault((dtype, kind), {"dtype": dtype, "caches": kind, "starts": []})
                     record["starts"].append(found)
                     print(f"round {turn + 1}, {kind}, {dtype}: first token after {found['first_token_s']:.1f} s",
@@ -97,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto", "fp8", "int4_per_head"])
     parser.add_argument("--rounds", type=int, default=1, help="starts of each kind; the median counts")
+    parser.add_argument("--beside", action="store_true", help="start the dtypes side by side")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(words[: words.index("--")] if "--" in words else words)
     args.flags = flags

@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import json_flag
 from bench.quality.plan import Settings, make_plan
-from bench.quality.schema import ConfigurationResult, EvalReport, TaskResult
+from bench.quality.schema import ConfigurationResult, EvalReport, TaskResult, shown_p
 from bench.quality.tasks.run import TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
@@ -29,6 +30,8 @@ so that the context is read back from the cache's codes (a prompt prefilled at o
   KL           KL divergence (baseline || tested), nats per token
   top-1        how often both put the same token first
   needle       greedy retrieval of a planted number, by context length and depth
+  tasks        lm-eval's, with calibration error, Brier score and answers that change; each change beside the baseline
+               with its p, also for the whole table, and a verdict of non-inferiority against --margin
 
 Examples:
   # the embedded model: bf16 against three KV-cache dtypes, on text that the model writes itself
@@ -53,7 +56,7 @@ vocabulary entry.
 USER_ERRORS = (ParetoError,)
 TASKS_CAPTION = """\
 p: of no change from the baseline; Holm: adjusted for the whole table; smallest: smallest change that so many questions
-show (80% power); verdict: by the 95% interval of the change; pt: points; else: from one wrong answer to another"""
+show (80% power); verdict: by the 95% interval of the change; pt: points; ~: from one wrong answer to another"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t = d.tasks
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="NAME",
-        help="lm-eval's tasks and groups to ask, * and ? as in a shell, e.g. mmlu arc_easy gsm8k (default: none)",
+        help="tasks and groups, lm-eval's and ours, * and ? as in a shell, such as mmlu ruler xstest (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--task-data", metavar="DIR", help="take questions from DIR/TASK/SPLIT.jsonl or .csv (default: from the hub)"
@@ -116,8 +119,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--apply-chat-template", action="store_true", help="put questions into the model's chat template"
     )
     parser.add_argument(
-        "--task-context", type=int, default=t.max_model_len, metavar="N", help="longest context of tasks (%(default)s)"
-    )
+        "--task-context", type=int, default=t.max_model_len, metavar="N",
+        help="longest context of tasks, and the length of RULER's (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--margin", type=float, default=d.margin * 100, metavar="POINTS",
         help="loss of a task's score, in points, that does not matter: what non-inferior is about (%(default)g)",
@@ -198,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
     # Piped output has no width of its own: 80 columns would break the table's words.
     Console(width=None if console.is_terminal else 130).print(table(report))
     if any(row.tasks for row in report.configurations):
-        Console(width=None if console.is_terminal else 130).print(task_table(report))
+        Console(width=None if console.is_terminal else 170).print(task_table(report))
     print(f"wrote {out / RESULT}", flush=True)
     for failure in report.failed:
         print(f"pareto eval: failed: {failure.name}: {failure.error}", file=sys.stderr)
@@ -218,29 +222,32 @@ def table(report: EvalReport) -> Table:
 
 
 def task_table(report: EvalReport) -> Table:
-    """Return the tasks' results as a table, one row a task, metric and configuration."""
-    result = Table(title="Tasks", caption=TASKS_CAPTION)
-    left = ("task", "metric", "configuration", "verdict (margin)")
-    headings = (*left[:3], "questions", "value", "change", "p", "smallest", left[3], "gained, lost", "same", "read")
+    """Return the tasks' results as a table: a section for each task and metric, a row for each configuration."""
+    result = Table(title="Tasks", caption=TASKS_CAPTION, box=box.SIMPLE_HEAD)
+    left = ("task, metric", "configuration", "verdict (margin)")
+    headings = (*left[:2], "value", "change", "p", "Holm", "smallest", left[2], "gained, lost", "same", "read")
     for heading in headings:
-        result.add_column(heading, justify="left" if heading in left else "right")
-    for name, metric in dict.fromkeys((one.task, one.metric) for row in report.configurations for one in row.tasks):
-        for row in report.configurations:
-            for one in row.tasks:
-                if (one.task, one.metric) == (name, metric):
-                    result.add_row(
-                        name, metric, row.name, f"{one.questions:,}", _plain(one.value, "{:.4f}"),
-                        _plain(one.change, "{:+.4f}").replace("±+", "±"), one.significance or "-",
-                        "-" if one.smallest is None else f"{one.smallest:.4f}", one.judged or "-", _moved(one),
-                        "-" if one.agreement is None else f"{one.agreement:.1%}", f"{one.read:.1%}",
-                    )  # fmt: skip
-        result.add_section()
+        # A verdict is never parted from its margin.
+        result.add_column(heading, justify="left" if heading in left else "right", no_wrap=heading == left[2])
+    rows = [(configuration.name, one) for configuration in report.configurations for one in configuration.tasks]
+    for name in dict.fromkeys(one.task for _, one in rows):
+        for metric in dict.fromkeys(one.metric for _, one in rows if one.task == name):
+            section = [(label, one) for label, one in rows if (one.task, one.metric) == (name, metric)]
+            for index, (label, one) in enumerate(section):
+                result.add_row(
+                    ("" if index else f"{name}, {metric}\n{one.questions:,} questions"), label,
+                    _plain(one.value, "{:.4f}"), _plain(one.change, "{:+.4f}").replace("±+", "±"),
+                    shown_p(one.p) or "-", shown_p(one.p_holm) or "-",
+                    "-" if one.smallest is None else f"{one.smallest:.4f}", one.judged or "-", _moved(one),
+                    "-" if one.agreement is None else f"{one.agreement:.1%}", f"{one.read:.1%}",
+                    end_section=index == len(section) - 1,
+                )  # fmt: skip
     return result
 
 
 def _moved(row: TaskResult) -> str:
     if row.flips is not None:
-        return f"+{row.flips.wrong_to_right:,} -{row.flips.right_to_wrong:,}, {row.flips.wrong_to_wrong:,} else"
+        return f"+{row.flips.wrong_to_right:,} -{row.flips.right_to_wrong:,} ~{row.flips.wrong_to_wrong:,}"
     return "-" if row.gained is None or row.lost is None else f"+{row.gained:,} -{row.lost:,}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import engine
 from bench.environment import environment
 from bench.files import replacing, write_arrays, write_json
+from bench.quality import units
 from bench.quality.needle import Trial, is_correct
 from bench.quality.needle import summarize as summarize_needle
 from bench.quality.plan import Configuration, Plan
@@ -88,7 +90,26 @@ class Evaluation:
                 done = len(results) + len(failed) == len(self.plan.configurations)
                 report = self._report("complete" if done else "partial", results, failed)
                 write_json(self.out / RESULT, report.to_dict())
+            self._write_units(results)
         return report
+
+    def _write_units(self, results: Sequence[ConfigurationResult]) -> None:
+        """Write what each window, needle and question gave, by which other comparisons than this one's are made."""
+        found, shared = {}, {}
+        for configuration in self.plan.configurations:
+            if any(result.name == configuration.name for result in results):
+                store = self.store(configuration)
+                windows = [
+                    (f"{name}/{i}", self._arrays(store, i, configuration.is_baseline))
+                    for i, (name, _) in enumerate(self.windows)
+                ]
+                found[configuration.name] = units.of(
+                    windows, self.plan.trials, store.answers(), self._scores(store) if self.tasks else [],
+                    self.tasks.groups if self.tasks else {},
+                )  # fmt: skip
+                if self.tasks:
+                    shared[configuration.name] = units.documents(self._scores(store), self.tasks.groups)
+        write_json(self.out / units.RESULT, {"schema": units.SCHEMA, "configurations": found, "documents": shared})
 
     @contextlib.contextmanager
     def _chosen_tasks(self) -> Iterator[None]:
@@ -143,9 +164,16 @@ class Evaluation:
                     group = windows[start : start + together]
                     self._windows(llm, configuration, store, group)
                     advance(len(group))
-                for cell in _batches(trials, pending):
-                    store.add_answers(_ask(llm, [trials[i] for i in cell], cell))
-                    advance(len(cell))
+                # Those of one length together: none waits for another.
+                pending.sort(key=lambda i: trials[i].length)
+                for start in range(0, len(pending), self.plan.prompts_at_once):
+                    group = pending[start : start + self.plan.prompts_at_once]
+                    store.add_answers(_ask(llm, [trials[i] for i in group], group, self._chunk))
+                    advance(len(group))
+
+    @property
+    def _chunk(self) -> int | None:
+        return self.plan.settings.chunk_tokens if self.plan.shared_steps else None
 
     def _windows(self, llm: Any, configuration: Configuration, store: Store, indices: Sequence[int]) -> None:
         with contextlib.ExitStack() as written:
@@ -160,7 +188,7 @@ class Evaluation:
                         raise ParetoError(f"the baseline's logits under {self.base_store.folder} are gone; run again")
                     compare = [str(self.base_store.logits_file(index)), str(base["dtype"])]
                 asked.append((self.windows[index][1], partial, compare))
-            figures = measure_windows(llm, asked)
+            figures = measure_windows(llm, asked, self._chunk)
             self._check_chunks(max(one["max_chunk"] for one in figures))
         for index, one in zip(indices, figures, strict=True):
             arrays = {
@@ -198,17 +226,15 @@ class Evaluation:
     def _task_results(self, configuration: Configuration) -> list[TaskResult]:
         if self.tasks is None:
             return []
-        settings = self.plan.settings.tasks
-
-        def scores(store: Store) -> list[Scores]:
-            found = [store.scores(name, settings) for name in self.tasks.tasks] if self.tasks else []
-            if any(one is None for one in found):
-                raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
-            return [score for one in found for score in one or []]
-
-        tested = scores(self.store(configuration))
-        base = None if configuration.is_baseline else scores(self.base_store)
+        tested = self._scores(self.store(configuration))
+        base = None if configuration.is_baseline else self._scores(self.base_store)
         return task_results(tested, base, self.tasks.groups, self.plan.settings.margin)
+
+    def _scores(self, store: Store) -> list[Scores]:
+        found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
+        if any(one is None for one in found):
+            raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
+        return [score for one in found for score in one or []]
 
     def _check_chunks(self, longest: int) -> None:
         if longest > self.plan.settings.chunk_tokens:
@@ -303,12 +329,41 @@ Window = tuple[list[int], str | None, list[str] | None]
 """A window's tokens, the file to write its logits to, and the baseline's logits: file, and name of their dtype."""
 
 
-def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
+MARGIN_STEPS = 64
+"""Steps for which the request beside others lasts longer than they: so late may the last of them come."""
+
+
+def chunked(prompts: list[list[int]], params: list[Any], chunk_tokens: int | None) -> tuple[list[Any], list[Any], int]:
+    """Return prompts and their settings for vLLM, and how many outputs come before theirs.
+
+    vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, the first
+    would take the whole first step, and the last that runs all that is left of it. So a request that decodes all the
+    while is there before them.
+
+    Args:
+        prompts: tokens.
+        params: of each.
+        chunk_tokens: longest chunk; None where a step holds one only, so that nothing has to be cut.
+
+    """
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    if chunk_tokens is None:
+        return asked, params, 0
+    longest = max(map(len, prompts))
+    steps = math.ceil(longest / chunk_tokens) + max(one.max_tokens for one in params) + MARGIN_STEPS
+    beside = SamplingParams(max_tokens=min(steps, longest), ignore_eos=True, temperature=0.0, detokenize=False)
+    return [{"prompt_token_ids": prompts[0][:1]}, *asked], [beside, *params], 1
+
+
+def measure_windows(llm: Any, windows: list[Window], chunk_tokens: int | None = None) -> list[dict[str, Any]]:
     """Pass windows through an engine, all at once, and return each one's per-token figures.
 
     Args:
         llm: an engine of :func:`bench.engine.build_llm`, idle, whose steps hold a chunk of every window.
         windows: what to measure.
+        chunk_tokens: longest chunk; None where a step holds one only.
 
     Returns:
         Of each window ``nll``, ``kl``, ``top1`` (lists with one entry a predicted position; the last two empty without
@@ -320,17 +375,10 @@ def measure_windows(llm: Any, windows: list[Window]) -> list[dict[str, Any]]:
     for _, store, _ in windows:
         if store:
             Path(store).parent.mkdir(parents=True, exist_ok=True)
-    prompts = [tokens for tokens, _, _ in windows]
-    params = [SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)] * len(windows)
-    together = len(windows) > 1
-    if together:
-        # vLLM cuts prompts into chunks only while there are other requests; requests reach it one after the other, and
-        # the first would take the whole first step. A request that decodes all the while is there before it.
-        prompts.insert(0, windows[0][0][:1])
-        longest = max(map(len, prompts))
-        params.insert(0, SamplingParams(max_tokens=longest, ignore_eos=True, temperature=0.0, detokenize=False))
-    llm.collective_rpc("pareto_tap_begin", args=(windows, int(together)))
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    each = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    prompts, params, before = chunked([tokens for tokens, _, _ in windows], [each] * len(windows), chunk_tokens)
+    llm.collective_rpc("pareto_tap_begin", args=(windows, before))
+    llm.generate(prompts, params, use_tqdm=False)
     figures = [result for result in llm.collective_rpc("pareto_tap_end") if result is not None]
     if len(figures) != 1:
         raise RuntimeError(f"{len(figures)} workers recorded logits, expected one")
@@ -374,18 +422,10 @@ def text_quality(name: str, tested: list[Arrays], baseline: list[Arrays] | None)
     )
 
 
-def _batches(trials: list[Trial], pending: list[int]) -> Iterator[list[int]]:
-    """Yield the pending trials cell by cell."""
-    cells: dict[tuple[int, float], list[int]] = {}
-    for index in pending:
-        cells.setdefault((trials[index].length, trials[index].depth), []).append(index)
-    yield from cells.values()
-
-
-def _ask(llm: Any, trials: list[Trial], indices: list[int]) -> dict[int, str]:
+def _ask(llm: Any, trials: list[Trial], indices: list[int], chunk_tokens: int | None) -> dict[int, str]:
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": trial.prompt} for trial in trials]
-    params = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    each = [SamplingParams(max_tokens=trial.answer_tokens, temperature=0.0) for trial in trials]
+    prompts, params, before = chunked([trial.prompt for trial in trials], each, chunk_tokens)
+    outputs = llm.generate(prompts, params, use_tqdm=False)[before:]
     return {index: output.outputs[0].text for index, output in zip(indices, outputs, strict=True)}

@@ -102,7 +102,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything resolved. The baseline's configuration is the first."""
+    """Everything resolved. The baseline's configuration is the first.
+
+    Attributes:
+        settings: the user's choices.
+        configurations: what is measured.
+        texts: windows.
+        trials: retrieval prompts.
+        max_model_len: longest context in tokens.
+        kv_cache_memory_bytes: of every configuration.
+        vocabulary: entries.
+        windows_at_once: windows that pass through an engine together, each by a chunk a step.
+        prompts_at_once: retrieval prompts that do.
+        skipped_lengths: of retrieval prompts, longer than the model's context.
+
+    """
 
     settings: Settings
     configurations: list[Configuration]
@@ -111,30 +125,32 @@ class Plan:
     max_model_len: int
     kv_cache_memory_bytes: int
     vocabulary: int
+    windows_at_once: int
+    prompts_at_once: int
     skipped_lengths: list[int] = field(default_factory=list)
 
     @property
-    def windows_at_once(self) -> int:
-        """Windows that pass through an engine together: as many as a step's chunks fill, where chunks are short."""
-        return windows_at_once(self.settings.chunk_tokens, sum(len(text.windows) for text in self.texts))
+    def shared_steps(self) -> bool:
+        """Whether a step of the engine holds more than one chunk."""
+        return max(self.windows_at_once, self.prompts_at_once) > 1
 
     def engine_settings(self, configuration: Configuration) -> EngineSettings:
         """Return the engine's settings for one configuration: the same for all but model and KV dtype."""
-        # One more where windows go together, see measure_windows of bench/quality/evaluate.py.
-        beside = int(self.windows_at_once > 1)
+        # One more where a step is shared, see chunked of bench/quality/evaluate.py.
+        most = max(self.windows_at_once, self.prompts_at_once) + int(self.shared_steps)
         return EngineSettings(
             model=str(configuration.checkpoint.folder),
             kv_cache_dtype=configuration.kv_cache_dtype,
             dtype=self.settings.dtype,
             max_model_len=self.max_model_len,
-            max_num_batched_tokens=self.settings.chunk_tokens * self.windows_at_once + beside,
-            max_num_seqs=max(min(4, self.settings.chunk_tokens), self.windows_at_once + beside),
+            max_num_batched_tokens=self.settings.chunk_tokens * most,
+            max_num_seqs=most,
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             tensor_parallel_size=self.settings.tensor_parallel_size,
             enforce_eager=self.settings.enforce_eager,
             seed=self.settings.seed,
             # Each window gets its own chunk of a step.
-            extra=({"long_prefill_token_threshold": self.settings.chunk_tokens} if self.windows_at_once > 1 else {})
+            extra=({"long_prefill_token_threshold": self.settings.chunk_tokens} if self.shared_steps else {})
             | json_flag("compilation_config", self.settings.compilation_config),
         )
 
@@ -155,13 +171,10 @@ class Plan:
 
 TASK_STEP_TOKENS, TASK_SEQUENCES, TASK_CONTEXTS = 4096, 64, 8
 """Tokens and sequences of a step while tasks are asked, and the longest contexts that the cache then holds."""
-STEP_TOKENS = 64
-"""Tokens of a step up to which several windows share it."""
-
-
-def windows_at_once(chunk_tokens: int, windows: int) -> int:
-    """Return how many windows pass through an engine together when each advances by ``chunk_tokens`` a step."""
-    return max(1, min(windows, STEP_TOKENS // chunk_tokens))
+WINDOW_TOKENS, PROMPT_TOKENS = 512, 2048
+"""Tokens of a step up to which several windows share it, whose logits are of the whole vocabulary; and prompts."""
+SHARED_GIB = {"cpu": 2, "cuda": 8}
+"""Memory up to which the cache grows by itself for contexts that advance together."""
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -201,15 +214,22 @@ def make_plan(settings: Settings) -> Plan:
             tokenizer, filler, lengths, settings.needle_depths, per_cell=settings.needles_per_cell, seed=settings.seed
         )
     max_model_len = max([settings.window_tokens + 1, *lengths])
-    together = windows_at_once(settings.chunk_tokens, sum(len(text.windows) for text in texts))
+    context_bytes = max_model_len * bytes_per_token(baseline, settings.tensor_parallel_size)
+    most = settings.kv_cache_memory_bytes or SHARED_GIB["cuda" if torch.backends.cuda.is_built() else "cpu"] << 30
+    # One is left for the request that goes beside them.
+    room = most // context_bytes - 1
+    windows, prompts = (
+        max(1, min(count, tokens // settings.chunk_tokens, room))
+        for count, tokens in ((sum(len(text.windows) for text in texts), WINDOW_TOKENS), (len(trials), PROMPT_TOKENS))
+    )
     memory = settings.kv_cache_memory_bytes or default_memory(
-        baseline, max_model_len, settings.tensor_parallel_size, max(2, together + 1)
+        baseline, max_model_len, settings.tensor_parallel_size, max(windows, prompts) + 1
     )
     shared = {
         "texts": [(t.name, hashlib.sha256(t.windows.numpy().tobytes()).hexdigest()) for t in texts],
         "trials": hashlib.sha256(repr(trials).encode()).hexdigest(),
         "chunk": settings.chunk_tokens,
-        "windows_at_once": together,
+        "at_once": (windows, prompts),
         "max_model_len": max_model_len,
         "memory": memory,
         "dtype": settings.dtype,
@@ -227,7 +247,7 @@ def make_plan(settings: Settings) -> Plan:
             continue  # That is the baseline.
         configurations.append(_configuration(test, dtype, False, shared, base))
     vocabulary = int(read_config(baseline).get("vocab_size") or 0)
-    return Plan(settings, configurations, texts, trials, max_model_len, memory, vocabulary, skipped)
+    return Plan(settings, configurations, texts, trials, max_model_len, memory, vocabulary, windows, prompts, skipped)
 
 
 def _configuration(
@@ -332,10 +352,14 @@ def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
 
 def default_memory(folder: Path, max_model_len: int, ranks: int, sequences: int = 2) -> int:
     """Return the KV memory for so many of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
+    return max(1, math.ceil(sequences * max_model_len * bytes_per_token(folder, ranks) / 2**30)) << 30
+
+
+def bytes_per_token(folder: Path, ranks: int) -> int:
+    """Return what a token takes of one rank's KV cache in bfloat16."""
     config = read_config(folder)
     text = config.get("text_config") or config
     heads = int(text.get("num_attention_heads") or 32)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size") or 4096) // heads)
-    per_token = 4 * int(text.get("num_hidden_layers") or 32) * max(1, kv_heads // ranks) * head_dim
-    return max(1, math.ceil(sequences * max_model_len * per_token / 2**30)) << 30
+    return 4 * int(text.get("num_hidden_layers") or 32) * max(1, kv_heads // ranks) * head_dim

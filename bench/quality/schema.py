@@ -69,6 +69,11 @@ class Needle:
     cells: list[NeedleCell]
 
 
+def shown_p(p: float | None) -> str:
+    """Return a p-value as text; empty for None."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 @dataclass(frozen=True)
 class Flips:
     """Questions of multiple choice whose chosen answer is not the baseline's.
@@ -130,12 +135,6 @@ class TaskResult:
     margin: float | None = None
     verdict: str | None = None
     flips: Flips | None = None
-
-    @property
-    def significance(self) -> str:
-        """Return p, and behind it that of the whole table; empty without one."""
-        shown = ["<0.001" if p < 0.001 else f"{p:.3f}" for p in (self.p, self.p_holm) if p is not None]
-        return " (Holm ".join(shown) + ")" * (len(shown) - 1)
 
     @property
     def judged(self) -> str:

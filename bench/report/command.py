@@ -11,7 +11,8 @@ from kv_cache.errors import ParetoError
 
 HELP = "turn result files into one HTML page with the Pareto frontier, and one JSON file"
 DESCRIPTION = """\
-Join the results of eval, loadtest, kv-bench and compress into one self-contained HTML page and one JSON file.
+Join the results of eval, loadtest, kv-bench, serve-bench and compress into one self-contained HTML page and one JSON
+file.
 
 RESULTS are files or folders (searched for result files). Figures of one configuration, a model with a KV-cache dtype,
 become one row: a load test belongs to the configuration that its --label names as eval does ("ref-7m, int4_per_head

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import ChoiceLoader, Environment, PackageLoader, Template
 
 from bench.engine import plain_dtype
-from bench.quality.schema import EvalReport, NeedleCell, TaskResult
+from bench.quality.schema import EvalReport, NeedleCell, TaskResult, shown_p
 from bench.report import plots
 from bench.report.documents import Inputs, Recipe
 from bench.report.figures import NONE, milliseconds
@@ -30,11 +29,15 @@ STAGE_HEADINGS = (
 )  # fmt: skip
 
 
+def page_template(package: str, name: str) -> Template:
+    """Return a template of a package, which may extend ``base.html.j2``: the look that all pages share."""
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("bench.report")])
+    return Environment(autoescape=True, trim_blocks=True, loader=loader).get_template(name)
+
+
 def render(title: str, inputs: Inputs, rows: list[Row], trade_offs: list[Frontier], notes: list[str]) -> str:
     """Return the page's HTML."""
-    template = Environment(autoescape=True, trim_blocks=True).from_string(
-        resources.files("bench.report").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    )
+    template = page_template("bench.report", "report.html.j2")
     tests = [(_load_name(test, rows, path), test) for path, test in inputs.of(Summary)]
     budgets = {row.get("kv_budget_bytes") for row in rows} - {None}
     trials = {cell.accuracy.n for cell in _needle_cells(inputs)}
@@ -102,7 +105,8 @@ def _task_cell(task: TaskResult) -> Cell:
         )
     if task.change is None or task.p is None:
         return Cell(value)
-    said = [f"{task.change.value:+.4f}", f"p {task.significance}"]
+    said = [f"{task.change.value:+.4f}", f"p {shown_p(task.p)}"]
+    said += [f"Holm {shown_p(task.p_holm)}"] if task.p_holm is not None else []
     said += [f"smallest {task.smallest:.4f}"] if task.smallest is not None else []
     return Cell(value, ", ".join(said + ([task.judged] if task.judged else [])))
 
@@ -240,13 +244,19 @@ def _environments(inputs: Inputs) -> list[list[tuple[str, str]]]:
     ]
     for kind, found in kinds:
         for path, environment in found:
-            lines = [("measured", f"{kind} ({path.name})")]
-            for key, value in environment.items():
-                inner = value.items() if isinstance(value, dict) else None
-                lines.append((key, ", ".join(f"{k} {_plain(v)}" for k, v in inner) if inner else _plain(value)))
+            lines = described(f"{kind} ({path.name})", environment)
             if lines not in made:
                 made.append(lines)
     return made
+
+
+def described(what: str, environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return an environment as lines of a name and a text, the first of which says what was measured in it."""
+    lines = [("measured", what)]
+    for key, value in environment.items():
+        inner = value.items() if isinstance(value, dict) else None
+        lines.append((key, ", ".join(f"{k} {_plain(v)}" for k, v in inner) if inner else _plain(value)))
+    return lines
 
 
 def _plain(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from bench.report.rows import Frontier, stage_label
+from bench.report.rows import Ends, Frontier, stage_label
 from loadtest.schema import Distribution, Summary
 
 FOREGROUND = "#010101"
@@ -30,17 +30,19 @@ MARKERS = "osD^vPX*"
 
 def frontier_plot(frontier: Frontier) -> str:
     """Return the SVG of one trade-off: filled markers on the frontier, hollow ones off it."""
-    figure, axes = _figure(3.6)
+    figure, axes = _figure(3.6 + _legend_room(len(frontier.points)))
     order = {name: i for i, (name, _, _, _) in enumerate(frontier.points)}
     on = sorted(((x, y) for _, x, y, best in frontier.points if best), key=lambda p: p[0])
     axes.plot([x for x, _ in on], [y for _, y in on], color=MUTED, linewidth=1, linestyle="--", zorder=1)
     for name, x, y, best in frontier.points:
         colour = SERIES[order[name] % len(SERIES)]
+        _bars(axes, x, y, frontier.bars.get(name), colour)
         axes.plot(
             x, y, MARKERS[order[name] % len(MARKERS)], color=colour, markersize=8, markeredgewidth=1.6,
             markerfacecolor=colour if best else BACKGROUND, zorder=3, label=name + ("" if best else " (dominated)"),
         )  # fmt: skip
-    _loss_axis(axes, [y for _, _, y, _ in frontier.points])
+    if not frontier.larger_y_is_better:
+        _loss_axis(axes, [y for _, _, y, _ in frontier.points])
     axes.set_xlabel(f"{frontier.x_label} ({'more' if frontier.larger_x_is_better else 'less'} is better)")
     axes.set_ylabel(frontier.y_label)
     axes.margins(x=0.12)
@@ -114,6 +116,45 @@ def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
     return _svg(figure, "sweep")
 
 
+Place = tuple[float | str, float, float | None, float | None]
+"""A point of a line: x, y, and the ends of y's interval."""
+
+
+def line_plot(name: str, x_label: str, y_label: str, lines: Sequence[tuple[str, Sequence[Place]]]) -> str:
+    """Return the SVG of lines with their intervals.
+
+    Args:
+        name: unique on the page.
+        x_label: of the axis; its values are numbers, or words in their order.
+        y_label: of the axis.
+        lines: name and points of each, in the order of x.
+
+    """
+    figure, axes = _figure(3.4 + _legend_room(len(lines)))
+    for i, (label, places) in enumerate(lines):
+        colour = SERIES[i % len(SERIES)]
+        for x, _, low, high in places:
+            if low is not None and high is not None:
+                axes.plot([x, x], [low, high], color=colour, linewidth=1.2, zorder=2)
+        axes.plot(
+            [x for x, *_ in places], [y for _, y, *_ in places], color=colour, marker=MARKERS[i % len(MARKERS)],
+            linewidth=1.6, label=label, zorder=3,
+        )  # fmt: skip
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.margins(x=0.1, y=0.2)
+    _legend(axes, len(lines))
+    return _svg(figure, name)
+
+
+def _bars(axes: Any, x: float, y: float, ends: tuple[Ends, Ends] | None, colour: str) -> None:
+    across, along = ends or (None, None)
+    if across is not None:
+        axes.plot(across, [y, y], color=colour, linewidth=1.2, zorder=2)
+    if along is not None:
+        axes.plot([x, x], along, color=colour, linewidth=1.2, zorder=2)
+
+
 def _loss_axis(axes: Any, values: list[float]) -> None:
     """Show losses over orders of magnitude, with the baseline's 0 at the bottom."""
     positive = [v for v in values if v > 0]
@@ -142,6 +183,11 @@ def _figure(height: float) -> tuple[Any, Any]:
     axes.xaxis.label.set(color=FOREGROUND, size=9)
     axes.yaxis.label.set(color=FOREGROUND, size=9)
     return figure, axes
+
+
+def _legend_room(count: int) -> float:
+    """Return the inches by which a figure is higher for more than six names above it, two in a row."""
+    return 0.16 * max(0, (count + 1) // 2 - 3)
 
 
 def _legend(axes: Any, count: int, columns: int = 2) -> None:

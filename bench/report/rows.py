@@ -26,6 +26,9 @@ LOAD = tuple[str, str]
 """What a load test asked for, and how often (a stage's label)."""
 
 
+Ends = tuple[float, float] | None
+
+
 @dataclass
 class Row:
     """One configuration.
@@ -68,7 +71,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A trade-off: (name, x, y, on the frontier) of each row that has both figures."""
+    """A trade-off: (name, x, y, on the frontier) of each row that has both figures.
+
+    ``bars`` has the ends of the 95% intervals by name, of x and of y; None for one that is not known.
+    """
 
     key: str
     title: str
@@ -76,6 +82,8 @@ class Frontier:
     y_label: str
     larger_x_is_better: bool
     points: list[tuple[str, float, float, bool]]
+    larger_y_is_better: bool = False
+    bars: dict[str, tuple[Ends, Ends]] = field(default_factory=dict)
 
 
 def make_rows(inputs: Inputs, context_tokens: int) -> tuple[list[Row], list[str]]:
@@ -261,7 +269,9 @@ def to_json(rows: Sequence[Row], trade_offs: Sequence[Frontier]) -> dict[str, An
             for row in rows
         ],
         "frontiers": [
-            asdict(f) | {"points": [dict(zip(("name", "x", "y", "on_frontier"), p, strict=True)) for p in f.points]}
+            {"key": f.key, "title": f.title, "x_label": f.x_label, "y_label": f.y_label}
+            | {"larger_x_is_better": f.larger_x_is_better}
+            | {"points": [dict(zip(("name", "x", "y", "on_frontier"), p, strict=True)) for p in f.points]}
             for f in trade_offs
         ],
     }

@@ -31,12 +31,12 @@ from bench.speed.energy import CannotMeasure, Counter, Meter, Window, find_count
 from bench.speed.served_schema import EnergySource, Idle, Load, PointRound, Round, ServeBenchReport
 from bench.speed.served_summary import summarize
 from kv_cache.errors import ParetoError
-from loadtest.schema import StageResult, Summary
+from loadtest.schema import Generator, StageResult, Summary
 from quant_methods.model_source import read_config, resolve_model, resolve_shape, weight_bytes
 
 RESULT = "serve-bench.json"
 PROBE = "bench.speed.worker_memory.MemoryProbe"
-SETTLE_S = 0.5
+SETTLE_S = 1.0
 WARM_UP_TOKENS = 8
 SPARE_TOKENS = 8
 LEAST_DURATION_S = 1.5
@@ -274,7 +274,7 @@ class ServeBench:
                 for kind, tokens in (("prefill", 1), ("generation", s.output_tokens)):
                     self.say(f"  {context:,} tokens of context, {kind}, {_listed(s.batches)} at once")
                     test = self._load(s, context, tokens, flags, server, f"{name}-{index}-{context}-{kind}")
-                    loads.append([_as_load(stage, meter, self.energy) for stage in test.stages])
+                    loads.append([_as_load(stage, test.generator, meter, self.energy) for stage in test.stages])
                 points += [
                     PointRound(*parts) for parts in zip(s.batches, [context] * len(s.batches), *loads, strict=True)
                 ]
@@ -328,7 +328,7 @@ def _window(meter: Meter, begin: float, end: float) -> tuple[Window | None, str 
         return None, str(error)
 
 
-def _as_load(stage: StageResult, meter: Meter | None, energy: EnergySource) -> Load:
+def _as_load(stage: StageResult, generator: Generator, meter: Meter | None, energy: EnergySource) -> Load:
     """Return what a stage measured, with the energy between its first start and its last end."""
     assert stage.throughput is not None
     assert stage.started_unix_s is not None
@@ -346,6 +346,7 @@ def _as_load(stage: StageResult, meter: Meter | None, energy: EnergySource) -> L
         ttft_ms=stage.latency.ttft_ms,
         tpot_ms=stage.latency.tpot_ms,
         e2e_ms=stage.latency.e2e_ms,
+        generator_lag_ms=generator.loop_lag_ms.p99 if generator.loop_lag_ms else None,
         joules=None if window is None else window.joules,
         missing=missing,
     )

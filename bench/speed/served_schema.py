@@ -85,6 +85,8 @@ class Load:
         ttft_ms: time to the first token.
         tpot_ms: time per token after the first; None where each answer has one token.
         e2e_ms: start to end.
+        generator_lag_ms: by how much the load generator's own loop ran late (P99 of all its stages); latencies include
+            it; None if unknown.
         joules: of each device in the window; None if it cannot be measured.
         missing: why there are no joules.
 
@@ -99,6 +101,7 @@ class Load:
     ttft_ms: Distribution | None
     tpot_ms: Distribution | None
     e2e_ms: Distribution | None
+    generator_lag_ms: float | None
     joules: list[float] | None
     missing: str | None = None
 

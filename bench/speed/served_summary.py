@@ -13,6 +13,7 @@ from bench.speed.schema import Spread
 from bench.speed.served_schema import Energy, Idle, Load, PointRound, Round, ServedDtype, ServedPoint
 
 _ROUND = TypeAdapter(Round)
+LATE_MS = 10
 Figure = Callable[[PointRound, Idle], float | None]
 """A figure of one round; None where it is undefined."""
 
@@ -159,6 +160,9 @@ def _notes(rounds: list[Round], points: list[PointRound]) -> list[str]:
         notes.append(f"{failed} requests failed; what they took counts for no token, so there is no energy")
     if preempted := sum(load.preemptions or 0 for load in loads):
         notes.append(f"{preempted} times the cache was too small for all requests, and one was computed again")
+    late = max((load.generator_lag_ms or 0 for load in loads), default=0)
+    if late > LATE_MS:
+        notes.append(f"the load generator itself ran late (P99 {late:.0f} ms), and latencies include that")
     pairs = list(zip(points, (r.idle for r in rounds), strict=True))
     if any(prefill_share(p, idle) is not None and decode_joules(p, idle) is None for p, idle in pairs):
         notes.append("prefill seems to have taken all of a load's energy: raise --output-tokens or --duration")

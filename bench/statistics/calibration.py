@@ -58,7 +58,7 @@ def expected_calibration_error(
     """
     if len(confidence) != len(correct) or len(confidence) < 2 or bins < 1:
         raise ValueError(f"{len(confidence)} confidences, {len(correct)} answers (at least 2 of both), {bins} bins")
-    return float(_errors(confidence, correct, bins, debiased)(np.ones((1, len(confidence)), int))[0])
+    return float(_errors(confidence, correct, bins, debiased)(np.ones((1, len(confidence))))[0])
 
 
 Answers = tuple[Sequence[float], Sequence[float]]
@@ -96,7 +96,7 @@ def calibrated(tested: Answers, baseline: Answers | None, clusters: Sequence[Has
     groups = codes(clusters, questions)
     units = questions if groups is None else int(groups.max()) + 1
     errors = [_errors(*one, BINS, True) for one in (tested, baseline) if one is not None]
-    own, *other = (float(error(np.ones((1, questions), int))[0]) for error in errors)
+    own, *other = (float(error(np.ones((1, questions)))[0]) for error in errors)
     if units < 2:
         unknown = Calibration(Estimate(own, None, None, None, units))
         return replace(unknown, change=Estimate(own - other[0], None, None, None, units), p=1.0) if other else unknown
@@ -116,29 +116,24 @@ def calibrated(tested: Answers, baseline: Answers | None, clusters: Sequence[Has
 def _errors(
     confidence: Sequence[float], correct: Sequence[float], bins: int, debiased: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Return what makes errors [rows] of counts of questions, int [rows, questions]."""
-    order = np.argsort(confidence, kind="stable")
-    sure, right = np.asarray(confidence, float)[order], np.asarray(correct, float)[order]
-    bins = min(bins, max(len(order) // 2, 1))
+    """Return what makes errors [rows] of counts of questions [rows, questions], in the bins of questions as asked."""
+    questions = len(confidence)
+    bins = min(bins, max(questions // 2, 1))
+    place = np.empty(questions, int)
+    place[np.argsort(confidence, kind="stable")] = np.arange(questions) * bins // questions
+    member = np.eye(bins)[place]
+    # For each bin how many questions there are, the sum of their confidences, and of the right answers.
+    table = np.hstack([member, member * np.asarray(confidence, float)[:, None], member * np.asarray(correct)[:, None]])
 
     def errors(counts: np.ndarray) -> np.ndarray:
-        counts = counts[:, order]
-        total = counts.sum(1, keepdims=True)
-        # What was not drawn has no weight, wherever it is put.
-        place = np.minimum((counts.cumsum(1) - counts) * bins // total, bins - 1)
-        place += np.arange(len(counts))[:, None] * bins
-
-        def summed(of: np.ndarray | float) -> np.ndarray:
-            return np.bincount(place.ravel(), (counts * of).ravel(), len(counts) * bins).reshape(-1, bins)
-
-        sizes = summed(1.0)
+        sizes, sure, right = np.split(counts.astype(float) @ table, 3, axis=1)
         filled = np.maximum(sizes, 1)
-        accuracy = summed(right) / filled
-        error = np.abs(summed(sure) / filled - accuracy)
+        accuracy = right / filled
+        error = np.abs(sure / filled - accuracy)
         if debiased:
             spread = np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / filled)
             noisy = spread > 0
             error[noisy] = 2 * error[noisy] - stats.foldnorm.mean(error[noisy] / spread[noisy], scale=spread[noisy])
-        return (sizes * error).sum(1) / total[:, 0]
+        return (sizes * error).sum(1) / sizes.sum(1)
 
     return errors

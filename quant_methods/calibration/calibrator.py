@@ -37,7 +37,12 @@ class Stop(Exception):
 
 
 class Decoder:
-    """A transformers decoder whose blocks are loaded one at a time."""
+    """A transformers decoder whose blocks are loaded one at a time.
+
+    Attributes:
+        rounds: on a CPU that multiplies bfloat16 as such, float32 blocks may do so inside of ``rounded``.
+
+    """
 
     def __init__(self, model_dir: Path, source: Source | None = None, device: str = "cpu") -> None:
         """Build the model without weights.
@@ -54,6 +59,7 @@ class Decoder:
 
         """
         self.device = torch.device(device)
+        self.rounds = False
         self.dtype = torch.float32 if source is not None else quick_dtype(self.device)
         try:
             self.config = AutoConfig.from_pretrained(model_dir)
@@ -241,6 +247,17 @@ class Decoder:
         # vLLM serves float32 checkpoints in bfloat16 unless told otherwise.
         stored = self.source.entries[f"{name}.weight"][1]["dtype"]
         return torch.float16 if stored == "F16" else torch.bfloat16
+
+    @contextlib.contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Let blocks multiply in bfloat16 for the duration of the context, if ``rounds`` says so.
+
+        The residual stream stays in float32, and so does everything that is computed of what the layers get. On two
+        cores of an AMD EPYC a product takes half the time.
+        """
+        quick = self.device.type == "cpu" and self.dtype == torch.float32 and quick_dtype(self.device) == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounds and quick):
+            yield
 
     def run(self, index: int, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run a block on one batch of hidden states [batch, length, width] on the device."""

@@ -29,6 +29,8 @@ from kv_cache.rotary import Rotary
 ATTENTION = "pareto_observed"
 SINKS = "s_aux"
 """Under what name models of transformers hand sinks to their attention function."""
+SOFT_CAP = "softcap"
+"""Under what name they hand it the cap of logits."""
 
 
 class Observer(Protocol):
@@ -113,11 +115,13 @@ def observing(observer: Observer | Attention | None, after: Callable[[], object]
 def _sdpa(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Compute ``sdpa`` attention, which knows no sinks; [batch, tokens, heads, head_dim].
+    """Compute ``sdpa`` attention, which knows no sinks and no soft caps; [batch, tokens, heads, head_dim].
 
     A sink becomes one more token, before all others, that all see. Its value is 0, and so is its key but for a channel
     that is added to all heads, in which other keys are 0 and queries are the sink divided by the logits' scaling.
     """
+    if options.get(SOFT_CAP):
+        return _capped(query, key, value, mask, options)
     if (sinks := options.get(SINKS)) is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     dim = query.shape[-1]
@@ -131,6 +135,30 @@ def _sdpa(
         mask = torch.nn.functional.pad(mask, (1, 0, 1, 0), value=mask.dtype == torch.bool)
     out = sdpa_attention_forward(module, query, key, value, mask, **{**options, "scaling": scaling})[0]
     return out[:, 1:, :, :dim]
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """Compute attention whose logits x become ``c * tanh(x / c)`` (Gemma 2), one sequence and KV head at a time.
+
+    Raises:
+        ParetoError: there are sinks too, which no model that is known has.
+
+    """
+    if options.get(SINKS) is not None:
+        raise ParetoError("attention with a soft cap and with sinks is not known here; KV scales cannot be calibrated")
+    cap, scaling = options[SOFT_CAP], options.get("scaling") or query.shape[-1] ** -0.5
+    tokens, group = query.shape[2], query.shape[1] // key.shape[1]
+    past = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - tokens)
+    seen = past[None, None] if (seen := _seen(mask)) is None else seen
+    out = torch.empty_like(query)
+    for sequence in range(query.shape[0]):
+        shown = seen[min(sequence, seen.shape[0] - 1)]
+        for head in range(key.shape[1]):
+            rows = slice(head * group, (head + 1) * group)
+            logits = query[sequence, rows] @ key[sequence, head].T * scaling
+            logits = (cap * torch.tanh(logits / cap)).masked_fill(~shown, torch.finfo(logits.dtype).min)
+            out[sequence, rows] = logits.softmax(-1, torch.float32).to(value.dtype) @ value[sequence, head]
+    return out.transpose(1, 2)
 
 
 def _seen(mask: Tensor | None) -> Tensor | None:

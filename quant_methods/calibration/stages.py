@@ -8,7 +8,7 @@ quantized ("true sequential" in GPTQ's code).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,9 @@ from quant_methods.calibration.calibrator import Decoder, Stop
 from quant_methods.calibration.finite import check_inputs
 from quant_methods.calibration.replay import Replay, Replays
 from quant_methods.experts import waves
+from quant_methods.symmetric import add_square, mirror
 
 SAMPLE_TOKENS = 1024
-# Rows of a symmetric matrix that are computed at once; fewer are no quicker.
-SMALLEST_STRIP = 128
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Statistics:
         hessian: x^T x, [in, in].
         cross: (x_original - x)^T x, [in, in], or None.
         residual: (r_original - r)^T x, [out, in], r being the residual stream before the stage, or None. Where the
-            stage's layer makes fewer channels of more, (r_original - r + W (x_original - x))^T x, W being its weight;
-            ``cross`` is None then: the product is that much smaller.
+            stage's layer makes no more channels than it gets, (r_original - r + W (x_original - x))^T x, W being its
+            weight; ``cross`` is None then: one product does, and it is no larger.
         ranges: sizes of x, or None.
         share: of the calibration tokens, those that were sent to this expert; 1 for what is no expert's.
 
@@ -159,11 +158,10 @@ def stage_statistics(
     residual = (
         torch.zeros((hidden.shape[-1], width), device=decoder.device) if original and stage.joins_residual else None
     )
-    narrowing = block.get_submodule(stage.names[0]) if residual is not None and len(residual) < width else None
-    cross = torch.zeros_like(hessian) if original and narrowing is None else None
+    by_outputs = block.get_submodule(stage.names[0]) if residual is not None and len(residual) <= width else None
+    cross = torch.zeros_like(hessian) if original and by_outputs is None else None
     tokens = hidden.shape[0] * hidden.shape[1]
-    largest, mean = (torch.zeros(width, device=decoder.device) for _ in range(2))
-    sample: list[Tensor] = []
+    sizes = _Sizes(tokens) if ranges else None
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(_path(decoder, index, block, stages, position, replays[0]))
         if original:
@@ -172,18 +170,16 @@ def stage_statistics(
         for start, batch in decoder.batches(hidden):
             inputs, stream = path(batch)
             add_square(hessian, inputs)
-            if ranges:
-                size = inputs.abs()
-                torch.maximum(largest, size.amax(0), out=largest)
-                mean += size.sum(0) / tokens
-                sample.append(inputs[:: max(tokens // SAMPLE_TOKENS, 1)].clone())
+            if sizes is not None:
+                sizes.add(inputs)
             if original:
                 original_batch = original_hidden[start : start + len(batch)].to(decoder.device)
                 original_inputs, original_stream = original_path(original_batch)
                 lost = original_stream - stream if residual is not None else None
-                if narrowing is not None:
+                if by_outputs is not None:
                     assert lost is not None
-                    lost.addmm_(original_inputs - inputs, narrowing.weight.T)
+                    with decoder.rounded():
+                        lost += nn.functional.linear(original_inputs - inputs, by_outputs.weight)
                 if cross is not None:
                     cross.addmm_((original_inputs - inputs).T, inputs)
                 if residual is not None and lost is not None:
@@ -193,7 +189,71 @@ def stage_statistics(
         if matrix is not None:
             matrix.div_(tokens)
     check_inputs({f"{decoder.name(index, stage.names[0])}: the squares of its inputs": hessian})
-    return Statistics(hessian, cross, residual, Ranges(largest, mean, torch.cat(sample)) if ranges else None)
+    return Statistics(hessian, cross, residual, sizes.ranges() if sizes is not None else None)
+
+
+@torch.no_grad()
+def statistics_at_once(
+    decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, *, stages: list[Stage], positions: Collection[int]
+) -> dict[int, Statistics]:
+    """Gather the statistics of several stages, sizes included, in one pass: for a block that does not change meanwhile.
+
+    Args:
+        decoder: the model.
+        index: the block's index.
+        block: the block.
+        hidden: the hidden states that enter it, float32 [sequences, length, width].
+        stages: the block's stages.
+        positions: which stages.
+
+    """
+    tokens = hidden.shape[0] * hidden.shape[1]
+    last = max(positions)
+    found: dict[int, tuple[Tensor, _Sizes]] = {}
+    hooks = []
+    for position in positions:
+        layer = block.get_submodule(stages[position].names[0])
+        width = layer.in_features
+        found[position] = torch.zeros((width, width), device=decoder.device), _Sizes(tokens)
+
+        def see(module: nn.Module, args: tuple[Tensor, ...], position: int = position) -> None:
+            inputs = args[0].flatten(0, -2).float()
+            add_square(found[position][0], inputs)
+            found[position][1].add(inputs)
+            if position == last:
+                raise Stop
+
+        hooks.append(layer.register_forward_pre_hook(see))
+    try:
+        for _, batch in decoder.batches(hidden):
+            with decoder.rounded(), contextlib.suppress(Stop):
+                decoder.run(index, block, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for position, (hessian, _) in found.items():
+        mirror(hessian).div_(tokens)
+        check_inputs({f"{decoder.name(index, stages[position].names[0])}: the squares of its inputs": hessian})
+    return {position: Statistics(hessian, ranges=sizes.ranges()) for position, (hessian, sizes) in found.items()}
+
+
+class _Sizes:
+    """Gathers the sizes of a stage's inputs over ``tokens`` tokens, batch by batch."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.largest: list[Tensor] = []
+        self.mean: list[Tensor] = []
+        self.sample: list[Tensor] = []
+
+    def add(self, inputs: Tensor) -> None:
+        size = inputs.abs()
+        self.largest.append(size.amax(0))
+        self.mean.append(size.sum(0) / self.tokens)
+        self.sample.append(inputs[:: max(self.tokens // SAMPLE_TOKENS, 1)].clone())
+
+    def ranges(self) -> Ranges:
+        return Ranges(torch.stack(self.largest).amax(0), torch.stack(self.mean).sum(0), torch.cat(self.sample))
 
 
 @torch.no_grad()
@@ -226,7 +286,7 @@ def expert_statistics(
         counts[position] = 0
 
         def add(module: nn.Module, args: tuple[Tensor, ...], position: int = position) -> None:
-            inputs = args[0].flatten(0, -2)
+            inputs = args[0].flatten(0, -2).float()
             if position not in sums:
                 sums[position] = torch.zeros((inputs.shape[1], inputs.shape[1]), device=inputs.device)
             add_square(sums[position], inputs)
@@ -235,7 +295,8 @@ def expert_statistics(
         hooks.append(module.register_forward_pre_hook(add))
     try:
         for _, batch in decoder.batches(hidden):
-            decoder.run(index, block, batch)
+            with decoder.rounded():
+                decoder.run(index, block, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -249,31 +310,6 @@ def expert_statistics(
         position: Statistics(sums[position], share=count / tokens) if count else None
         for position, count in counts.items()
     }
-
-
-def add_square(total: Tensor, x: Tensor) -> None:
-    """Add ``x^T x`` to the upper triangle of a matrix, and to some of the rest; ``mirror`` comes after the last.
-
-    Args:
-        total: float32 [n, n].
-        x: float32 [tokens, n].
-
-    """
-    # PyTorch has no product that knows its result is symmetric; of eight strips of rows a half is never computed.
-    columns = x.shape[1]
-    strip = max(-(-columns // 8), SMALLEST_STRIP)
-    for start in range(0, columns, strip):
-        total[start : start + strip, start:].addmm_(x[:, start : start + strip].T, x[:, start:])
-
-
-def mirror(total: Tensor) -> Tensor:
-    """Copy the upper triangle of a matrix to the lower, in place; return it."""
-    columns = len(total)
-    strip = max(-(-columns // 8), SMALLEST_STRIP)
-    for start in range(0, columns, strip):
-        stop = min(start + strip, columns)
-        total[stop:, start:stop] = total[start:stop, stop:].T
-    return total
 
 
 def joining_layers(stages: list[Stage]) -> set[str]:
@@ -316,9 +352,9 @@ def _path(
         nonlocal stream
         stream = batch
         found.clear()
-        with torch.no_grad(), contextlib.suppress(Stop):
+        with torch.no_grad(), decoder.rounded(), contextlib.suppress(Stop):
             decoder.run(index, block, batch)
-        return found[0].flatten(0, -2), stream.flatten(0, -2)
+        return found[0].flatten(0, -2).float(), stream.flatten(0, -2)
 
     # What does not change and has no later stage in it runs to its end, to be kept.
     part = replay.part_of(own.names[0])

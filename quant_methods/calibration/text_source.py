@@ -17,6 +17,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,8 +60,9 @@ def load_sequences(
         text: a ``.txt`` file, or a ``.jsonl`` file whose lines have a ``text`` or a ``messages`` field; None to sample.
         num: number of sequences.
         length: tokens in each.
-        seed: seed of the sampling; unused with a text.
-        split: which of two disjoint sets of samples; unused with a text.
+        seed: seed of the sampling. With a text, 0 takes its beginning, for evaluation always; any other seed takes the
+            documents in another order, or the text from another place on, so that runs differ by their calibration.
+        split: which of two disjoint sets of samples.
         device: where to sample.
         progress: told how far the sampling is; None shows a progress bar.
 
@@ -83,7 +85,7 @@ def load_sequences(
         )
     if text is None:
         return _sampled(model_dir, num, length, seed, split=split, device=device, progress=progress)
-    return _windows(model_dir, Path(text), num, length, split)
+    return _windows(model_dir, Path(text), num, length, split, seed if split == "calibration" else 0)
 
 
 def read_documents(text: Path) -> Iterator[str | list[dict[str, Any]]]:
@@ -190,12 +192,15 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -> torch.Tensor:
+def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split, seed: int) -> torch.Tensor:
     tokenizer = load_tokenizer(model_dir)
     needed = num * length
     ids: list[int] = []
     content = False
-    for document in read_documents(text):
+    documents = read_documents(text)
+    if seed and text.suffix == ".jsonl":
+        documents = iter(random.Random(seed).sample(known := list(documents), len(known)))
+    for document in documents:
         if isinstance(document, str):
             content = content or bool(document.strip())
             ids += tokenizer(document, verbose=False)["input_ids"]
@@ -208,7 +213,8 @@ def _windows(model_dir: Path, text: Path, num: int, length: int, split: Split) -
         raise ParetoError(f"{text} is empty: no tokens to use for {split}")
     if len(ids) < needed:
         raise ParetoError(f"{text} has {len(ids):,} tokens; {num} x {length} = {needed:,} are needed for {split}")
-    return torch.tensor(ids[:needed], dtype=torch.int64).view(num, length)
+    start = random.Random(seed).randrange(len(ids) - needed + 1) if seed and text.suffix == ".txt" else 0
+    return torch.tensor(ids[start : start + needed], dtype=torch.int64).view(num, length)
 
 
 def _sampled(

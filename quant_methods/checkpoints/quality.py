@@ -14,6 +14,9 @@ from torch import Tensor
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.reference import load_reference
 
+# Of a GPU's free memory, what the original's log-probabilities may take; more is kept in the CPU's.
+HELD_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -48,9 +51,9 @@ class Quality:
 
 @torch.no_grad()
 def log_probabilities(model: Any, window: Tensor) -> Tensor:
-    """Return float32 [tokens - 1, vocabulary] of a window [tokens], on the CPU."""
+    """Return float32 [tokens - 1, vocabulary] of a window [tokens], on the model's device."""
     device = next(model.parameters()).device
-    return model(window[None].to(device)).logits[0, :-1].float().log_softmax(-1).cpu()
+    return model(window[None].to(device)).logits[0, :-1].float().log_softmax(-1)
 
 
 def divergence(expected: Tensor, found: Tensor) -> Tensor:
@@ -64,11 +67,12 @@ def compare(tested: Iterable[Tensor], windows: Tensor, base: list[Tensor]) -> Qu
     Args:
         tested: float32 [tokens - 1, vocabulary] of each window.
         windows: int64 [windows, tokens].
-        base: the original's log-probabilities.
+        base: the original's log-probabilities, anywhere.
 
     """
     quality = Quality([], [], [])
-    for found, window, expected in zip(tested, windows, base, strict=True):
+    for given, window, expected in zip(tested, windows.to(base[0].device), base, strict=True):
+        found = given.to(expected.device)
         quality.kl.append(divergence(expected, found).mean().item())
         quality.top1.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
         quality.loss.append(-found.gather(-1, window[1:, None]).mean().item())
@@ -97,8 +101,16 @@ class Yardstick:
         original = load_reference(folder, device)
         self.base: list[Tensor] = []
         for window in self.windows:
-            self.base.append(log_probabilities(original, window))
+            found = log_probabilities(original, window)
+            self.base.append(found if self._room(found) else found.cpu())
             progress(len(self.base), len(self.windows))
+
+    def _room(self, found: Tensor) -> bool:
+        """Return whether all windows' log-probabilities may lie where the first ones are, beside models to measure."""
+        if self.base:
+            return self.base[0].device == found.device
+        needed = found.numel() * found.element_size() * len(self.windows)
+        return found.is_cuda and needed <= HELD_SHARE * torch.cuda.mem_get_info(found.device)[0]
 
     def original(self) -> Quality:
         """Return the original against itself."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import nearest
 from quant_methods.recipe import ScalingProblem, TransformStep, WeightStep, register, transforms
+from quant_methods.symmetric import mean_square
 
 
 @register("awq")
@@ -76,5 +77,5 @@ def _error(hessian: Tensor, pairs: list[tuple[Tensor, WeightStep]], s: Tensor) -
     total = 0.0
     for weight, step in pairs:
         error = nearest(weight * s, step.grid) / s - weight
-        total += ((error @ hessian) * error).sum().item()
+        total += mean_square(error, hessian)
     return total

@@ -21,6 +21,7 @@ Three choices go beyond the paper's algorithm:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.symmetric import mean_square
 from quant_methods.threads import few_threads
 
 # Channels rounded between two updates of all later ones (Algorithm 1's B); changes speed, not the result.
@@ -327,7 +329,10 @@ def relative_error(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor |
     """
     error = quantized.read() - weight
 
-    def norm(matrix: Tensor) -> Tensor:
-        return ((matrix if hessian is None else matrix @ hessian) * matrix).sum().clamp(min=0).sqrt()
+    def norm(matrix: Tensor) -> float:
+        square = (
+            mean_square(matrix, hessian) if hessian is not None else matrix.square().sum(dtype=torch.float64).item()
+        )
+        return math.sqrt(square)
 
-    return (norm(error) / norm(weight).clamp(min=1e-30)).item()
+    return norm(error) / max(norm(weight), 1e-30)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from kv_cache.tf32 import tf32
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.stages import Stage, find_stages, stage_statistics
+from quant_methods.calibration.stages import Stage, Statistics, find_stages, statistics_at_once
 from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem, matches
 
 if TYPE_CHECKING:
@@ -127,11 +127,18 @@ class ScaledBlock:
         names = self.names(fold)
         return all(matches(name, targets) for name in names) and any(name in self.plan.steps for name in names)
 
-    def problem(self, fold: Fold) -> ScalingProblem:
-        """Return what a transform step gets to see of a fold."""
-        seen = stage_statistics(
-            self.decoder, self.index, self.block, self.hidden, stages=self.stages, position=fold.position, ranges=True
+    def statistics(self, folds: list[Fold]) -> dict[int, Statistics]:
+        """Return the statistics of folds' inputs by the position of their stage.
+
+        Scales of one fold do not change another's inputs, so one pass before any is divided serves all.
+        """
+        positions = [fold.position for fold in folds]
+        return statistics_at_once(
+            self.decoder, self.index, self.block, self.hidden, stages=self.stages, positions=positions
         )
+
+    def problem(self, fold: Fold, seen: Statistics) -> ScalingProblem:
+        """Return what a transform step gets to see of a fold."""
         assert seen.ranges is not None
         steps = [self.plan.steps.get(name) for name in self.names(fold)]
         ranges = seen.ranges
@@ -191,9 +198,10 @@ def scale_block(scaled: ScaledBlock) -> dict[str, Tensor]:
             BLOCK_STEPS[type(step)](step, scaled)
             continue
         scaled.say("scales")
-        for fold in scaled.folds:
-            if scaled.wanted(fold, step.targets):
-                scaled.divide(fold, TRANSFORMS[type(step)](step, scaled.problem(fold)))
+        folds = [fold for fold in scaled.folds if scaled.wanted(fold, step.targets)]
+        seen = scaled.statistics(folds) if folds else {}
+        for fold in folds:
+            scaled.divide(fold, TRANSFORMS[type(step)](step, scaled.problem(fold, seen[fold.position])))
     return scaled.finish()
 
 

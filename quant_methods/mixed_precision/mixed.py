@@ -207,7 +207,8 @@ def _measures(
             "model": fingerprint(model_dir),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "steps": steps,
-            "before": [s for s in recipe.to_dict()["steps"] if "bits" not in s],
+            # What trains the rounded model later changes no measure.
+            "before": [s for s in recipe.to_dict()["steps"] if "bits" not in s and s["method"] != "tune"],
             "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "widths"},
             "device": decoder.device.type,
             "torch": torch.__version__,

@@ -37,6 +37,7 @@ from quant_methods.methods.scaling import ScaledBlock, scale_block
 from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.plan import Plan
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.symmetric import mean_square
 
 Rounding = Literal["nearest", "recipe"]
 
@@ -287,8 +288,3 @@ def read_units(path: Path, key: str, settings: Settings) -> list[Unit] | None:
             return None
         units.append(replace(unit, choices=tuple(choices[str(width)] for width in settings.widths)))
     return units
-
-
-def mean_square(matrix: Tensor, hessian: Tensor) -> float:
-    """Return ``tr(M H M^T)``: the mean squared size of M x, H being the mean of x x^T."""
-    return ((matrix @ hessian) * matrix).sum(dtype=torch.float64).clamp(min=0).item()

@@ -104,7 +104,7 @@ def load_sweep(path: Path, recipe: str) -> Sweep:
     settings = [*_combinations(data.get("grid") or {}, where), *_variants(data.get("variants") or [], where)]
     points: list[Point] = []
     for values in settings:
-        point = _point(values, base, path.parent, where)
+        point = point_of(values, base, path.parent, where)
         same = [other.name for other in points if other.determines() == point.determines()]
         if same:
             raise ParetoError(f"{where}: {point.name} is the same as {same[0]}; leave one out")
@@ -136,7 +136,19 @@ def _variants(variants: Any, where: str) -> list[dict[str, Any]]:
     return [dict(variant) for variant in variants]
 
 
-def _point(values: dict[str, Any], base: str, folder: Path, where: str) -> Point:
+def point_of(values: dict[str, Any], base: str, folder: Path, where: str) -> Point:
+    """Return one compression.
+
+    Args:
+        values: settings by name, of ``POINT_KEYS``.
+        base: the recipe where they name none.
+        folder: where recipes in files lie.
+        where: what errors start with.
+
+    Raises:
+        ParetoError: a recipe that there is not, or a setting that it does not have.
+
+    """
     rest = {key: value for key, value in values.items() if key != "recipe"}
     recipe = values.get("recipe", base)
     name = " ".join([Path(str(recipe)).stem, *(f"{key}={_short(value)}" for key, value in rest.items())])

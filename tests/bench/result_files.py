@@ -2,12 +2,14 @@
 
 import hashlib
 from dataclasses import asdict
+from types import SimpleNamespace
 
 from bench.quality.schema import ConfigurationResult, EvalReport, Needle, NeedleCell, TextQuality
 from bench.schema import KVCache, ModelInfo
 from bench.speed.kv_bench import Settings, summarize
 from bench.speed.schema import KVBenchReport
-from bench.speed.served_schema import Idle, Load, Memory, PointRound, Round
+from bench.speed.served_schema import EnergySource, Idle, Load, Memory, PointRound, Round, ServeBenchReport
+from bench.speed.served_summary import summarize as summarize_served
 from bench.statistics import exp_estimate, mean_estimate, proportion
 from loadtest.schema import (
     Distribution,
@@ -88,9 +90,9 @@ def kv_bench_document(fingerprint=None, **step_s):
     ).to_dict()  # fmt: skip
 
 
-def load(window_s, prompt_tokens, output_tokens, ok, joules, missing=None, failed=0):
+def load(window_s, prompt_tokens, output_tokens, ok, joules, missing=None, failed=0, lag_ms=1.0):
     times = [distribution(middle) for middle in (50.0, 10.0, 400.0)]
-    return Load(ok, failed, window_s, prompt_tokens, output_tokens, 0, *times, joules, missing)
+    return Load(ok, failed, window_s, prompt_tokens, output_tokens, 0, *times, lag_ms, joules, missing)
 
 
 def point_round(prefill, generation, batch=8, context=2048):
@@ -100,3 +102,25 @@ def point_round(prefill, generation, batch=8, context=2048):
 def served_round(*points, idle=Idle(50.0, 5.0), dtype="auto", bits=16):  # noqa: B008, Idle is frozen
     memory = Memory(13_600_000, 1 << 30, 1 << 20, 1 << 21, (1 << 30) + (1 << 24), None)
     return Round(0, 0.0, idle, 0.02, memory, kv_cache(dtype, bits), list(points))
+
+
+def turns(**rounds):
+    """Return what was measured in a serve-bench, by dtype, as it keeps it."""
+    own = {name: dict(enumerate(asdict(r) for r in measured)) for name, measured in rounds.items()}
+    return SimpleNamespace(names=list(rounds), of=own.__getitem__, errors={})
+
+
+def serve_bench_document(fingerprint=None, **joules):
+    """Return a document of one round from the generation load's joules by dtype, the first the baseline."""
+    rounds = {}
+    for dtype, total in joules.items():
+        generation = load(
+            4.0, 500, 210, 10, None if total is None else [total], "no counter" if total is None else None
+        )
+        few = point_round(load(2.0, 1000, 10, 10, [300.0]), generation, batch=1)
+        many = point_round(load(2.0, 1000, 10, 10, [300.0]), load(2.0, 500, 2100, 100, generation.joules), batch=8)
+        rounds[dtype] = [served_round(few, many, dtype=dtype, bits=16 if dtype == "auto" else 4)]
+    return ServeBenchReport(
+        "complete", "2026-11-28T12:00:00+00:00", "ref-7m", fingerprint, next(iter(joules)), {"output_tokens": 21},
+        MACHINE, EnergySource("NVML", ["H100"], 0.1, None), summarize_served(turns(**rounds)),
+    ).to_dict()  # fmt: skip

@@ -65,10 +65,33 @@ def test_a_model_is_calibrated_once(
     assert (folder / SCALES_FILE).is_file()
 
 
+def test_the_model_is_calibrated_as_it_is_served(model: Path, tmp_path: Path) -> None:
+    plain = calibrate(Origin(str(model)), device="cpu")
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    changes = {"rope_scaling": scaling, "max_position_embeddings": 256}
+    stretched = calibrate(Origin(str(model), overrides=json.dumps(changes)), device="cpu")
+    rotary, before = (KVScales.load(folder).layer(0).rotary for folder in (stretched, plain))
+    assert (before.max_position, rotary.max_position) == (64, 256)
+    assert not torch.allclose(rotary.inv_freq, before.inv_freq)
+    # The same, said by a config.json that lies elsewhere.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    (elsewhere / "config.json").write_text(json.dumps(config | changes))
+    assert calibrate(Origin(str(model), config=str(elsewhere)), device="cpu") == stretched
+    assert calibrate(Origin(str(model)), device="cpu") == plain
+
+
+def test_overrides_change_a_part_entry_by_entry_and_all_else_as_a_whole() -> None:
+    config = {"text_config": {"a": 1, "b": {"x": 1}}, "rope_scaling": {"factor": 2, "type": "yarn"}, "c": 3}
+    auto_calibration._override(config, {"text_config": {"b": {"y": 2}}, "rope_scaling": {"factor": 4}, "d": 4})
+    assert config == {"text_config": {"a": 1, "b": {"y": 2}}, "rope_scaling": {"factor": 4}, "c": 3, "d": 4}
+
+
 def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
     with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none .*--kv-cache-dtype"):
         calibrate(Origin("./no/such"), device="cpu")
-    with pytest.raises(ParetoError, match=r"whose config.json lies elsewhere \(--hf-config-path /other\): put"):
+    with pytest.raises(ParetoError, match=r"whose config.json is no local file \(--hf-config-path /other\): download"):
         calibrate(Origin(str(model), config="/other"), device="cpu")
     tensors = load_file(model / "model.safetensors")
     del tensors["model.layers.0.self_attn.k_proj.weight"]

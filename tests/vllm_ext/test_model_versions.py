@@ -50,6 +50,21 @@ def test_the_engines_configuration_says_all_of_it():
         "org/m", "r", "org/m", "t", "/models", "x"
     )
     assert Origin.of(*config(tokenizer="org/t")).tokenizer == "org/t"
+    assert Origin.of(*config(hf_overrides={"b": {"c": 1}, "a": 2})).overrides == '{"a": 2, "b": {"c": 1}}'
+    assert Origin.of(*config(hf_overrides={})).overrides is None
+    with pytest.raises(ParetoError, match="org/m: hf_overrides is a function, and KV scales need"):
+        Origin.of(*config(hf_overrides=lambda found: found))
+
+
+def test_scales_of_the_checkpoint_are_not_for_what_overrides_make_of_it(monkeypatch, tmp_path):
+    (tmp_path / "m" / "kv_scales").mkdir(parents=True)
+    (tmp_path / "m" / "kv_scales" / "scales.safetensors").touch()
+    made = tmp_path / "made"
+    monkeypatch.setattr("vllm_ext.auto_calibration.calibrate", lambda origin, device: made)
+    plain = config(model=str(tmp_path / "m"), tokenizer=str(tmp_path / "m"))
+    assert scale_source._find(*plain) == tmp_path / "m"
+    changed = config(model=str(tmp_path / "m"), tokenizer=str(tmp_path / "m"), hf_overrides={"rope_theta": 1e6})
+    assert scale_source._find(*changed) == made
 
 
 def test_scales_are_fetched_and_made_from_the_files_that_are_served(monkeypatch, tmp_path):

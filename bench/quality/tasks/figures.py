@@ -35,7 +35,7 @@ def task_results(
     wholes, bases = list(tested), list(baseline or [])
     for name, tasks in groups.items():
         for scores in (wholes, bases):
-            scores.extend(_together(name, [one for one in scores if one.task in tasks]))
+            scores.extend(together(name, [one for one in scores if one.task in tasks]))
     found = {(one.task, one.metric): one for one in bases}
     return [
         row
@@ -69,7 +69,7 @@ def adjusted(results: Sequence[ConfigurationResult], parts: Iterable[str]) -> li
     ]
 
 
-def _together(name: str, scores: Sequence[Scores]) -> list[Scores]:
+def together(name: str, scores: Sequence[Scores]) -> list[Scores]:
     """Return each metric over the questions of all tasks, as lm-eval weighs a group's tasks by their size."""
     made = []
     for metric in dict.fromkeys(one.metric for one in scores):
@@ -91,7 +91,7 @@ def _results(score: Scores, base: Scores | None, margin: float) -> list[TaskResu
         raise ParetoError(f"{score.task}: the baseline answered other questions; remove its scores and run again")
     if not score.choices:
         return [_row(score, base, margin)]
-    rows = [_row(_brier(score), base and _brier(base), None)]
+    rows = [_row(brier_scores(score), base and brier_scores(base), None)]
     if len(score.choices) > 1:
         rows.insert(0, _calibration(score, base))
     return rows if base is None else [*rows, _flips(score, base)]
@@ -127,7 +127,8 @@ def _clusters(score: Scores, questions: Iterable[str]) -> list[str] | None:
     return [score.documents.get(key, key) for key in questions] if score.documents else None
 
 
-def _brier(score: Scores) -> Scores:
+def brier_scores(score: Scores) -> Scores:
+    """Return the Brier scores of what was chosen."""
     questions = {key: brier(one.probabilities, one.gold) for key, one in score.choices.items()}
     return replace(score, metric=BRIER, better="less", questions=questions, choices={})
 

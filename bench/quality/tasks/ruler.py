@@ -48,6 +48,7 @@ def changes(definition: dict[str, Any], context: int, seed: int, samples: int | 
     return {
         "custom_dataset": Function("bench.quality.tasks.ruler.questions"),
         "process_results": Function(f"bench.quality.tasks.ruler.{'any_is_there' if part else 'all_are_there'}"),
+        "num_fewshot": 0,
         "metric_list": [{"metric": str(context), "aggregation": "mean", "higher_is_better": True}],
         "metadata": {
             "version": 1.0, "made_by": Path(str(definition["custom_dataset"])).name, "length": context - RESERVE,

@@ -88,7 +88,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path, str, Path], dict[str, Path]], dict[str,
     "bbq": (_bbq, {}),
     "gsm8k": (_gsm8k, {}),
     # A prompt that is too long loses its middle, as LongBench's authors cut it (Bai et al. 2024).
-    "longbench_": (_longbench, {"generation_kwargs": {"truncation": "middle"}}),
+    "longbench_": (_longbench, {"num_fewshot": 0, "generation_kwargs": {"truncation": "middle"}}),
     "mmlu_": (_mmlu, {"doc_to_text": _LETTERS}),
     "truthfulqa_mc": (_truthfulqa, {}),
 }

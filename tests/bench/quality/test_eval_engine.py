@@ -97,16 +97,17 @@ def test_the_embedded_model_finds_needles(llm, model):
     assert sum(is_correct(t, o.outputs[0].text) for t, o in zip(trials, outputs, strict=True)) >= 5
 
 
-def test_windows_that_advance_together_have_the_figures_of_windows_alone(model, tokens):
-    """One token a step for three windows at once, in an engine set up as the plan does."""
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_windows_that_advance_together_have_the_figures_of_windows_alone(model, tokens, chunk):
+    """A chunk a step for three windows at once, in an engine set up as the plan does."""
     windows = [tokens[:120], tokens[50:130], tokens[200:230]]
     settings = engine.EngineSettings(
         str(model), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, max_num_seqs=4,
-        max_num_batched_tokens=4, extra={"long_prefill_token_threshold": 1},
+        max_num_batched_tokens=4 * chunk, extra={"long_prefill_token_threshold": chunk},
     )  # fmt: skip
     with engine.running(settings) as llm:
-        together = measure_windows(llm, [(window, None, None) for window in windows])
+        together = measure_windows(llm, [(window, None, None) for window in windows], chunk)
         for window, figures in zip(windows, together, strict=True):
-            assert figures["max_chunk"] == 1
-            (alone,) = measure_windows(llm, [(window, None, None)])
+            (alone,) = measure_windows(llm, [(window, None, None)], chunk)
+            assert figures["max_chunk"] == alone["max_chunk"] == chunk
             np.testing.assert_allclose(figures["nll"], alone["nll"], atol=1e-3)

@@ -11,9 +11,15 @@ import pytest
 import torch
 
 from bench import engine
-from bench.quality.evaluate import Evaluation
+from bench.quality import evaluate as evaluate_module
+from bench.quality import plan
+from bench.quality.evaluate import MARGIN_STEPS, Evaluation, chunked
 from bench.quality.plan import Settings, make_plan
 from bench.quality.recording import Block, Recording, add
+from bench.quality.schema import EvalReport
+from bench.quality.tasks.choices import Choice
+from bench.quality.tasks.run import Chosen, Scores, TaskSettings
+from bench.report.documents import parse
 from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer
@@ -33,7 +39,7 @@ class FakeLLM:
 
     log: list = []  # noqa: RUF012 - what all engines of a test did
     interrupt_after: int | None = None
-    chunk = 64
+    chunk: int | None = None  # of an engine that does not do as it is told
 
     def __init__(self, settings):
         self.settings, self.recording = settings, None
@@ -60,7 +66,7 @@ class FakeLLM:
             generator = torch.Generator().manual_seed(len(tokens))
             noise = torch.randn(len(tokens), VOCABULARY, generator=generator) * NOISE[dtype]
             logits = self.table[tokens % 64] + noise.bfloat16()
-            chunk = min(FakeLLM.chunk, self.settings.extra.get("long_prefill_token_threshold", FakeLLM.chunk))
+            chunk = FakeLLM.chunk or self.settings.extra.get("long_prefill_token_threshold", 64)
             for start in range(0, len(tokens), chunk):
                 count = min(chunk, recording.rows - start)
                 if count > 0:
@@ -72,7 +78,7 @@ class FakeLLM:
         if self.settings.kv_cache_dtype == "int4_per_head":
             return " 0."
         text = tokenizer().decode(prompt)
-        return text.split("is: ")[1][:5]
+        return text.partition("is: ")[2][:5]
 
 
 @pytest.fixture
@@ -82,7 +88,10 @@ def evaluate(tmp_path, monkeypatch):
     monkeypatch.setenv("PARETO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(FakeLLM, "log", [])
     monkeypatch.setattr(FakeLLM, "interrupt_after", None)
-    monkeypatch.setattr(FakeLLM, "chunk", 64)
+    monkeypatch.setattr(FakeLLM, "chunk", None)
+    # Piece by piece, so that a run can be interrupted between them.
+    monkeypatch.setattr(plan, "WINDOW_TOKENS", 64)
+    monkeypatch.setattr(plan, "PROMPT_TOKENS", 128)
     monkeypatch.setattr(engine, "running", lambda settings: contextlib.nullcontext(FakeLLM(settings)))
     monkeypatch.setattr(engine, "kv_cache", lambda llm, s: KVCache(s.kv_cache_dtype, 100, 10, 100, 10.0, 16.0, 16))
 
@@ -113,6 +122,37 @@ def test_figures_of_all_configurations(evaluate, tmp_path):
     assert document["settings"]["chunk_tokens"] == 64
 
 
+def test_tasks_are_judged_over_the_whole_table(evaluate, tmp_path, monkeypatch):
+    """A made-up task on which fp8 loses 9 of 200 answers, alone in a group; one table, whichever comes first."""
+    asked = []
+
+    def ask(llm, task, settings, warm, capacity, note):
+        asked.append(task)
+        lost = 9 if len(asked) == 2 else 0
+        right = {f"{task}/{i}": float(i >= lost) for i in range(200)}
+        choices = {key: Choice([0.2, 0.8] if value else [0.6, 0.4], int(value), 1) for key, value in right.items()}
+        return [Scores(task, "acc", "more", 0.0, right, 1.0), Scores(task, "ece", "less", 0.0, {}, 1.0, {}, choices)]
+
+    monkeypatch.setattr(engine, "on_gpu", lambda llm: False)
+    monkeypatch.setattr(evaluate_module, "ask", ask)
+    monkeypatch.setattr(evaluate_module, "choose", lambda settings, *others: Chosen({"t": "t"}, {"g": ["t"]}))
+    tasks = TaskSettings(tasks=("g",), max_model_len=64)
+    evaluate("out", tasks=tasks, margin=0.1)
+    report = parse(EvalReport, (tmp_path / "out" / "eval.json").read_text())
+    base, fp8, int4 = ({(one.task, one.metric): one for one in row.tasks} for row in report.configurations)
+    assert report.settings["margin"] == 0.1
+    assert (fp8["g", "acc"].lost, fp8["g", "acc"].judged) == (9, "non-inferior (10 pt)")
+    # McNemar's 2 / 2^9; with int4's 1 there are two in the table, and two in that of the group's parts.
+    assert fp8["g", "acc"].p_holm == fp8["t", "acc"].p_holm == pytest.approx(2 * 2 / 2**9)
+    assert (int4["g", "acc"].p_holm, int4["g", "flips"].value.value) == (1.0, 0.0)
+    assert fp8["g", "flips"].flips.right_to_wrong == 9
+    assert {metric for _, metric in base} == {"acc", "ece", "brier"}
+    evaluate("out", tasks=tasks, margin=0.03)
+    again = parse(EvalReport, (tmp_path / "out" / "eval.json").read_text())
+    assert again.configurations[1].tasks[-4].judged == "undecided (3 pt)"
+    assert len(asked) == 3  # Another margin asks nothing again.
+
+
 def test_windows_advance_together_where_chunks_are_short(evaluate):
     whole = evaluate(needle_lengths=())
     FakeLLM.log.clear()
@@ -124,6 +164,48 @@ def test_windows_advance_together_where_chunks_are_short(evaluate):
     along = short.configurations[1].overall.kl_by_position
     assert len(along) == 16
     assert sum(along) / 16 == pytest.approx(short.configurations[1].overall.kl.value, rel=0.05)
+
+
+def test_windows_and_prompts_share_steps(evaluate, monkeypatch):
+    alone = evaluate("alone")
+    monkeypatch.setattr(plan, "WINDOW_TOKENS", 512)
+    monkeypatch.setattr(plan, "PROMPT_TOKENS", 2048)
+    FakeLLM.log.clear()
+    shared = evaluate("shared")
+    assert FakeLLM.log == [(dtype, kind) for dtype in ("auto", "fp8", "int4_per_head") for kind in ("window", "needle")]
+    for one, other in zip(alone.configurations, shared.configurations, strict=True):
+        assert (one.overall, one.needle) == (other.overall, other.needle)
+
+
+def test_as_many_go_together_as_the_memory_holds(tmp_path):
+    (tmp_path / "words.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4000)
+
+    def made(**changes):
+        settings = {"texts": (str(tmp_path / "words.txt"),), "window_tokens": 1023, "needle_lengths": (1024,)}
+        return make_plan(Settings("ref-7m", **(settings | changes)))
+
+    whole = made()
+    assert (whole.windows_at_once, whole.prompts_at_once) == (8, 20)
+    settings = whole.engine_settings(whole.configurations[0])
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens) == (21, 21 * 64)
+    assert settings.extra["long_prefill_token_threshold"] == 64
+    # 3 KiB a token: 12 MiB hold four contexts of 1,024 tokens, one of them that of the request beside.
+    small = made(kv_cache_memory_bytes=12 << 20)
+    assert (small.windows_at_once, small.prompts_at_once) == (3, 3)
+    least = made(kv_cache_memory_bytes=4 << 20)
+    settings = least.engine_settings(least.configurations[0])
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens, settings.extra) == (1, 64, {})
+    assert made(chunk_tokens=1024).windows_at_once == 1
+
+
+def test_a_request_goes_beside_what_has_to_be_cut():
+    params = [SimpleNamespace(max_tokens=1), SimpleNamespace(max_tokens=10)]
+    prompts, settings, before = chunked([[5] * 640, [6] * 64], params, 64)
+    assert [len(one["prompt_token_ids"]) for one in prompts] == [1, 640, 64]
+    # As long as the longest takes, and some more, for the last may come late.
+    assert settings[0].max_tokens == 10 + 10 + MARGIN_STEPS
+    assert (settings[1:], before) == (params, 1)
+    assert chunked([[5] * 640], params[:1], None) == ([{"prompt_token_ids": [5] * 640}], params[:1], 0)
 
 
 def test_an_interrupted_run_goes_on(evaluate, tmp_path):

@@ -176,6 +176,15 @@ def test_every_definition_of_ours_asks_and_scores(folder):
     assert len(found["xstest_safe", "refusal_start"].questions) == 2
 
 
+def test_none_of_them_is_shown_examples(folder):
+    names = [*OWN, "narrativeqa_book", "longbench_qasper", "niah_single_1"]
+    pytest.importorskip("wonderwords")
+    pytest.importorskip("jieba")
+    _, tasks = chosen(folder, *names, num_fewshot=5, limit=1, max_model_len=1024)
+    assert {task.config.num_fewshot for task in tasks.values()} == {0}
+    assert len(tasks) == len(names)
+
+
 def test_f1_and_rouge_by_hand():
     found = narrativeqa.score(STORIES[0], [" The old king came home"])
     # Without the article, "old king came home" has 2 of "old king"'s 2 words: precision 1/2, recall 1.

@@ -18,7 +18,13 @@ from bench.report.rows import frontiers, make_rows, to_json
 from bench.report.table import console
 from bench.statistics import mean_estimate, proportion
 from kv_cache.errors import ParetoError
-from tests.bench.result_files import configuration, eval_document, kv_bench_document, loadtest_document
+from tests.bench.result_files import (
+    configuration,
+    eval_document,
+    kv_bench_document,
+    loadtest_document,
+    serve_bench_document,
+)
 from vllm_ext.cli import build_parser
 
 
@@ -347,7 +353,42 @@ def test_tasks_stand_beside_their_baseline(tmp_path):
     inputs = written(tmp_path / "t", quality=eval_document(base, replace(four, tasks=[judged, flips])))
     subs = [cells[1].sub for _, cells in task_table(inputs, rows)["lines"]]
     assert subs == [
-        "-0.0300, p 0.250 (Holm 0.500), smallest 0.0810, undecided (1 pt)",
+        "-0.0300, p 0.250, Holm 0.500, smallest 0.0810, undecided (1 pt)",
         "4 right to wrong, 1 wrong to right, 2 wrong to wrong",
     ]
     assert task_table(written(tmp_path / "s", quality=eval_document(configuration())), rows[:1]) is None
+
+
+def test_energy_and_memory_join_by_fingerprint_under_the_busiest_load(tmp_path):
+    four = configuration("int4_per_head", 4, 0.02)
+    served = serve_bench_document(four.model.fingerprint, auto=700.0, int4_per_head=400.0)
+    folder = tmp_path / "r"
+    inputs = written(folder, quality=eval_document(configuration(), four), served=served)
+    assert inputs.skipped == []
+    rows, notes = make_rows(inputs, 0)
+    assert notes == []
+    assert [row.name for row in rows] == ["ref-7m, bf16 KV", "ref-7m, int4_per_head KV"]
+    assert {row.load for row in rows} == {"8 users of 2,048 tokens"}
+    # 2,000 decoded tokens of 700 and 400 J, 150 of them for 500 prompt tokens; 50 W at rest.
+    assert rows[0].get("decode_joules") == pytest.approx(550 / 2000)
+    assert rows[1].get("decode_joules") == pytest.approx(250 / 2000)
+    assert rows[1].get("decode_net_joules") == pytest.approx((400 - 100 - 100) / 2000)
+    assert rows[1].get("prefill_joules") == pytest.approx(0.3)
+    assert rows[1].get("e2e_p95_ms") == pytest.approx(400 * 1.3)
+    assert rows[1].get("output_tokens_per_s") == 1050
+    assert rows[1].get("peak_memory_bytes") == (1 << 30) + (1 << 24)
+    trade_offs = {f.key: f for f in frontiers(rows, 0)}
+    assert [on for *_, on in trade_offs["energy"].points] == [True, True]
+    report(folder, "--out", tmp_path / "r.html")
+    page = Page()
+    page.feed((tmp_path / "r.html").read_text())
+    text = " ".join(page.text)
+    for expected in ("Quality against energy", "0.125 / 0.1", "memory and energy of the endpoint", "0.45x", "J/token"):
+        assert expected in text, expected
+
+
+def test_columns_without_figures_are_not_on_the_page(results, tmp_path):
+    report(results, "--out", tmp_path / "r.html")
+    html = (tmp_path / "r.html").read_text()
+    assert "J/token" not in html
+    assert "peak memory" not in html

@@ -23,7 +23,7 @@ from bench.speed.served_table import HEADINGS, cells, markdown, notes
 from bench.speed.worker_memory import peak_rss
 from kv_cache.errors import ParetoError
 from loadtest.mock_server import MockConfig, MockServer
-from tests.bench.result_files import load, point_round, served_round
+from tests.bench.result_files import load, point_round, served_round, turns
 from vllm_ext.cli import build_parser
 
 SETTINGS = Settings(
@@ -33,12 +33,6 @@ RANK = {
     "weights": None, "kv_cache": 1 << 28, "allocated": None, "peak_allocated": None, "profiled_activations": None,
     "peak_rss": 5 << 28, "token_cost": [816.0, 1536],
 }  # fmt: skip
-
-
-def turns(**rounds):
-    """What was measured, by dtype, as the bench keeps it."""
-    own = {name: dict(enumerate(asdict(r) for r in measured)) for name, measured in rounds.items()}
-    return SimpleNamespace(names=list(rounds), of=own.__getitem__, errors={})
 
 
 def test_joules_are_told_apart_by_hand():
@@ -84,6 +78,7 @@ def test_ratios_are_taken_within_rounds_and_rounds_are_kept_raw():
     [
         (load(2.0, 1000, 10, 10, None, "no board"), load(4.0, 500, 210, 10, None, "no board"), "no energy: no board"),
         (load(2.0, 1000, 10, 10, [300.0], failed=1), load(4.0, 500, 210, 10, [700.0]), "1 requests failed"),
+        (load(2.0, 1000, 10, 10, None, lag_ms=25.0), load(4.0, 500, 210, 10, None), "ran late (P99 25 ms)"),
         (load(2.0, 1000, 10, 10, [300.0]), load(0.6, 500, 210, 10, None, "too short"), "no energy: too short"),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from quant_methods.calibration import calibrator
 from quant_methods.calibration.calibrator import Decoder, clone
 from quant_methods.calibration.kv_observer import kv_geometry
-from quant_methods.calibration.stages import find_stages, stage_statistics
+from quant_methods.calibration.stages import find_stages, stage_statistics, statistics_at_once
 from quant_methods.checkpoints.checkpoint import Source
 
 
@@ -109,6 +109,53 @@ def test_statistics_are_those_of_the_layers_inputs(tiny_model: Path, tokens: Ten
         alone = stage_statistics(decoder, 0, block, hidden, stages=stages, position=0)
         assert alone.cross is None
         assert alone.hessian.shape == (128, 128)
+
+
+@torch.no_grad()
+def test_one_pass_gathers_what_a_pass_for_each_stage_does(tiny_model: Path, tokens: Tensor) -> None:
+    decoder = Decoder(tiny_model, Source(tiny_model))
+    hidden = decoder.embed(tokens)
+    with decoder.loaded(0) as block:
+        stages = find_stages(decoder, 0, block, hidden)
+        together = statistics_at_once(decoder, 0, block, hidden, stages=stages, positions=[0, 2, 3])
+        assert list(together) == [0, 2, 3]
+        for position, found in together.items():
+            alone = stage_statistics(decoder, 0, block, hidden, stages=stages, position=position, ranges=True)
+            assert torch.equal(found.hessian, alone.hessian)
+            assert found.ranges is not None
+            assert alone.ranges is not None
+            for one, other in zip(vars(found.ranges).values(), vars(alone.ranges).values(), strict=True):
+                assert torch.equal(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["slow in bfloat16", "quick in bfloat16"])
+def test_blocks_multiply_in_bfloat16_only_where_told_and_where_that_is_quick(
+    tiny_model: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch, bfloat16: bool
+) -> None:
+    monkeypatch.setattr(calibrator, "quick_dtype", lambda device: torch.bfloat16 if bfloat16 else torch.float32)
+    decoder = Decoder(tiny_model, Source(tiny_model))
+    hidden = decoder.embed(tokens)
+    seen: dict[str, torch.dtype] = {}
+    with decoder.loaded(0) as block:
+        stages = find_stages(decoder, 0, block, hidden)
+        exact = stage_statistics(decoder, 0, block, hidden, stages=stages, position=3)
+        end = decoder.run(0, block, hidden[:2])
+        with decoder.rounded():
+            assert torch.equal(decoder.run(0, block, hidden[:2]), end), "it was not told to"
+        decoder.rounds = True
+        layer = block.get_submodule("mlp.down_proj")
+        hook = layer.register_forward_hook(lambda module, args, output: seen.update(output=output.dtype))
+        assert torch.equal(decoder.run(0, block, hidden[:2]), end), "outside of the context"
+        with decoder.rounded():
+            rounded_end = decoder.run(0, block, hidden[:2])
+        hook.remove()
+        rounded = stage_statistics(decoder, 0, block, hidden, stages=stages, position=3)
+    assert seen["output"] == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert rounded_end.dtype == rounded.hessian.dtype == torch.float32
+    assert torch.equal(rounded.hessian, exact.hessian) != bfloat16
+    assert torch.allclose(rounded_end, end, atol=0.01 * end.abs().max().item())
+    assert torch.allclose(rounded.hessian, exact.hessian, atol=0.01 * exact.hessian.abs().max().item())
 
 
 def test_rotary_frequencies_are_the_models(tmp_path):

@@ -15,7 +15,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods.calibration import kv_pass
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.kv_observer import observing, unserved_kv
+from quant_methods.calibration.kv_observer import ATTENTION, observing, unserved_kv
 from tests.quant_methods.conftest import TOKENIZER_FILES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,3 +184,25 @@ def test_a_model_is_unserved_only_if_no_layer_of_it_is_served() -> None:
         found = unserved_kv(model.get_decoder(), config)
         assert (found or "").startswith(reason or "")
         assert bool(found) == bool(reason)
+
+
+def test_logits_that_a_model_caps_are_capped_here_too() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **SHAPE, **ALTERNATING, head_dim=64, query_pre_attn_scalar=1, attn_logit_softcapping=2.0
+    )
+    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=0.3)
+        torch.nn.init.normal_(layer.self_attn.k_proj.weight, std=0.3)
+    tokens = torch.randint(8192, (2, 100))
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        model.set_attn_implementation(ATTENTION)
+        capped = model(tokens).logits
+        model.config.attn_logit_softcapping = None
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        plain = model(tokens).logits
+    torch.testing.assert_close(capped, expected, atol=1e-4, rtol=1e-4)
+    assert (plain - expected).abs().max() > 0.1

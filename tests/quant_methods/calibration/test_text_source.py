@@ -150,3 +150,18 @@ def test_sampling_says_how_far_it_is_without_a_terminal(
     monkeypatch.setattr(text_source, "Lines", functools.partial(Lines, every=0.01))
     load_sequences(tiny_model, None, 2, 30, 0, "evaluation")
     assert re.search(r"sampling 2 x 30 evaluation tokens: \d+ of 30 steps, 0 s", capfd.readouterr().err)
+
+
+def test_a_calibration_seed_draws_other_documents_and_0_the_first(tiny_model: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "t.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"{word} " * 40}) + "\n" for word in ("a", "b", "c", "d", "e", "f")))
+    one = tmp_path / "t.txt"
+    one.write_text(" ".join(str(i) for i in range(400)))
+    for text in (lines, one):
+        first, second = (load_sequences(tiny_model, text, 2, 16, seed=seed) for seed in (0, 3))
+        assert not torch.equal(first, second)
+        assert torch.equal(load_sequences(tiny_model, text, 2, 16, seed=3), second)
+        assert torch.equal(load_sequences(tiny_model, text, 2, 16), first)
+        # What is evaluated stays what it is.
+        evaluated = [load_sequences(tiny_model, text, 2, 16, seed=seed, split="evaluation") for seed in (0, 3)]
+        assert torch.equal(evaluated[0], evaluated[1])

@@ -18,9 +18,10 @@ from quant_methods.formats.grid import Grid
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
+from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.mixed import JSON_FILE, PLOT_FILE, compress_to_budget
-from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, mean_square
+from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
 from quant_methods.mixed_precision.units import Unit, Width, units_of
 from quant_methods.recipe import Calibration, Recipe
 
@@ -106,12 +107,6 @@ def test_error_is_that_of_the_outputs(tiny_model: Path, text_file: Path, units: 
     assert units[7].choices[2].error == pytest.approx(expected, rel=1e-3)
 
 
-def test_mean_square_is_a_trace() -> None:
-    torch.manual_seed(0)
-    matrix, x = torch.randn(5, 7), torch.randn(30, 7)
-    assert mean_square(matrix, x.T @ x / 30) == pytest.approx((x @ matrix.T).square().sum(1).mean().item(), rel=1e-5)
-
-
 def test_an_interrupted_measurement_goes_on_with_the_same_numbers(
     tiny_model: Path, text_file: Path, tmp_path: Path, units: list[Unit]
 ) -> None:
@@ -178,6 +173,9 @@ def test_measures_are_used_again(tiny_model: Path, text_file: Path, tmp_path: Pa
     compress_to_budget(tiny_model, RECIPE, Budget.parse("6bits"), tmp_path / "b", progress=refuse, **given)
     second = json.loads((tmp_path / "b" / JSON_FILE).read_text())
     assert second["predicted_loss"] < first["predicted_loss"]
+    # Training comes after, and changes none of them.
+    tuned = dataclasses.replace(RECIPE, steps=(*RECIPE.steps, Tune(num_samples=2, length=16, held_out=1, epochs=1)))
+    compress_to_budget(tiny_model, tuned, Budget.parse("6bits"), tmp_path / "tuned", **given)
     other = dataclasses.replace(RECIPE, steps=(RTN(bits=4, group_size=32),))
     with pytest.raises(ParetoError, match="was measured with another model, recipe"):
         compress_to_budget(tiny_model, other, Budget.parse("6bits"), tmp_path / "c", **given)
