@@ -22,7 +22,9 @@ DATA = {
     "quant_methods": (
         "csrc/*", "kernels/csrc/*", "recipes/*.yaml", "models/*/*", "calibration/text/*", "backends/*.lock",
     ),
-    "bench": ("report/templates/*", "quality/tasks/own/*.yaml", "quality/tasks/own/*.json"),
+    "bench": (
+        "report/templates/*", "quality/tasks/own/*.yaml", "quality/tasks/own/*.json", "study/templates/*", "studies/*",
+    ),
 }  # fmt: skip
 KERNELS = """
 import importlib.metadata, pathlib, sys
