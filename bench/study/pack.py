@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.environment import versions
+from bench.environment import commit, versions
 from bench.files import read_json, replacing
 from bench.study.folder import LOG, RECORD, Folder
 from bench.study.outcome import PAGE, PLAN, STUDY, conclude
@@ -30,7 +30,7 @@ SCHEMA = "vllm-pareto/pack/1"
 MANIFEST, SUMS, READ_ME = "pack.json", "SHA256SUMS", "README"
 RAW = (".json", ".jsonl", ".md")
 """Endings of the records that a pack holds; of a checkpoint its weights are only named by their hash."""
-DRAWING = ("matplotlib", "jinja2")
+DRAWING = ("matplotlib", "jinja2", "vllm-pareto")
 """Packages that draw the page: of other versions they may draw it otherwise."""
 TOLERANCE = 1e-6
 """Relative difference up to which a figure is the same: libraries of other versions round otherwise."""
@@ -70,7 +70,8 @@ def pack(graph: Graph, folder: Folder, page: Path, plan_file: Path) -> Path:
         "study": graph.plan.study,
         "seeds": read_json(place / STUDY)["seeds"],
         "command": words,
-        "versions": versions() | _drawing(),
+        "versions": versions(),
+        "drawn_with": _drawing(),
         "cells": [cell.__dict__ for cell in graph.cells],
         "steps": list(graph.steps),
         "states": {step["key"]: [step["status"], step["reason"]] for step in read_json(place / STUDY)["steps"]},
@@ -93,7 +94,8 @@ def pack(graph: Graph, folder: Folder, page: Path, plan_file: Path) -> Path:
 def _drawing() -> dict[str, str]:
     import importlib.metadata
 
-    return {name: importlib.metadata.version(name) for name in DRAWING}
+    found = {name: importlib.metadata.version(name) for name in DRAWING}
+    return found | {"commit": str(commit())}
 
 
 def _read_me(study: str, words: list[str]) -> str:
@@ -193,7 +195,7 @@ def _again(root: Path, manifest: dict[str, Any], again: Path) -> int:
     if page.read_bytes() == (root / PAGE).read_bytes():
         print("and the same page")
         return 0
-    here, there = _drawing(), {name: manifest["versions"].get(name) for name in DRAWING}
+    here, there = _drawing(), manifest["drawn_with"]
     if here != there:
         print(f"the page is drawn otherwise here: it was made with {there}, and this machine has {here}")
         return 0

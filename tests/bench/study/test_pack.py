@@ -107,6 +107,18 @@ def test_another_page_is_found(packed, tmp_path, capsys):
     assert "do not give the page" in capsys.readouterr().out
 
 
+def test_a_page_of_another_commit_is_said_and_no_failure(packed, tmp_path, capsys):
+    def change(root):
+        (root / "study.html").write_text("drawn otherwise")
+        manifest = json.loads((root / "pack.json").read_text())
+        manifest["drawn_with"]["commit"] = "another"
+        (root / "pack.json").write_text(json.dumps(manifest))
+        rehash(root)
+
+    assert verify(changed(packed[0], tmp_path, change)) == 0
+    assert "the page is drawn otherwise here" in capsys.readouterr().out
+
+
 def test_what_is_no_pack_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"no tar")
     with pytest.raises(ParetoError, match="not a pack of pareto study"):
