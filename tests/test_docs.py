@@ -158,3 +158,12 @@ def test_workflows_call_make(path):
 def test_pre_commit_calls_make():
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [hook["entry"].split() for hook in repository["hooks"]] == [["make", "lint"]]
+
+
+def test_images_have_the_versions_that_are_tested():
+    image = (ROOT / "Dockerfile").read_text()
+    newest = re.findall(r"^NEWEST_VLLM = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^ARG VLLM=(.*)$", image, re.MULTILINE) == newest
+    (names,) = re.findall(r"grep -E '\^\(([\w|-]+)\)=='", image)
+    locked = {line.partition("==")[0] for line in (ROOT / "requirements/cpu.lock").read_text().splitlines()}
+    assert set(names.split("|")) <= locked
