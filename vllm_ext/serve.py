@@ -10,12 +10,22 @@ import sys
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
+from kv_cache.formats import FORMATS, MIXED, KVFormat
 from vllm_ext.names import LOW_BIT_KERNEL_VARIABLE
 
 HELP = "serve a model with vLLM over an OpenAI-compatible endpoint"
 USER_ERRORS = (ParetoError,)
 PASS_THROUGH = True
-DESCRIPTION = """\
+
+
+def _line(fmt: KVFormat) -> str:
+    same = fmt.key_bits == fmt.value_bits
+    bits = f"{fmt.key_bits} bits" if same else f"{fmt.key_bits} bits for keys, {fmt.value_bits} for values"
+    return f"  {fmt.name:16}{bits}"
+
+
+_DTYPES = "\n".join(_line(fmt) for fmt in FORMATS.values())
+DESCRIPTION = f"""\
 Serve a model: 'vllm serve' with loopback as the default address, a check that this plugin is active, and names of
 embedded models resolved. Every flag of 'vllm serve' passes through.
 
@@ -24,8 +34,8 @@ examples:
   pareto serve ./qwen-w4 --kv-cache-dtype int8_per_head --port 8001 --max-model-len 8192
 
 KV-cache dtypes of this plugin (vLLM's own stay available):
-  int8_per_head, int6_per_head, int4_per_head, k4v3_per_head, int3_per_head   8, 6, 4, 4 and 3, 3 bits
-  mixed_per_head   bits of its own for each layer: pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits
+{_DTYPES}
+  {MIXED:16}bits of its own for each layer: pareto compress MODEL --recipe kv-scales --kv-budget 3.5bits
 Each token and head keeps four bytes beside its codes (0.25 bits an element at head size 64, 0.125 at 128).
 
 4-bit checkpoints of any origin (GPTQ, AWQ, compressed-tensors) are multiplied by this project's kernel on CUDA where at

@@ -61,7 +61,7 @@ ALL = [*FORMATS.values(), *(layer_format(k, v) for k in PLANES for v in PLANES)]
 
 
 def served(fmt: KVFormat, head_dim: int) -> bool:
-    return head_dim % 32 == 0 or 3 not in (fmt.key_bits, fmt.value_bits)
+    return head_dim % 32 == 0 or not any(1 in PLANES[bits] for bits in (fmt.key_bits, fmt.value_bits))
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f"{f.name}-{f.key_bits}-{f.value_bits}")
@@ -96,6 +96,14 @@ def test_rows_are_aligned_for_the_common_head_sizes():
     for head_dim in (64, 96, 128, 256):
         rows = PageLayout(get_format("int3_per_head"), head_dim, 16).row_bytes
         assert all(row % 4 == 0 for row in rows.values())
+
+
+def test_bits_of_any_number_with_a_plane_of_single_ones_need_whole_words(monkeypatch):
+    """The rule once asked for 3 bits by name, and 5 bits, as a plane of 4 and one of 1, computed nonsense."""
+    monkeypatch.setitem(PLANES, 5, (4, 1))
+    assert PageLayout(KVFormat("int5_per_head", 5, 5), 96, 16).row_bytes["key.1"] == 12
+    with pytest.raises(ParetoError, match=r"codes of 5 bits need a head size that is a multiple of 32, not 80"):
+        PageLayout(KVFormat("k8v5", 8, 5), 80, 16)
 
 
 def test_a_head_size_that_is_not_served_names_the_alternative():

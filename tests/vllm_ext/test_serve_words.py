@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from kv_cache.formats import FORMATS
 from vllm_ext import cli, serve
 
 
@@ -91,3 +92,11 @@ def test_our_4_bit_kernel_is_this_commands_default(started, monkeypatch, before,
         monkeypatch.delenv("VLLM_PARETO_LOW_BIT_KERNEL")
     served(started, "m")
     assert os.environ["VLLM_PARETO_LOW_BIT_KERNEL"] == after
+
+
+def test_help_names_every_dtype_with_its_bits():
+    lines = {line.split()[0]: line for line in serve.DESCRIPTION.splitlines() if line.strip()}
+    for name, fmt in FORMATS.items():
+        same = fmt.key_bits == fmt.value_bits
+        bits = f"{fmt.key_bits} bits" if same else f"{fmt.key_bits} bits for keys, {fmt.value_bits} for values"
+        assert lines[name].split(maxsplit=1)[1] == bits
