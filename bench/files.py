@@ -58,7 +58,25 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are refused, since JSON has none."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _json(data, "\n") + "\n")
+
+
+def _json(data: Any, newline: str) -> str:
+    """Return JSON text, an entry a line; a list that holds no lists or objects is a line."""
+    inner = newline + " "
+    if isinstance(data, dict) and data:
+        entries = (
+            f"{json.dumps(_name(key), ensure_ascii=False)}: {_json(value, inner)}" for key, value in data.items()
+        )
+        return "{" + inner + ("," + inner).join(entries) + newline + "}"
+    if isinstance(data, list | tuple) and any(isinstance(one, dict | list | tuple) for one in data):
+        return "[" + inner + ("," + inner).join(_json(one, inner) for one in data) + newline + "]"
+    return json.dumps(data, ensure_ascii=False, allow_nan=False)
+
+
+def _name(key: Any) -> str:
+    """Return a key as json makes it a string."""
+    return key if isinstance(key, str) else next(iter(json.loads(json.dumps({key: None}))))
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

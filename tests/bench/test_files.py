@@ -59,3 +59,12 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         fail()
     assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
     assert path.read_bytes() == b"one"
+
+
+def test_json_has_an_entry_a_line_and_a_list_of_numbers_in_one(tmp_path):
+    data = {"a": [1.5, 2, None], 3: {"b": [], "c": [{"x": "y[ ]"}, [1]]}, True: {}}
+    write_json(tmp_path / "x.json", data)
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(json.dumps(data))
+    assert (tmp_path / "x.json").read_text().splitlines()[:3] == ["{", ' "a": [1.5, 2, null],', ' "3": {']
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": [float("nan")]})
