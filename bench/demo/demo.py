@@ -51,7 +51,7 @@ PRETRAINED = Size(
         "--needles-per-cell", "2",
     ),
     speed=(
-        "--batch", "4", "--context", "2048", "--output-tokens", "128", "--duration", "1.5", "--rounds", "2",
+        "--batch", "4", "--context", "2048", "--output-tokens", "128", "--duration", "1.5", "--rounds", "3",
         "--idle-seconds", "0", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(104 << 20),
         "--side-by-side",
     ),

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench.demo.demo import PRETRAINED, Demo, Size
+from bench.report.documents import collect
+from bench.report.rows import make_rows
 from kv_cache.errors import ParetoError
 
 RESULTS = {"compress": "config.json", "eval": "eval.json", "serve-bench": "serve-bench.json"}
@@ -86,3 +88,23 @@ def test_a_failing_command_names_its_log(tmp_path, monkeypatch):
     with pytest.raises(ParetoError, match=r"pareto compress failed with status 1.*compress\.log"):
         demo.run()
     assert not (tmp_path / "state.json").exists()
+
+
+@pytest.mark.engine
+def test_the_whole_chain_on_the_embedded_model(tmp_path):
+    size = Size(
+        kv_cache_dtypes=("int4_per_head",),
+        compress=None,
+        evaluate=("--num-windows", "1", "--window-tokens", "256", "--no-needle"),
+        speed=(
+            "--batch", "4", "--context", "512", "--output-tokens", "8", "--duration", "1.5", "--rounds", "1",
+            "--idle-seconds", "0", "--kv-cache-memory-bytes", str(4 << 20), "--side-by-side",
+        ),
+    )  # fmt: skip
+    demo = Demo("ref-7m", tmp_path, size, print)
+    assert "ref-7m" in demo.run().read_text()
+    rows, _ = make_rows(collect(demo.results()), context_tokens=0)
+    base, int4 = rows
+    assert int4.get("kv_tokens") > 3 * base.get("kv_tokens")
+    for key in ("ttft_p95_ms", "output_tokens_per_s", "perplexity", "kl"):
+        assert int4.get(key) > 0, key
