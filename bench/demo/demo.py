@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,21 @@ from pathlib import Path
 
 from bench.engine import plain_dtype
 from bench.files import read_json, write_json
+from bench.quality.plan import token_bytes
 from bench.report.models import short_model
 from bench.server import run_pareto, terminated_like_interrupted
+from quant_methods.model_source import resolve_model
+
+CONTEXT, ANSWER = 2048, 128
+"""Tokens of a request."""
+HELD = 2.17
+"""Requests that the cache holds in bf16: two, and some pages to spare."""
+MEMORY = "--kv-cache-memory-bytes"
+
+
+def cache_memory(folder: Path) -> int:
+    """Return the bytes, in whole MiB, in which a model's cache holds HELD requests in bf16."""
+    return math.ceil(HELD * (CONTEXT + ANSWER) * token_bytes(folder) / 2**20) << 20
 
 
 @dataclass(frozen=True)
@@ -21,8 +35,8 @@ class Size:
         kv_cache_dtypes: quantized dtypes; the last is also combined with 4-bit weights.
         compress: flags of ``pareto compress``; None: the weights stay as they are.
         evaluate: flags of ``pareto eval``.
-        speed: flags of ``pareto serve-bench``. The cache has room for about two sequences in bf16, so that a dtype
-            that needs less memory runs more of them at once.
+        speed: flags of ``pareto serve-bench``. Unless they name the cache's memory, it has room for about two
+            sequences in bf16, so that a dtype that needs less memory runs more of them at once.
 
     """
 
@@ -36,9 +50,8 @@ class Size:
         "--needle-depths", "0", "0.5", "1", "--needles-per-cell", "3",
     )  # fmt: skip
     speed: tuple[str, ...] = (
-        "--batch", "8", "--context", "2048", "--output-tokens", "128", "--duration", "3", "--rounds", "3",
-        "--idle-seconds", "0", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(14 << 20),
-        "--side-by-side",
+        "--batch", "8", "--context", str(CONTEXT), "--output-tokens", str(ANSWER), "--duration", "3", "--rounds", "3",
+        "--idle-seconds", "0", "--max-num-batched-tokens", "512", "--side-by-side",
     )  # fmt: skip
 
 
@@ -51,9 +64,8 @@ PRETRAINED = Size(
         "--needles-per-cell", "2",
     ),
     speed=(
-        "--batch", "4", "--context", "2048", "--output-tokens", "128", "--duration", "1.5", "--rounds", "3",
-        "--idle-seconds", "0", "--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(104 << 20),
-        "--side-by-side",
+        "--batch", "4", "--context", str(CONTEXT), "--output-tokens", str(ANSWER), "--duration", "1.5", "--rounds", "3",
+        "--idle-seconds", "0", "--max-num-batched-tokens", "512", "--side-by-side",
     ),
 )  # fmt: skip
 """What fits into ten minutes of two cores."""
@@ -114,13 +126,16 @@ class Demo:
             words = ["eval", model, "--baseline", self.model, "--kv-cache-dtype", *others, "--out",
                      str(self.out / name), *self.size.evaluate]  # fmt: skip
             self._command(name, words, self.out / name / "eval.json")
+        speed = list(self.size.speed)
+        if MEMORY not in speed:
+            speed += [MEMORY, str(cache_memory(resolve_model(self.model, quantized=True)))]
         for model, dtypes in models:
             name = f"speed-{short_model(model)}"
             self._step(
                 total, f"serve {short_model(model)} with KV cache {', '.join(map(plain_dtype, dtypes))}, in turns"
             )
             words = ["serve-bench", model, "--kv-cache-dtype", *dtypes, "--out", str(self.out / name),
-                     *self.size.speed]  # fmt: skip
+                     *speed]  # fmt: skip
             self._command(name, words, self.out / name / "serve-bench.json")
         self._step(total, "report")
         page = self.out / "report.html"
@@ -153,4 +168,6 @@ class Demo:
         return content if isinstance(content, dict) else {}
 
     def _run(self, name: str, words: list[str]) -> None:
-        run_pareto(words, self.out / "logs" / f"{name}.log")
+        log = self.out / "logs" / f"{name}.log"
+        self.say(f"      progress: tail -f {log}")
+        run_pareto(words, log)

@@ -7,6 +7,7 @@ better than it is: this model is for KV caches, not for weight compression.
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -93,13 +94,14 @@ def convert(wheels: list[Path], folder: Path) -> None:
     model = next(path for path in wheels if path != package)
     sys.path.insert(0, str(package))
     try:
-        from gguf import GGUFReader, dequantize
+        # It is in the wheel alone, which no type checker reads.
+        gguf: Any = importlib.import_module("gguf")
 
         with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(model) as wheel:
             name = next(each for each in wheel.namelist() if each.endswith(".gguf"))
-            reader = GGUFReader(wheel.extract(name, scratch))
+            reader = gguf.GGUFReader(wheel.extract(name, scratch))
             fields = {key: value.contents() for key, value in reader.fields.items()}
-            tensors = {each.name: dequantize(each.data, each.tensor_type) for each in reader.tensors}
+            tensors = {each.name: gguf.dequantize(each.data, each.tensor_type) for each in reader.tensors}
     finally:
         sys.path.remove(str(package))
     write(fields, tensors, folder)

@@ -332,10 +332,14 @@ def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
 
 def default_memory(folder: Path, max_model_len: int, ranks: int, sequences: int = 2) -> int:
     """Return the KV memory for so many of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
+    return max(1, math.ceil(sequences * max_model_len * token_bytes(folder, ranks) / 2**30)) << 30
+
+
+def token_bytes(folder: Path, ranks: int = 1) -> int:
+    """Return the bytes of a token's keys and values in bfloat16, all layers, on one of so many ranks."""
     config = read_config(folder)
     text = config.get("text_config") or config
     heads = int(text.get("num_attention_heads") or 32)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or int(text.get("hidden_size") or 4096) // heads)
-    per_token = 4 * int(text.get("num_hidden_layers") or 32) * max(1, kv_heads // ranks) * head_dim
-    return max(1, math.ceil(sequences * max_model_len * per_token / 2**30)) << 30
+    return 4 * int(text.get("num_hidden_layers") or 32) * max(1, kv_heads // ranks) * head_dim

@@ -1,10 +1,11 @@
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.demo.demo import PRETRAINED, Demo, Size
+from bench.demo.demo import ANSWER, CONTEXT, PRETRAINED, Demo, Size, cache_memory
 from bench.report.documents import collect
 from bench.report.rows import make_rows
 from kv_cache.errors import ParetoError
@@ -52,17 +53,20 @@ def test_the_chain_serves_original_and_compressed_weights_with_one_small_memory(
 
 def test_the_weights_stay_as_they_are_where_nothing_is_said_of_compression(chain, tmp_path):
     _, ran, lines = chain
-    Demo("smol", tmp_path, PRETRAINED, lines.append).run()
+    Demo("ref-7m", tmp_path, PRETRAINED, lines.append).run()
     assert [w[0] for w in ran] == ["eval", "serve-bench", "report"]
     assert not any("w4" in word for words in ran for word in words)
     assert [line.split("]")[0] for line in lines] == ["[1/3", "[2/3", "[3/3"]
 
 
-@pytest.mark.parametrize(("size", "bytes_per_token"), [(Size(), 6 * 2 * 2 * 64 * 2), (PRETRAINED, 30 * 2 * 3 * 64 * 2)])
-def test_the_cache_holds_some_sequences_in_bf16_and_fewer_than_there_are_users(size, bytes_per_token):
-    sequence = bytes_per_token * (int(value(size.speed, "--context")) + int(value(size.speed, "--output-tokens")))
-    held = int(value(size.speed, "--kv-cache-memory-bytes")) / sequence
-    assert 2 <= held < int(value(size.speed, "--batch")) <= 4 * held
+def test_the_cache_holds_two_requests_in_bf16_and_int4_holds_all_users(tmp_path):
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    request = 30 * 2 * 3 * 64 * 2 * (CONTEXT + ANSWER)
+    assert cache_memory(tmp_path) == 104 << 20
+    assert 2 <= cache_memory(tmp_path) / request < 3
+    for size in (Size(), PRETRAINED):
+        assert 3 < int(value(size.speed, "--batch")) <= 4 * 2.17
 
 
 def test_finished_steps_are_not_repeated_and_changed_ones_are(chain):
