@@ -60,8 +60,8 @@ PRETRAINED = Size(
     # Its package ships weights of 4 bits (bench/demo/pretrained.py): rounding them again would show too small a loss.
     compress=None,
     evaluate=(
-        "--num-windows", "2", "--window-tokens", "1024", "--needle-lengths", "2048", "--needle-depths", "0", "0.5", "1",
-        "--needles-per-cell", "2",
+        "--num-windows", "4", "--window-tokens", "512", "--needle-lengths", "2048", "--needle-depths", "0", "0.5", "1",
+        "--needles-per-cell", "1",
     ),
     speed=(
         "--batch", "4", "--context", str(CONTEXT), "--output-tokens", str(ANSWER), "--duration", "1.5", "--rounds", "3",
