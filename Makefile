@@ -1,4 +1,4 @@
-# make demo: the whole chain on the embedded model.   make test: lint, types and every test.   Both set up .venv first.
+# make demo: the whole chain on a small model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
 .PHONY: demo test test-engines test-long test-rest test-wheel contract setup lint format clean
 

@@ -27,6 +27,7 @@ KINDS = {
     "samples": re.compile(r"[0-9a-f]{32}\.safetensors"),
     "kernels": re.compile(r"[0-9a-f]{64}\.cubin"),
     "backends": re.compile(r"[a-z][a-z0-9_.-]*-\d[0-9.]*(-cuda)?"),
+    "models": re.compile(r"[a-z0-9-]+-\d+"),
 }
 """What lies in the cache, by folder, and how its entries are named; whatever else lies there is not this project's."""
 TRIMMED = ("baselines", "kv-scales", "samples", "kernels")

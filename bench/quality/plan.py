@@ -214,7 +214,7 @@ def make_plan(settings: Settings) -> Plan:
             tokenizer, filler, lengths, settings.needle_depths, per_cell=settings.needles_per_cell, seed=settings.seed
         )
     max_model_len = max([settings.window_tokens + 1, *lengths])
-    context_bytes = max_model_len * bytes_per_token(baseline, settings.tensor_parallel_size)
+    context_bytes = max_model_len * token_bytes(baseline, settings.tensor_parallel_size)
     most = settings.kv_cache_memory_bytes or SHARED_GIB["cuda" if torch.backends.cuda.is_built() else "cpu"] << 30
     # One is left for the request that goes beside them.
     room = most // context_bytes - 1
@@ -352,11 +352,11 @@ def _texts(settings: Settings, baseline: Path) -> list[TextSet]:
 
 def default_memory(folder: Path, max_model_len: int, ranks: int, sequences: int = 2) -> int:
     """Return the KV memory for so many of the longest contexts in bfloat16, at least 1 GiB, in whole GiB."""
-    return max(1, math.ceil(sequences * max_model_len * bytes_per_token(folder, ranks) / 2**30)) << 30
+    return max(1, math.ceil(sequences * max_model_len * token_bytes(folder, ranks) / 2**30)) << 30
 
 
-def bytes_per_token(folder: Path, ranks: int) -> int:
-    """Return what a token takes of one rank's KV cache in bfloat16."""
+def token_bytes(folder: Path, ranks: int = 1) -> int:
+    """Return the bytes of a token's keys and values in bfloat16, all layers, on one of so many ranks."""
     config = read_config(folder)
     text = config.get("text_config") or config
     heads = int(text.get("num_attention_heads") or 32)

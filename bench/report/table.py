@@ -13,11 +13,12 @@ from bench.report.rows import Row
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell: its text, and what stands below it in small letters."""
+    """A cell: its text, what stands below it in small letters, and of that the extremes over repeats."""
 
     text: str
     sub: str = ""
     best: bool = False
+    extremes: str = ""
 
 
 DASH = Cell(NONE)
@@ -45,7 +46,13 @@ def _cell(row: Row, metrics: list[Metric]) -> Cell:
     under = figures[0][1].below(first.show)
     if (first.load or first.served) and not under:
         under = f"at {row.load}" if row.load else ""
-    return Cell(" / ".join(metric.show(figure.value) for metric, figure in figures), under)
+    extremes = " / ".join(
+        f"{metric.show(figure.low)} to {metric.show(figure.high)}"
+        for metric, figure in figures
+        if metric.served and not figure.note and figure.low is not None and figure.high is not None
+    )
+    under = ", ".join(part for part in (extremes, under) if part)
+    return Cell(" / ".join(metric.show(figure.value) for metric, figure in figures), under, extremes=extremes)
 
 
 def console(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -53,6 +60,11 @@ def console(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     grouped = columns(metric for metric in METRICS if metric.console)
     made = []
     for row in rows:
-        line = [f"{cell.text} (reference)" if cell.sub == "reference" else cell.text for cell in cells(row, grouped)]
-        made.append([row.name, *line])
+        made.append([row.name, *map(_console_text, cells(row, grouped))])
     return ["configuration", *(heading for heading, _ in grouped)], made
+
+
+def _console_text(cell: Cell) -> str:
+    if cell.extremes:
+        return f"{cell.text}\n{cell.extremes}"
+    return f"{cell.text} (reference)" if cell.sub == "reference" else cell.text
