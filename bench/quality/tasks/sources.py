@@ -38,7 +38,8 @@ def _plain(folder: Path, task: str, work: Path) -> dict[str, Path]:
 
 
 def _gsm8k(folder: Path, task: str, work: Path) -> dict[str, Path]:
-    test = _present(folder / task / "test.jsonl", folder / "gsm8k" / "test.jsonl", folder.parent / "gsm8k-test.jsonl")
+    places = (folder / task / "test.jsonl", folder / "gsm8k" / "test.jsonl")
+    test = _present(*places, *(place / "gsm8k-test.jsonl" for place in (folder, folder.parent)))
     train = _present(folder / "gsm8k" / "train.jsonl")
     return {split: path for split, path in (("test", test), ("train", train)) if path}
 
