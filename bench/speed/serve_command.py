@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from bench.speed.engine_flags import add_engine_flags
 from kv_cache.errors import ParetoError
 
 HELP = "speed, memory and energy of KV-cache dtypes at the served endpoint, in alternating rounds"
@@ -68,21 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side-by-side", action="store_true", help="start all servers at once and alternate between them"
     )
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="N", help="prefill chunk (default: 8192 on a GPU, else 2048)"
-    )
-    parser.add_argument("--dtype", default="auto", help="vLLM's --dtype (default: %(default)s)")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, metavar="N", help="KV memory, the same for every dtype")
-    parser.add_argument(
-        "--enforce-eager", action=argparse.BooleanOptionalAction, help="no compilation or CUDA graphs (default: on CPU)"
-    )
-    parser.add_argument(
-        "--load-format", default="auto", metavar="NAME",
-        help="vLLM's; dummy measures a model's shape, a folder with a config.json, without weights",
-    )  # fmt: skip
-    parser.add_argument("--compilation-config", metavar="JSON", help="vLLM's (default: vLLM's own choice)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: %(default)s)")
+    add_engine_flags(parser)
     parser.add_argument(
         "--out", default="serve-bench", metavar="DIR", help="folder of the result (default: %(default)s)"
     )
