@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import signal
 import subprocess
@@ -253,12 +252,24 @@ def test_a_study_that_is_killed_takes_its_step_along(tmp_path, pareto):
     raise AssertionError("the step outlived its study")
 
 
+STAND_IN = f"""
+import json, os, sys, time
+*wait, out, key = sys.argv[1:]
+time.sleep(float(*wait or [0]))
+if key == "quality-2":
+    sys.exit(print("out of luck", file=sys.stderr) or 7)
+place = os.path.join(out, "steps", key)
+with open(os.path.join(place, "gpu"), "w") as file:
+    file.write(os.environ.get("{local.VISIBLE}", "all"))
+with open(os.path.join(place, "done.json"), "w") as file:
+    json.dump({{"status": "done", "error": "", "started_at": "{NOW}", "seconds": 1.0, "environment": {{}}}}, file)
+"""
+"""What stands in for a step's process: it notes its GPU and is done, or dies without a word of the study's."""
+
+
 def test_the_local_executor_does_one_after_the_other(tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
-    code = (
-        "import sys; from tests.bench.study.studies import *; import tests.bench.study.test_run as t; t.note(sys.argv)"
-    )
-    monkeypatch.setattr(local, "PERFORM", (sys.executable, "-c", code))
+    monkeypatch.setattr(local, "PERFORM", (sys.executable, "-c", STAND_IN))
     steps = [Step(f"quality-{i}", "quality", f"step {i}", ("eval",)) for i in range(3)]
     executor = LocalExecutor(folder)
     for step in steps:
@@ -280,8 +291,7 @@ def test_the_local_executor_does_one_after_the_other(tmp_path, monkeypatch):
 )
 def test_steps_that_are_not_timed_run_beside_each_other(tmp_path, monkeypatch, gpus, most, timed):
     folder = folder_of(tmp_path)
-    code = "import tests.bench.study.test_run as t, sys; t.note_when(sys.argv)"
-    monkeypatch.setattr(local, "PERFORM", (sys.executable, "-c", code))
+    monkeypatch.setattr(local, "PERFORM", (sys.executable, "-c", STAND_IN, "0.3"))
     kinds = ["compress", "quality", "tasks", "tasks", "served", "served", "load"]
     executor = LocalExecutor(folder, 3, gpus)
     for i, kind in enumerate(kinds):
@@ -299,28 +309,6 @@ def test_steps_that_are_not_timed_run_beside_each_other(tmp_path, monkeypatch, g
     assert not any(a and b for a, b in zip(untimed, others, strict=True))
     used = [(folder.of(step.key) / "gpu").read_text() for step, _ in ended]
     assert set(used) == (set(gpus) if len(gpus) > 1 else {os.environ.get(local.VISIBLE, "all")})
-
-
-def note_when(argv):
-    """What stands in for a step's process above."""
-    out, key = argv[1:]
-    time.sleep(0.3)
-    place = os.path.join(out, "steps", key)
-    with open(os.path.join(place, "gpu"), "w") as file:
-        file.write(os.environ.get(local.VISIBLE, "all"))
-    with open(os.path.join(place, "done.json"), "w") as file:
-        json.dump({"status": "done", "error": "", "started_at": NOW, "seconds": 1.0, "environment": {}}, file)
-
-
-def note(argv):
-    """What stands in for a step's process above: the last one dies without a word of its own."""
-    out, key = argv[1:]
-    if key == "quality-2":
-        print("out of luck", file=sys.stderr)
-        os._exit(7)
-    place = os.path.join(out, "steps", key, "done.json")
-    with open(place, "w") as file:
-        json.dump({"status": "done", "error": "", "started_at": NOW, "seconds": 1.0, "environment": {}}, file)
 
 
 def test_two_studies_do_not_share_a_folder_at_once(tmp_path):
