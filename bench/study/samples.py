@@ -315,4 +315,5 @@ def _compare_with_itself(base: Measured, others: list[Measured]) -> None:
         ]
         if like:
             runs = tuple(dict.fromkeys(run, metric.of_baseline) for run in like[0].runs[:1])
-            base.samples[metric.key] = Sample(metric.key, metric.better, runs)
+            # What it has of itself is known without measuring: zeros are no answers that happened to be wrong.
+            base.samples[metric.key] = Sample(metric.key, metric.better, runs, exact=True)

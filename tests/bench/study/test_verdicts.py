@@ -180,6 +180,13 @@ def test_a_hypothesis_is_held_falsified_or_open(tmp_path, given, verdict):
         assert all(one.why for one in found.points)
 
 
+def test_what_a_baseline_has_of_itself_has_no_error(tmp_path):
+    """Divergences of 0 in two windows are no two wrong answers of two."""
+    study, *_ = judged(tmp_path)
+    kl = next(point for point in study.points if point.is_baseline).figures["kl"]
+    assert (kl.value, kl.low, kl.high) == (0, 0, 0)
+
+
 def test_accuracy_is_the_mean_of_tasks_and_not_of_questions(tmp_path):
     study, *_ = judged(tmp_path, tasks=TASKS)
     base = next(point for point in study.points if point.is_baseline)
