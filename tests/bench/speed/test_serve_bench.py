@@ -275,6 +275,7 @@ def test_columns_that_nobody_has_are_left_out():
     assert notes(without) == ["no energy: no counter"]
 
 
+@pytest.mark.long  # The demo's test serves and loads in every run.
 @pytest.mark.engine
 def test_a_real_endpoint_is_measured_and_leaves_no_server_behind(tmp_path):
     """Two dtypes side by side, on ref-7m; then Ctrl-C while they start."""
