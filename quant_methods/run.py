@@ -152,7 +152,7 @@ class Run:
         settings, own = recipe.calibration, SAMPLED
         if not plan.steps:
             own = "the text that ships with vllm-pareto"
-            self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length)
+            self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length, settings.seed)
         elif plan.needs_data or plan.kv_scales:
             self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
         self.text_source = own if self.text is None else self.text.name

@@ -91,7 +91,7 @@ def shipped_sequences(tokenizer: Any, num: int, length: int) -> Tensor:
     return torch.tensor(rows[:num], dtype=torch.int64)
 
 
-def kv_sequences(model_dir: Path, text: Path | None, num: int, length: int) -> Tensor:
+def kv_sequences(model_dir: Path, text: Path | None, num: int, length: int, seed: int = 0) -> Tensor:
     """Return the sequences that KV scales are calibrated on, int64 [n, length], each as a request would start.
 
     Args:
@@ -99,6 +99,7 @@ def kv_sequences(model_dir: Path, text: Path | None, num: int, length: int) -> T
         text: a text of the user's (``load_sequences``); None: the one that ships with this package.
         num: how many; of the shipped text at most as many as there are.
         length: tokens of each.
+        seed: which part of a text of the user's (``load_sequences``); the shipped one is small and taken as it is.
 
     Raises:
         ParetoError: there is no usable tokenizer, or the text is too short.
@@ -107,7 +108,7 @@ def kv_sequences(model_dir: Path, text: Path | None, num: int, length: int) -> T
     tokenizer = load_tokenizer(model_dir)
     if text is None:
         return shipped_sequences(tokenizer, num, length)
-    tokens = load_sequences(model_dir, text, num, length)
+    tokens = load_sequences(model_dir, text, num, length, seed)
     if (added := first_of_completions(tokenizer)) is not None:
         tokens[:, 0] = added
     return tokens

@@ -53,7 +53,8 @@ def contents(directory: Path) -> dict[str, str]:
 
 def divergence(model: Path, checkpoint: Path, text: Path) -> float:
     """Return KL(model || checkpoint) over TUNE's held-out sequences, from the files alone."""
-    tokens = load_sequences(model, text, TUNE.num_samples + TUNE.held_out, TUNE.length)[TUNE.num_samples :]
+    seed = recipe().calibration.seed
+    tokens = load_sequences(model, text, TUNE.num_samples + TUNE.held_out, TUNE.length, seed)[TUNE.num_samples :]
     with torch.no_grad():
         base, found = (load_reference(path)(tokens).logits.log_softmax(-1) for path in (model, checkpoint))
     return (base.exp() * (base - found)).sum(-1).mean().item()

@@ -286,9 +286,9 @@ def test_codes_are_measured_on_the_quantized_model(tiny_model: Path, text_file: 
     load_reference(tmp_path / "out").save_pretrained(tmp_path / "read")
 
     def measured_on(model: Path) -> tuple[float, float]:
-        decoder = Decoder(model, Source(model))
+        decoder, tokens = Decoder(model, Source(model)), load_sequences(model, text_file, 8, 64, CALIBRATION.seed)
         sensitivity = KVSensitivity(
-            Served(decoder, load_sequences(model, text_file, 8, 64)), KVScales.load(tmp_path / "out"), WIDTHS,
+            Served(decoder, tokens), KVScales.load(tmp_path / "out"), WIDTHS,
             settings=choice.settings, folder=tmp_path / f"measures of {model.name}", key="key",
         )  # fmt: skip
         predicted = KVAssignment(chosen.bits, sensitivity.measure(), 64).predicted
