@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.quality.schema import SCHEMA as EVAL
 from bench.quality.schema import EvalReport
+from bench.quality.units import SCHEMA as UNITS
 from bench.speed.schema import SCHEMA as KV_BENCH
 from bench.speed.schema import KVBenchReport
 from bench.speed.served_schema import SCHEMA as SERVE_BENCH
@@ -99,7 +100,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> Document | str | None:
-    """Return a file's document, or why there is none; None for a report, which is no input and no mistake either."""
+    """Return a file's document, or why there is none; None for what is no input and no mistake either, as a report."""
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -111,7 +112,7 @@ def _read(file: Path) -> Document | str | None:
         return f"not valid JSON, perhaps cut short ({error})"
     name = content.get("schema") if isinstance(content, dict) else None
     family = name.rsplit("/", 1)[0] if isinstance(name, str) else None
-    if family == REPORT.rsplit("/", 1)[0]:
+    if family in (REPORT.rsplit("/", 1)[0], UNITS.rsplit("/", 1)[0]):
         return None
     if file.name == RECIPE_FILE and isinstance(content, dict) and "recipe" in content:
         name = COMPRESSION

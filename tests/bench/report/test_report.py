@@ -152,6 +152,8 @@ def test_the_data_file_holds_the_same(results, tmp_path):
 
 def test_an_earlier_report_in_the_folder_is_no_input(results):
     report(results, "--out", results / "report.html")
+    # Nor is what an evaluation keeps of every question for studies.
+    (results / "eval" / "units.json").write_text('{"schema": "vllm-pareto/units/1"}')
     assert report(results, "--out", results / "report.html") == 0
     assert collect([results]).skipped == []
 
