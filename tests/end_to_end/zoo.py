@@ -98,7 +98,7 @@ FAMILIES = [
     Family("GraniteMoe", "Granite 3 MoE", MIXTURE, {"num_local_experts": 4}),
     Family("Cohere", "Command R", "interleaved rotary embedding"),
     Family("Cohere2", "Command R7B, Command A", f"{WINDOWS}, no positions in others", {"sliding_window": 100}),
-    Family("StableLm", "StableLM 2", "a quarter of the channels turned", {"partial_rotary_factor": 0.25}, quick=True),
+    Family("StableLm", "StableLM 2", "a quarter of the channels turned", {"partial_rotary_factor": 0.25}),
     Family("Starcoder2", "StarCoder2", GROUPED),
     Family("SmolLM3", "SmolLM3", "no positions in every fourth layer", quick=True),
     Family("Glm4", "GLM-4", "half of the channels turned, interleaved", {"head_dim": 64}),
