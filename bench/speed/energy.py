@@ -26,6 +26,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Protocol
 
+from bench.environment import VISIBLE_GPUS, named_gpus
 from kv_cache.errors import ParetoError
 
 POWERCAP = Path("/sys/class/powercap")
@@ -78,7 +79,7 @@ class NvmlCounter:
             nvml.nvmlInit()
             driver = _text(nvml.nvmlSystemGetDriverVersion())
             self.name = f"NVML: energy of the GPU's whole board, driver {driver}"
-            names = _visible(environment.get("CUDA_VISIBLE_DEVICES"), count)
+            names = _visible(environment.get(VISIBLE_GPUS), count)
             self._handles = [self._handle(name) for name in names]
             self.devices = tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in self._handles)
             if any(self._is_divided(handle) for handle in self._handles):
@@ -110,9 +111,9 @@ class NvmlCounter:
 
 def _visible(variable: str | None, count: int) -> list[str]:
     """Return how NVML calls the first GPUs that CUDA may use; CUDA_DEVICE_ORDER is to be PCI_BUS_ID, NVML's order."""
-    if variable is None:
+    if (named := named_gpus(variable)) is None:
         return [str(index) for index in range(count)]
-    names = [name.strip() for name in variable.split(",") if name.strip()][:count]
+    names = named[:count]
     if any(name.startswith("MIG") for name in names):
         raise CannotMeasure(
             "CUDA_VISIBLE_DEVICES names a part of a GPU (MIG), and the energy counter is that of a board"

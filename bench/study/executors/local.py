@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from subprocess import Popen
 
-from bench.environment import visible_gpus
+from bench.environment import VISIBLE_GPUS, visible_gpus
 from bench.server import child
 from bench.study.folder import Folder, Outcome
 from bench.study.step import ORDER, Step
@@ -22,7 +22,6 @@ GRACE_S = 90.0
 PERFORM, ERRORS = (sys.executable, "-m", "bench.study.perform"), "errors.txt"
 UNTIMED = ("compress", "quality", "tasks")
 """Kinds of steps whose results do not depend on what else the machine does."""
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass
@@ -93,7 +92,7 @@ class LocalExecutor:
     def _start(self) -> None:
         while self._waiting and (gpu := self._room(self._waiting[0])) is not None:
             step, held = self._waiting.pop(0), ExitStack()
-            process = held.enter_context(performing(self.folder, step, {VISIBLE: gpu} if gpu else {}))
+            process = held.enter_context(performing(self.folder, step, {VISIBLE_GPUS: gpu} if gpu else {}))
             self._running.append(_Job(step, process, held, gpu))
 
     def _room(self, step: Step) -> str | None:

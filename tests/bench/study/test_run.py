@@ -260,7 +260,7 @@ if key == "quality-2":
     sys.exit(print("out of luck", file=sys.stderr) or 7)
 place = os.path.join(out, "steps", key)
 with open(os.path.join(place, "gpu"), "w") as file:
-    file.write(os.environ.get("{local.VISIBLE}", "all"))
+    file.write(os.environ.get("{local.VISIBLE_GPUS}", "all"))
 with open(os.path.join(place, "done.json"), "w") as file:
     json.dump({{"status": "done", "error": "", "started_at": "{NOW}", "seconds": 1.0, "environment": {{}}}}, file)
 """
@@ -308,7 +308,7 @@ def test_steps_that_are_not_timed_run_beside_each_other(tmp_path, monkeypatch, g
     assert (max(untimed), max(others)) == (most, timed)
     assert not any(a and b for a, b in zip(untimed, others, strict=True))
     used = [(folder.of(step.key) / "gpu").read_text() for step, _ in ended]
-    assert set(used) == (set(gpus) if len(gpus) > 1 else {os.environ.get(local.VISIBLE, "all")})
+    assert set(used) == (set(gpus) if len(gpus) > 1 else {os.environ.get(local.VISIBLE_GPUS, "all")})
 
 
 def test_two_studies_do_not_share_a_folder_at_once(tmp_path):
