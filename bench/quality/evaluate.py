@@ -201,12 +201,12 @@ class Evaluation:
             write_arrays(store.window_file(index), arrays)
 
     def _missing_tasks(self, store: Store) -> list[str]:
-        names = self.tasks.tasks if self.tasks else []
-        return [name for name in names if store.scores(name, self.plan.settings.tasks) is None]
+        settings = self.tasks.settings if self.tasks else {}
+        return [name for name, one in settings.items() if store.scores(name, one) is None]
 
     def _ask_tasks(self, configuration: Configuration) -> None:
         """Ask the tasks whose scores are missing."""
-        store, settings = self.store(configuration), self.plan.settings.tasks
+        store = self.store(configuration)
         missing = self._missing_tasks(store)
         if self.tasks is None or not missing:
             return
@@ -217,7 +217,8 @@ class Evaluation:
                 if store.kv_cache() is None:
                     write_json(store.folder / "kv_cache.json", asdict(cache))
                 for name in missing:
-                    task, say = self.tasks.tasks[name], functools.partial(print, file=sys.stderr, flush=True)
+                    task, settings = self.tasks.tasks[name], self.tasks.settings[name]
+                    say = functools.partial(print, file=sys.stderr, flush=True)
                     with Lines(f"{configuration.name}: {name}", say) as lines:
                         scores = ask(llm, task, settings, engine.on_gpu(llm), cache.tokens, lines.note)
                     store.add_scores(name, settings, scores)
@@ -231,7 +232,7 @@ class Evaluation:
         return task_results(tested, base, self.tasks.groups, self.plan.settings.margin)
 
     def _scores(self, store: Store) -> list[Scores]:
-        found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
+        found = [store.scores(*one) for one in self.tasks.settings.items()] if self.tasks else []
         if any(one is None for one in found):
             raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
         return [score for one in found for score in one or []]

@@ -12,8 +12,8 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -29,6 +29,8 @@ CALIBRATION = "ece"
 """The metric that keeps what was chosen."""
 KEPT = 2
 """What is kept of a question; scores of an earlier form are asked for again."""
+ALL = "*"
+"""Fits every name."""
 OWN = Path(__file__).parent / "own"
 """This project's definitions of tasks."""
 
@@ -40,8 +42,10 @@ class TaskSettings:
     Attributes:
         tasks: lm-eval's names of tasks and groups, * and ? as in a shell.
         data: folder of their questions; None for the hub.
-        limit: questions of each task, the first ones; None for all.
-        num_fewshot: examples before each question; None for what each task says.
+        limit: questions of a task, the first ones, by a task's or group's name or a pattern of names; the last that
+            fits counts. Of tasks that none fits, all are asked.
+        num_fewshot: examples before each question, in the same form. Tasks that none fits are shown what they say
+            themselves.
         chat: whether questions are put into the model's chat template.
         max_model_len: longest context in tokens.
         seed: of the choice of examples.
@@ -50,8 +54,8 @@ class TaskSettings:
 
     tasks: tuple[str, ...] = ()
     data: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
+    limit: tuple[tuple[str, int], ...] = ()
+    num_fewshot: tuple[tuple[str, int], ...] = ()
     chat: bool = False
     max_model_len: int = 4096
     seed: int = 1234
@@ -90,11 +94,13 @@ class Chosen:
     Attributes:
         tasks: by name, ready to ask.
         groups: by name, the names of all their tasks.
+        settings: by task, with its own numbers of questions and examples.
 
     """
 
     tasks: dict[str, Any]
     groups: dict[str, list[str]]
+    settings: dict[str, TaskSettings]
 
 
 def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen:
@@ -120,7 +126,10 @@ def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen
         raise ParetoError(f"--task-data {settings.data}: no such folder")
     metadata = {"tokenizer": str(tokenizer), "max_seq_lengths": [settings.max_model_len], "task_data": settings.data}
     manager = TaskManager(include_path=str(OWN), metadata=metadata)
-    names, definitions = _defined(manager, _named(manager, settings.tasks), settings, work)
+    named = _named(manager, settings.tasks)
+    limits = _by_task(manager, named, settings.limit, "--task-limit")
+    fewshot = _by_task(manager, named, settings.num_fewshot, "--num-fewshot")
+    names, definitions = _defined(manager, named, settings, limits, work)
     # lm-eval takes seconds to read its own definitions: those of this run take their places without a second time.
     written = TaskManager(include_path=str(sources.write(definitions, work)), include_defaults=False).task_index
     manager.task_index.update({name: entry for name, entry in written.items() if entry.kind.name != "TAG"})
@@ -133,15 +142,40 @@ def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen
             groups[name] = [task.task_name for task in loaded["groups"][name].get_all_tasks()]
     for name, task in tasks.items():
         _look_at(name, task, settings.data)
-        if settings.num_fewshot is not None and task.config.num_fewshot != 0:
-            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        if name in fewshot and task.config.num_fewshot != 0:
+            task.set_config(key="num_fewshot", value=fewshot[name])
         scoring = task.config.process_results
         if callable(scoring) and "tokenizer" in inspect.signature(scoring).parameters:
             task.set_config(key="process_results", value=functools.partial(scoring, tokenizer=_tokenizer(tokenizer)))
-    return Chosen(tasks, groups)
+    own = {
+        name: replace(settings, limit=_of_all(limits.get(name)), num_fewshot=_of_all(fewshot.get(name)))
+        for name in tasks
+    }
+    return Chosen(tasks, groups, own)
 
 
-def _named(known: Any, patterns: Iterable[str]) -> list[str]:
+def _of_all(number: int | None) -> tuple[tuple[str, int], ...]:
+    return () if number is None else ((ALL, number),)
+
+
+def _number(pairs: Sequence[tuple[str, int]]) -> int | None:
+    """Return the number of a task's own settings."""
+    return pairs[-1][1] if pairs else None
+
+
+def _by_task(known: Any, names: Iterable[str], pairs: Iterable[tuple[str, int]], flag: str) -> dict[str, int]:
+    """Return a flag's number by task, of those tasks for which one was given."""
+    chosen = _leaves(known, names)
+    found: dict[str, int] = {}
+    for pattern, number in pairs:
+        fitting = set(chosen) if pattern == ALL else set(_leaves(known, _named(known, [pattern], flag)))
+        if not fitting & set(chosen):
+            raise ParetoError(f"{flag} {pattern}={number}: {pattern} is none of the --tasks")
+        found |= {name: number for name in chosen if name in fitting}
+    return found
+
+
+def _named(known: Any, patterns: Iterable[str], flag: str = "--tasks") -> list[str]:
     """Return the names of tasks, groups and tags that are asked for."""
     names: list[str] = []
     for pattern in patterns:
@@ -149,7 +183,7 @@ def _named(known: Any, patterns: Iterable[str]) -> list[str]:
         if not found:
             close = get_close_matches(pattern, known.task_index, 1)
             raise ParetoError(
-                f"--tasks {pattern}: no such task in lm-eval {version('lm-eval')} or here"
+                f"{flag} {pattern}: no such task in lm-eval {version('lm-eval')} or here"
                 f"{f'; did you mean {close[0]}?' if close else ' (lm-eval ls tasks)'}"
             )
         names += [name for name in found if name not in names]
@@ -157,7 +191,7 @@ def _named(known: Any, patterns: Iterable[str]) -> list[str]:
 
 
 def _defined(
-    known: Any, names: Iterable[str], settings: TaskSettings, work: Path
+    known: Any, names: Iterable[str], settings: TaskSettings, limits: Mapping[str, int], work: Path
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return what is to be loaded, and the definitions of those tasks that take their questions from elsewhere.
 
@@ -172,7 +206,7 @@ def _defined(
             source, says = Path(str(entry.yaml_path)), entry.cfg or {}
             change: dict[str, Any] = {"include": str(source), "task": leaf}
             if ruler.is_ruler(source):
-                change |= ruler.changes(says, settings.max_model_len, settings.seed, settings.limit)
+                change |= ruler.changes(says, settings.max_model_len, settings.seed, limits.get(leaf))
             elif OWN in source.parents or settings.data is None:
                 continue
             elif files := sources.files_of(leaf, Path(settings.data), work):
@@ -252,9 +286,11 @@ def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
 
 
 def key(settings: TaskSettings) -> str:
-    """Return what tells a task's scores under these settings from those under others."""
+    """Return what tells a task's scores under these settings, its own, from those under others."""
     determining = {
-        **asdict(settings), "tasks": None, "lm_eval": version("lm-eval"), "kept": KEPT, "own": _own_definitions(),
+        **asdict(settings), "tasks": None, "limit": _number(settings.limit),
+        "num_fewshot": _number(settings.num_fewshot), "lm_eval": version("lm-eval"), "kept": KEPT,
+        "own": _own_definitions(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -273,7 +309,7 @@ def ask(
     Args:
         llm: a ``vllm.LLM`` with prefix caching; idle.
         task: of :func:`choose`.
-        settings: what is asked.
+        settings: what is asked, the task's own of :func:`choose`.
         warm: whether contexts have to be read from the prefix cache to be read from codes, as on a GPU.
         capacity: tokens that the KV cache holds.
         note: told how far it is.
@@ -292,7 +328,7 @@ def ask(
         found = evaluate(
             scorer,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=settings.limit,
+            limit=_number(settings.limit),
             bootstrap_iters=0,
             apply_chat_template=chat,
             verbosity="ERROR",
