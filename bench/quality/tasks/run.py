@@ -338,12 +338,22 @@ def ask(
         most = scorer.max_length
         print(f"{name}: prompts longer than {most:,} tokens that were cut: {scorer.cut:,}", file=sys.stderr, flush=True)
     read = scorer.read / scorer.asked if warm and scorer.asked else 1.0
-    return _scores(name, task, found["results"][name], found["samples"][name], read)
+    return scores(name, task, found["results"][name], found["samples"][name], read)
 
 
-def _scores(
+def scores(
     name: str, task: Any, values: dict[str, Any], samples: Sequence[dict[str, Any]], read: float
 ) -> list[Scores]:
+    """Return the scores that lm-eval's results of a task hold.
+
+    Args:
+        name: the task's.
+        task: itself.
+        values: its ``results``.
+        samples: its ``samples``.
+        read: share of the contexts' tokens that were read back from the KV cache.
+
+    """
     means = {m["metric"] for m in task.config.metric_list if m.get("aggregation", "mean") == "mean"}
     made = []
     keys = [f"{name}/{sample['doc_id']}/{sample['doc_hash'][:8]}" for sample in samples]
