@@ -1,8 +1,8 @@
 """Whether tasks asked in this project's engine are answered as by lm-eval's own vLLM model, and in what time.
 
 Both are given the same definitions, questions and examples, bf16 weights and KV cache; lm-eval keeps vLLM's own
-settings. A question counts as answered otherwise if its choice, or the score of an answer that was generated, is not the
-same. For those the difference of the log-likelihoods of the two choices says whether it was a near-tie.
+settings. A question counts as answered otherwise if its choice, or the score of an answer that was generated, is not
+the same. For those the difference of the log-likelihoods of the two choices says whether it was a near-tie.
 
     python -m bench.lab.task_agreement MODEL --tasks mmlu arc_easy hellaswag --num-fewshot mmlu=5 --task-data DIR \\
         --out results/gpu-task-agreement
