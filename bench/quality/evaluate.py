@@ -13,6 +13,7 @@ import functools
 import math
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -156,8 +157,9 @@ class Evaluation:
         if not windows and not pending and (store.kv_cache() is not None or self._missing_tasks(store)):
             return
         with self._progress(configuration.name, len(windows) + len(pending)) as advance:
-            settings = self.plan.engine_settings(configuration)
+            settings, began = self.plan.engine_settings(configuration), time.monotonic()
             with engine.running(settings) as llm:
+                started = time.monotonic()
                 write_json(store.folder / "kv_cache.json", asdict(engine.kv_cache(llm, settings)))
                 together = self.plan.windows_at_once
                 for start in range(0, len(windows), together):
@@ -170,6 +172,8 @@ class Evaluation:
                     group = pending[start : start + self.plan.prompts_at_once]
                     store.add_answers(_ask(llm, [trials[i] for i in group], group, self._chunk))
                     advance(len(group))
+                took = f"started in {started - began:.1f} s, measured in {time.monotonic() - started:.1f} s"
+                print(f"{configuration.name}: {took}", file=sys.stderr, flush=True)
 
     @property
     def _chunk(self) -> int | None:

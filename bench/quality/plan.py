@@ -178,7 +178,7 @@ TASK_STEP_TOKENS, TASK_SEQUENCES = {"cpu": 4096, "cuda": 16384}, {"cpu": 64, "cu
 """Tokens and sequences of a step while tasks are asked. A step takes a GPU hardly longer for more of them."""
 TASK_CONTEXTS = 8
 """The longest contexts that the cache holds at least while tasks are asked."""
-TASK_GIB = {"cpu": 1, "cuda": 8}
+TASK_GIB = {"cpu": 1, "cuda": 4}
 """Memory up to which the cache grows by itself for the contexts of tasks. A CPU computes none of them ahead."""
 WINDOW_TOKENS, PROMPT_TOKENS = 512, 2048
 """Tokens of a step up to which several windows share it, whose logits are of the whole vocabulary; and prompts."""

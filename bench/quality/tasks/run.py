@@ -12,13 +12,14 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.quality.tasks import ruler, sources
 from bench.quality.tasks.choices import Choice, choice
@@ -165,17 +166,19 @@ def _number(pairs: Sequence[tuple[str, int]]) -> int | None:
 
 def _by_task(known: Any, names: Iterable[str], pairs: Iterable[tuple[str, int]], flag: str) -> dict[str, int]:
     """Return a flag's number by task, of those tasks for which one was given."""
-    chosen = _leaves(known, names)
+    leaves = {name: _leaves(known, [name]) for name in names}
     found: dict[str, int] = {}
     for pattern, number in pairs:
-        fitting = set(chosen) if pattern == ALL else set(_leaves(known, _named(known, [pattern], flag)))
-        if not fitting & set(chosen):
+        fitting = [
+            leaf for name, own in leaves.items() for leaf in own if fnmatch(name, pattern) or fnmatch(leaf, pattern)
+        ]
+        if not fitting:
             raise ParetoError(f"{flag} {pattern}={number}: {pattern} is none of the --tasks")
-        found |= {name: number for name in chosen if name in fitting}
+        found |= dict.fromkeys(fitting, number)
     return found
 
 
-def _named(known: Any, patterns: Iterable[str], flag: str = "--tasks") -> list[str]:
+def _named(known: Any, patterns: Iterable[str]) -> list[str]:
     """Return the names of tasks, groups and tags that are asked for."""
     names: list[str] = []
     for pattern in patterns:
@@ -183,7 +186,7 @@ def _named(known: Any, patterns: Iterable[str], flag: str = "--tasks") -> list[s
         if not found:
             close = get_close_matches(pattern, known.task_index, 1)
             raise ParetoError(
-                f"{flag} {pattern}: no such task in lm-eval {version('lm-eval')} or here"
+                f"--tasks {pattern}: no such task in lm-eval {version('lm-eval')} or here"
                 f"{f'; did you mean {close[0]}?' if close else ' (lm-eval ls tasks)'}"
             )
         names += [name for name in found if name not in names]
@@ -324,7 +327,7 @@ def ask(
     # Examples are drawn anew for each question: without this, the next configuration would be shown other ones.
     task.set_fewshot_seed(seed=settings.seed)
     chat = settings.chat or bool((task.config.metadata or {}).get("chat") and scorer.tokenizer.chat_template)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), _compiled_once():
         found = evaluate(
             scorer,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
@@ -339,6 +342,15 @@ def ask(
         print(f"{name}: prompts longer than {most:,} tokens that were cut: {scorer.cut:,}", file=sys.stderr, flush=True)
     read = scorer.read / scorer.asked if warm and scorer.asked else 1.0
     return scores(name, task, found["results"][name], found["samples"][name], read)
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Let lm-eval compile each template once: it compiles it for every question and example."""
+    from lm_eval.utils import env
+
+    with patch.object(env, "from_string", functools.cache(env.from_string)):
+        yield
 
 
 def scores(
