@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    wait_asleep()
+    wait_asleep(turns=10_000)
     kv_bits = kv_bits_of(args, console)
     from quant_methods.compress import compress, default_device
     from quant_methods.model_source import resolve_model
