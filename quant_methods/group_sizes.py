@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.native_format import INPUT_MULTIPLE
+from quant_methods.formats.parts.planes import INPUT_MULTIPLE
 from quant_methods.fused import families
 from quant_methods.recipe import GROUP_SIZES, Serving, WeightStep
 

@@ -10,7 +10,6 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
 from quant_methods.experts import routers
-from quant_methods.formats.native_format import Form
 from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import Fitted, fit_groups
 from quant_methods.methods.rotation import Rotate
@@ -145,7 +144,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     if not weight_steps and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside, kv_scales = _outside(decoder), recipe.kv_scales
-    slow = {Form(s.bits, symmetric=s.symmetric, table=s.table).slow_on_cuda(): None for s in fit.steps.values()}
+    slow = {step.bulk_form.slow_on_cuda(): None for step in fit.steps.values()}
     notes = (*fit.notes, *(line for line in slow if line is not None))
     if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
         if not weight_steps:

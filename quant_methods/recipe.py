@@ -27,6 +27,9 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid
+from quant_methods.formats.parts.grid_codes import GridForm
+from quant_methods.formats.parts.part import BulkForm
+from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import digest
 
@@ -109,6 +112,11 @@ class WeightStep(Step):
     def grid(self) -> Grid:
         """The grid of codes."""
         return Grid(self.bits, self.group_size, self.symmetric, self.per_tensor)
+
+    @property
+    def bulk_form(self) -> BulkForm:
+        """How the format of ours stores the codes."""
+        return TableForm(self.bits) if self.table else GridForm(self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
         """Refuse what neither vLLM 0.32 nor this plugin serves."""

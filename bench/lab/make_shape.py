@@ -20,7 +20,12 @@ from torch import nn
 from bench.files import write_json
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import quantization_config
-from quant_methods.formats.native_format import Form, NativeConfig
+from quant_methods.formats.form import Form
+from quant_methods.formats.native_format import NativeConfig
+from quant_methods.formats.parts.columns import ColumnsForm
+from quant_methods.formats.parts.low_rank import LowRankForm
+from quant_methods.formats.parts.part import PartForm
+from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.model_source import read_config
 from quant_methods.recipe import Recipe, WeightStep
 from quant_methods.recipe_file import load_recipe
@@ -28,12 +33,14 @@ from quant_methods.recipe_file import load_recipe
 
 def form_of(step: WeightStep, inputs: int) -> Form:
     """Return how a layer with that many inputs is stored in the format of ours."""
-    table = step.method == "squeezellm"
-    return Form(
-        step.bits, -1 if table else step.group_size, symmetric=step.symmetric, table=table,
-        columns=round(step.outliers * inputs), column_bits=step.outlier_bits, rank=step.rank,
-        sparse=bool(getattr(step, "sparse", 0)), activations=step.activations,
-    )  # fmt: skip
+    parts: list[PartForm] = [step.bulk_form]
+    if columns := round(step.outliers * inputs):
+        parts.append(ColumnsForm(columns, step.outlier_bits))
+    if getattr(step, "sparse", 0):
+        parts.append(SparseForm())
+    if step.rank:
+        parts.append(LowRankForm(step.rank))
+    return Form(tuple(parts), step.activations)
 
 
 def quantized(config: dict[str, Any], recipe: Recipe, *, native: bool) -> dict[str, Any]:

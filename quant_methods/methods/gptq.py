@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 from quant_methods.symmetric import mean_square
@@ -89,7 +90,8 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
             scale_dtype=problem.scale_dtype,
             ranges=problem.ranges,
         )
-    return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+    scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
+    return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))
 
 
 def finite(problem: LinearProblem) -> Tensor:

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import expand, fit, round_tokens
-from quant_methods.formats.native_format import ACTIVATION_BITS
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.scaling import Fold, Learned, ScaledBlock
 from quant_methods.recipe import BlockStep, WeightStep, matches, register, trains

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_methods.formats.quantized import Columns, QuantizedLinear
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.methods.gptq import finite
 from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
 
@@ -60,9 +61,7 @@ def split(
     rest[:, kept] = 0
     given = dataclasses.replace(problem, weight=rest)
     if not HANDLERS[type(step)].needs_hessian(step):
-        linear = solve(step, given)
-        linear.columns = _columns(kept, weight[:, kept], step, problem.scale_dtype)
-        return linear
+        return solve(step, given).having(_columns(kept, weight[:, kept], step, problem.scale_dtype))
     hessian = finite(problem).double()
     shift = problem.residual.double() if problem.residual is not None else torch.zeros_like(weight, dtype=torch.float64)
     if problem.cross is not None:
@@ -81,12 +80,11 @@ def split(
         step,
         dataclasses.replace(given, hessian=schur.float(), cross=None, residual=residual.float() if upstream else None),
     )
-    linear.columns = Columns(kept.to(torch.int32), torch.zeros_like(weight[:, kept]))
-    error = (weight - linear.read()).double()
+    apart = linear.having(Columns(kept.to(torch.int32), torch.zeros_like(weight[:, kept])))
+    error = (weight - apart.read()).double()
     error[:, kept] = 0
     correction = torch.cholesky_solve((error @ hessian[:, kept] + shift[:, kept]).T, factor).T
-    linear.columns = _columns(kept, weight[:, kept] + correction.to(weight.dtype), step, problem.scale_dtype)
-    return linear
+    return linear.having(_columns(kept, weight[:, kept] + correction.to(weight.dtype), step, problem.scale_dtype))
 
 
 def _columns(kept: Tensor, weight: Tensor, step: WeightStep, dtype: torch.dtype) -> Columns:

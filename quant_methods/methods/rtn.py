@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quant_methods.formats.grid import Search, expand, fit, round_to_grid
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
 
@@ -38,4 +39,5 @@ def quantize(step: RTN, problem: LinearProblem) -> QuantizedLinear:
     scale, zero = problem.ranges or fit(weight, grid, hessian, step.search, problem.scale_dtype)
     columns = weight.shape[1]
     codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
-    return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+    scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
+    return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import nearest, round_static, round_tokens, static_scale
-from quant_methods.formats.native_format import ACTIVATION_BITS
 from quant_methods.recipe import ScalingProblem, TransformStep, register, transforms
 
 ALPHAS = tuple(i / 20 for i in range(21))

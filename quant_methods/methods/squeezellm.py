@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.quantized import QuantizedLinear, Sparse
+from quant_methods.formats.parts.single_weights import Sparse
+from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.recipe import LinearProblem, WeightStep, handles, register
@@ -110,13 +112,8 @@ def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
         codes, wanted, table = solve(weight, hessian, table, apart, refits=step.refits, dtype=dtype)
     else:
         codes, wanted = nearest(weight, table), weight
-    return QuantizedLinear(
-        codes.to(torch.int8),
-        table[:, :0].to(dtype),
-        codes[:, :0].to(torch.int8),
-        table=table.to(dtype),
-        sparse=_compress(wanted - table.gather(1, codes), apart, dtype) if count else None,
-    )
+    linear = QuantizedLinear(TableCodes(codes.to(torch.int8), table.to(dtype)))
+    return linear.having(_compress(wanted - table.gather(1, codes), apart, dtype)) if count else linear
 
 
 def _worst_served(weight: Tensor, sensitivity: Tensor, clusters: int, count: int) -> Tensor:

@@ -32,7 +32,8 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration import outside
 from quant_methods.calibration.calibrator import Decoder, batch_size
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors
-from quant_methods.formats.native_format import ACTIVATION_BITS
+from quant_methods.formats.form import ACTIVATION_BITS
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.methods.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter, recompute_blocks
 from quant_methods.recipe import Step, WeightStep, register
 
@@ -248,9 +249,10 @@ class Tuner:
         bits = ACTIVATION_BITS[step.activations]
         codes = None
         # Indices into a table have no order that a gradient could follow.
-        if self.step.code_learning_rate and linear.table is None:
+        grid = linear.get(GridCodes)
+        if self.step.code_learning_rate and grid is not None:
             weight = self.student.source.read(f"{name}.weight").to(self.device, torch.float32)
-            codes = LearnedCodes(linear, step.grid, weight)
+            codes = LearnedCodes(grid, step.grid, weight)
         return TunedLinear(linear, module._parameters["bias"], bits, codes)
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_methods.formats.quantized import LowRank, QuantizedLinear
+from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, factorize
 from quant_methods.recipe import LinearProblem, WeightStep
 
@@ -45,8 +46,7 @@ def compensate(
     metric: Tensor | None = None
     if problem.hessian is not None and step.rank_metric == "activations":
         metric = factorize(problem.hessian, DAMPING)[1]
-    linear.low_rank = low_rank(target - linear.read(), metric, step.rank, problem.scale_dtype)
-    return linear
+    return linear.having(low_rank(target - linear.read(), metric, step.rank, problem.scale_dtype))
 
 
 def low_rank(error: Tensor, factor: Tensor | None, rank: int, dtype: torch.dtype) -> LowRank:

@@ -159,8 +159,7 @@ def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
 
 def stored_bits(step: WeightStep, shape: torch.Size) -> int:
     """Return the storage of a layer in bits; zero-points count 8, as in the format of ours that mixes are stored in."""
-    rows, columns = shape
-    return rows * (columns * step.bits + step.grid.groups(columns) * (16 if step.symmetric else 24))
+    return step.bulk_form.stored_bits(*shape)
 
 
 def common_name(names: tuple[str, ...]) -> str:
