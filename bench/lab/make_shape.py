@@ -27,11 +27,12 @@ from quant_methods.formats.parts.low_rank import LowRankForm
 from quant_methods.formats.parts.part import PartForm
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.model_source import read_config
-from quant_methods.recipe import Recipe, WeightStep
+from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
+from quant_methods.steps import RoundStep
 
 
-def form_of(step: WeightStep, inputs: int) -> Form:
+def form_of(step: RoundStep, inputs: int) -> Form:
     """Return how a layer with that many inputs is stored in the format of ours."""
     parts: list[PartForm] = [step.bulk_form]
     if columns := round(step.outliers * inputs):
@@ -57,7 +58,7 @@ def quantized(config: dict[str, Any], recipe: Recipe, *, native: bool) -> dict[s
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
+    steps = [step for step in recipe.steps if isinstance(step, RoundStep)]
     if not steps:
         raise ParetoError(f"recipe {recipe.name} rounds no weights")
     step = steps[-1]
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe)
         if args.outliers is not None:
             steps = [
-                dataclasses.replace(step, outliers=args.outliers) if isinstance(step, WeightStep) else step
+                dataclasses.replace(step, outliers=args.outliers) if isinstance(step, RoundStep) else step
                 for step in recipe.steps
             ]
             recipe = dataclasses.replace(recipe, steps=tuple(steps))

@@ -26,7 +26,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
@@ -35,7 +35,7 @@ from quant_methods.formats.grid import Grid
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
-from quant_methods.recipe import WeightStep
+from quant_methods.steps import RoundStep
 
 SHARD_BYTES = 4 << 30
 # Linux' request to share a file's blocks; Python has no name for it before 3.12.
@@ -90,6 +90,18 @@ class Source:
         """Return the names of the tensors that ``read`` returns other than the files have them: none."""
         return []
 
+    def check_block(self, block: nn.Module, config: Any) -> None:
+        """Refuse a model that tensors changed like this would not compute the same in.
+
+        Args:
+            block: its first block.
+            config: transformers' configuration of it.
+
+        Raises:
+            ParetoError: what of it does not fit.
+
+        """
+
     def size_of(self, name: str) -> int:
         """Return the bytes of one tensor."""
         start, stop = self.entries[name][1]["data_offsets"]
@@ -100,7 +112,7 @@ class Source:
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in self.entries.values())
 
 
-def pack_linear(name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+def pack_linear(name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
     """Return the tensors that store a quantized layer named ``name``, which is codes on a grid and nothing else."""
     grid = linear.part(GridCodes)
     if step.activations != "none":
@@ -143,7 +155,7 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return unpack_from_int32(words.contiguous(), bits, torch.Size((len(words), count)))
 
 
-def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: list[tuple[RoundStep, list[str]]], ignored: list[str]) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     Args:
@@ -194,7 +206,7 @@ def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: li
     }
 
 
-def _format(step: WeightStep) -> str:
+def _format(step: RoundStep) -> str:
     return "pack-quantized" if step.activations == "none" else "int-quantized"
 
 

@@ -20,7 +20,7 @@ from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.part import Shapes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import read_header
-from quant_methods.recipe import WeightStep
+from quant_methods.steps import RoundStep
 
 if TYPE_CHECKING:
     from quant_methods.plan import Plan
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 class Storage(Protocol):
     """A checkpoint format."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return the tensors that store a layer (on the CPU), by full name."""
         ...
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return the layer again from a checkpoint's (or a block's) tensors by full name."""
         ...
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return the storage of a layer of this shape in bits a weight, everything included."""
         ...
@@ -61,7 +61,7 @@ def storage_of(plan: Plan) -> Storage:
 class Standard:
     """compressed-tensors."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
         if others := [part for part in linear.parts if not isinstance(part, GridCodes)]:
             raise ParetoError(
@@ -70,12 +70,12 @@ class Standard:
             )
         return checkpoint.pack_linear(name, linear, step)
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return a layer again; see :class:`Storage`."""
         return checkpoint.unpack_linear(name, dict(tensors), step.grid)
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return a layer's bits a weight; see :class:`Storage`."""
         return step.grid.bits_per_weight(*shape)
@@ -93,17 +93,17 @@ class Standard:
 class Native:
     """The format of ours, ``native_format.py``."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
         return native_format.pack(name, linear)
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return a layer again; see :class:`Storage`."""
         own = local_tensors(name, tensors)
         return native_format.unpack(name, own, _form(name, {n: tuple(t.shape) for n, t in own.items()}, step))
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return a layer's bits a weight; see :class:`Storage`."""
         own = {local: tuple(tensor.shape) for local, tensor in local_tensors(name, tensors).items()}
@@ -131,7 +131,7 @@ def _modules(parts: Iterable[Path]) -> dict[str, dict[str, tuple[int, ...]]]:
     return shapes
 
 
-def _form(name: str, shapes: Shapes, step: WeightStep) -> Form:
+def _form(name: str, shapes: Shapes, step: RoundStep) -> Form:
     """Return the form of a layer that lies in tensors of these shapes, and refuse one that does not."""
     form = form_of(shapes, step.activations)
     _refuse_unused(name, form is not None)

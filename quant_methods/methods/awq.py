@@ -18,13 +18,14 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import nearest
-from quant_methods.recipe import ScalingProblem, TransformStep, WeightStep, register, transforms
+from quant_methods.handlers import ScalingProblem, register, transforms
+from quant_methods.steps import RoundStep, ScaleStep
 from quant_methods.symmetric import mean_square
 
 
 @register("awq")
 @dataclass(frozen=True)
-class AWQ(TransformStep):
+class AWQ(ScaleStep):
     """AWQ's scales.
 
     Attributes:
@@ -42,7 +43,7 @@ class AWQ(TransformStep):
 
 @transforms(AWQ)
 def scale(step: AWQ, problem: ScalingProblem) -> Tensor:
-    """Return the scales [in]; see ``recipe.ScalingProblem``."""
+    """Return the scales [in]; see ``handlers.ScalingProblem``."""
     best = torch.ones_like(problem.mean)
     pairs = [(w, s) for w, s in zip(problem.weights, problem.steps, strict=True) if s is not None]
     if not pairs:
@@ -61,7 +62,7 @@ def scale(step: AWQ, problem: ScalingProblem) -> Tensor:
     return best
 
 
-def _relative_size(pairs: list[tuple[Tensor, WeightStep]]) -> Tensor:
+def _relative_size(pairs: list[tuple[Tensor, RoundStep]]) -> Tensor:
     """Return each input channel's mean |w| [in], every weight relative to the largest of its group."""
     total, rows = torch.zeros_like(pairs[0][0][0]), 0
     for weight, step in pairs:
@@ -72,7 +73,7 @@ def _relative_size(pairs: list[tuple[Tensor, WeightStep]]) -> Tensor:
     return total / rows
 
 
-def _error(hessian: Tensor, pairs: list[tuple[Tensor, WeightStep]], s: Tensor) -> float:
+def _error(hessian: Tensor, pairs: list[tuple[Tensor, RoundStep]], s: Tensor) -> float:
     """Return the mean squared error of the layers' outputs, summed over outputs."""
     total = 0.0
     for weight, step in pairs:

@@ -32,7 +32,8 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.handlers import LinearProblem, handles, register
+from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
 from quant_methods.threads import few_threads
 
@@ -43,7 +44,7 @@ UPSTREAM_DAMPING = 1.0
 
 @register("gptq")
 @dataclass(frozen=True)
-class GPTQ(WeightStep):
+class GPTQ(RoundStep):
     """GPTQ.
 
     Attributes:
@@ -71,7 +72,7 @@ class GPTQ(WeightStep):
 
 @handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
 def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
-    """Quantize one layer; see ``recipe.LinearProblem``.
+    """Quantize one layer; see ``handlers.LinearProblem``.
 
     Raises:
         ParetoError: the Hessian is not finite.

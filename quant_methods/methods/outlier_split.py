@@ -26,15 +26,16 @@ from torch import Tensor
 
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import HANDLERS, LinearProblem
 from quant_methods.methods.gptq import finite
-from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 # The paper's threshold on |x|, and what is added to the kept channels' Hessian, as a fraction of its diagonal.
 THRESHOLD = 6.0
 DAMPING = 1e-3
 
 
-def choose(step: WeightStep, problem: LinearProblem) -> Tensor:
+def choose(step: RoundStep, problem: LinearProblem) -> Tensor:
     """Return the channels to keep, int64 [k], rising.
 
     ``range`` takes the largest |x|, ``energy`` the largest mean x^2; ``threshold`` takes those whose |x| reaches 6.0,
@@ -50,9 +51,9 @@ def choose(step: WeightStep, problem: LinearProblem) -> Tensor:
 
 
 def split(
-    step: WeightStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
+    step: RoundStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
 ) -> QuantizedLinear:
-    """Keep channels of one layer apart, and let ``solve`` quantize the others; see ``recipe.LinearProblem``."""
+    """Keep channels of one layer apart, and let ``solve`` quantize the others; see ``handlers.LinearProblem``."""
     kept = choose(step, problem)
     if not len(kept):
         return solve(step, problem)
@@ -87,7 +88,7 @@ def split(
     return linear.having(_columns(kept, weight[:, kept] + correction.to(weight.dtype), step, problem.scale_dtype))
 
 
-def _columns(kept: Tensor, weight: Tensor, step: WeightStep, dtype: torch.dtype) -> Columns:
+def _columns(kept: Tensor, weight: Tensor, step: RoundStep, dtype: torch.dtype) -> Columns:
     """Return kept channels [out, k] as they are stored."""
     index = kept.to(torch.int32)
     if step.outlier_bits == 16:

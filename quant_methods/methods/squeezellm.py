@@ -30,9 +30,10 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
 from quant_methods.methods.kmeans import kmeans, nearest
-from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.steps import RoundStep
 from quant_methods.threads import few_threads
 
 # Elements of one-hot codes of rows that are fitted together: little new memory on a CPU, much work at once on a GPU.
@@ -41,7 +42,7 @@ ELEMENTS, ELEMENTS_GPU = 1 << 21, 1 << 26
 
 @register("squeezellm")
 @dataclass(frozen=True)
-class SqueezeLLM(WeightStep):
+class SqueezeLLM(RoundStep):
     """SqueezeLLM.
 
     Attributes:
@@ -92,7 +93,7 @@ class SqueezeLLM(WeightStep):
 
 @handles(SqueezeLLM, needs_hessian=lambda step: True, needs_upstream=lambda step: step.feedback and step.upstream)
 def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
-    """Quantize one layer; see ``recipe.LinearProblem``.
+    """Quantize one layer; see ``handlers.LinearProblem``.
 
     Raises:
         ParetoError: the Hessian is not finite.

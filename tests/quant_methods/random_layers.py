@@ -13,7 +13,8 @@ from quant_methods.formats.parts.part import Part
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.handlers import LinearProblem
+from quant_methods.steps import RoundStep
 
 
 def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16):
@@ -57,7 +58,7 @@ def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch
 
 
 @dataclass(frozen=True)
-class Parts(WeightStep):
+class Parts(RoundStep):
     """Round-to-nearest with whatever parts a form names, each made the plainest way that means something."""
 
     table: bool = False

@@ -25,7 +25,8 @@ from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, stack
-from quant_methods.recipe import HANDLERS, Calibration, Handler, LinearProblem, Recipe
+from quant_methods.handlers import HANDLERS, Handler, LinearProblem
+from quant_methods.recipe import Calibration, Recipe
 from tests.quant_methods.random_layers import Parts, quantize
 from tests.quant_methods.toy_part import Offsets, OffsetsForm
 

@@ -6,10 +6,10 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, expand, fit
 from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, factorize, quantize, relative_error, solve
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
-from quant_methods.recipe import LinearProblem
 
 
 def problem(rows: int, columns: int, seed: int, tokens: int = 600) -> tuple[torch.Tensor, torch.Tensor]:

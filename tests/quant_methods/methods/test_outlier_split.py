@@ -10,10 +10,11 @@ from quant_methods.formats.grid import round_tokens
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, relative_error
 from quant_methods.methods.outlier_split import choose
 from quant_methods.methods.rtn import RTN
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 OUTLIERS = [3, 40, 77, 100]
 
@@ -74,7 +75,7 @@ def test_eight_bit_channels_are_near_sixteen_bit_ones() -> None:
 
 
 @pytest.mark.parametrize("step", [GPTQ(bits=3, group_size=64), RTN(bits=3, search="output")], ids=["gptq", "rtn"])
-def test_kept_channels_are_the_least_squares_solution(step: WeightStep) -> None:
+def test_kept_channels_are_the_least_squares_solution(step: RoundStep) -> None:
     problem, inputs = given()
     result = solve(dataclasses.replace(step, outliers=0.05), problem)
     kept = result.part(Columns).index.long()

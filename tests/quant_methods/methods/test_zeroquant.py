@@ -8,10 +8,11 @@ import torch
 from quant_methods.block_solver import solve
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, relative_error
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.zeroquant import low_rank
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 
 def given(seed: int = 0) -> LinearProblem:
@@ -57,7 +58,7 @@ def test_with_a_metric_no_other_product_leaves_less_output_error() -> None:
 
 
 @pytest.mark.parametrize("step", [RTN(bits=3, symmetric=False), GPTQ(bits=3, symmetric=False)], ids=["rtn", "gptq"])
-def test_error_falls_with_the_rank(step: WeightStep) -> None:
+def test_error_falls_with_the_rank(step: RoundStep) -> None:
     problem = given()
     errors = []
     for rank in (0, 4, 16, 64):
