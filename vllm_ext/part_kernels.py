@@ -61,15 +61,24 @@ def kernels_for(part: Part, device: torch.device) -> Any:
         ParetoError: none are known for the part, or none for it on such a device.
 
     """
-    kernels = KERNELS.get(type(part))
-    if kernels is None:
+    check_served(type(part), device)
+    return KERNELS[type(part)][device.type]
+
+
+def check_served(kind: type[Part], device: torch.device) -> None:
+    """Refuse a kind of part that has no kernels on a device.
+
+    Raises:
+        ParetoError: none are known for the part, or none for it on such a device.
+
+    """
+    if kind not in KERNELS:
         raise ParetoError(
-            f"nothing multiplies by a weight's {part.kind!r} part ({part.what}); parts that are served: "
-            f"{', '.join(kind.kind for kind in KERNELS)}"
+            f"nothing multiplies by a weight's {kind.kind!r} part ({kind.what}); parts that are served: "
+            f"{', '.join(known.kind for known in KERNELS)}"
         )
-    if device.type not in kernels:
+    if device.type not in KERNELS[kind]:
         raise ParetoError(
-            f"a weight's {part.kind!r} part ({part.what}) has no kernel on {device.type}; it has on "
-            f"{', '.join(sorted(kernels))}"
+            f"a weight's {kind.kind!r} part ({kind.what}) has no kernel on {device.type}; it has on "
+            f"{', '.join(sorted(KERNELS[kind]))}"
         )
-    return kernels[device.type]

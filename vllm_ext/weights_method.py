@@ -13,7 +13,14 @@ from quant_methods.formats.native_format import unpack
 from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, share
-from vllm_ext.compat import LinearMethodBase, QKVParallelLinear, get_current_vllm_config, set_weight_attrs
+from vllm_ext.compat import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    current_platform,
+    get_current_vllm_config,
+    set_weight_attrs,
+)
+from vllm_ext.part_kernels import check_served
 from vllm_ext.served_linear import serve
 
 QKV = {"q": 0, "k": 1, "v": 2}
@@ -44,7 +51,15 @@ class ParetoLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the names that a checkpoint's tensors come under. Whole tensors are kept until all are there."""
+        """Register the names that a checkpoint's tensors come under. Whole tensors are kept until all are there.
+
+        Raises:
+            ParetoError: a part of the layer has no kernel on this device.
+
+        """
+        # Before gigabytes of weights are read.
+        for kind in {type(part) for form in self.forms.values() for part in form.parts}:
+            check_served(kind.part, torch.device(current_platform.device_type))
         if len(self.forms) not in (1, len(output_partition_sizes)):
             raise ParetoError(f"{layer.prefix}: vLLM merges {len(output_partition_sizes)} layers into it")
         layer.pareto_pieces = {}

@@ -14,7 +14,7 @@ from quant_methods.formats.parts.registry import place
 Kind = TypeVar("Kind", bound=Part)
 
 
-@dataclass(init=False)
+@dataclass(init=False, eq=False)
 class QuantizedLinear:
     """A quantized linear layer.
 

@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers import linear as vllm_linear
+
 from kv_cache.errors import ParetoError
 from quant_methods.formats.form import Form
 from quant_methods.formats.parts.columns import ColumnsForm
@@ -19,7 +21,7 @@ from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
-from tests.vllm_ext.test_weights import close, engine  # noqa: F401  # a fixture
+from tests.vllm_ext.test_weights import close, config_of, engine  # noqa: F401  # a fixture
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -48,6 +50,10 @@ def test_an_unknown_part_is_one_line() -> None:
     )
     with pytest.raises(ParetoError, match=message):
         served(linear)
+    # Already when a layer is built, before its weights are read.
+    config = config_of({"a": Form((GridForm(4, 32), OffsetsForm()))})
+    with pytest.raises(ParetoError, match=message):
+        vllm_linear.ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix="a")
 
 
 @pytest.mark.parametrize(
