@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as vllm_linear
 
 from kv_cache.errors import ParetoError
@@ -21,7 +22,7 @@ from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
-from tests.vllm_ext.test_weights import close, config_of, engine  # noqa: F401  # a fixture
+from tests.vllm_ext.test_weights import close, config_of, engine, finished, load, on_rank  # noqa: F401  # a fixture
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -84,3 +85,29 @@ def test_a_new_part_is_served_once_it_has_kernels(others: Any, monkeypatch: pyte
     assert close(parts[0](x), wanted)
     # Without the part it is another layer.
     assert not close(served(layers[0].having(Offsets(torch.zeros(64))))(x), wanted[:, :64])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_new_part_is_loaded_cut_and_merged_by_vllm(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, Offsets, {"cpu": AddOffsets})
+    form = Form((GridForm(4, 32, symmetric=False), OffsetsForm()))
+    layers, x = [form.random(64, 128, DRAW) for _ in range(2)], torch.randn(5, 128, dtype=torch.bfloat16)
+    config = config_of({"mlp.gate_proj": form, "mlp.up_proj": form})
+    wanted = [(x.double() @ layer.read().double().T).chunk(ranks, 1) for layer in layers]
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        merged = vllm_linear.MergedColumnParallelLinear(
+            128, [64, 64], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        )
+        for shard, layer in enumerate(layers):
+            load(merged, shard, layer)
+        y = finished(merged).quant_method.apply(merged, x)
+        assert close(y, torch.cat([part[rank] for part in wanted], 1))
+    dummy = VllmConfig()
+    dummy.load_config.load_format = "dummy"
+    with set_current_vllm_config(dummy):
+        merged = vllm_linear.MergedColumnParallelLinear(
+            128, [64, 64], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        )
+        y = finished(merged).quant_method.apply(merged, x)
+    assert 0 < y.float().abs().max() < 1

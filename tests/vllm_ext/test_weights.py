@@ -67,7 +67,7 @@ def config_of(forms: dict[str, Form]) -> ParetoConfig:
     return config
 
 
-def load(layer: torch.nn.Module, shard: Any, linear: QuantizedLinear, form: Form) -> None:
+def load(layer: torch.nn.Module, shard: Any, linear: QuantizedLinear) -> None:
     for local, tensor in local_tensors("a", pack("a", linear)).items():
         parameter = getattr(layer, local)
         assert parameter.dtype == tensor.dtype, local
@@ -115,7 +115,7 @@ def test_merged_column_parallel(form: Form, ranks: int, monkeypatch: pytest.Monk
                 128, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
             )
             for shard, part in enumerate(parts):
-                load(layer, shard, part, form)
+                load(layer, shard, part)
             y = finished(layer).quant_method.apply(layer, x)
             assert close(y, torch.cat([part[rank] for part in whole], 1))
 
@@ -134,7 +134,7 @@ def test_row_parallel(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = vllm_linear.RowParallelLinear(
             256, 64, bias=False, quant_config=config_of({"down": form}), prefix="down"
         )
-        load(layer, None, linear, form)
+        load(layer, None, linear)
         here = x[:, 128 * rank : 128 * (rank + 1)].contiguous()
         total += finished(layer).quant_method.apply(layer, here).double()
         wanted += expected(cut(linear, (0, 64), (128 * rank, 128 * (rank + 1))), form, here)
@@ -156,7 +156,7 @@ def test_attention_heads(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         on_rank(monkeypatch, rank, ranks)
         layer = vllm_linear.QKVParallelLinear(64, 32, 4, 2, bias=True, quant_config=config, prefix="attn.qkv_proj")
         for shard, part in parts.items():
-            load(layer, shard, part, form)
+            load(layer, shard, part)
             layer.bias.weight_loader(layer.bias, biases[shard], shard)
         y = finished(layer).quant_method.apply(layer, x, layer.bias)
         key = rank * 2 // ranks if ranks > 1 else 0
@@ -190,7 +190,7 @@ def test_layers_merged_on_disk_are_cut_like_their_parts(monkeypatch: pytest.Monk
         on_rank(monkeypatch, rank, 2)
         config = config_of({"attn.qkv_proj": form})
         layer = vllm_linear.QKVParallelLinear(64, 32, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
-        load(layer, None, whole, form)
+        load(layer, None, whole)
         y = finished(layer).quant_method.apply(layer, x)
         at = [*range(64 * rank, 64 * rank + 64), *range(128 + 32 * rank, 160 + 32 * rank)]
         at += range(192 + 32 * rank, 224 + 32 * rank)
@@ -204,7 +204,7 @@ def test_what_is_missing_or_cut_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ParetoError, match=r"the checkpoint lacks down\.low_rank_down"):
         finished(layer)
     layer = vllm_linear.RowParallelLinear(256, 64, bias=False, quant_config=config_of({"down": form}), prefix="down")
-    load(layer, None, random_layer(form, 64, 256), form)
+    load(layer, None, random_layer(form, 64, 256))
     with pytest.raises(ParetoError, match="inside its groups of 128; use fewer ranks"):
         finished(layer)
     with pytest.raises(ParetoError, match=r"mlp\.up_proj is quantized and mlp\.gate_proj is not"):
@@ -235,7 +235,7 @@ def test_it_compiles_without_a_break(form: Form) -> None:
     """One graph, the same numbers; the sparse part is an operator that the compiler does not look into."""
     linear = random_layer(form, 64, 128)
     layer = vllm_linear.ReplicatedLinear(128, 64, bias=False, quant_config=config_of({"a": form}), prefix="a")
-    load(layer, None, linear, form)
+    load(layer, None, linear)
     finished(layer)
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x), backend="eager", fullgraph=True)
