@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -14,7 +15,7 @@ from rich.table import Table
 from bench.engine import json_flag
 from bench.quality.plan import Settings, make_plan
 from bench.quality.schema import ConfigurationResult, EvalReport, TaskResult, shown_p
-from bench.quality.tasks.run import TaskSettings
+from bench.quality.tasks.run import ALL, TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
 
@@ -41,8 +42,8 @@ Examples:
   pareto eval ./ref-7m-w4 --baseline ref-7m --text wiki.txt --out results/w4
 
   # lm-eval's tasks with a quantized KV cache, questions from files; what changes beside bf16, question by question
-  pareto eval MODEL --kv-cache-dtype int4_per_head --tasks mmlu arc_easy gsm8k --task-data ./tasks --num-fewshot 5 \\
-      --num-windows 0 --no-needle --out results/tasks
+  pareto eval MODEL --kv-cache-dtype int4_per_head --tasks mmlu arc_easy gsm8k --task-data ./tasks \\
+      --num-fewshot mmlu=5 gsm8k=8 --num-windows 0 --no-needle --out results/tasks
 
   # quick look: two short windows, no retrieval
   pareto eval ref-7m --kv-cache-dtype fp8 --num-windows 2 --window-tokens 512 --no-needle --out /tmp/quick
@@ -111,10 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task-data", metavar="DIR", help="take questions from DIR/TASK/SPLIT.jsonl or .csv (default: from the hub)"
     )
-    parser.add_argument("--task-limit", type=int, metavar="N", help="questions of each task (default: all)")
     parser.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: what each task says)"
-    )
+        "--task-limit", nargs="+", default=[], metavar="[TASK=]N",
+        help="questions of each task, or of some: 100, or mmlu=20 ruler=50 (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-fewshot", nargs="+", default=[], metavar="[TASK=]N",
+        help="examples before each question, for all tasks or for some: 5, or mmlu=5 gsm8k=8 (default: a task's own)",
+    )  # fmt: skip
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="put questions into the model's chat template"
     )
@@ -138,11 +143,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
         ParetoError: a value is out of range.
 
     """
-    for flag in ("chunk_tokens", "needles_per_cell", "tensor_parallel_size", "task_limit", "task_context"):
+    for flag in ("chunk_tokens", "needles_per_cell", "tensor_parallel_size", "task_context"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ParetoError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ParetoError(f"--num-fewshot must not be negative, got {args.num_fewshot}")
     if args.num_windows < 0 or not (args.num_windows or args.tasks):
         raise ParetoError(f"--num-windows must be at least 1, or 0 with --tasks, got {args.num_windows}")
     if not args.num_windows and args.needle and not args.haystack:
@@ -178,13 +181,24 @@ def settings_from(args: argparse.Namespace) -> Settings:
         tasks=TaskSettings(
             tasks=tuple(args.tasks),
             data=args.task_data,
-            limit=args.task_limit,
-            num_fewshot=args.num_fewshot,
+            limit=_by_task(args.task_limit, "--task-limit", 1),
+            num_fewshot=_by_task(args.num_fewshot, "--num-fewshot", 0),
             chat=args.apply_chat_template,
             max_model_len=args.task_context,
         ),
         margin=args.margin / 100,
     )
+
+
+def _by_task(words: Sequence[str], flag: str, least: int) -> tuple[tuple[str, int], ...]:
+    """Return numbers with the names of tasks that each is for."""
+    found = []
+    for word in words:
+        names, equals, number = word.rpartition("=")
+        if not number.isdecimal() or int(number) < least or (equals and not names):
+            raise ParetoError(f"{flag} {word}: give a number of at least {least}, or a task's, such as mmlu=5")
+        found.append((names or ALL, int(number)))
+    return tuple(found)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import functools
 import math
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -156,8 +157,9 @@ class Evaluation:
         if not windows and not pending and (store.kv_cache() is not None or self._missing_tasks(store)):
             return
         with self._progress(configuration.name, len(windows) + len(pending)) as advance:
-            settings = self.plan.engine_settings(configuration)
+            settings, began = self.plan.engine_settings(configuration), time.monotonic()
             with engine.running(settings) as llm:
+                started = time.monotonic()
                 write_json(store.folder / "kv_cache.json", asdict(engine.kv_cache(llm, settings)))
                 together = self.plan.windows_at_once
                 for start in range(0, len(windows), together):
@@ -170,6 +172,8 @@ class Evaluation:
                     group = pending[start : start + self.plan.prompts_at_once]
                     store.add_answers(_ask(llm, [trials[i] for i in group], group, self._chunk))
                     advance(len(group))
+                took = f"started in {started - began:.1f} s, measured in {time.monotonic() - started:.1f} s"
+                print(f"{configuration.name}: {took}", file=sys.stderr, flush=True)
 
     @property
     def _chunk(self) -> int | None:
@@ -201,12 +205,12 @@ class Evaluation:
             write_arrays(store.window_file(index), arrays)
 
     def _missing_tasks(self, store: Store) -> list[str]:
-        names = self.tasks.tasks if self.tasks else []
-        return [name for name in names if store.scores(name, self.plan.settings.tasks) is None]
+        settings = self.tasks.settings if self.tasks else {}
+        return [name for name, one in settings.items() if store.scores(name, one) is None]
 
     def _ask_tasks(self, configuration: Configuration) -> None:
         """Ask the tasks whose scores are missing."""
-        store, settings = self.store(configuration), self.plan.settings.tasks
+        store = self.store(configuration)
         missing = self._missing_tasks(store)
         if self.tasks is None or not missing:
             return
@@ -217,7 +221,8 @@ class Evaluation:
                 if store.kv_cache() is None:
                     write_json(store.folder / "kv_cache.json", asdict(cache))
                 for name in missing:
-                    task, say = self.tasks.tasks[name], functools.partial(print, file=sys.stderr, flush=True)
+                    task, settings = self.tasks.tasks[name], self.tasks.settings[name]
+                    say = functools.partial(print, file=sys.stderr, flush=True)
                     with Lines(f"{configuration.name}: {name}", say) as lines:
                         scores = ask(llm, task, settings, engine.on_gpu(llm), cache.tokens, lines.note)
                     store.add_scores(name, settings, scores)
@@ -231,7 +236,7 @@ class Evaluation:
         return task_results(tested, base, self.tasks.groups, self.plan.settings.margin)
 
     def _scores(self, store: Store) -> list[Scores]:
-        found = [store.scores(name, self.plan.settings.tasks) for name in self.tasks.tasks] if self.tasks else []
+        found = [store.scores(*one) for one in self.tasks.settings.items()] if self.tasks else []
         if any(one is None for one in found):
             raise ParetoError(f"{store.folder} was changed while the evaluation ran; run again")
         return [score for one in found for score in one or []]

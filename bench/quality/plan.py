@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -157,20 +158,28 @@ class Plan:
     def task_engine_settings(self, configuration: Configuration) -> EngineSettings:
         """Return the engine's settings for tasks: many questions at once, whose contexts share pages."""
         most = self.settings.tasks.max_model_len
+        memory = functools.partial(
+            default_memory, self.configurations[0].checkpoint.folder, most, self.settings.tensor_parallel_size
+        )
         return replace(
             self.engine_settings(configuration),
             max_model_len=most,
-            max_num_batched_tokens=max(most, TASK_STEP_TOKENS),
-            max_num_seqs=TASK_SEQUENCES,
-            kv_cache_memory_bytes=max(self.kv_cache_memory_bytes, default_memory(
-                self.configurations[0].checkpoint.folder, most, self.settings.tensor_parallel_size, TASK_CONTEXTS
+            max_num_batched_tokens=max(most, TASK_STEP_TOKENS[DEVICE]),
+            max_num_seqs=TASK_SEQUENCES[DEVICE],
+            kv_cache_memory_bytes=max(self.kv_cache_memory_bytes, memory(TASK_CONTEXTS), min(
+                memory(TASK_SEQUENCES[DEVICE]), TASK_GIB[DEVICE] << 30
             )),
             extra={"enable_prefix_caching": True} | json_flag("compilation_config", self.settings.compilation_config),
         )  # fmt: skip
 
 
-TASK_STEP_TOKENS, TASK_SEQUENCES, TASK_CONTEXTS = 4096, 64, 8
-"""Tokens and sequences of a step while tasks are asked, and the longest contexts that the cache then holds."""
+DEVICE = "cuda" if torch.backends.cuda.is_built() else "cpu"
+TASK_STEP_TOKENS, TASK_SEQUENCES = {"cpu": 4096, "cuda": 16384}, {"cpu": 64, "cuda": 256}
+"""Tokens and sequences of a step while tasks are asked. A step takes a GPU hardly longer for more of them."""
+TASK_CONTEXTS = 8
+"""The longest contexts that the cache holds at least while tasks are asked."""
+TASK_GIB = {"cpu": 1, "cuda": 4}
+"""Memory up to which the cache grows by itself for the contexts of tasks. A CPU computes none of them ahead."""
 WINDOW_TOKENS, PROMPT_TOKENS = 512, 2048
 """Tokens of a step up to which several windows share it, whose logits are of the whole vocabulary; and prompts."""
 SHARED_GIB = {"cpu": 2, "cuda": 8}
@@ -215,7 +224,7 @@ def make_plan(settings: Settings) -> Plan:
         )
     max_model_len = max([settings.window_tokens + 1, *lengths])
     context_bytes = max_model_len * token_bytes(baseline, settings.tensor_parallel_size)
-    most = settings.kv_cache_memory_bytes or SHARED_GIB["cuda" if torch.backends.cuda.is_built() else "cpu"] << 30
+    most = settings.kv_cache_memory_bytes or SHARED_GIB[DEVICE] << 30
     # One is left for the request that goes beside them.
     room = most // context_bytes - 1
     windows, prompts = (

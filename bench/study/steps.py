@@ -153,7 +153,7 @@ class _Builder:
                 first_keys = self._quality(base, model.path, plain, (), run)
                 first = ((first_keys[0],) if first_keys[0] else ()) + first_keys[1]
                 first = (first[number],)
-            what = "quality of" if kind == "quality" else f"{' '.join(map(str, _task_names(digests)))} of"
+            what = "quality of" if kind == "quality" else f"{_task_names(digests)} of"
             name = f"{what} {point.name}" + self._of_run(run, seed, after)
             keys.append((kind, self._add(
                 kind, name, all_words, shared | {"flags": digests, "seed": seed}, after=(*after, *first),
@@ -253,8 +253,14 @@ class _Builder:
         return Graph(self.plan, self.points, {step.key: step for step in steps}, cells)
 
 
-def _task_names(flags: Flags) -> list[str]:
-    return list(flags.get("tasks", ["tasks"]))
+NAMED_TASKS = 4
+"""Tasks of a group that its steps are named by."""
+
+
+def _task_names(flags: Flags) -> str:
+    names = list(map(str, flags.get("tasks", ["tasks"])))
+    more = len(names) - NAMED_TASKS
+    return " ".join(names[:NAMED_TASKS]) + (f" and {more} more" if more > 0 else "")
 
 
 def build(plan: Plan, folder: Path, inputs: Inputs) -> Graph:

@@ -12,13 +12,14 @@ import logging
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.quality.tasks import ruler, sources
 from bench.quality.tasks.choices import Choice, choice
@@ -29,6 +30,8 @@ CALIBRATION = "ece"
 """The metric that keeps what was chosen."""
 KEPT = 2
 """What is kept of a question; scores of an earlier form are asked for again."""
+ALL = "*"
+"""Fits every name."""
 OWN = Path(__file__).parent / "own"
 """This project's definitions of tasks."""
 
@@ -40,8 +43,10 @@ class TaskSettings:
     Attributes:
         tasks: lm-eval's names of tasks and groups, * and ? as in a shell.
         data: folder of their questions; None for the hub.
-        limit: questions of each task, the first ones; None for all.
-        num_fewshot: examples before each question; None for what each task says.
+        limit: questions of a task, the first ones, by a task's or group's name or a pattern of names; the last that
+            fits counts. Of tasks that none fits, all are asked.
+        num_fewshot: examples before each question, in the same form. Tasks that none fits are shown what they say
+            themselves.
         chat: whether questions are put into the model's chat template.
         max_model_len: longest context in tokens.
         seed: of the choice of examples.
@@ -50,8 +55,8 @@ class TaskSettings:
 
     tasks: tuple[str, ...] = ()
     data: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
+    limit: tuple[tuple[str, int], ...] = ()
+    num_fewshot: tuple[tuple[str, int], ...] = ()
     chat: bool = False
     max_model_len: int = 4096
     seed: int = 1234
@@ -90,11 +95,13 @@ class Chosen:
     Attributes:
         tasks: by name, ready to ask.
         groups: by name, the names of all their tasks.
+        settings: by task, with its own numbers of questions and examples.
 
     """
 
     tasks: dict[str, Any]
     groups: dict[str, list[str]]
+    settings: dict[str, TaskSettings]
 
 
 def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen:
@@ -120,7 +127,10 @@ def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen
         raise ParetoError(f"--task-data {settings.data}: no such folder")
     metadata = {"tokenizer": str(tokenizer), "max_seq_lengths": [settings.max_model_len], "task_data": settings.data}
     manager = TaskManager(include_path=str(OWN), metadata=metadata)
-    names, definitions = _defined(manager, _named(manager, settings.tasks), settings, work)
+    named = _named(manager, settings.tasks)
+    limits = _by_task(manager, named, settings.limit, "--task-limit")
+    fewshot = _by_task(manager, named, settings.num_fewshot, "--num-fewshot")
+    names, definitions = _defined(manager, named, settings, limits, work)
     # lm-eval takes seconds to read its own definitions: those of this run take their places without a second time.
     written = TaskManager(include_path=str(sources.write(definitions, work)), include_defaults=False).task_index
     manager.task_index.update({name: entry for name, entry in written.items() if entry.kind.name != "TAG"})
@@ -133,12 +143,39 @@ def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen
             groups[name] = [task.task_name for task in loaded["groups"][name].get_all_tasks()]
     for name, task in tasks.items():
         _look_at(name, task, settings.data)
-        if settings.num_fewshot is not None and task.config.num_fewshot != 0:
-            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        if name in fewshot and task.config.num_fewshot != 0:
+            task.set_config(key="num_fewshot", value=fewshot[name])
         scoring = task.config.process_results
         if callable(scoring) and "tokenizer" in inspect.signature(scoring).parameters:
             task.set_config(key="process_results", value=functools.partial(scoring, tokenizer=_tokenizer(tokenizer)))
-    return Chosen(tasks, groups)
+    own = {
+        name: replace(settings, limit=_of_all(limits.get(name)), num_fewshot=_of_all(fewshot.get(name)))
+        for name in tasks
+    }
+    return Chosen(tasks, groups, own)
+
+
+def _of_all(number: int | None) -> tuple[tuple[str, int], ...]:
+    return () if number is None else ((ALL, number),)
+
+
+def _number(pairs: Sequence[tuple[str, int]]) -> int | None:
+    """Return the number of a task's own settings."""
+    return pairs[-1][1] if pairs else None
+
+
+def _by_task(known: Any, names: Iterable[str], pairs: Iterable[tuple[str, int]], flag: str) -> dict[str, int]:
+    """Return a flag's number by task, of those tasks for which one was given."""
+    leaves = {name: _leaves(known, [name]) for name in names}
+    found: dict[str, int] = {}
+    for pattern, number in pairs:
+        fitting = [
+            leaf for name, own in leaves.items() for leaf in own if fnmatch(name, pattern) or fnmatch(leaf, pattern)
+        ]
+        if not fitting:
+            raise ParetoError(f"{flag} {pattern}={number}: {pattern} is none of the --tasks")
+        found |= dict.fromkeys(fitting, number)
+    return found
 
 
 def _named(known: Any, patterns: Iterable[str]) -> list[str]:
@@ -157,7 +194,7 @@ def _named(known: Any, patterns: Iterable[str]) -> list[str]:
 
 
 def _defined(
-    known: Any, names: Iterable[str], settings: TaskSettings, work: Path
+    known: Any, names: Iterable[str], settings: TaskSettings, limits: Mapping[str, int], work: Path
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return what is to be loaded, and the definitions of those tasks that take their questions from elsewhere.
 
@@ -172,7 +209,7 @@ def _defined(
             source, says = Path(str(entry.yaml_path)), entry.cfg or {}
             change: dict[str, Any] = {"include": str(source), "task": leaf}
             if ruler.is_ruler(source):
-                change |= ruler.changes(says, settings.max_model_len, settings.seed, settings.limit)
+                change |= ruler.changes(says, settings.max_model_len, settings.seed, limits.get(leaf))
             elif OWN in source.parents or settings.data is None:
                 continue
             elif files := sources.files_of(leaf, Path(settings.data), work):
@@ -252,9 +289,11 @@ def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
 
 
 def key(settings: TaskSettings) -> str:
-    """Return what tells a task's scores under these settings from those under others."""
+    """Return what tells a task's scores under these settings, its own, from those under others."""
     determining = {
-        **asdict(settings), "tasks": None, "lm_eval": version("lm-eval"), "kept": KEPT, "own": _own_definitions(),
+        **asdict(settings), "tasks": None, "limit": _number(settings.limit),
+        "num_fewshot": _number(settings.num_fewshot), "lm_eval": version("lm-eval"), "kept": KEPT,
+        "own": _own_definitions(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -273,7 +312,7 @@ def ask(
     Args:
         llm: a ``vllm.LLM`` with prefix caching; idle.
         task: of :func:`choose`.
-        settings: what is asked.
+        settings: what is asked, the task's own of :func:`choose`.
         warm: whether contexts have to be read from the prefix cache to be read from codes, as on a GPU.
         capacity: tokens that the KV cache holds.
         note: told how far it is.
@@ -288,11 +327,11 @@ def ask(
     # Examples are drawn anew for each question: without this, the next configuration would be shown other ones.
     task.set_fewshot_seed(seed=settings.seed)
     chat = settings.chat or bool((task.config.metadata or {}).get("chat") and scorer.tokenizer.chat_template)
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), _compiled_once():
         found = evaluate(
             scorer,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=settings.limit,
+            limit=_number(settings.limit),
             bootstrap_iters=0,
             apply_chat_template=chat,
             verbosity="ERROR",
@@ -302,12 +341,31 @@ def ask(
         most = scorer.max_length
         print(f"{name}: prompts longer than {most:,} tokens that were cut: {scorer.cut:,}", file=sys.stderr, flush=True)
     read = scorer.read / scorer.asked if warm and scorer.asked else 1.0
-    return _scores(name, task, found["results"][name], found["samples"][name], read)
+    return scores(name, task, found["results"][name], found["samples"][name], read)
 
 
-def _scores(
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """Let lm-eval compile each template once: it compiles it for every question and example."""
+    from lm_eval.utils import env
+
+    with patch.object(env, "from_string", functools.cache(env.from_string)):
+        yield
+
+
+def scores(
     name: str, task: Any, values: dict[str, Any], samples: Sequence[dict[str, Any]], read: float
 ) -> list[Scores]:
+    """Return the scores that lm-eval's results of a task hold.
+
+    Args:
+        name: the task's.
+        task: itself.
+        values: its ``results``.
+        samples: its ``samples``.
+        read: share of the contexts' tokens that were read back from the KV cache.
+
+    """
     means = {m["metric"] for m in task.config.metric_list if m.get("aggregation", "mean") == "mean"}
     made = []
     keys = [f"{name}/{sample['doc_id']}/{sample['doc_hash'][:8]}" for sample in samples]

@@ -16,7 +16,7 @@ what is decoded does in any case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -25,6 +25,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 Pair = tuple[Any, list[int], list[int]]
 """lm-eval's request: its strings, the context's tokens, the continuation's."""
+
+
+ENCODED_AT_ONCE, MOST_AT_ONCE = 2048, 256
+"""Texts, and contexts or prompts."""
 
 
 class EngineScorer(TemplateLM):
@@ -49,6 +53,7 @@ class EngineScorer(TemplateLM):
         self.tokenizer = llm.get_tokenizer()
         self.max_length = int(llm.llm_engine.vllm_config.model_config.max_model_len)
         self.read = self.asked = self.cut = self._done = 0
+        self._encoded: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -68,11 +73,37 @@ class EngineScorer(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return a text's tokens; a tokenizer adds what it adds by itself unless told."""
-        first = self.tokenizer.bos_token
-        if add_special_tokens is None and first and string.startswith(first):
-            add_special_tokens = False  # A chat template wrote it already.
+        if add_special_tokens is None and string in self._encoded:
+            return list(self._encoded[string])
+        if add_special_tokens is None and self._begun(string):
+            add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, **special).input_ids)
+
+    def _begun(self, string: str) -> bool:
+        """Return whether a chat template wrote already what the tokenizer adds before a text."""
+        first = self.tokenizer.bos_token
+        return bool(first) and string.startswith(first)
+
+    def _encode_ahead(self, texts: Iterable[str]) -> None:
+        """Encode texts together, each once: a tokenizer does so on all cores."""
+        distinct = dict.fromkeys(texts)
+        for begun in (False, True):
+            group = [text for text in distinct if self._begun(text) == begun]
+            for start in range(0, len(group), ENCODED_AT_ONCE):
+                some = group[start : start + ENCODED_AT_ONCE]
+                found = self.tokenizer(some, **({"add_special_tokens": False} if begun else {})).input_ids
+                self._encoded.update(zip(some, found, strict=True))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability after its context, and whether greedy decoding would say it."""
+        # A context's last blanks are the continuation's, as in lm-eval's _encode_pair.
+        pairs = [request.args for request in requests]
+        self._encode_ahead(text for context, rest in pairs if context for text in (context.rstrip(), context + rest))
+        try:
+            return list(super().loglikelihood(requests, disable_tqdm))
+        finally:
+            self._encoded.clear()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a chat as the model's template writes it."""
@@ -101,7 +132,7 @@ class EngineScorer(TemplateLM):
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         # Contexts with a common beginning, such as the same examples, stand together and share pages.
         ordered = sorted(contexts)
-        for places in self._groups([len(context) for context in ordered]):
+        for places in self._groups(ordered):
             group = [ordered[place] for place in places]
             self._compute_ahead(group)
             prompts, params, readers = [], [], []
@@ -149,14 +180,22 @@ class EngineScorer(TemplateLM):
             prompts = [list(context[:-1]) for context in contexts if len(context) > 1]
             self._generate(prompts, [_params()] * len(prompts))
 
-    def _groups(self, sizes: Sequence[int]) -> list[list[int]]:
-        """Return the places of contexts of so many tokens in groups that the cache has room for."""
+    def _groups(self, prompts: Sequence[Sequence[int]], answers: Sequence[int] = ()) -> list[list[int]]:
+        """Return the places of sorted prompts in groups that the cache has room for.
+
+        Args:
+            prompts: their tokens; what one has in common with the one before it takes no more room.
+            answers: tokens to be generated after each.
+
+        """
         groups: list[list[int]] = []
-        used = self.room + 1
-        for place, size in enumerate(sizes):
-            if used + size > self.room or len(groups[-1]) >= 256:
+        used = 0
+        for place, prompt in enumerate(prompts):
+            answer = answers[place] if answers else 0
+            size = len(prompt) + answer - (_common(prompts[place - 1], prompt) if groups else 0)
+            if not groups or used + size > self.room or len(groups[-1]) >= MOST_AT_ONCE:
                 groups.append([])
-                used = 0
+                used, size = 0, len(prompt) + answer
             groups[-1].append(place)
             used += size
         return groups
@@ -205,8 +244,9 @@ class EngineScorer(TemplateLM):
         answers = [""] * len(prompts)
         # Prompts with a common beginning stand together and share pages.
         order = sorted(range(len(prompts)), key=prompts.__getitem__)
-        sizes = [len(prompts[index]) + params[index].max_tokens for index in order]
-        for places in self._groups(sizes) if self.warm else [range(len(order))]:
+        sizes = [params[index].max_tokens for index in order]
+        groups = self._groups([prompts[index] for index in order], sizes) if self.warm else [range(len(order))]
+        for places in groups:
             group = [order[place] for place in places]
             asked = [prompts[index] for index in group]
             self._compute_ahead(asked)
@@ -222,6 +262,11 @@ class EngineScorer(TemplateLM):
             return []
         tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
         return list(self.llm.generate(tokens, params, use_tqdm=False))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two prompts begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _params(**more: Any) -> Any:

@@ -135,7 +135,9 @@ def test_tasks_are_judged_over_the_whole_table(evaluate, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "on_gpu", lambda llm: False)
     monkeypatch.setattr(evaluate_module, "ask", ask)
-    monkeypatch.setattr(evaluate_module, "choose", lambda settings, *others: Chosen({"t": "t"}, {"g": ["t"]}))
+    monkeypatch.setattr(
+        evaluate_module, "choose", lambda settings, *others: Chosen({"t": "t"}, {"g": ["t"]}, {"t": settings})
+    )
     tasks = TaskSettings(tasks=("g",), max_model_len=64)
     evaluate("out", tasks=tasks, margin=0.1)
     report = parse(EvalReport, (tmp_path / "out" / "eval.json").read_text())

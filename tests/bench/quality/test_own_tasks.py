@@ -180,7 +180,7 @@ def test_none_of_them_is_shown_examples(folder):
     names = [*OWN, "narrativeqa_book", "longbench_qasper", "niah_single_1"]
     pytest.importorskip("wonderwords")
     pytest.importorskip("jieba")
-    _, tasks = chosen(folder, *names, num_fewshot=5, limit=1, max_model_len=1024)
+    _, tasks = chosen(folder, *names, num_fewshot=(("*", 5),), limit=(("*", 1),), max_model_len=1024)
     assert {task.config.num_fewshot for task in tasks.values()} == {0}
     assert len(tasks) == len(names)
 
@@ -325,7 +325,10 @@ def test_ruler_is_made_from_the_folder(folder):
         "ruler_qa_hotpot",
     )  # fmt: skip
     made = [
-        {name: list(task.eval_docs) for name, task in chosen(folder, *names, limit=2, max_model_len=2048)[1].items()}
+        {
+            name: list(task.eval_docs)
+            for name, task in chosen(folder, *names, limit=(("*", 2),), max_model_len=2048)[1].items()
+        }
         for _ in range(2)
     ]
     assert made[0] == made[1]  # A second run asks the same.
@@ -342,14 +345,14 @@ def test_ruler_is_made_from_the_folder(folder):
 def test_what_ruler_lacks_is_said(folder, monkeypatch):
     pytest.importorskip("wonderwords")
     with pytest.raises(ParetoError, match=r"ruler_cwe: .* --task-context"):
-        chosen(folder, "ruler_cwe", limit=1, max_model_len=512)
+        chosen(folder, "ruler_cwe", limit=(("*", 1),), max_model_len=512)
     for missing, name, message in (
         ("ruler/squad.json", "ruler_qa_squad", r"ruler_qa_squad: put the development set to .*ruler/squad\*\.json"),
         ("haystack/one.txt", "niah_single_2", r"niah_single_2: needles are hidden in essays: .*haystack/\*\.txt"),
     ):
         (folder / missing).unlink()
         with pytest.raises(ParetoError, match=message):
-            chosen(folder, name, limit=1, max_model_len=1024)
+            chosen(folder, name, limit=(("*", 1),), max_model_len=1024)
     monkeypatch.setattr(pytest.importorskip("nltk").data, "path", [])
     with pytest.raises(ParetoError, match=r"unpack nltk_data's punkt_tab\.zip"):
         ruler.essays(folder.parent)

@@ -232,7 +232,7 @@ def asked(tmp_path_factory):
     (tmp_path / "data" / "truthfulqa.csv").write_text("\n".join(table))
     (tmp_path / "work").mkdir()
     names = [name.split("/")[0] for name in QUESTIONS] + ["truthfulqa_mc1", "truthfulqa_mc2"]
-    settings = TaskSettings(tasks=tuple(names), data=str(tmp_path / "data"), num_fewshot=0)
+    settings = TaskSettings(tasks=tuple(names), data=str(tmp_path / "data"), num_fewshot=(("*", 0),))
     tasks = choose(settings, None, tmp_path / "work").tasks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scorer, "EngineScorer", MadeUp)

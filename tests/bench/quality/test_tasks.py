@@ -79,7 +79,9 @@ def test_bad_names_and_data_are_said(data, tmp_path):
         (["--num-windows", "0"], "or 0 with --tasks"),
         (["--tasks", "arc_easy", "--num-windows", "0"], "--no-needle"),
         (["--task-data", "x"], "name the tasks"),
-        (["--tasks", "arc_easy", "--task-limit", "0"], "--task-limit must be at least 1"),
+        (["--tasks", "arc_easy", "--task-limit", "0"], "--task-limit 0: give a number of at least 1"),
+        (["--tasks", "arc_easy", "--num-fewshot", "5", "mmlu="], "--num-fewshot mmlu=: give a number"),
+        (["--tasks", "arc_easy", "--num-fewshot", "=5"], "--num-fewshot =5: give a number of at least 0"),
     ],
 )
 def test_flags_that_make_no_sense_are_said(words, message):
@@ -142,7 +144,7 @@ def test_scores_are_those_of_plain_lm_eval(data, tmp_path):
     from bench.quality.tasks.scorer import EngineScorer
 
     names = ("arc_easy", "lambada_openai", "gsm8k")
-    settings = TaskSettings(tasks=names, data=str(data), num_fewshot=2, max_model_len=512)
+    settings = TaskSettings(tasks=names, data=str(data), num_fewshot=(("*", 2),), max_model_len=512)
     (tmp_path / "work").mkdir()
     chosen = choose(settings, REF_7M, tmp_path / "work")
     chosen.tasks["gsm8k"].config.generation_kwargs["max_gen_toks"] = 8
@@ -187,4 +189,28 @@ def test_scores_are_those_of_plain_lm_eval(data, tmp_path):
 def test_settings_tell_scores_apart():
     first = TaskSettings(tasks=("a",))
     assert tasks_run.key(first) == tasks_run.key(TaskSettings(tasks=("b",)))
-    assert tasks_run.key(first) != tasks_run.key(TaskSettings(tasks=("a",), num_fewshot=5))
+    assert tasks_run.key(first) != tasks_run.key(TaskSettings(tasks=("a",), num_fewshot=(("*", 5),)))
+
+
+def test_numbers_of_some_tasks(data, tmp_path):
+    """Each task has its own numbers of questions and examples, and is asked anew if its own change, no other's."""
+
+    def chosen(name, **numbers):
+        (tmp_path / name).mkdir()
+        return choose(
+            TaskSettings(("arc_easy", "lambada_openai", "gsm8k"), str(data), **numbers), REF_7M, tmp_path / name
+        )
+
+    plain = chosen("plain")
+    some = chosen("some", num_fewshot=(("*", 1), ("arc_*", 2), ("gsm8k", 3)), limit=(("gsm8k", 2),))
+    shown = {name: task.config.num_fewshot for name, task in some.tasks.items()}
+    assert shown == {"arc_easy": 2, "lambada_openai": 1, "gsm8k": 3}
+    other = chosen("other", num_fewshot=(("*", 1), ("arc_easy", 2)))
+    keys = [{name: tasks_run.key(one) for name, one in found.settings.items()} for found in (plain, some, other)]
+    assert keys[1]["arc_easy"] == keys[2]["arc_easy"] != keys[0]["arc_easy"]
+    assert keys[1]["gsm8k"] not in (keys[0]["gsm8k"], keys[2]["gsm8k"])
+    assert (some.settings["gsm8k"].limit, some.settings["arc_easy"].limit) == ((("*", 2),), ())
+    with pytest.raises(ParetoError, match="--num-fewshot piqa=5: piqa is none of the --tasks"):
+        chosen("none", num_fewshot=(("piqa", 5),))
+    with pytest.raises(ParetoError, match="--task-limit arc_eazy=5: arc_eazy is none of the --tasks"):
+        chosen("typo", limit=(("arc_eazy", 5),))
