@@ -1,8 +1,18 @@
 """What tests of several rooms share."""
 
+import gc
 import random
 
 import pytest
+
+
+def pytest_collection_finish():
+    """Let collections of garbage pass over what importing everything left: hundreds of thousands of objects that stay.
+
+    vLLM, statsmodels and others collect when they are called, which otherwise takes most of the time of a small test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
