@@ -6,10 +6,11 @@ import random
 import pytest
 
 
-def pytest_collection_finish():
-    """Let collections of garbage pass over what importing everything left: hundreds of thousands of objects that stay.
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_no_garbage():
+    """Let collections of garbage pass over what is there before a module: hundreds of thousands of objects of imports.
 
-    vLLM, statsmodels and others collect when they are called, which otherwise takes most of the time of a small test.
+    vLLM and statsmodels collect whenever they are called, which otherwise takes most of the time of a small test.
     """
     gc.collect()
     gc.freeze()
