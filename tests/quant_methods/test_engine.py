@@ -6,11 +6,8 @@ On a CPU; where there is a CUDA device, on that instead, recipes that are for CU
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -43,6 +40,7 @@ from quant_methods.steps import RoundStep, Step
 from quant_methods.stock_vllm import Serving
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from tests.quant_methods.random_layers import Parts, quantize
+from tests.quant_methods.serving import serve
 
 pytestmark = [
     pytest.mark.engine,
@@ -217,23 +215,6 @@ def served(compressed: dict[str, Compressed], tokens: Tensor, tmp_path_factory: 
         log = "".join(pool.map(run, jobs))
     stock, plugin = ({path.stem: torch.load(path) for path in (folder / name).iterdir()} for name in ("False", "True"))
     return Served(stock, plugin, log)
-
-
-def serve(tokens: Path, out: Path, checkpoints: Iterable[Path], *, plugin: bool) -> str:
-    """Run engines, and return what they printed."""
-    script = str(Path(__file__).with_name("engine_logits.py"))
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        # By default vLLM's CPU kernel rounds the activations of 4-bit layers to 8 bits too, where the CPU has AMX.
-        "VLLM_CPU_INT4_W4A8": "0",
-        "VLLM_PLUGINS": "pareto" if plugin else "",
-        "VLLM_PARETO_LOW_BIT_KERNEL": "1" if plugin else "0",
-    }
-    command = [sys.executable, script, str(tokens), str(out), *map(str, checkpoints)]
-    run = subprocess.run(command, env={**os.environ, **settings}, cwd=out, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout + run.stderr
 
 
 def damage(checkpoint: Path, out: Path) -> None:

@@ -26,7 +26,8 @@ from quant_methods.mixed_precision.units import Width
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import RoundStep
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 from vllm_ext.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

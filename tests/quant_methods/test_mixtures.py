@@ -40,7 +40,8 @@ from quant_methods.sweeps.file import Evaluation, Point, Sweep
 from quant_methods.sweeps.sweep import SweepRun
 from tests.quant_methods.checkpoints.test_readback import read_back
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 from vllm_ext.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -28,7 +28,8 @@ from quant_methods.recipe import Recipe
 from quant_methods.steps import Step
 from tests.quant_methods.calibration.test_finite import CALIBRATION, STEPS
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 
 KINDS: dict[str, tuple[Step, ...]] = STEPS | {
     "omniquant": (OmniQuant(epochs=1), RTN(bits=4, group_size=32)),
