@@ -19,6 +19,7 @@ from quant_methods.command_modes import add_modes, budget_of, kv_bits_of, run_bu
 from quant_methods.exempt import NAMES
 from quant_methods.fused import is_expert
 from quant_methods.progress import Lines
+from quant_methods.threads import wait_asleep
 
 if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     check_backend_arguments(args)
     # transformers' own progress bars and notices would tear the one below.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    wait_asleep(turns=10_000)
     kv_bits = kv_bits_of(args, console)
     from quant_methods.compress import compress, default_device
     from quant_methods.model_source import resolve_model

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kv_cache.errors import ParetoError
 from quant_methods.progress import Lines
+from quant_methods.threads import wait_asleep
 
 NAME = "KV scales"
 LENGTH = 1024
@@ -90,9 +91,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the model's own)")
     args = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads that wait without sleeping take the cores from those that work, where something else runs beside: 234 s
-    # became 82 s with five other processes on two cores. OpenMP reads this when PyTorch is imported, which is later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_asleep()
     warnings.simplefilter("ignore")
 
     def say(line: str) -> None:

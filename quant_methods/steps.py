@@ -70,6 +70,9 @@ class ScaleStep(TransformStep):
 
     targets: tuple[str, ...] = ("*",)
 
+    tokens: ClassVar[int | None] = None
+    """Of the calibration set, about how many are enough for the step; None: it looks at all."""
+
 
 @dataclass(frozen=True)
 class BlockStep(ScaleStep):

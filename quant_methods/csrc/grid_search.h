@@ -8,16 +8,18 @@
 // quant_methods/formats/grid_search.py mirrors it.
 typedef struct {
     const float *weight;      // [rows][groups][width]
-    const float *importance;  // [groups][width]
+    const float *importance;  // [groups][width]; with pairs [groups][width][width], symmetric
     const float *scale;       // [candidates][rows][groups]
     const float *zero;        // [candidates][rows][groups], integral
     int32_t *best;            // [rows][groups]: the candidate of the least error, the first of equal ones
     int64_t rows, groups, width, candidates;
     float low, high;          // codes
     int32_t num_threads;
+    int32_t pairs;            // errors within a group count together: width is then a multiple of 8 up to 128
 } pareto_grid_search;
 
 #define PARETO_MAX_CANDIDATES 128
+#define PARETO_MAX_PAIRS 128
 
 int pareto_grid_search_generic(const pareto_grid_search *);
 int pareto_grid_search_avx2(const pareto_grid_search *);

@@ -17,6 +17,9 @@ from kv_cache.doors import expect
 MAX_CANDIDATES = 128
 """``PARETO_MAX_CANDIDATES`` of ``csrc/grid_search.h``."""
 
+MAX_PAIRS = 128
+"""``PARETO_MAX_PAIRS`` there: the widest group whose errors may count together; a multiple of 8."""
+
 _ptr, _i64, _f32, _i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
 
 
@@ -34,6 +37,7 @@ class _Search(ctypes.Structure):
         ("low", _f32),
         ("high", _f32),
         ("num_threads", _i32),
+        ("pairs", _i32),
     )
 
 
@@ -43,17 +47,25 @@ def _library() -> ctypes.CDLL | None:
 
 def serves(grouped: Tensor, importance: Tensor) -> bool:
     """Return whether `best_candidates` takes weights [rows, groups, width] of that importance."""
-    return grouped.is_cpu and grouped.dtype == torch.float32 and importance.dim() == 2 and _library() is not None
+    known = importance.dim() == 2 or _pairs_fit(importance)
+    return grouped.is_cpu and grouped.dtype == torch.float32 and known and _library() is not None
+
+
+def _pairs_fit(importance: Tensor) -> bool:
+    width = importance.shape[-1]
+    return importance.dim() == 3 and width <= MAX_PAIRS and width % 8 == 0
 
 
 def best_candidates(
     grouped: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int, isa: str = "best"
 ) -> tuple[Tensor, Tensor]:
-    """Return for each group the candidate of the least ``sum importance * (read back - weight)^2``, the first of equal.
+    """Return for each group the candidate of the least ``sum importance * e^2``, the first of equal.
+
+    ``e`` is what is read back, less the weight. With an importance of pairs the least ``e^T importance e`` is meant.
 
     Args:
         grouped: float32 [rows, groups, width], weights.
-        importance: float32 [groups, width].
+        importance: float32 [groups, width]; of pairs [groups, width, width], symmetric.
         scales: float32 [candidates, rows, groups]. Neighbours of equal scale share the division.
         zeros: float32 of the same shape, integral.
         low: smallest code.
@@ -76,7 +88,11 @@ def best_candidates(
         "the search for ranges",
         (
             (all(x.dtype == torch.float32 for x in numbers), "float32 weights, scales and zero-points"),
-            (tuple(importance.shape) == (groups, width), f"an importance [{groups}, {width}]"),
+            (
+                tuple(importance.shape) == (groups, width)
+                or (tuple(importance.shape) == (groups, width, width) and _pairs_fit(importance)),
+                f"an importance [{groups}, {width}], or of pairs in groups of a multiple of 8 up to {MAX_PAIRS}",
+            ),
             (scales.shape == zeros.shape and tuple(scales.shape[1:]) == (rows, groups), "candidates for each group"),
             (0 < len(scales) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES} candidates, not {len(scales)}"),
             (all(x.is_cpu for x in numbers), "tensors on the CPU"),
@@ -86,7 +102,8 @@ def best_candidates(
     best = torch.empty(rows, groups, dtype=torch.int32)
     tensors = (grouped, importance, scales, zeros, best)
     threads = torch.get_num_threads()
-    search = _Search(*(x.data_ptr() for x in tensors), rows, groups, width, len(scales), low, high, threads)
+    sizes = (rows, groups, width, len(scales))
+    search = _Search(*(x.data_ptr() for x in tensors), *sizes, low, high, threads, importance.dim() == 3)
     status = getattr(library, f"pareto_grid_search_{isa}")(ctypes.byref(search))
     assert status == 0, status
     place = best.long()[None]

@@ -81,16 +81,15 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
     # One after the other: of a wide layer's Hessian each copy is gigabytes.
     weight = aim(problem, step.upstream_damping)
     hessian = factorize(finite(problem), step.damping)[0]
-    with few_threads(weight.shape[0]):
-        codes, scale, zero = solve(
-            weight,
-            hessian,
-            step.grid,
-            act_order=step.act_order,
-            search=step.search,
-            scale_dtype=problem.scale_dtype,
-            ranges=problem.ranges,
-        )
+    codes, scale, zero = solve(
+        weight,
+        hessian,
+        step.grid,
+        act_order=step.act_order,
+        search=step.search,
+        scale_dtype=problem.scale_dtype,
+        ranges=problem.ranges,
+    )
     scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
     return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))
 
@@ -293,7 +292,9 @@ def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding
         # Errors of this block's channels, not yet passed on to the channels from `stop` on.
         pending = rounding.round_block(work, upper, start, stop)
         if pending is None:
-            pending = _one_by_one(work, upper, start, stop, rounding)
+            # Factorizations and products keep all threads, channels one by one do not.
+            with few_threads(work.shape[1]):
+                pending = _one_by_one(work, upper, start, stop, rounding)
         work[stop:].addmm_(upper[start:stop, stop:].T, pending, alpha=-1)
 
 

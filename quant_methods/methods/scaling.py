@@ -111,12 +111,12 @@ class ScaledBlock:
         self.stages = find_stages(decoder, index, block, hidden)
         self.folds = find_folds(decoder, index, block, hidden, self.stages)
         self.learned: dict[str, Learned] = {}
-        self._batch = next(decoder.batches(hidden))[1]
+        self._batch = hidden[:1].to(decoder.device)
         self._before = self._output()
         self._changed: set[str] = set()
 
     def _output(self) -> Tensor:
-        """Return what the block puts out on one batch; not in TF32, whose rounding differs with the scales."""
+        """Return what the block puts out on one sequence; not in TF32, whose rounding differs with the scales."""
         with tf32(False):
             return self.decoder.run(self.index, self.block, self._batch)
 
@@ -129,15 +129,20 @@ class ScaledBlock:
         names = self.names(fold)
         return all(matches(name, targets) for name in names) and any(name in self.plan.steps for name in names)
 
-    def statistics(self, folds: list[Fold]) -> dict[int, Statistics]:
+    def statistics(self, folds: list[Fold], tokens: int | None = None) -> dict[int, Statistics]:
         """Return the statistics of folds' inputs by the position of their stage.
 
         Scales of one fold do not change another's inputs, so one pass before any is divided serves all.
+
+        Args:
+            folds: which.
+            tokens: about how many are looked at, in whole sequences evenly spread over the calibration set; None: all.
+
         """
         positions = [fold.position for fold in folds]
-        return statistics_at_once(
-            self.decoder, self.index, self.block, self.hidden, stages=self.stages, positions=positions
-        )
+        count = self.hidden.shape[0] * self.hidden.shape[1]
+        hidden = self.hidden[:: max(count // tokens, 1) if tokens else 1]
+        return statistics_at_once(self.decoder, self.index, self.block, hidden, stages=self.stages, positions=positions)
 
     def problem(self, fold: Fold, seen: Statistics) -> ScalingProblem:
         """Return what a transform step gets to see of a fold."""
@@ -201,7 +206,7 @@ def scale_block(scaled: ScaledBlock) -> dict[str, Tensor]:
             continue
         scaled.say("scales")
         folds = [fold for fold in scaled.folds if scaled.wanted(fold, step.targets)]
-        seen = scaled.statistics(folds) if folds else {}
+        seen = scaled.statistics(folds, step.tokens) if folds else {}
         for fold in folds:
             scaled.divide(fold, TRANSFORMS[type(step)](step, scaled.problem(fold, seen[fold.position])))
     return scaled.finish()
@@ -269,7 +274,7 @@ def find_folds(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, s
 
             hooks.append(module.register_forward_hook(leave))
     try:
-        decoder.run(index, block, next(decoder.batches(hidden))[1])
+        decoder.run(index, block, hidden[:1].to(decoder.device))
     finally:
         for hook in hooks:
             hook.remove()

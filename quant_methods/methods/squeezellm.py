@@ -34,7 +34,6 @@ from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.steps import RoundStep
-from quant_methods.threads import few_threads
 
 # Elements of one-hot codes of rows that are fitted together: little new memory on a CPU, much work at once on a GPU.
 ELEMENTS, ELEMENTS_GPU = 1 << 21, 1 << 26
@@ -160,8 +159,7 @@ def solve(
     best: tuple[Tensor, ...] = ()
     for _ in range(refits + 1):
         rounding = _Tables(table, apart[:, order].T.contiguous(), dtype)
-        with few_threads(len(weight)):
-            feed_back(weight, hessian, order, rounding)
+        feed_back(weight, hessian, order, rounding)
         codes, wanted = torch.empty_like(weight, dtype=torch.int64), torch.empty_like(weight)
         codes[:, order], wanted[:, order] = rounding.codes.T.long(), rounding.wanted.T
         rounded = table

@@ -246,6 +246,7 @@ def test_the_loop_of_gptq_is_given_what_its_kernel_reads(changes, what):
         ({"scales": torch.rand(5, 3, 2).double()}, "float32 weights, scales"),
         ({"zeros": torch.rand(4, 3, 2)}, "candidates for each group"),
         ({"importance": torch.rand(2, 15)}, r"an importance \[2, 16\]"),
+        ({"importance": torch.rand(2, 16, 15)}, "or of pairs in groups of a multiple of 8"),
         ({"scales": torch.rand(129, 3, 2), "zeros": torch.zeros(129, 3, 2)}, "1 to 128 candidates, not 129"),
         ({"zeros": torch.zeros(5, 3, 2, device="meta")}, "tensors on the CPU"),
     ],

@@ -1,5 +1,8 @@
 """pareto compress as a person meets it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,3 +123,27 @@ def test_bad_input_is_one_line_and_status_2(
     assert error.startswith("pareto compress: error: ")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+SEES_TORCH = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *others):
+        if name == "torch":
+            sys.exit(f"{os.environ.get('OMP_WAIT_POLICY')} {os.environ.get('GOMP_SPINCOUNT')}")
+sys.meta_path.insert(0, Finder())
+from vllm_ext.cli import main
+main(["compress", "nowhere", "--out", "out"])
+"""
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(given: str | None) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    words = [sys.executable, "-c", SEES_TORCH]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ("ACTIVE None" if given else "None 10000")

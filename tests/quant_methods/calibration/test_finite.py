@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
+from quant_methods.calibration.finite import check_inputs
 from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
@@ -62,3 +64,15 @@ def test_overflow(tiny_model: Path, text_file: Path, tmp_path: Path, kind: str) 
     with pytest.raises(ParetoError, match=r"layer model\.layers\.0.* overflow to NaN or infinity"):
         compress(model, given, tmp_path / "out", text=text_file)
     assert not (tmp_path / "out").exists()
+
+
+def test_finite_values_may_have_a_sum_that_is_not() -> None:
+    check_inputs({"a": torch.full((40,), 3e38), "b": torch.full((40,), 6e4, dtype=torch.float16)})
+    for bad in (float("inf"), -float("inf"), float("nan")):
+        one = torch.full((40,), 3e38)
+        one[7] = bad
+        with pytest.raises(ParetoError, match="layer b overflow to NaN"):
+            check_inputs({"a": torch.full((40,), 3e38), "b": one, "c": one})
+    both = torch.tensor([float("inf"), -float("inf")])
+    with pytest.raises(ParetoError, match="layer b overflow to NaN"):
+        check_inputs({"a": torch.ones(3), "b": both})

@@ -144,3 +144,39 @@ def test_the_compiled_search_finds_what_operations_find(monkeypatch, isa, width,
     # Errors are summed in another order, so that one of two candidates that are as good may be found.
     torch.testing.assert_close(errors(scale, zero), errors(wanted_scale, wanted_zero), rtol=1e-5, atol=0)
     assert ((scale == wanted_scale) & (zero == wanted_zero)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("width", [8, 32, 64, 128])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, True), (4, False), (8, True)])
+def test_the_compiled_search_by_output_finds_what_operations_find(monkeypatch, isa, width, bits, symmetric):
+    generator = torch.Generator().manual_seed(width + bits)
+    weight = torch.randn(30, 3 * width, generator=generator) * 10 ** torch.rand(30, 1, generator=generator)
+    weight[3, :width], weight[5] = 0, 1e-38
+    weight[7, 0] = 1e4
+    inputs = torch.randn(200, 3 * width, generator=generator)
+    inputs += inputs[:, :1] * torch.rand(3 * width, generator=generator)
+    hessian, grid = inputs.T @ inputs / 200, Grid(bits, width, symmetric)
+    assert grid_search.serves(weight.unflatten(1, (3, width)), torch.ones(3, width, width))
+    found = grid_search.best_candidates
+    monkeypatch.setattr(grids, "best_candidates", lambda *args: found(*args, isa=isa))
+    monkeypatch.setattr(grids, "GROUPS_AT_ONCE", 40)  # several parts
+    scale, zero = fit(weight, grid, hessian, "output")
+    monkeypatch.setattr(grids, "serves", lambda *args: False)
+    wanted_scale, wanted_zero = fit(weight, grid, hessian, "output")
+
+    def errors(scale, zero):
+        read = dequantize(round_to_grid(weight, expand(scale, 3 * width), expand(zero, 3 * width), grid), scale, zero)
+        apart = (read - weight).double().unflatten(1, (3, width))
+        blocks = torch.stack([hessian.double()[i : i + width, i : i + width] for i in range(0, 3 * width, width)])
+        return torch.einsum("rgi,gij,rgj->rg", apart, blocks, apart)
+
+    # Errors are summed in another order, so that one of two candidates that are as good may be found.
+    torch.testing.assert_close(errors(scale, zero), errors(wanted_scale, wanted_zero), rtol=1e-4, atol=0)
+    assert ((scale == wanted_scale) & (zero == wanted_zero)).float().mean() > 0.9
+
+
+def test_wide_groups_by_output_are_left_to_operations():
+    weight = torch.randn(4, 1, 144)
+    assert not grid_search.serves(weight, torch.ones(1, 144, 144))
+    assert not grid_search.serves(weight[..., :36], torch.ones(1, 36, 36))

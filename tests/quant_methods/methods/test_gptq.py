@@ -1,5 +1,8 @@
 """GPTQ against a plain float64 implementation of the paper's Algorithm 1 and against round-to-nearest."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, expand, fit
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.handlers import LinearProblem
+from quant_methods.methods import gptq
 from quant_methods.methods.gptq import GPTQ, factorize, quantize, relative_error, solve
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
@@ -184,3 +188,29 @@ def test_upstream_damping_keeps_little_data_from_being_fitted_too_closely() -> N
     assert error(upstream_damping=100.0) == pytest.approx(error(upstream=False), rel=0.02)
     with pytest.raises(ParetoError, match=r"upstream_damping: 0.0 is not in \(0, 100\]; 1 is good"):
         GPTQ(upstream_damping=0.0).check()
+
+
+def test_only_the_loop_over_channels_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, set[int]] = {}
+
+    def counted(name: str) -> Callable[..., Any]:
+        called = getattr(gptq, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            threads.setdefault(name, set()).add(torch.get_num_threads())
+            return called(*args, **named)
+
+        return call
+
+    for name in ("_upper", "_one_by_one", "fit"):
+        monkeypatch.setattr(gptq, name, counted(name))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inputs = torch.randn(300, 192)
+        given = LinearProblem("layer", torch.randn(16, 192), inputs.T @ inputs / 300, None, None, torch.bfloat16)
+        gptq.quantize(GPTQ(bits=4, group_size=64), given)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {"_upper": {3}, "_one_by_one": {1}, "fit": {3}}

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
-from quant_methods.calibration.stages import Stage, find_stages
+from quant_methods.calibration.stages import Stage, find_stages, statistics_at_once
 from quant_methods.checkpoints.checkpoint import Source, write_tensors
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.formats.grid import nearest, round_tokens
 from quant_methods.handlers import ScalingProblem
+from quant_methods.methods import awq, scaling
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.awq import scale as awq_scale
 from quant_methods.methods.gptq import GPTQ
@@ -154,6 +156,52 @@ def test_awq_never_loses_to_no_scales() -> None:
     assert output_error(given, awq_scale(AWQ(), given), False) < 0.7 * naive
     flat = problem(W4, outliers=0)
     assert output_error(flat, awq_scale(AWQ(), flat), False) <= output_error(flat, torch.ones(128), False) * 1.02
+
+
+@pytest.mark.parametrize("outliers", [0, 3, 12])
+def test_awq_finds_the_best_of_all_scales_and_looks_at_few_in_full(
+    monkeypatch: pytest.MonkeyPatch, outliers: int
+) -> None:
+    given = problem(W4, outliers=outliers)
+    rows: list[int] = []
+    error = awq._error
+
+    def counted(hessian: Tensor, pairs: awq.Pairs, s: Tensor) -> float:
+        rows.append(sum(len(weight) for weight, _ in pairs))
+        return error(hessian, pairs, s)
+
+    monkeypatch.setattr(awq, "_error", counted)
+    found = output_error(given, awq_scale(AWQ(), given), False)
+    assert sorted(rows) == [8] * 40 + [64] * (1 + awq.FINALISTS)
+    monkeypatch.setattr(awq, "FINALISTS", 40)
+    rows.clear()
+    assert found == pytest.approx(output_error(given, awq_scale(AWQ(), given), False), rel=0.03)
+    assert rows == [64] * 41
+
+
+@torch.no_grad()
+def test_awq_looks_at_as_many_tokens_as_it_needs_and_smoothquant_at_all(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    decoder = Decoder(tiny_model, Source(tiny_model))
+    hidden = decoder.embed(torch.randint(2, 8192, (12, 40)))
+    seen = []
+
+    def watched(decoder: Decoder, index: int, block: nn.Module, hidden: Tensor, **which: Any) -> object:
+        seen.append(hidden)
+        return statistics_at_once(decoder, index, block, hidden, **which)
+
+    monkeypatch.setattr(scaling, "statistics_at_once", watched)
+    monkeypatch.setattr(AWQ, "tokens", 160)
+    for step, sequences in ((AWQ(exponents=2), hidden[::3]), (SmoothQuant(alpha=0.5), hidden)):
+        with decoder.loaded(1) as block:
+            scale_block(ScaledBlock(decoder, 1, block, hidden, make_plan(decoder, recipe(step, W4), tiny_model)))
+        assert torch.equal(seen.pop(), sequences)
+    # A calibration set smaller than that is looked at whole.
+    monkeypatch.setattr(AWQ, "tokens", 1000)
+    with decoder.loaded(1) as block:
+        scale_block(ScaledBlock(decoder, 1, block, hidden, make_plan(decoder, recipe(AWQ(), W4), tiny_model)))
+    assert torch.equal(seen.pop(), hidden)
 
 
 def test_channels_that_are_never_used_keep_finite_scales() -> None:
