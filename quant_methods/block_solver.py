@@ -24,12 +24,13 @@ from quant_methods.calibration.stages import (
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import HANDLERS, LinearProblem
 from quant_methods.methods.gptq import relative_error
 from quant_methods.methods.outlier_split import split
 from quant_methods.methods.scaling import Learned, ScaledBlock, scale_block
 from quant_methods.methods.zeroquant import compensate
 from quant_methods.plan import Plan
-from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 
 class BlockSolver:
@@ -196,7 +197,7 @@ class BlockSolver:
         return solve(step, problem)
 
 
-def solve(step: WeightStep, problem: LinearProblem) -> QuantizedLinear:
+def solve(step: RoundStep, problem: LinearProblem) -> QuantizedLinear:
     """Quantize one layer, with what the step keeps beside the codes."""
     quantize = HANDLERS[type(step)].quantize
     if step.rank:

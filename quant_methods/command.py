@@ -188,15 +188,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipes_table() -> Table:
-    from quant_methods.recipe import Serving, WeightStep
     from quant_methods.recipe_file import built_in_recipes, load_recipe
+    from quant_methods.steps import RoundStep
+    from quant_methods.stock_vllm import Serving
 
     table = Table(title="built-in recipes", title_justify="left")
     for heading in ("recipe", "what it does", "served by"):
         table.add_column(heading)
     for name in built_in_recipes():
         recipe = load_recipe(name)
-        serving = Serving.of(step for step in recipe.steps if isinstance(step, WeightStep))
+        serving = Serving.of(step for step in recipe.steps if isinstance(step, RoundStep))
         table.add_row(name, recipe.description, str(serving))
     return table
 

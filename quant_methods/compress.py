@@ -15,12 +15,13 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.finite import check_weights
 from quant_methods.checkpoints.checkpoint import Source, full_disk_explained
 from quant_methods.checkpoints.replaceable import check_apart, check_replaceable, check_unfinished
-from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
+from quant_methods.handlers import SOURCE_STEPS
 from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
 from quant_methods.run import KVBits, Progress, Report, Run
+from quant_methods.steps import SourceStep
 
 
 def compress(
@@ -116,12 +117,12 @@ def prepare(
         ParetoError: bad input.
 
     """
+    recipe.check()
     model_dir = resolve_model(model, quantized=as_stored)
     device = check_device(device)
     check_out(out, model_dir, overwrite=overwrite, text=text, inside=inside)
     decoder = Decoder(model_dir, None if as_stored else _source(model_dir, recipe), device)
-    if isinstance(decoder.source, RotatedSource):
-        check_norms(decoder.blocks[0], decoder.config, decoder.source)
+    decoder.source.check_block(decoder.blocks[0], decoder.config)
     plan = make_plan(decoder, recipe, model_dir)
     check_outside(decoder)
     _check_disk(out, decoder.source, plan)
@@ -145,10 +146,10 @@ def check_outside(decoder: Decoder) -> None:
 def _source(model_dir: Path, recipe: Recipe) -> Source:
     """Return the checkpoint as the recipe's other steps are to see it."""
     source = Source(model_dir)
-    rotations = [step for step in recipe.steps if isinstance(step, Rotate)]
-    if len(rotations) > 1 or (rotations and recipe.steps[0] is not rotations[0]):
-        raise ParetoError(f"recipe {recipe.name}: rotate comes once, and first")
-    return RotatedSource(source, rotations[0]) if rotations else source
+    for step in recipe.steps:
+        if isinstance(step, SourceStep):
+            source = SOURCE_STEPS[type(step)](step, source)
+    return source
 
 
 def check_out(
@@ -212,7 +213,7 @@ def _check_disk(out: Path, source: Source, plan: Plan) -> None:
         int(plan.steps[n.removesuffix(".weight")].bits / 8 * size[n] / 2 * 1.1) for n in quantized if n in size
     )
     kept = source.size() - sum(size.get(name, 0) for name in quantized)
-    needed = (2 if plan.tune is None else 3) * blocks + kept
+    needed = (2 if plan.final is None else 3) * blocks + kept
     parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

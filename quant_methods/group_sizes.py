@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.native_format import INPUT_MULTIPLE
+from quant_methods.formats.parts.planes import INPUT_MULTIPLE
 from quant_methods.fused import families
-from quant_methods.recipe import GROUP_SIZES, Serving, WeightStep
+from quant_methods.steps import GROUP_SIZES, RoundStep
+from quant_methods.stock_vllm import Serving
 
 KERNEL_MULTIPLE = 32
 """Both of vLLM's 4-bit families want multiples of this: its CPU kernel refuses others, Marlin's tiles need them."""
@@ -29,11 +30,11 @@ class Fitted:
 
     """
 
-    steps: dict[str, WeightStep]
+    steps: dict[str, RoundStep]
     notes: tuple[str, ...] = ()
 
 
-def fitted(step: WeightStep, width: int) -> WeightStep | None:
+def fitted(step: RoundStep, width: int) -> RoundStep | None:
     """Return a step with a group size that divides a layer's width, or None if its fallback makes none.
 
     Args:
@@ -47,7 +48,7 @@ def fitted(step: WeightStep, width: int) -> WeightStep | None:
     return replace(step, group_size=size) if size is not None and step.group_size_fallback == "lower" else None
 
 
-def fit_groups(steps: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, int]]) -> Fitted:
+def fit_groups(steps: Mapping[str, RoundStep], shapes: Mapping[str, tuple[int, int]]) -> Fitted:
     """Fit the steps of a model's layers to their shapes.
 
     Args:
@@ -58,7 +59,7 @@ def fit_groups(steps: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, 
         ParetoError: a layer cannot have its step, and the step says ``refuse``.
 
     """
-    found: dict[str, WeightStep] = {}
+    found: dict[str, RoundStep] = {}
     # Which layers stay at 16 bits decides which format the others are stored in, and what that format can hold.
     native = Serving.of(steps.values()).plugin
     reasons: dict[str, str] = {}
@@ -89,7 +90,7 @@ def fit_groups(steps: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, 
     return Fitted(kept, (*_lowered_notes(steps, kept, shapes), *_alone_notes(alone)))
 
 
-def _obstacle(step: WeightStep, shape: tuple[int, int], *, native: bool) -> str | None:
+def _obstacle(step: RoundStep, shape: tuple[int, int], *, native: bool) -> str | None:
     """Return why nothing serves a layer of this shape, whatever its group size; None if something does."""
     rows, width = shape
     if native and width % INPUT_MULTIPLE:
@@ -99,7 +100,7 @@ def _obstacle(step: WeightStep, shape: tuple[int, int], *, native: bool) -> str 
     return None
 
 
-def _refusal(name: str, step: WeightStep, shape: tuple[int, int], obstacle: str | None) -> str:
+def _refusal(name: str, step: RoundStep, shape: tuple[int, int], obstacle: str | None) -> str:
     """Return why a recipe is refused for a layer, and what would help."""
     if obstacle:
         return f"{name} is {list(shape)}, and {obstacle}; leave it out with ignore: ['{name.rsplit('.', 1)[-1]}']"
@@ -111,7 +112,7 @@ def _refusal(name: str, step: WeightStep, shape: tuple[int, int], obstacle: str 
 
 
 def _lowered_notes(
-    steps: Mapping[str, WeightStep], kept: Mapping[str, WeightStep], shapes: Mapping[str, tuple[int, int]]
+    steps: Mapping[str, RoundStep], kept: Mapping[str, RoundStep], shapes: Mapping[str, tuple[int, int]]
 ) -> list[str]:
     """Return a line for every group size that was lowered."""
     changes: dict[tuple[int, int, str], list[str]] = {}

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from kv_cache.errors import ParetoError
 from quant_methods.exempt import check
-from quant_methods.recipe import Calibration, Recipe, Step, WeightStep
+from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import checked
+from quant_methods.steps import RoundStep, Step
 
 # Settings of steps: changed in every step of the recipe that has them.
 OF_STEPS = (
@@ -90,7 +91,7 @@ def _untamed(recipe: Recipe) -> list[Step]:
         off: dict[str, Any] = {
             name: value
             for name, value in TAMING_SETTINGS.items()
-            if isinstance(step, WeightStep) and _has(step, name) and getattr(step, name) != value
+            if isinstance(step, RoundStep) and _has(step, name) and getattr(step, name) != value
         }
         steps.append(dataclasses.replace(step, **off) if off else step)
     if steps == list(recipe.steps):

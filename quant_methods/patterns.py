@@ -6,13 +6,21 @@ Without this, a layer that was to be left alone would be quantized in silence.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from collections.abc import Iterable, Sequence
 
 from kv_cache.errors import ParetoError
-from quant_methods.recipe import matches
 
 # What recipes ignore unless told otherwise; not every model has one that is called so.
 ALWAYS = ("lm_head",)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a module's full name, or its last parts, match one of the globs.
+
+    ``lm_head`` and ``down_proj`` match by last part, ``model.layers.0.*`` by full name.
+    """
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
 
 
 def check_patterns(what: str, patterns: Iterable[str], names: Sequence[str]) -> None:

@@ -10,13 +10,13 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_observer import unserved_kv
 from quant_methods.exempt import globs
 from quant_methods.experts import routers
-from quant_methods.formats.native_format import Form
 from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import Fitted, fit_groups
-from quant_methods.methods.rotation import Rotate
-from quant_methods.methods.tuning import Tune
-from quant_methods.patterns import check_patterns
-from quant_methods.recipe import HANDLERS, BlockStep, Recipe, Serving, TransformStep, WeightStep, matches
+from quant_methods.handlers import HANDLERS
+from quant_methods.patterns import check_patterns, matches
+from quant_methods.recipe import Recipe
+from quant_methods.steps import BlockStep, ModelStep, PruneStep, RoundStep, ScaleStep
+from quant_methods.stock_vllm import Serving
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Plan:
         transforms: steps that prepare a block before its layers are quantized, in order.
         outside: how many of the ignored, the last ones, are no linear layers inside blocks: the head, and what chooses
             experts, which vLLM has linear layers for.
-        tune: what is trained at the end, or None.
+        final: what is done at the end with the whole model in view, or None.
         notes: what is done otherwise than the recipe says, a line each.
         kv_scales: scales of a quantized KV cache are calibrated.
 
     """
 
-    steps: dict[str, WeightStep]
+    steps: dict[str, RoundStep]
     ignored: list[str]
-    transforms: tuple[TransformStep, ...] = ()
+    transforms: tuple[ScaleStep, ...] = ()
     outside: int = 0
-    tune: Tune | None = None
+    final: ModelStep | None = None
     notes: tuple[str, ...] = ()
     kv_scales: bool = False
 
@@ -49,9 +49,9 @@ class Plan:
         return self.ignored[: len(self.ignored) - self.outside]
 
     @property
-    def schemes(self) -> list[tuple[WeightStep, list[str]]]:
+    def schemes(self) -> list[tuple[RoundStep, list[str]]]:
         """The distinct steps, each with the layers that it quantizes."""
-        schemes: dict[WeightStep, list[str]] = {}
+        schemes: dict[RoundStep, list[str]] = {}
         for name, step in self.steps.items():
             schemes.setdefault(step, []).append(name)
         return list(schemes.items())
@@ -92,63 +92,62 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             KV scales are all that is wanted, and no quantized KV cache serves the model.
 
     """
-    tune = next((step for step in recipe.steps if isinstance(step, Tune)), None)
-    if any(isinstance(step, Tune) for step in recipe.steps[:-1]):
-        raise ParetoError(f"recipe {recipe.name}: tune comes once, and last: it trains what the other steps made")
-    weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
-    steps: dict[str, WeightStep] = {}
+    final = next((step for step in recipe.steps if isinstance(step, ModelStep)), None)
+    rounding = [step for step in recipe.steps if isinstance(step, RoundStep)]
+    _check_pruning(recipe, rounding)
+    steps: dict[str, RoundStep] = {}
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     _check_names(decoder, recipe)
     shapes: dict[str, tuple[int, int]] = {}
     for index in range(len(decoder.blocks)):
-        chosen: dict[str, WeightStep | None] = {}
+        chosen: dict[str, RoundStep | None] = {}
         for local, linear in decoder.linears(index).items():
             name = decoder.name(index, local)
             step = None
             if not matches(name, ignore):
-                step = next((s for s in weight_steps if matches(name, s.targets)), None)
+                step = next((s for s in rounding if matches(name, s.targets)), None)
             chosen[local] = step
             shapes[name] = linear.out_features, linear.in_features
             if step is not None:
                 steps[name] = step
         _check_fused(decoder.name(index, ""), chosen)
     fit = fit_groups(steps, shapes)
-    transforms = tuple(step for step in recipe.steps if isinstance(step, TransformStep))
-    _check_experts(recipe, fit, transforms, tune)
+    transforms = tuple(step for step in recipe.steps if isinstance(step, ScaleStep))
+    _check_experts(recipe, fit)
     if steps and not fit.steps:
         raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
     ignored = [name for name in shapes if name not in fit.steps]
-    if weight_steps and not steps:
+    if rounding and not steps:
         raise ParetoError(
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
             f"ignore ({', '.join(recipe.ignore)}) and exempt ({', '.join(recipe.exempt)})"
         )
-    if tune is not None and not weight_steps:
+    if final is not None and not rounding:
         raise ParetoError(
-            f"recipe {recipe.name}: tune trains what a step that rounds weights made, and there is none; add one, e.g. "
-            "{method: rtn}"
+            f"recipe {recipe.name}: {final.method} trains what a step that rounds weights made, and there is none; add "
+            "one, e.g. {method: rtn}"
         )
-    if recipe.steps and not weight_steps:
+    if recipe.steps and not rounding:
         raise ParetoError(
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
             "is none; add one, e.g. {method: rtn}"
         )
-    if any(step.static for step in weight_steps) and (tune or any(isinstance(t, BlockStep) for t in transforms)):
+    if any(step.static for step in rounding) and (final or any(isinstance(t, BlockStep) for t in transforms)):
         raise ParetoError(
             f"recipe {recipe.name}: activations: int8_static has scales fixed by calibration, and tune and omniquant "
             "train with those of each token; use int8 with them"
         )
     for transform in transforms:
         if isinstance(transform, BlockStep):
-            for follower in weight_steps:
+            for follower in rounding:
                 transform.check_next(follower)
-    if not weight_steps and not recipe.kv_scales:
+    if not rounding and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside, kv_scales = _outside(decoder), recipe.kv_scales
-    slow = {Form(s.bits, symmetric=s.symmetric, table=s.table).slow_on_cuda(): None for s in fit.steps.values()}
+    slow = {step.bulk_form.slow_on_cuda(): None for step in fit.steps.values()}
     notes = (*fit.notes, *(line for line in slow if line is not None))
     if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
-        if not weight_steps:
+        if not rounding:
             raise ParetoError(
                 f"recipe {recipe.name}: a quantized KV cache does not serve {reason}, so that KV scales would be of no "
                 f"use; serve {model_dir.name} with --kv-cache-dtype auto"
@@ -157,7 +156,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         notes += (
             f"no KV scales are made: a quantized KV cache does not serve {reason}; serve with --kv-cache-dtype auto",
         )
-    return Plan(fit.steps, ignored + outside, transforms, len(outside), tune, notes, kv_scales)
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), final, notes, kv_scales)
 
 
 def _outside(decoder: Decoder) -> list[str]:
@@ -184,7 +183,7 @@ def _embeddings(decoder: Decoder) -> list[str]:
     return [name for name, module in decoder.model.named_modules() if module is given]
 
 
-def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:
+def _check_fused(prefix: str, chosen: dict[str, RoundStep | None]) -> None:
     for family in families(chosen):
         if len({chosen[local] for local in family}) > 1:
             quantized = next(local for local in family if chosen[local] is not None)
@@ -196,16 +195,27 @@ def _check_fused(prefix: str, chosen: dict[str, WeightStep | None]) -> None:
             )
 
 
-def _check_experts(recipe: Recipe, fit: Fitted, transforms: tuple[TransformStep, ...], tune: Tune | None) -> None:
+def _check_pruning(recipe: Recipe, rounding: list[RoundStep]) -> None:
+    """Refuse steps that prune: what they need of the other steps, and that no format holds their masks."""
+    for step in recipe.steps:
+        if isinstance(step, PruneStep):
+            for follower in rounding:
+                step.check_next(follower)
+            raise ParetoError(
+                f"recipe {recipe.name}: {step.method} prunes weights, and no checkpoint format here holds the places "
+                "of those that are left; leave it out"
+            )
+
+
+def _check_experts(recipe: Recipe, fit: Fitted) -> None:
     """Refuse what is not there for experts: formats that vLLM has no kernel of experts for, and methods."""
     experts = [name for name in fit.steps if is_expert(name)]
     if not experts:
         return
     where, alone = f"recipe {recipe.name}: {experts[0]}", "or leave experts out with --ignore '*.experts.*'"
-    method = next((step.method for step in (*transforms, *([tune] if tune else []))), None)
-    if method or any(isinstance(step, Rotate) for step in recipe.steps):
+    if other := next((step for step in recipe.steps if not isinstance(step, RoundStep)), None):
         raise ParetoError(
-            f"{where} is an expert's, and {method or Rotate.method} does not know mixtures of experts; use gptq or rtn "
+            f"{where} is an expert's, and {other.method} does not know mixtures of experts; use gptq or rtn "
             f"alone (gptq-w4), {alone}"
         )
     if Serving.of(fit.steps.values()).plugin or any(fit.steps[name].activations != "none" for name in experts):

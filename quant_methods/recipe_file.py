@@ -25,7 +25,8 @@ import quant_methods.methods.smoothquant
 import quant_methods.methods.squeezellm
 import quant_methods.methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
-from quant_methods.recipe import STEPS, Calibration, Recipe
+from quant_methods.handlers import STEPS
+from quant_methods.recipe import Calibration, Recipe
 
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -99,7 +100,9 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     unknown = sorted(set(data) - known)
     if unknown:
         raise ParetoError(f"{where}: unknown key {unknown[0]!r}; valid keys: {', '.join(sorted(known))}")
-    return _build(Recipe, data, where, steps=tuple(steps), calibration=calibration)
+    recipe = _build(Recipe, data, where, steps=tuple(steps), calibration=calibration)
+    recipe.check()
+    return recipe
 
 
 Built = TypeVar("Built")

@@ -37,10 +37,11 @@ from quant_methods.calibration.text_source import SAMPLED, describe, load_sequen
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.checkpoints.replaceable import RECIPE_FILE
-from quant_methods.methods.tuning import Tuned, Tuner
+from quant_methods.handlers import MODEL_STEPS, ModelRun, Tuned
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe, Serving
+from quant_methods.recipe import Recipe
+from quant_methods.stock_vllm import Serving
 from quant_methods.work_folder import empty, locked, put_in_place
 
 # Measures of sensitivity in the state directory; they have keys of their own.
@@ -156,18 +157,17 @@ class Run:
         elif plan.needs_data or plan.kv_scales:
             self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
         self.text_source = own if self.text is None else self.text.name
-        self.tuner: Tuner | None = None
-        if plan.tune is not None:
-            count = plan.tune.num_samples + plan.tune.held_out
-            self.tuner = Tuner(
-                plan.tune,
+        self.final: ModelRun | None = None
+        if plan.final is not None:
+            self.final = MODEL_STEPS[type(plan.final)](
+                plan.final,
                 model_dir=model_dir,
                 source=decoder.source,
                 device=decoder.device,
                 steps=plan.steps,
                 storage=self.solver.storage,
                 block_file=self._block_file,
-                tokens=self._sequences("text to tune on", count, plan.tune.length),
+                tokens=self._sequences("text to tune on", *plan.final.text),
                 work=work,
                 say=progress,
             )
@@ -194,7 +194,7 @@ class Run:
             "model_sha256": fingerprint(self.model_dir),
             "recipe": self.recipe.to_dict(),
             "calibration": None if self.tokens is None else describe(self.tokens, self.text_source, seed),
-            **({"tuning": describe(self.tuner.tokens, self.text_source, seed)} if self.tuner else {}),
+            **({"tuning": describe(self.final.tokens, self.text_source, seed)} if self.final else {}),
             "device": self.decoder.device.type,
             "versions": {
                 "python": platform.python_version(),
@@ -214,7 +214,7 @@ class Run:
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
             if self.plan.steps:
-                self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.tuner is None)
+                self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.final is None)
             else:
                 self._calibrate()
             if report.layers and not any(layer.relative_error for layer in report.layers):
@@ -222,11 +222,11 @@ class Run:
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
                     "rounded like this before: compress the original, or to fewer bits"
                 )
-            if self.tuner is not None:
-                report.tuned = self.tuner.run()
+            if self.final is not None:
+                report.tuned = self.final.run()
                 # KV scales are those of the model that is served, which the blocks are only now.
                 if self.plan.kv_scales:
-                    self._blocks(Report(self.out), self.tuner.block_result, kv_scales=True)
+                    self._blocks(Report(self.out), self.final.block_result, kv_scales=True)
             scales = self._scales()
             report.kv_scales = scales is not None
             self.progress(self.total, self.total, "writing the checkpoint")
@@ -264,7 +264,7 @@ class Run:
 
     def _finished_block(self, index: int) -> Path:
         """Return the file of a block as it will be served; there is none for one that stays as it was."""
-        return self._block_file(index) if self.tuner is None else self.tuner.block_result(index)
+        return self._block_file(index) if self.final is None else self.final.block_result(index)
 
     def _install(self, index: int, block: nn.Module) -> None:
         if (path := self._finished_block(index)).is_file():
@@ -272,9 +272,9 @@ class Run:
 
     def _changed_outside(self) -> dict[str, Tensor]:
         """Return the tensors outside of the blocks that tuning changed."""
-        if self.tuner is None or not self.tuner.outside_result.is_file():
+        if self.final is None or not self.final.outside_result.is_file():
             return {}
-        return read_tensors(self.tuner.outside_result)[0]
+        return read_tensors(self.final.outside_result)[0]
 
     @contextlib.contextmanager
     def _state_directory(self) -> Iterator[None]:
@@ -371,8 +371,8 @@ class Run:
         if self.plan.steps:
             replaced = {f"{name}.weight" for name in self.plan.steps}
             files = [self._finished_block(index) for index in range(self.total)]
-            if self.tuner is not None:
-                files.append(self.tuner.outside_result)
+            if self.final is not None:
+                files.append(self.final.outside_result)
             parts = [path for path in files if path.is_file()]
             replaced |= {name for part in parts for name in read_header(part)}
             if changed := self.decoder.source.changed():

@@ -35,8 +35,9 @@ install_torch() (
     exit 1
   fi
   if pip install -q --no-deps --target "$scratch/uv" "$uv" 2>>"$scratch/pip"; then
+    # pip compiles what it installs to bytecode, uv only if told to: else every process may compile PyTorch again.
     "$scratch/uv/bin/uv" pip install -q --no-cache --link-mode copy --python .venv/bin/python --no-deps \
-      --torch-backend cpu "$torch" 2>>"$scratch/pip" && exit
+      --compile-bytecode --torch-backend cpu "$torch" 2>>"$scratch/pip" && exit
   fi
   cat "$scratch/pip" >&2
   echo "set-up: neither pip nor uv could install $torch, see above; is there a way to the internet? A copy of PyTorch's" \

@@ -64,6 +64,7 @@ def test_uv_brings_pytorch_where_pip_finds_no_build_for_cpus(setup):
     status, calls, said, copy = setup()
     (used,) = [call for call in calls if call.startswith("uv ")]
     assert "--torch-backend cpu" in used
+    assert "--compile-bytecode" in used
     assert "--python .venv/bin/python" in used
     assert used.endswith(TORCH)
     # The rest goes on, and nobody is shown the attempt that failed.

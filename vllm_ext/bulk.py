@@ -1,4 +1,4 @@
-"""Chooses what multiplies the bulk of a quantized layer: one of vLLM's kernels where one fits, else one of ours.
+"""What multiplies the bulk of a quantized layer: one of vLLM's kernels where one fits, else one of ours.
 
 | bulk | CPU | CUDA |
 | --- | --- | --- |
@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant_methods.formats.native_format import Form, pack_codes, slow_on_cuda
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
+from quant_methods.formats.parts.part import Bulk, slow_on_cuda
+from quant_methods.formats.parts.planes import pack_codes
+from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from vllm_ext.compat import (
@@ -42,7 +44,7 @@ from vllm_ext.low_bit_kernel import takes
 logger = init_logger(__name__)
 
 
-class Bulk(Protocol):
+class BulkKernel(Protocol):
     """Multiplies inputs by a layer's bulk."""
 
     rounds: bool
@@ -57,54 +59,74 @@ SERVED_ON_CUDA = "use 2 to 7 bits, in groups of 32, 64 or 128 channels or with o
 """What is always served by a kernel of ours; said where neither that nor one of vLLM's takes a layer."""
 
 
-def on_cuda(linear: QuantizedLinear) -> bool:
-    """Return whether a layer lies on a CUDA device, and so will be multiplied there."""
-    return linear.codes.is_cuda
-
-
-def make_bulk(linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> Bulk:
-    """Return what multiplies by a layer's codes.
+def grid_on_cpu(codes: GridCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes on a grid on a CPU.
 
     Args:
-        linear: the layer, on the device that it will run on; its parts beside the bulk are not looked at.
-        form: how it is stored; of it the bits, the kind of bulk, and the activations.
+        codes: on the device that they will be multiplied on.
+        activations: what inputs are rounded to, as in ``Form``.
         dtype: of inputs and outputs.
 
     """
-    out, width = linear.codes.shape
-    per_channel = linear.scale.shape[1] == 1
-    cuda = on_cuda(linear)
-    zero_points = bool(linear.zero_point.any())
-    what = f"{form.bits}-bit {'look-up' if form.table else 'grid'} weights"
-    if form.activations == "int8" and form.bits == 8 and per_channel and not zero_points and not form.table:
-        return Int8Bulk(linear)
-    if not form.table and (form.bits == 4 or (form.bits < 4 and not cuda) or (form.bits == 8 and cuda)):
-        config = _mixed_config(linear, form, dtype, zero_points=zero_points)
-        if config is not None and not takes(config):
-            try:
-                kernel = choose_mp_linear_kernel(config)
-            except ValueError as error:
-                logger.warning_once("vLLM has no kernel for %s [%d, %d]: %s", what, out, width, str(error))
-            else:
-                return MixedBulk(linear, config, kernel)
-    if cuda:
-        module = low_bit_module(linear.codes, linear.scale, linear.zero_point, linear.table, dtype, form.bits)
-        if isinstance(module, LowBitLinear):
-            logger.warning_once(
-                form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA)
-            )
-        return LowBitBulk(module)
-    logger.warning_once("%s have no CPU kernel: dequantized to %s at load", what, dtype)
-    return DenseBulk(linear.bulk().to(dtype))
+    kernel = _int8(codes, activations) or (_mixed(codes, dtype) if codes.bits <= 4 else None)
+    return kernel or _dense(codes, "grid", dtype)
 
 
-def _mixed_config(
-    linear: QuantizedLinear, form: Form, dtype: torch.dtype, *, zero_points: bool
-) -> MPLinearLayerConfig | None:
+def grid_on_cuda(codes: GridCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes on a grid on a CUDA device; see :func:`grid_on_cpu`."""
+    kernel = _int8(codes, activations) or (_mixed(codes, dtype) if codes.bits in (4, 8) else None)
+    if kernel is not None:
+        return kernel
+    return _low_bit(low_bit_module(codes, dtype), GridForm(codes.bits, symmetric=codes.symmetric))
+
+
+def table_on_cpu(codes: TableCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with tables on a CPU; see :func:`grid_on_cpu`."""
+    return _dense(codes, "look-up", dtype)
+
+
+def table_on_cuda(codes: TableCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with tables on a CUDA device; see :func:`grid_on_cpu`."""
+    return _low_bit(low_bit_module(codes, dtype), TableForm(codes.bits))
+
+
+def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:
+    """Return vLLM's kernel for int8 activations and weights, None if the codes are not for it."""
+    fits = activations == "int8" and codes.bits == 8 and codes.scale.shape[1] == 1
+    return Int8Bulk(codes) if fits and not codes.zero_point.any() else None
+
+
+def _mixed(codes: GridCodes, dtype: torch.dtype) -> BulkKernel | None:
+    """Return one of vLLM's kernels for 16-bit activations, None if it has none or ours is to take the layer."""
+    config = _mixed_config(codes, dtype)
+    if config is None or takes(config):
+        return None
+    try:
+        kernel = choose_mp_linear_kernel(config)
+    except ValueError as error:
+        shape = *codes.shape, str(error)
+        logger.warning_once("vLLM has no kernel for %s-bit grid weights [%d, %d]: %s", codes.bits, *shape)
+        return None
+    return MixedBulk(codes, config, kernel)
+
+
+def _low_bit(module: nn.Module, form: GridForm | TableForm) -> BulkKernel:
+    """Return our kernel, or what PyTorch does in its place, which is said."""
+    if isinstance(module, LowBitLinear):
+        logger.warning_once(form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA))
+    return LowBitBulk(module)
+
+
+def _dense(codes: Bulk, kind: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by the dequantized weight, which is said."""
+    logger.warning_once("%d-bit %s weights have no CPU kernel: dequantized to %s at load", codes.bits, kind, dtype)
+    return DenseBulk(codes.read().to(dtype))
+
+
+def _mixed_config(codes: GridCodes, dtype: torch.dtype) -> MPLinearLayerConfig | None:
     """Return what vLLM's mixed-precision kernels are asked for; None if they have no such weights."""
-    out, width = linear.codes.shape
-    groups = linear.scale.shape[1]
-    if form.bits == 8:
+    (out, width), groups, zero_points = codes.shape, codes.scale.shape[1], bool(codes.zero_point.any())
+    if codes.bits == 8:
         if zero_points:
             return None
         weight_type = scalar_types.uint8b128
@@ -128,7 +150,7 @@ class MixedBulk(nn.Module):
     """vLLM's kernels of 16-bit activations and 4- or 8-bit weights; codes of fewer bits are 4-bit codes too.
 
     Args:
-        linear: the layer.
+        codes: on a grid.
         config: what the kernel was chosen for.
         kernel: its class.
 
@@ -136,23 +158,23 @@ class MixedBulk(nn.Module):
 
     rounds = False
 
-    def __init__(self, linear: QuantizedLinear, config: MPLinearLayerConfig, kernel: Any) -> None:
+    def __init__(self, codes: GridCodes, config: MPLinearLayerConfig, kernel: Any) -> None:
         super().__init__()
         bits = config.weight_type.size_bits
         half = 1 << (bits - 1)
-        packed = pack_codes(linear.codes.int() + half, bits)[bits]
+        packed = pack_codes(codes.codes.int() + half, bits)[bits]
         common = {"weight_loader": _loader, "output_dim": 0}
         self.weight_packed = PackedvLLMParameter(
             data=packed, input_dim=1, packed_dim=1, packed_factor=32 // bits, **common
         )
-        scale = linear.scale.to(config.act_type).contiguous()
+        scale = codes.scale.to(config.act_type).contiguous()
         if config.group_size == -1:
             self.weight_scale = ChannelQuantScaleParameter(data=scale, **common)
         else:
             self.weight_scale = GroupQuantScaleParameter(data=scale, input_dim=1, **common)
         if config.zero_points:
             # Packed along the output channels, which are multiples of 32 wherever this kernel is taken.
-            zero = pack_codes((linear.zero_point.int() + half).T.contiguous(), bits)[bits].T.contiguous()
+            zero = pack_codes((codes.zero_point.int() + half).T.contiguous(), bits)[bits].T.contiguous()
             self.weight_zero_point = PackedvLLMParameter(
                 data=zero, input_dim=1, packed_dim=0, packed_factor=32 // bits, **common
             )
@@ -165,7 +187,7 @@ class MixedBulk(nn.Module):
             )
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the product; see :class:`Bulk`."""
+        """Return the product; see :class:`BulkKernel`."""
         return self.kernel.apply_weights(self, x, None)
 
 
@@ -174,14 +196,14 @@ class Int8Bulk(nn.Module):
 
     rounds = True
 
-    def __init__(self, linear: QuantizedLinear) -> None:
+    def __init__(self, codes: GridCodes) -> None:
         super().__init__()
-        self.logical_widths = [linear.codes.shape[0]]
+        self.logical_widths = [codes.shape[0]]
         self.weight = ModelWeightParameter(
-            data=linear.codes.contiguous(), input_dim=1, output_dim=0, weight_loader=_loader
+            data=codes.codes.contiguous(), input_dim=1, output_dim=0, weight_loader=_loader
         )
         self.weight_scale = ChannelQuantScaleParameter(
-            data=linear.scale.float().contiguous(), output_dim=0, weight_loader=_loader
+            data=codes.scale.float().contiguous(), output_dim=0, weight_loader=_loader
         )
         for name in ("input_scale", "input_zero_point", "azp_adj", "bias"):
             self.register_parameter(name, None)
@@ -191,7 +213,7 @@ class Int8Bulk(nn.Module):
         self.kernel.process_weights_after_loading(self)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the product; see :class:`Bulk`."""
+        """Return the product; see :class:`BulkKernel`."""
         return self.kernel.apply_weights(self, x, None)
 
 
@@ -207,7 +229,7 @@ class LowBitBulk(nn.Module):
             linear.prepare()
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the product; see :class:`Bulk`."""
+        """Return the product; see :class:`BulkKernel`."""
         return self.linear.apply(x)
 
 
@@ -222,5 +244,5 @@ class DenseBulk(nn.Module):
         dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return the product; see :class:`Bulk`."""
+        """Return the product; see :class:`BulkKernel`."""
         return self.cpu_linear(x, self.weight, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.kernels.low_bit_cuda import GROUPS, LowBitCUDA
 from vllm_ext.compat import (
     MPLinearKernel,
@@ -79,7 +80,7 @@ class ParetoLowBitLinearKernel(MPLinearKernel):
             points = unpack_quantized_values_into_int32(zero.data, c.weight_type, packed_dim=1)
             zeros = (points[:, : scales.shape[0]].T - HALF).to(torch.int8).contiguous()
         signed = (unpacked[: c.partition_weight_shape[0]].T - HALF).to(torch.int8).contiguous()
-        layer.pareto_low_bit = LowBitCUDA(signed, scales, zeros, None, c.act_type, 4)
+        layer.pareto_low_bit = LowBitCUDA(GridCodes(signed, scales, zeros, bits=4), c.act_type)
         layer.pareto_low_bit.prepare()
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
             self._transform_param(layer, name, lambda parameter: parameter.data.new_empty(0))

@@ -1,4 +1,4 @@
-"""A quantized layer at serving time: its bulk (``bulk.py``) and what is added beside it."""
+"""A quantized layer at serving time: what multiplies by its bulk, and what adds its other parts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import round_tokens
-from quant_methods.formats.native_format import ACTIVATION_BITS, Form
+from quant_methods.formats.parts.part import Addition
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import stack
 from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
-from vllm_ext.bulk import LowBitBulk, make_bulk
+from vllm_ext.bulk import LowBitBulk
+from vllm_ext.part_kernels import AdditionKernels, kernels_for
+
+
+def device_of(linear: QuantizedLinear) -> torch.device:
+    """Return where a layer lies, and so will be multiplied."""
+    return linear.bulk.device
 
 
 class ServedLinear(nn.Module):
@@ -21,38 +28,38 @@ class ServedLinear(nn.Module):
 
     Args:
         linear: the layer, on the device that it will run on.
-        form: how its bulk is stored.
+        activations: what serving rounds each token's inputs to, as in ``Form``.
         dtype: 16-bit dtype of inputs and outputs.
+
+    Raises:
+        ParetoError: a part has no kernel on the device.
 
     """
 
-    def __init__(self, linear: QuantizedLinear, form: Form, dtype: torch.dtype) -> None:
+    def __init__(self, linear: QuantizedLinear, activations: str, dtype: torch.dtype) -> None:
         super().__init__()
-        codes, columns, index, mask = linear.codes, None, None, None
-        if linear.columns is not None:
-            index, columns = linear.columns.index.long(), linear.columns.read()
-            if form.activations != "none":
-                # The bulk does not see these channels, whose large values would coarsen the rounding of the others.
-                mask = torch.ones(codes.shape[1], dtype=dtype, device=codes.device).index_fill_(0, index, 0)
-            elif linear.table is not None:
-                # A table need not hold a zero: the correction takes off again what the codes there mean.
-                columns = columns - linear.table.float().gather(1, codes[:, index].long())
-            else:
-                codes = codes.index_copy(
-                    1, index, linear.zero_point[:, index * linear.scale.shape[1] // codes.shape[1]]
-                )
-        bulk = QuantizedLinear(codes, linear.scale, linear.zero_point, linear.table)
-        self.bulk = make_bulk(bulk, form, dtype)
-        self.activation_bits = None if self.bulk.rounds else ACTIVATION_BITS[form.activations]
+        bulk, additions, apart, mask = linear.bulk, list(linear.additions), linear.apart(), None
+        (_, width), device = linear.shape, device_of(linear)
+        if activations == "none":
+            for place, part in enumerate(additions):
+                bulk, additions[place] = part.take_over(bulk)
+        elif apart is not None:
+            # The bulk does not see these channels, whose large values would coarsen the rounding of the others.
+            mask = torch.ones(width, dtype=dtype, device=apart.device).index_fill_(0, apart, 0)
+        self.bulk = kernels_for(bulk, device)(bulk, activations, dtype)
+        self.activation_bits = None if self.bulk.rounds else ACTIVATION_BITS[activations]
         self.register_buffer("mask", mask, persistent=False)
-        self.beside, self.ours = None, None
-        if linear.beside:
-            self.beside = Beside(index, columns, linear.low_rank, linear.sparse, dtype)
-            # Ours multiplies by both at once, if the inputs are the same: mask and rounding are for the bulk alone.
-            same = mask is None and self.activation_bits is None
-            if same and isinstance(self.bulk, LowBitBulk) and isinstance(self.bulk.linear, LowBitCUDA):
-                self.ours = self.bulk.linear
-            self.beside.prepare(codes.shape[1], None if self.ours is None else self)
+        together: dict[AdditionKernels, list[Addition]] = {}
+        for part in additions:
+            together.setdefault(kernels_for(part, device), []).append(part)
+        self.additions = nn.ModuleList(make(parts, dtype) for make, parts in together.items())
+        self.ours: LowBitCUDA | None = None
+        # Ours multiplies by all at once, if the inputs are the same: mask and rounding are for the bulk alone.
+        same = mask is None and self.activation_bits is None and len(self.additions) == 1
+        if same and isinstance(self.bulk, LowBitBulk) and isinstance(self.additions[0], Beside):
+            self.ours = self.bulk.linear if isinstance(self.bulk.linear, LowBitCUDA) else None
+        for addition in self.additions:
+            addition.prepare(width, None if self.ours is None else self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out] with inputs [..., in]."""
@@ -62,32 +69,38 @@ class ServedLinear(nn.Module):
         if self.activation_bits is not None:
             rounded = round_tokens(rounded.float(), self.activation_bits).to(x.dtype)
         if self.ours is not None:
-            y = self.ours.apply(x, self.beside)
+            y = self.ours.apply(x, self.additions[0])
         else:
             y = self.bulk.apply(rounded)
-            if self.beside is not None:
-                y = self.beside(y, x)
+            for addition in self.additions:
+                y = addition(y, x)
         return y.reshape(*shape, y.shape[-1])
 
 
-def serve(linears: Sequence[QuantizedLinear], forms: Sequence[Form], dtype: torch.dtype) -> list[ServedLinear]:
-    """Return what multiplies by layers that vLLM merges, neighbours that are stored alike in one."""
+def serve(linears: Sequence[QuantizedLinear], activations: Sequence[str], dtype: torch.dtype) -> list[ServedLinear]:
+    """Return what multiplies by layers that vLLM merges, neighbours that are stored alike in one.
+
+    Args:
+        linears: the layers.
+        activations: what the inputs of each are rounded to.
+        dtype: 16-bit dtype of inputs and outputs.
+
+    """
     served: list[ServedLinear] = []
     first = 0
     for last in range(1, len(linears) + 1):
-        if last == len(linears) or not _alike((linears[first], forms[first]), (linears[last], forms[last])):
-            served.append(ServedLinear(stack(linears[first:last]), forms[first], dtype))
+        if last == len(linears) or not _alike((linears[first], activations[first]), (linears[last], activations[last])):
+            served.append(ServedLinear(stack(linears[first:last]), activations[first], dtype))
             first = last
     return served
 
 
-def _alike(one: tuple[QuantizedLinear, Form], other: tuple[QuantizedLinear, Form]) -> bool:
-    """Return whether two layers' bulks can be one."""
-    kinds = [(form.bits, form.table, form.activations, linear.scale.shape[1:]) for linear, form in (one, other)]
-    if kinds[0] != kinds[1]:
+def _alike(one: tuple[QuantizedLinear, str], other: tuple[QuantizedLinear, str]) -> bool:
+    """Return whether two layers' bulks can be one, with their inputs rounded alike."""
+    if one[1] != other[1] or not one[0].bulk.stacks_with(other[0].bulk):
         return False
-    if one[1].activations == "none":
+    if one[1] == "none":
         return True
     # What is left out of the rounding must be the same.
-    kept = [None if linear.columns is None else linear.columns.index.tolist() for linear, _ in (one, other)]
+    kept = [None if (apart := linear.apart()) is None else apart.tolist() for linear, _ in (one, other)]
     return kept[0] == kept[1]

@@ -8,20 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.native_format import Form, unpack
+from quant_methods.formats.form import Form
+from quant_methods.formats.native_format import unpack
+from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, share
-from vllm_ext.compat import LinearMethodBase, QKVParallelLinear, get_current_vllm_config, set_weight_attrs
-from vllm_ext.dummy_weights import random_linear
+from vllm_ext.compat import (
+    LinearMethodBase,
+    QKVParallelLinear,
+    current_platform,
+    get_current_vllm_config,
+    set_weight_attrs,
+)
+from vllm_ext.part_kernels import check_served
 from vllm_ext.served_linear import serve
 
 QKV = {"q": 0, "k": 1, "v": 2}
 """vLLM's names of the parts of a merged attention projection, in their order."""
 
-INTEGERS = {"weight_zero_point": torch.int8, "column_index": torch.int32} | dict.fromkeys(
-    ("weight_plane8", "weight_plane4", "weight_plane2", "weight_plane1", "sparse_starts", "sparse_columns"), torch.int32
-)
-"""Dtypes of the tensors that do not have the model's; ``column_weight`` has either."""
+DUMMY_SIZE = 1e-3
+"""Of a weight of ``--load-format dummy``: vLLM draws its own evenly from -1e-3 to 1e-3."""
 
 
 class ParetoLinearMethod(LinearMethodBase):
@@ -45,18 +51,24 @@ class ParetoLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the names that a checkpoint's tensors come under. Whole tensors are kept until all are there."""
+        """Register the names that a checkpoint's tensors come under. Whole tensors are kept until all are there.
+
+        Raises:
+            ParetoError: a part of the layer has no kernel on this device.
+
+        """
+        # Before gigabytes of weights are read.
+        for kind in {type(part) for form in self.forms.values() for part in form.parts}:
+            check_served(kind.part, torch.device(current_platform.device_type))
         if len(self.forms) not in (1, len(output_partition_sizes)):
             raise ParetoError(f"{layer.prefix}: vLLM merges {len(output_partition_sizes)} layers into it")
         layer.pareto_pieces = {}
         layer.pareto_inputs = share(input_size, input_size_per_partition, layer.tp_rank, layer.tp_size)
         layer.pareto_outputs = list(output_partition_sizes)
         layer.pareto_dtype = params_dtype
-        names = {name for form in self.forms.values() for name in form.shapes(0, 0)}
-        eight = any(form.columns and form.column_bits == 8 for form in self.forms.values())
-        for name in sorted(names):
-            dtype = INTEGERS.get(name, torch.int8 if name == "column_weight" and eight else params_dtype)
-            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        tensors = {name: stored for form in self.forms.values() for name, stored in form.tensors(0, 0).items()}
+        for name, stored in sorted(tensors.items()):
+            parameter = nn.Parameter(torch.empty(0, dtype=stored.dtype or params_dtype), requires_grad=False)
 
             def load(
                 parameter: nn.Parameter,
@@ -82,15 +94,16 @@ class ParetoLinearMethod(LinearMethodBase):
         for name in [name for name, _ in layer.named_parameters(recurse=False) if name != "bias"]:
             delattr(layer, name)
         linears: list[QuantizedLinear] = []
-        forms: list[Form] = []
+        activations: list[str] = []
+        draw = Draw(DUMMY_SIZE, layer.pareto_dtype, device)
         whole = _whole_sizes(layer)
         for position, (name, form) in enumerate(self.forms.items()):
             tensors = {local: tensor.to(device) for local, tensor in layer.pareto_pieces.pop(position, {}).items()}
             if dummy:
                 size = layer.pareto_outputs[position] if len(self.forms) > 1 else sum(layer.pareto_outputs)
                 low, high = layer.pareto_inputs
-                linears.append(random_linear(form, size, high - low, layer.pareto_dtype, device))
-                forms.append(form)
+                linears.append(form.random(size, high - low, draw))
+                activations.append(form.activations)
                 continue
             linear = unpack(name, tensors, form)
             # A layer of the model's own that is merged already is cut like the layers that vLLM merges.
@@ -98,13 +111,13 @@ class ParetoLinearMethod(LinearMethodBase):
             start = 0
             for part in positions:
                 size = layer.pareto_outputs[part]
-                full = linear.codes.shape[0] if len(positions) == 1 else whole[part]
+                full = linear.shape[0] if len(positions) == 1 else whole[part]
                 low, high = share(full, size, layer.tp_rank, layer.tp_size)
                 linears.append(cut(linear, (start + low, start + high), layer.pareto_inputs))
-                forms.append(form)
+                activations.append(form.activations)
                 start += full
         del layer.pareto_pieces
-        layer.served = nn.ModuleList(serve(linears, forms, layer.pareto_dtype))
+        layer.served = nn.ModuleList(serve(linears, activations, layer.pareto_dtype))
         # What takes LoRA adapters asks a layer's weight where they shall lie, under one of the names that weights have
         # in vLLM's own formats. This one holds nothing: it only lies where the layer does.
         layer.register_buffer("weight_packed", torch.empty(0, device=device), persistent=False)

@@ -20,20 +20,28 @@ from torch import nn
 from bench.files import write_json
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import quantization_config
-from quant_methods.formats.native_format import Form, NativeConfig
+from quant_methods.formats.form import Form
+from quant_methods.formats.native_format import NativeConfig
+from quant_methods.formats.parts.columns import ColumnsForm
+from quant_methods.formats.parts.low_rank import LowRankForm
+from quant_methods.formats.parts.part import PartForm
+from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.model_source import read_config
-from quant_methods.recipe import Recipe, WeightStep
+from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
+from quant_methods.steps import RoundStep
 
 
-def form_of(step: WeightStep, inputs: int) -> Form:
+def form_of(step: RoundStep, inputs: int) -> Form:
     """Return how a layer with that many inputs is stored in the format of ours."""
-    table = step.method == "squeezellm"
-    return Form(
-        step.bits, -1 if table else step.group_size, symmetric=step.symmetric, table=table,
-        columns=round(step.outliers * inputs), column_bits=step.outlier_bits, rank=step.rank,
-        sparse=bool(getattr(step, "sparse", 0)), activations=step.activations,
-    )  # fmt: skip
+    parts: list[PartForm] = [step.bulk_form]
+    if columns := round(step.outliers * inputs):
+        parts.append(ColumnsForm(columns, step.outlier_bits))
+    if getattr(step, "sparse", 0):
+        parts.append(SparseForm())
+    if step.rank:
+        parts.append(LowRankForm(step.rank))
+    return Form(tuple(parts), step.activations)
 
 
 def quantized(config: dict[str, Any], recipe: Recipe, *, native: bool) -> dict[str, Any]:
@@ -50,7 +58,7 @@ def quantized(config: dict[str, Any], recipe: Recipe, *, native: bool) -> dict[s
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
+    steps = [step for step in recipe.steps if isinstance(step, RoundStep)]
     if not steps:
         raise ParetoError(f"recipe {recipe.name} rounds no weights")
     step = steps[-1]
@@ -78,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe)
         if args.outliers is not None:
             steps = [
-                dataclasses.replace(step, outliers=args.outliers) if isinstance(step, WeightStep) else step
+                dataclasses.replace(step, outliers=args.outliers) if isinstance(step, RoundStep) else step
                 for step in recipe.steps
             ]
             recipe = dataclasses.replace(recipe, steps=tuple(steps))

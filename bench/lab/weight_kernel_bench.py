@@ -26,7 +26,10 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.errors import ParetoError
-from quant_methods.formats.quantized import Sparse
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.single_weights import Sparse
+from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 
@@ -60,7 +63,8 @@ def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCU
     codes = torch.randint(low, low + (1 << bits), (rows, channels), device="cuda", dtype=torch.int8)
     groups = torch.rand(rows, channels // GROUP, device="cuda", dtype=torch.bfloat16)
     table = torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16) if is_table else None
-    first = LowBitCUDA(codes, groups, groups.round(), table, torch.bfloat16, bits)
+    part = GridCodes(codes, groups, groups.round(), bits) if table is None else TableCodes(codes, table)
+    first = LowBitCUDA(part, torch.bfloat16)
     stored = sum(t.numel() * t.element_size() for t in (first.words, first.groups, first.table) if t is not None)
     matrices = [first]
     for _ in range(_copies(stored) - 1):
@@ -86,7 +90,7 @@ def random_columns(rows: int, channels: int) -> Beside:
     """Return input channels kept apart."""
     kept = round(channels * KEPT_SHARE)
     index = torch.randperm(channels, device="cuda")[:kept].sort().values
-    return Beside(index, torch.randn(rows, kept, device="cuda"), None, None, torch.bfloat16)
+    return Beside([Columns(index, torch.randn(rows, kept, device="cuda"))], torch.bfloat16)
 
 
 def random_sparse(rows: int, channels: int) -> Beside:
@@ -95,7 +99,7 @@ def random_sparse(rows: int, channels: int) -> Beside:
     starts = torch.nn.functional.pad(chosen.sum(1).cumsum(0), (1, 0)).int()
     columns = chosen.nonzero()[:, 1].int()
     sparse = Sparse(starts, columns, torch.randn(len(columns), device="cuda", dtype=torch.bfloat16))
-    return Beside(None, None, None, sparse, torch.bfloat16)
+    return Beside([sparse], torch.bfloat16)
 
 
 def marlin(rows: int, channels: int) -> tuple[list[Product], int]:

@@ -13,7 +13,6 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.checkpoint import Source, full_disk_explained, write_json
 from quant_methods.compress import prepare
-from quant_methods.methods.rotation import RotatedSource
 from quant_methods.recipe import Recipe
 
 NAME = "activation_statistics"
@@ -65,7 +64,7 @@ def statistics(
     plain = Decoder(model_dir, Source(model_dir), device)
     before = measure(plain, tokens, None, criteria, lambda done, total: progress(done, total, "before"))
     after = None
-    if plan.transforms or isinstance(decoder.source, RotatedSource):
+    if plan.transforms or decoder.source.changed():
         after = measure(decoder, tokens, plan, criteria, lambda done, total: progress(done, total, "after"))
     with full_disk_explained(out):
         out.mkdir(parents=True, exist_ok=True)

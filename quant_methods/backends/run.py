@@ -51,7 +51,8 @@ from quant_methods.model_source import (
     weight_files,
 )
 from quant_methods.plan import make_plan
-from quant_methods.recipe import Recipe, TransformStep, WeightStep
+from quant_methods.recipe import Recipe
+from quant_methods.steps import RoundStep, ScaleStep
 from quant_methods.work_folder import empty, locked, put_in_place
 
 
@@ -99,14 +100,14 @@ def tool_settings(backend: Backend, recipe: Recipe) -> dict[str, Any]:
     kinds: dict[type, str] = {RTN: "rtn", GPTQ: "gptq", AWQ: "awq", SmoothQuant: "smoothquant"}
     names = [kinds.get(type(step), "") for step in recipe.steps]
     where = f"recipe {recipe.name}: {backend.name}"
-    weight_steps = [step for step in recipe.steps if isinstance(step, WeightStep)]
+    weight_steps = [step for step in recipe.steps if isinstance(step, RoundStep)]
     transform = names[0] if len(names) == 2 else None
     if len(weight_steps) != 1 or len(names) not in (1, 2) or (transform, names[-1]) not in backend.combinations:
         known = "; ".join(" then ".join(filter(None, pair)) for pair in backend.combinations)
         asked = " then ".join(step.method for step in recipe.steps) or "no step"
         raise ParetoError(f"{where} cannot do {asked}; it does: {known}")
     step = weight_steps[0]
-    if any(s.targets != ("*",) for s in recipe.steps if isinstance(s, WeightStep | TransformStep)):
+    if any(s.targets != ("*",) for s in recipe.steps if isinstance(s, RoundStep | ScaleStep)):
         raise ParetoError(f"{where} quantizes all layers alike; leave targets out")
     if step.bits not in backend.bits:
         raise ParetoError(f"{where} writes {', '.join(map(str, backend.bits))} bits, not {step.bits}")

@@ -26,15 +26,16 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.formats.foreign_formats import unpack_stream
 from quant_methods.formats.grid import Grid
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
-from quant_methods.recipe import WeightStep
+from quant_methods.steps import RoundStep
 
 SHARD_BYTES = 4 << 30
 # Linux' request to share a file's blocks; Python has no name for it before 3.12.
@@ -89,6 +90,18 @@ class Source:
         """Return the names of the tensors that ``read`` returns other than the files have them: none."""
         return []
 
+    def check_block(self, block: nn.Module, config: Any) -> None:
+        """Refuse a model that tensors changed like this would not compute the same in.
+
+        Args:
+            block: its first block.
+            config: transformers' configuration of it.
+
+        Raises:
+            ParetoError: what of it does not fit.
+
+        """
+
     def size_of(self, name: str) -> int:
         """Return the bytes of one tensor."""
         start, stop = self.entries[name][1]["data_offsets"]
@@ -99,18 +112,19 @@ class Source:
         return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, entry in self.entries.values())
 
 
-def pack_linear(name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
-    """Return the tensors that store a quantized layer named ``name``."""
+def pack_linear(name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
+    """Return the tensors that store a quantized layer named ``name``, which is codes on a grid and nothing else."""
+    grid = linear.part(GridCodes)
     if step.activations != "none":
-        stored = {f"{name}.weight": linear.codes.contiguous(), f"{name}.weight_scale": linear.scale.contiguous()}
+        stored = {f"{name}.weight": grid.codes.contiguous(), f"{name}.weight_scale": grid.scale.contiguous()}
         return stored if linear.input_scale is None else stored | {f"{name}.input_scale": linear.input_scale}
     tensors = {
-        f"{name}.weight_packed": pack_to_int32(linear.codes, step.bits).contiguous(),
-        f"{name}.weight_scale": linear.scale.contiguous(),
-        f"{name}.weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
+        f"{name}.weight_packed": pack_to_int32(grid.codes, step.bits).contiguous(),
+        f"{name}.weight_scale": grid.scale.contiguous(),
+        f"{name}.weight_shape": torch.tensor(grid.codes.shape, dtype=torch.int64),
     }
     if not step.symmetric:
-        tensors[f"{name}.weight_zero_point"] = pack_to_int32(linear.zero_point, step.bits, packed_dim=0).contiguous()
+        tensors[f"{name}.weight_zero_point"] = pack_to_int32(grid.zero_point, step.bits, packed_dim=0).contiguous()
     return tensors
 
 
@@ -119,13 +133,14 @@ def unpack_linear(name: str, tensors: dict[str, Tensor], grid: Grid) -> Quantize
     scale = tensors[f"{name}.weight_scale"]
     if f"{name}.weight" in tensors:
         zero = tensors.get(f"{name}.weight_zero_point", torch.zeros_like(scale, dtype=torch.int8))
-        return QuantizedLinear(tensors[f"{name}.weight"], scale, zero, input_scale=tensors.get(f"{name}.input_scale"))
+        codes = GridCodes(tensors[f"{name}.weight"], scale, zero, grid.bits, grid.symmetric)
+        return QuantizedLinear(codes, input_scale=tensors.get(f"{name}.input_scale"))
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     codes = _unpack(tensors[f"{name}.weight_packed"], grid.bits, columns)
     zero = torch.zeros_like(scale, dtype=torch.int8)
     if not grid.symmetric:
         zero = _unpack(tensors[f"{name}.weight_zero_point"].T, grid.bits, rows).T.contiguous()
-    return QuantizedLinear(codes, scale, zero)
+    return QuantizedLinear(GridCodes(codes, scale, zero, grid.bits, grid.symmetric))
 
 
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
@@ -140,7 +155,7 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return unpack_from_int32(words.contiguous(), bits, torch.Size((len(words), count)))
 
 
-def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: list[tuple[RoundStep, list[str]]], ignored: list[str]) -> dict[str, Any]:
     """Return the ``quantization_config`` of config.json.
 
     Args:
@@ -191,7 +206,7 @@ def quantization_config(schemes: list[tuple[WeightStep, list[str]]], ignored: li
     }
 
 
-def _format(step: WeightStep) -> str:
+def _format(step: RoundStep) -> str:
     return "pack-quantized" if step.activations == "none" else "int-quantized"
 
 

@@ -77,8 +77,8 @@ def load_reference(checkpoint: Path, device: str = "cpu") -> Any:
 
 def round_inputs(module: nn.Module, linear: QuantizedLinear, rounding: Rounding) -> None:
     """Let a linear layer round its inputs as serving does: for the bulk, without the columns kept apart."""
-    index = linear.columns.index.long() if linear.columns is not None else None
-    beside = linear.read() - linear.bulk() if linear.beside else None
+    index = linear.apart()
+    beside = linear.read() - linear.read_bulk() if linear.additions else None
 
     def enter(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]

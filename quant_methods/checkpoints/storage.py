@@ -14,10 +14,13 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints import checkpoint
 from quant_methods.formats import native_format
-from quant_methods.formats.native_format import NativeConfig, form_of, local_tensors
+from quant_methods.formats.form import Form, form_of
+from quant_methods.formats.native_format import NativeConfig, local_tensors
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.part import Shapes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import read_header
-from quant_methods.recipe import WeightStep
+from quant_methods.steps import RoundStep
 
 if TYPE_CHECKING:
     from quant_methods.plan import Plan
@@ -26,16 +29,16 @@ if TYPE_CHECKING:
 class Storage(Protocol):
     """A checkpoint format."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return the tensors that store a layer (on the CPU), by full name."""
         ...
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return the layer again from a checkpoint's (or a block's) tensors by full name."""
         ...
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return the storage of a layer of this shape in bits a weight, everything included."""
         ...
@@ -58,23 +61,21 @@ def storage_of(plan: Plan) -> Storage:
 class Standard:
     """compressed-tensors."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
-        parts = {"a table": linear.table, "columns": linear.columns, "sparse weights": linear.sparse}
-        beside = [what for what, part in {**parts, "a low-rank product": linear.low_rank}.items() if part is not None]
-        if beside:
+        if others := [part for part in linear.parts if not isinstance(part, GridCodes)]:
             raise ParetoError(
-                f"{name}: {step.method} made {beside[0]}, which compressed-tensors has no place for; its step must say "
-                "that it is not plain"
+                f"{name}: {step.method} made {others[0].what}, which compressed-tensors has no place for; its step "
+                "must say that it is not plain"
             )
         return checkpoint.pack_linear(name, linear, step)
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return a layer again; see :class:`Storage`."""
         return checkpoint.unpack_linear(name, dict(tensors), step.grid)
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return a layer's bits a weight; see :class:`Storage`."""
         return step.grid.bits_per_weight(*shape)
@@ -92,21 +93,21 @@ class Standard:
 class Native:
     """The format of ours, ``native_format.py``."""
 
-    def pack(self, name: str, linear: QuantizedLinear, step: WeightStep) -> dict[str, Tensor]:
+    def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
-        return native_format.pack(name, linear, step.bits, step.symmetric)
+        return native_format.pack(name, linear)
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: WeightStep) -> QuantizedLinear:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return a layer again; see :class:`Storage`."""
         own = local_tensors(name, tensors)
-        return native_format.unpack(name, own, form_of({n: tuple(t.shape) for n, t in own.items()}, step.activations))
+        return native_format.unpack(name, own, _form(name, {n: tuple(t.shape) for n, t in own.items()}, step))
 
     def bits_per_weight(
-        self, name: str, tensors: Mapping[str, Tensor], step: WeightStep, shape: tuple[int, int]
+        self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
     ) -> float:
         """Return a layer's bits a weight; see :class:`Storage`."""
-        own = local_tensors(name, tensors)
-        return 8 * sum(tensor.numel() * tensor.element_size() for tensor in own.values()) / (shape[0] * shape[1])
+        own = {local: tuple(tensor.shape) for local, tensor in local_tensors(name, tensors).items()}
+        return _form(name, own, step).stored_bits(own) / (shape[0] * shape[1])
 
     def config(self, plan: Plan, parts: Iterable[Path]) -> dict[str, Any]:
         """Return ``quantization_config``; see :class:`Storage`."""
@@ -114,8 +115,7 @@ class Native:
         forms = {}
         for name, step in plan.steps.items():
             own = modules.get(name, {})
-            _refuse_unused(name, any(local.startswith("weight_plane") for local in own))
-            forms[name] = form_of(own, step.activations)
+            forms[name] = _form(name, own, step)
             native_format.check_complete(name, own, forms[name])
         return NativeConfig(forms, tuple(plan.ignored)).to_dict()
 
@@ -129,6 +129,14 @@ def _modules(parts: Iterable[Path]) -> dict[str, dict[str, tuple[int, ...]]]:
             if local != "bias":
                 shapes.setdefault(module, {})[local] = tuple(entry["shape"])
     return shapes
+
+
+def _form(name: str, shapes: Shapes, step: RoundStep) -> Form:
+    """Return the form of a layer that lies in tensors of these shapes, and refuse one that does not."""
+    form = form_of(shapes, step.activations)
+    _refuse_unused(name, form is not None)
+    assert form is not None
+    return form
 
 
 def _refuse_unused(name: str, stored: bool) -> None:

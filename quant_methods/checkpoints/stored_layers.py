@@ -14,8 +14,10 @@ from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source, unpack_linear
 from quant_methods.formats import native_format
 from quant_methods.formats.foreign_formats import GPTQ_BITS, regrouped, unpack_awq, unpack_gptq
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import Grid, round_static, round_tokens
-from quant_methods.formats.native_format import ACTIVATION_BITS, QUANT_METHOD, NativeConfig
+from quant_methods.formats.native_format import QUANT_METHOD, NativeConfig
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
 
 Rounding = Callable[[Tensor], Tensor]
@@ -162,9 +164,8 @@ class GPTQ(_QWeights):
                 f"expected codes of {', '.join(map(str, GPTQ_BITS))} bits"
             )
         g_idx = tensors.get("g_idx")
-        return unpack_gptq(
-            tensors["qweight"], tensors["qzeros"], tensors["scales"], g_idx, bits, self.zero_offset
-        ), None
+        codes = unpack_gptq(tensors["qweight"], tensors["qzeros"], tensors["scales"], g_idx, bits, self.zero_offset)
+        return QuantizedLinear(codes), None
 
 
 class AWQ(_QWeights):
@@ -186,7 +187,7 @@ class AWQ(_QWeights):
                 f"{name}: a qweight of {tensors['qweight'].shape[0]} rows for {module.in_features} input channels; "
                 "expected one row for each (AWQ's gemm layout)"
             )
-        return unpack_awq(tensors["qweight"], tensors["qzeros"], tensors["scales"]), None
+        return QuantizedLinear(unpack_awq(tensors["qweight"], tensors["qzeros"], tensors["scales"])), None
 
 
 class CompressedTensors:
@@ -229,21 +230,21 @@ class CompressedTensors:
             raise ParetoError(
                 f"{name}: stored as {settings['type']}, {group.get('format')}; expected integers with scales"
             )
-        linear = unpack_linear(name, tensors, grid)
-        rows, columns = linear.codes.shape
-        if linear.scale.numel() == 1:
-            linear.scale = linear.scale.reshape(1, 1).expand(rows, 1)
-            linear.zero_point = linear.zero_point.reshape(1, 1).expand(rows, 1)
-        if linear.scale.shape[0] != rows or columns % linear.scale.shape[1]:
+        codes = unpack_linear(name, tensors, grid).part(GridCodes)
+        rows, columns = codes.shape
+        if codes.scale.numel() == 1:
+            codes.scale = codes.scale.reshape(1, 1).expand(rows, 1)
+            codes.zero_point = codes.zero_point.reshape(1, 1).expand(rows, 1)
+        if codes.scale.shape[0] != rows or columns % codes.scale.shape[1]:
             raise ParetoError(
-                f"{name}: scales {list(linear.scale.shape)} do not belong to a weight of {list(linear.codes.shape)}"
+                f"{name}: scales {list(codes.scale.shape)} do not belong to a weight of {list(codes.shape)}"
             )
         if self._has(name, "weight_g_idx"):
             g_idx = self.source.read(f"{name}.weight_g_idx")
             # -1 is how compressed-tensors marks an order that was never set.
             if not (g_idx < 0).any():
-                linear = regrouped(linear, g_idx)
-        return linear
+                codes = regrouped(codes, g_idx)
+        return QuantizedLinear(codes)
 
     def _has(self, name: str, part: str) -> bool:
         return f"{name}.{part}" in self.source

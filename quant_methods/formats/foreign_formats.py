@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.parts.grid_codes import GridCodes
 
 GPTQ_BITS = (2, 3, 4, 8)
 # Which output channel of eight lies in which four bits of a word, the lowest first.
@@ -59,8 +59,8 @@ def unpack_stream(words: Tensor, bits: int, count: int | None = None) -> Tensor:
 
 def unpack_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int
-) -> QuantizedLinear:
-    """Return a layer in the GPTQ layout.
+) -> GridCodes:
+    """Return the codes of a layer in the GPTQ layout.
 
     Args:
         qweight: int32 [in * bits / 32, out].
@@ -80,8 +80,8 @@ def unpack_gptq(
     return _transposed(codes, zeros, scales, g_idx, bits)
 
 
-def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantizedLinear:
-    """Return a layer in AWQ's gemm layout (4 bits).
+def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> GridCodes:
+    """Return the codes of a layer in AWQ's gemm layout (4 bits).
 
     Args:
         qweight: int32 [in, out / 8].
@@ -131,8 +131,8 @@ def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return result.flatten(-3)
 
 
-def regrouped(linear: QuantizedLinear, g_idx: Tensor) -> QuantizedLinear:
-    """Return a layer whose input channels belong to the groups that ``g_idx`` [in] names, as runs of equal length.
+def regrouped(grid: GridCodes, g_idx: Tensor) -> GridCodes:
+    """Return codes whose input channels belong to the groups that ``g_idx`` [in] names, as runs of equal length.
 
     Where they are none, each channel becomes a group of its own.
 
@@ -140,15 +140,15 @@ def regrouped(linear: QuantizedLinear, g_idx: Tensor) -> QuantizedLinear:
         ParetoError: a channel's group does not exist.
 
     """
-    channels, groups = linear.codes.shape[1], linear.scale.shape[1]
+    channels, groups = grid.codes.shape[1], grid.scale.shape[1]
     if g_idx.shape != (channels,) or not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
         raise ParetoError(f"g_idx {list(g_idx.shape)} does not name one of {groups} groups for {channels} channels")
     index = g_idx.long()
     if channels % groups == 0 and torch.equal(
         index, torch.arange(channels, device=index.device) // (channels // groups)
     ):
-        return linear
-    return QuantizedLinear(linear.codes, linear.scale[:, index], linear.zero_point[:, index])
+        return grid
+    return GridCodes(grid.codes, grid.scale[:, index], grid.zero_point[:, index], grid.bits)
 
 
 def _unpack_awq_words(words: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def _unpack_awq_words(words: Tensor) -> Tensor:
     return plain.flatten(1)
 
 
-def _transposed(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int) -> QuantizedLinear:
-    """Return the layer of unsigned codes [in, out], zero-points and scales [groups, out]."""
+def _transposed(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int) -> GridCodes:
+    """Return the grid of unsigned codes [in, out], zero-points and scales [groups, out]."""
     channels, groups = codes.shape[0], scales.shape[0]
     whole = g_idx is not None or channels % groups == 0
     if codes.shape[1] != scales.shape[1] or zeros.shape != scales.shape or not whole:
@@ -171,7 +171,6 @@ def _transposed(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | No
         )
     half = 1 << (bits - 1)
     # A zero-point of v1 may be 2^bits, one more than a signed code of 8 bits holds.
-    linear = QuantizedLinear(
-        (codes.T - half).to(torch.int8), scales.T.contiguous(), (zeros.T - half).to(torch.int16).contiguous()
-    )
-    return linear if g_idx is None else regrouped(linear, g_idx)
+    zero = (zeros.T - half).to(torch.int16).contiguous()
+    grid = GridCodes((codes.T - half).to(torch.int8), scales.T.contiguous(), zero, bits)
+    return grid if g_idx is None else regrouped(grid, g_idx)

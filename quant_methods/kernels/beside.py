@@ -8,13 +8,17 @@ both (``low_bit_cuda.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quant_methods.formats.quantized import LowRank, Sparse
+from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.formats.parts.part import Addition
+from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.kernels.sparse import add_sparse, sparse_linear
 
 FUSED_TOKENS = 64
@@ -58,27 +62,25 @@ class Beside(nn.Module):
     """Adds to products with a layer's bulk.
 
     Args:
-        index: int [k], input channels kept apart, or None.
-        columns: [out, k], what is to be added for them.
-        low_rank: a product to add, or None.
-        sparse: single weights to add, or None.
+        parts: what is added: columns, a low-rank product and single weights, or some of these.
         dtype: 16-bit dtype of inputs and outputs.
+
+    Raises:
+        ParetoError: it is none of these.
 
     """
 
-    def __init__(
-        self,
-        index: Tensor | None,
-        columns: Tensor | None,
-        low_rank: LowRank | None,
-        sparse: Sparse | None,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, parts: Sequence[Addition], dtype: torch.dtype) -> None:
         super().__init__()
-        ends = [] if columns is None else [columns]
+        if others := [part.what for part in parts if not isinstance(part, Columns | LowRank | Sparse)]:
+            raise ParetoError(f"{others[0]}: the kernels beside a bulk add columns, low-rank products, single weights")
+        columns = next((part for part in parts if isinstance(part, Columns)), None)
+        low_rank = next((part for part in parts if isinstance(part, LowRank)), None)
+        sparse = next((part for part in parts if isinstance(part, Sparse)), None)
+        ends = [] if columns is None else [columns.read()]
         ends += [] if low_rank is None else [low_rank.up]
         tensors = {
-            "index": None if index is None else index.int(),
+            "index": None if columns is None else columns.index.int(),
             "down": None if low_rank is None else low_rank.down.to(dtype).contiguous(),
             "ends": torch.cat([end.to(dtype) for end in ends], 1).T.contiguous() if ends else None,
             "starts": None if sparse is None else sparse.starts,

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quant_methods.formats.grid import expand
-from quant_methods.formats.native_format import PLANES, pack_codes, unpack_codes
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.planes import PLANES, pack_codes, unpack_codes
+from quant_methods.formats.parts.table_codes import TableCodes
 
 ROWS_AT_ONCE = 1024
 """Output channels dequantized at a time."""
@@ -21,35 +23,26 @@ class LowBitLinear(nn.Module):
     """A layer's bulk.
 
     Args:
-        codes: int8 [out, in]: signed codes of a grid, or a table's indices; 32 divides ``in``.
-        scale: [out, groups], or [out, 0] with a table.
-        zero_point: int8 [out, groups] in the numbering of ``codes``; None or zeros for none.
-        table: [out, 2^bits], or None for a grid.
+        part: codes on a grid or with tables; 32 divides the input channels.
         dtype: 16-bit dtype of the arithmetic: a weight is rounded to it once.
 
     """
 
-    def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: Tensor | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, part: GridCodes | TableCodes, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = dtype
-        if table is not None:
-            self.bits = table.shape[1].bit_length() - 1
-            unsigned = codes
+        self.dtype, self.bits = dtype, part.bits
+        unsigned, scale, table, offset = part.codes.int(), None, None, None
+        if isinstance(part, TableCodes):
+            table = part.table
         else:
-            extent = max(int(codes.max()) + 1, -int(codes.min()))
-            self.bits = max(2, (extent - 1).bit_length() + 1)
-            unsigned = codes.int() + (1 << (self.bits - 1))
+            half, scale = 1 << (self.bits - 1), part.scale
+            unsigned = unsigned + half
+            # What an unsigned code minus this is, times the scale, is the weight.
+            offset = half + part.zero_point.to(torch.int16)
         for width, words in pack_codes(unsigned, self.bits).items():
             self.register_buffer(f"plane{width}", words, persistent=False)
-        self.register_buffer("scale", scale if table is None else None, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("table", table, persistent=False)
-        offset = None
-        if table is None:
-            # What an unsigned code minus this is, times the scale, is the weight.
-            offset = torch.full(scale.shape, 1 << (self.bits - 1), dtype=torch.int16, device=codes.device)
-            offset = offset if zero_point is None else offset + zero_point
         self.register_buffer("offset", offset, persistent=False)
 
     def weight(self, start: int, stop: int) -> Tensor:

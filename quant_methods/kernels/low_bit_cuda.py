@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
 from quant_methods.kernels.beside_cuda import add_on_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
@@ -25,22 +27,18 @@ class LowBitCUDA(nn.Module):
     """A layer's bulk on a CUDA device; its specification is :class:`quant_methods.kernels.low_bit.LowBitLinear`.
 
     Args:
-        codes: int8 [out, in]: on a grid signed codes, with a table its indices, from 0. 8 divides ``in``.
-        scale: [out, groups], of groups of 32, 64 or 128 channels or whole rows; unused with a table.
-        zero_point: int8 [out, groups]; unused with a table.
-        table: [out, 2^bits] or None.
+        part: codes of 2 to 7 bits on a grid, in groups of 32, 64 or 128 channels or whole rows, or of 3 or 4 bits with
+            tables; 8 divides the input channels.
         dtype: bfloat16 or float16, of activations and results.
-        bits: 2 to 7; with a table 3 or 4.
 
     Raises:
         ParetoError: a shape or dtype that the kernel does not serve.
 
     """
 
-    def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, dtype: torch.dtype, bits: int
-    ) -> None:
+    def __init__(self, part: GridCodes | TableCodes, dtype: torch.dtype) -> None:
         super().__init__()
+        codes, bits, table = part.codes, part.bits, part.table if isinstance(part, TableCodes) else None
         (self.rows, self.channels), self.bits, self.dtype = codes.shape, bits, dtype
         widths = (3, 4) if table is not None else range(2, 8)
         if bits not in widths or dtype not in (torch.bfloat16, torch.float16) or self.channels % 8:
@@ -48,11 +46,11 @@ class LowBitCUDA(nn.Module):
             raise ParetoError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
         self.units, self.tiles = -(-self.channels // CHANNELS), -(-self.rows // ROWS)
         groups, entries, self.group_steps = None, None, CHANNELS // 16
-        if table is None:
-            groups = self._groups(scale, zero_point)
+        if isinstance(part, GridCodes):
+            groups = self._groups(part.scale, part.zero_point)
         else:
             padded = torch.zeros(self.tiles * ROWS, 1 << bits, dtype=dtype, device=codes.device)
-            padded[: self.rows] = table
+            padded[: self.rows] = part.table
             # Axes: tile, row g, row r, low bytes and high bytes, entry.
             both = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
             entries = both.unflatten(0, (self.tiles, 4, 8)).transpose(1, 2).contiguous()
@@ -97,20 +95,19 @@ class LowBitCUDA(nn.Module):
         return PackedMatrix(self.words, self.groups, self.table, self.rows, self.channels, self.bits, self.group_steps)
 
 
-def low_bit_module(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, dtype: torch.dtype, bits: int
-) -> nn.Module:
+def low_bit_module(part: GridCodes | TableCodes, dtype: torch.dtype) -> LowBitCUDA | LowBitLinear:
     """Return what multiplies by a layer's bulk on a CUDA device: the kernel where it serves it, else PyTorch.
 
     Takes the arguments of :class:`LowBitCUDA`, and tables of 2 bits besides: to the kernel these are tables of 3 bits
     of which the codes use the first half.
     """
-    if table is not None and bits == 2:
-        table, bits = functional.pad(table, (0, 4)), 3
+    padded = part
+    if isinstance(part, TableCodes) and part.bits == 2:
+        padded = TableCodes(part.codes, functional.pad(part.table, (0, 4)))
     try:
-        return LowBitCUDA(codes, scale, zero_point, table, dtype, bits)
+        return LowBitCUDA(padded, dtype)
     except ParetoError:
-        return LowBitLinear(codes, scale, zero_point, table, dtype)
+        return LowBitLinear(part, dtype)
 
 
 @torch.library.custom_op("pareto::low_bit_linear", mutates_args=())

@@ -26,20 +26,21 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import nearest
-from quant_methods.recipe import ScalingProblem, TransformStep, WeightStep, register, transforms
+from quant_methods.handlers import ScalingProblem, register, transforms
+from quant_methods.steps import RoundStep, ScaleStep
 from quant_methods.symmetric import mean_square
 
 TOKENS = 8192
 ROW_STEP = 8
 FINALISTS = 8
 
-Pairs = list[tuple[Tensor, WeightStep]]
+Pairs = list[tuple[Tensor, RoundStep]]
 """Weights [out, in] that share an input, and the step that rounds each."""
 
 
 @register("awq")
 @dataclass(frozen=True)
-class AWQ(TransformStep):
+class AWQ(ScaleStep):
     """AWQ's scales.
 
     Attributes:
@@ -59,7 +60,7 @@ class AWQ(TransformStep):
 
 @transforms(AWQ)
 def scale(step: AWQ, problem: ScalingProblem) -> Tensor:
-    """Return the scales [in]; see ``recipe.ScalingProblem``."""
+    """Return the scales [in]; see ``handlers.ScalingProblem``."""
     none = torch.ones_like(problem.mean)
     pairs = [(w, s) for w, s in zip(problem.weights, problem.steps, strict=True) if s is not None]
     if not pairs:

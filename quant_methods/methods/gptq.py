@@ -30,8 +30,10 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.handlers import LinearProblem, handles, register
+from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
 from quant_methods.threads import few_threads
 
@@ -42,7 +44,7 @@ UPSTREAM_DAMPING = 1.0
 
 @register("gptq")
 @dataclass(frozen=True)
-class GPTQ(WeightStep):
+class GPTQ(RoundStep):
     """GPTQ.
 
     Attributes:
@@ -70,7 +72,7 @@ class GPTQ(WeightStep):
 
 @handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
 def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
-    """Quantize one layer; see ``recipe.LinearProblem``.
+    """Quantize one layer; see ``handlers.LinearProblem``.
 
     Raises:
         ParetoError: the Hessian is not finite.
@@ -88,7 +90,8 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         scale_dtype=problem.scale_dtype,
         ranges=problem.ranges,
     )
-    return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+    scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
+    return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))
 
 
 def finite(problem: LinearProblem) -> Tensor:

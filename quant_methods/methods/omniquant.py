@@ -34,11 +34,13 @@ import torch
 from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import expand, fit, round_tokens
-from quant_methods.formats.native_format import ACTIVATION_BITS
+from quant_methods.handlers import register, trains
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.scaling import Fold, Learned, ScaledBlock
-from quant_methods.recipe import BlockStep, WeightStep, matches, register, trains
+from quant_methods.patterns import matches
+from quant_methods.steps import BlockStep, RoundStep
 
 # Strengths that descent starts from are within these, where a sigmoid still has a slope.
 WEAKEST, STRONGEST = 0.05, 0.995
@@ -76,7 +78,7 @@ class OmniQuant(BlockStep):
                 "negative, and not both 0; the paper's are 0.01 and 0.005"
             )
 
-    def check_next(self, step: WeightStep) -> None:
+    def check_next(self, step: RoundStep) -> None:
         """Refuse a step that does not round to ranges, or does not round to nearest what was learned to be."""
         if not hasattr(step, "search"):
             raise ParetoError(f"omniquant learns ranges, and {step.method} has none; use rtn or gptq after it")
@@ -92,7 +94,7 @@ class OmniQuant(BlockStep):
 class _Clipping(nn.Module):
     """A layer's weight, rounded to learned ranges."""
 
-    def __init__(self, weight: Tensor, step: WeightStep, dtype: torch.dtype, *, rounding: bool) -> None:
+    def __init__(self, weight: Tensor, step: RoundStep, dtype: torch.dtype, *, rounding: bool) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros_like(weight)) if rounding else None
         self.grid, self.dtype, self.bits = step.grid, dtype, ACTIVATION_BITS[step.activations]
@@ -282,7 +284,7 @@ def _prepare(step: OmniQuant, scaled: ScaledBlock) -> _Trainee:
     return trainee
 
 
-def _layers(step: OmniQuant, scaled: ScaledBlock) -> Iterator[tuple[str, WeightStep, torch.dtype]]:
+def _layers(step: OmniQuant, scaled: ScaledBlock) -> Iterator[tuple[str, RoundStep, torch.dtype]]:
     """Yield (local name, step that will quantize it, dtype of scales) of the layers to learn ranges for."""
     for local in scaled.decoder.linears(scaled.index):
         name = scaled.decoder.name(scaled.index, local)

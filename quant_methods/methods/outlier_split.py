@@ -24,16 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_methods.formats.quantized import Columns, QuantizedLinear
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import HANDLERS, LinearProblem
 from quant_methods.methods.gptq import finite
-from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 # The paper's threshold on |x|, and what is added to the kept channels' Hessian, as a fraction of its diagonal.
 THRESHOLD = 6.0
 DAMPING = 1e-3
 
 
-def choose(step: WeightStep, problem: LinearProblem) -> Tensor:
+def choose(step: RoundStep, problem: LinearProblem) -> Tensor:
     """Return the channels to keep, int64 [k], rising.
 
     ``range`` takes the largest |x|, ``energy`` the largest mean x^2; ``threshold`` takes those whose |x| reaches 6.0,
@@ -49,9 +51,9 @@ def choose(step: WeightStep, problem: LinearProblem) -> Tensor:
 
 
 def split(
-    step: WeightStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
+    step: RoundStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
 ) -> QuantizedLinear:
-    """Keep channels of one layer apart, and let ``solve`` quantize the others; see ``recipe.LinearProblem``."""
+    """Keep channels of one layer apart, and let ``solve`` quantize the others; see ``handlers.LinearProblem``."""
     kept = choose(step, problem)
     if not len(kept):
         return solve(step, problem)
@@ -60,9 +62,7 @@ def split(
     rest[:, kept] = 0
     given = dataclasses.replace(problem, weight=rest)
     if not HANDLERS[type(step)].needs_hessian(step):
-        linear = solve(step, given)
-        linear.columns = _columns(kept, weight[:, kept], step, problem.scale_dtype)
-        return linear
+        return solve(step, given).having(_columns(kept, weight[:, kept], step, problem.scale_dtype))
     hessian = finite(problem).double()
     shift = problem.residual.double() if problem.residual is not None else torch.zeros_like(weight, dtype=torch.float64)
     if problem.cross is not None:
@@ -81,15 +81,14 @@ def split(
         step,
         dataclasses.replace(given, hessian=schur.float(), cross=None, residual=residual.float() if upstream else None),
     )
-    linear.columns = Columns(kept.to(torch.int32), torch.zeros_like(weight[:, kept]))
-    error = (weight - linear.read()).double()
+    apart = linear.having(Columns(kept.to(torch.int32), torch.zeros_like(weight[:, kept])))
+    error = (weight - apart.read()).double()
     error[:, kept] = 0
     correction = torch.cholesky_solve((error @ hessian[:, kept] + shift[:, kept]).T, factor).T
-    linear.columns = _columns(kept, weight[:, kept] + correction.to(weight.dtype), step, problem.scale_dtype)
-    return linear
+    return linear.having(_columns(kept, weight[:, kept] + correction.to(weight.dtype), step, problem.scale_dtype))
 
 
-def _columns(kept: Tensor, weight: Tensor, step: WeightStep, dtype: torch.dtype) -> Columns:
+def _columns(kept: Tensor, weight: Tensor, step: RoundStep, dtype: torch.dtype) -> Columns:
     """Return kept channels [out, k] as they are stored."""
     index = kept.to(torch.int32)
     if step.outlier_bits == 16:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source
+from quant_methods.handlers import register, wraps_source
 from quant_methods.model_source import read_config
-from quant_methods.recipe import Step, register
+from quant_methods.steps import SourceStep
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
 
@@ -75,7 +76,7 @@ BLOCK = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)$")
 
 @register("rotate")
 @dataclass(frozen=True)
-class Rotate(Step):
+class Rotate(SourceStep):
     """Rotation of the residual stream, before all other steps.
 
     Attributes:
@@ -123,6 +124,7 @@ def rotation(size: int, seed: int, *, centred: bool) -> Tensor:
     return turn
 
 
+@wraps_source(Rotate)
 class RotatedSource(Source):
     """A checkpoint as if it had been rotated.
 
@@ -132,7 +134,7 @@ class RotatedSource(Source):
 
     """
 
-    def __init__(self, source: Source, step: Rotate) -> None:
+    def __init__(self, step: Rotate, source: Source) -> None:
         """Wrap a checkpoint.
 
         Raises:
@@ -198,6 +200,31 @@ class RotatedSource(Source):
         """Return the names of the tensors that ``read`` returns other than the files have them."""
         return [name for name in self.entries if self._role(name)[0] != "inside"]
 
+    def check_block(self, block: nn.Module, config: Any) -> None:
+        """Refuse a model whose norms are not what the wiring says, so that they would not commute with the rotation.
+
+        Args:
+            block: its first block.
+            config: transformers' configuration of it.
+
+        Raises:
+            ParetoError: they subtract the mean, or their weights mean something else.
+
+        """
+        wiring, turn = self.wiring, self.turn.float()
+        for name in wiring.readers:
+            norm = block.get_submodule(name)
+            probe = type(norm)(config.hidden_size, eps=0.0)
+            x = torch.randn(4, config.hidden_size) + 1
+            with torch.no_grad():
+                probe.weight.fill_(1 - wiring.offset)
+                plain, turned = probe(x), probe(x @ turn)
+                probe.weight.fill_(2 - wiring.offset)
+                doubled = probe(x)
+            if not torch.allclose(plain @ turn, turned, atol=1e-3) or not torch.allclose(2 * plain, doubled, atol=1e-3):
+                known = "a layer norm" if wiring.centred else "a plain RMS norm"
+                raise ParetoError(f"rotate: {type(norm).__name__} is not {known}; {INSTEAD}")
+
     def read(self, name: str) -> Tensor:
         """Return one tensor, float32 where it is rotated."""
         role, _ = self._role(name)
@@ -224,30 +251,3 @@ class RotatedSource(Source):
                 tensor = tensor * (self._plain.read(f"{norm}.weight").double() + self.wiring.offset)
             return tensor @ self.turn
         return tensor
-
-
-def check_norms(block: nn.Module, config: Any, source: RotatedSource) -> None:
-    """Refuse a model whose norms are not what its wiring says, so that they would not commute with the rotation.
-
-    Args:
-        block: its first block.
-        config: transformers' configuration of it.
-        source: its checkpoint.
-
-    Raises:
-        ParetoError: they subtract the mean, or their weights mean something else.
-
-    """
-    wiring, turn = source.wiring, source.turn.float()
-    for name in wiring.readers:
-        norm = block.get_submodule(name)
-        probe = type(norm)(config.hidden_size, eps=0.0)
-        x = torch.randn(4, config.hidden_size) + 1
-        with torch.no_grad():
-            probe.weight.fill_(1 - wiring.offset)
-            plain, turned = probe(x), probe(x @ turn)
-            probe.weight.fill_(2 - wiring.offset)
-            doubled = probe(x)
-        if not torch.allclose(plain @ turn, turned, atol=1e-3) or not torch.allclose(2 * plain, doubled, atol=1e-3):
-            known = "a layer norm" if wiring.centred else "a plain RMS norm"
-            raise ParetoError(f"rotate: {type(norm).__name__} is not {known}; {INSTEAD}")

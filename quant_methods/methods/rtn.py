@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from quant_methods.formats.grid import Search, expand, fit, round_to_grid
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.handlers import LinearProblem, handles, register
+from quant_methods.steps import RoundStep
 
 
 @register("rtn")
 @dataclass(frozen=True)
-class RTN(WeightStep):
+class RTN(RoundStep):
     """Round-to-nearest.
 
     Attributes:
@@ -32,10 +34,11 @@ class RTN(WeightStep):
 
 @handles(RTN, needs_hessian=lambda step: step.search == "output")
 def quantize(step: RTN, problem: LinearProblem) -> QuantizedLinear:
-    """Round one layer; see ``recipe.LinearProblem``."""
+    """Round one layer; see ``handlers.LinearProblem``."""
     weight, grid = problem.weight, step.grid
     hessian = problem.hessian if step.search == "output" else None
     scale, zero = problem.ranges or fit(weight, grid, hessian, step.search, problem.scale_dtype)
     columns = weight.shape[1]
     codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), grid)
-    return QuantizedLinear(codes.to(torch.int8), scale.to(problem.scale_dtype), zero.to(torch.int8))
+    scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
+    return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))

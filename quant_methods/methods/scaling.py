@@ -24,7 +24,9 @@ from kv_cache.errors import ParetoError
 from kv_cache.tf32 import tf32
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.stages import Stage, Statistics, find_stages, statistics_at_once
-from quant_methods.recipe import BLOCK_STEPS, TRANSFORMS, BlockStep, ScalingProblem, matches
+from quant_methods.handlers import BLOCK_STEPS, TRANSFORMS, ScalingProblem
+from quant_methods.patterns import matches
+from quant_methods.steps import BlockStep
 
 if TYPE_CHECKING:
     from quant_methods.plan import Plan

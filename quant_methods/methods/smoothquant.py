@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import nearest, round_static, round_tokens, static_scale
-from quant_methods.formats.native_format import ACTIVATION_BITS
-from quant_methods.recipe import ScalingProblem, TransformStep, register, transforms
+from quant_methods.handlers import ScalingProblem, register, transforms
+from quant_methods.steps import ScaleStep
 
 ALPHAS = tuple(i / 20 for i in range(21))
 
 
 @register("smoothquant")
 @dataclass(frozen=True)
-class SmoothQuant(TransformStep):
+class SmoothQuant(ScaleStep):
     """SmoothQuant.
 
     Attributes:
@@ -42,7 +43,7 @@ class SmoothQuant(TransformStep):
 
 @transforms(SmoothQuant)
 def scale(step: SmoothQuant, problem: ScalingProblem) -> Tensor:
-    """Return the scales [in]; see ``recipe.ScalingProblem``."""
+    """Return the scales [in]; see ``handlers.ScalingProblem``."""
     if step.alpha is not None:
         return smooth(problem, step.alpha)
     targets = [problem.sample @ weight.T for weight in problem.weights]

@@ -27,10 +27,13 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.quantized import QuantizedLinear, Sparse
+from quant_methods.formats.parts.single_weights import Sparse
+from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
 from quant_methods.methods.kmeans import kmeans, nearest
-from quant_methods.recipe import LinearProblem, WeightStep, handles, register
+from quant_methods.steps import RoundStep
 
 # Elements of one-hot codes of rows that are fitted together: little new memory on a CPU, much work at once on a GPU.
 ELEMENTS, ELEMENTS_GPU = 1 << 21, 1 << 26
@@ -38,7 +41,7 @@ ELEMENTS, ELEMENTS_GPU = 1 << 21, 1 << 26
 
 @register("squeezellm")
 @dataclass(frozen=True)
-class SqueezeLLM(WeightStep):
+class SqueezeLLM(RoundStep):
     """SqueezeLLM.
 
     Attributes:
@@ -89,7 +92,7 @@ class SqueezeLLM(WeightStep):
 
 @handles(SqueezeLLM, needs_hessian=lambda step: True, needs_upstream=lambda step: step.feedback and step.upstream)
 def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
-    """Quantize one layer; see ``recipe.LinearProblem``.
+    """Quantize one layer; see ``handlers.LinearProblem``.
 
     Raises:
         ParetoError: the Hessian is not finite.
@@ -109,13 +112,8 @@ def quantize(step: SqueezeLLM, problem: LinearProblem) -> QuantizedLinear:
         codes, wanted, table = solve(weight, hessian, table, apart, refits=step.refits, dtype=dtype)
     else:
         codes, wanted = nearest(weight, table), weight
-    return QuantizedLinear(
-        codes.to(torch.int8),
-        table[:, :0].to(dtype),
-        codes[:, :0].to(torch.int8),
-        table=table.to(dtype),
-        sparse=_compress(wanted - table.gather(1, codes), apart, dtype) if count else None,
-    )
+    linear = QuantizedLinear(TableCodes(codes.to(torch.int8), table.to(dtype)))
+    return linear.having(_compress(wanted - table.gather(1, codes), apart, dtype)) if count else linear
 
 
 def _worst_served(weight: Tensor, sensitivity: Tensor, clusters: int, count: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +19,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from quant_methods.formats.grid import Grid, expand, round_tokens
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
-
-# The floating-point tensors that a quantized layer may store, as paths into QuantizedLinear.
-PARTS = ("scale", "table", "columns.weight", "columns.scale", "sparse.values", "low_rank.up", "low_rank.down")
 
 # How far from a code, in steps of the grid, a place starts that rounds to it.
 WITHIN = 0.49
@@ -82,19 +79,19 @@ class LearnedCodes(nn.Module):
     codes flip first. (Started from the codes themselves, all would flip at once, Adam's steps being alike.)
 
     Args:
-        linear: a layer on a grid.
+        bulk: a layer's codes on a grid.
         grid: the grid.
         weight: float32 [out, in], the original.
 
     """
 
-    def __init__(self, linear: QuantizedLinear, grid: Grid, weight: Tensor) -> None:
+    def __init__(self, bulk: GridCodes, grid: Grid, weight: Tensor) -> None:
         super().__init__()
         self.grid = grid
         columns = weight.shape[1]
-        place = weight / expand(linear.scale.float(), columns) + expand(linear.zero_point.float(), columns)
-        self.register_buffer("start", linear.codes)
-        self.offset = nn.Parameter((place - linear.codes).clamp(-WITHIN, WITHIN))
+        place = weight / expand(bulk.scale.float(), columns) + expand(bulk.zero_point.float(), columns)
+        self.register_buffer("start", bulk.codes)
+        self.offset = nn.Parameter((place - bulk.codes).clamp(-WITHIN, WITHIN))
 
     def forward(self) -> Tensor:
         """Return the codes, float32; where a code is held at the end of the grid, it has no gradient."""
@@ -126,10 +123,11 @@ class TunedLinear(nn.Module):
         super().__init__()
         self.linear, self.activation_bits = linear, activation_bits
         self.parts = nn.ModuleDict()
-        for path in PARTS:
-            tensor = part(linear, path)
-            if tensor is not None and tensor.is_floating_point() and tensor.numel():
-                self.parts[path.replace(".", "/")] = Learned(tensor)
+        for part in linear.parts:
+            for name in part.learns:
+                tensor = getattr(part, name)
+                if tensor is not None and tensor.is_floating_point() and tensor.numel():
+                    self.parts[f"{part.kind}/{name}"] = Learned(tensor)
         self.codes = codes
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -139,41 +137,24 @@ class TunedLinear(nn.Module):
         if bits is None:
             return functional.linear(x, linear.read(), self.bias)
         # As serving does: inputs are rounded for the bulk alone, without the columns kept apart.
-        bulk = linear.bulk()
-        entering = x if linear.columns is None else x.index_fill(-1, linear.columns.index.long(), 0)
+        bulk, apart = linear.read_bulk(), linear.apart()
+        entering = x if apart is None else x.index_fill(-1, apart, 0)
         out = functional.linear(straight(entering, lambda x: round_tokens(x, bits)), bulk, self.bias)
-        return out + functional.linear(x, linear.read() - bulk) if linear.beside else out
+        return out + functional.linear(x, linear.read() - bulk) if linear.additions else out
 
     def stored(self) -> QuantizedLinear:
         """Return the layer as it is to be stored."""
         return self._with(lambda learned: learned.stored())
 
     def _with(self, value: Callable[[Any], Tensor]) -> QuantizedLinear:
-        values = {path.replace("/", "."): value(learned) for path, learned in self.parts.items()}
+        values: dict[str, dict[str, Tensor]] = {part.kind: {} for part in self.linear.parts}
+        for path, learned in self.parts.items():
+            kind, name = path.split("/")
+            values[kind][name] = value(learned)
         if self.codes is not None:
-            values["codes"] = value(self.codes)
-        return with_parts(self.linear, values)
-
-
-def part(linear: QuantizedLinear, path: str) -> Tensor | None:
-    """Return the tensor at a path such as ``columns.weight``, or None if the layer has no such part."""
-    owner, _, _ = path.rpartition(".")
-    if owner and getattr(linear, owner) is None:
-        return None
-    tensor: Tensor | None = operator.attrgetter(path)(linear)
-    return tensor
-
-
-def with_parts(linear: QuantizedLinear, values: dict[str, Tensor]) -> QuantizedLinear:
-    """Return a layer with tensors replaced by path."""
-    changes: dict[str, Any] = {}
-    for path, tensor in values.items():
-        owner, _, name = path.rpartition(".")
-        if owner:
-            changes[owner] = dataclasses.replace(changes.get(owner) or getattr(linear, owner), **{name: tensor})
-        else:
-            changes[name] = tensor
-    return dataclasses.replace(linear, **changes)
+            values[self.linear.bulk.kind]["codes"] = value(self.codes)
+        changed = [dataclasses.replace(part, **values[part.kind]) for part in self.linear.parts]
+        return QuantizedLinear(*changed, input_scale=self.linear.input_scale)
 
 
 def learn_parameter(module: nn.Module, name: str, dtype: torch.dtype) -> Learned:

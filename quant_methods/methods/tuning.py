@@ -32,9 +32,11 @@ from kv_cache.errors import ParetoError
 from quant_methods.calibration import outside
 from quant_methods.calibration.calibrator import Decoder, batch_size
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors
-from quant_methods.formats.native_format import ACTIVATION_BITS
+from quant_methods.formats.form import ACTIVATION_BITS
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.handlers import Tuned, completes, register
 from quant_methods.methods.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter, recompute_blocks
-from quant_methods.recipe import Step, WeightStep, register
+from quant_methods.steps import ModelStep, RoundStep
 
 if TYPE_CHECKING:
     from quant_methods.checkpoints.storage import Storage
@@ -51,7 +53,7 @@ Say = Callable[[int, int, str], None]
 
 @register("tune")
 @dataclass(frozen=True)
-class Tune(Step):
+class Tune(ModelStep):
     """Tuning by gradient; comes last.
 
     Attributes:
@@ -92,6 +94,11 @@ class Tune(Step):
             raise ParetoError("tune: learning_rate and epochs are positive, code_learning_rate is not negative")
 
     @property
+    def text(self) -> tuple[int, int]:
+        """How many sequences it runs on, those held out included, and the tokens of each."""
+        return self.num_samples + self.held_out, self.length
+
+    @property
     def steps(self) -> int:
         """Steps in all."""
         return max(1, int(self.epochs * self.num_samples / self.batch))
@@ -111,30 +118,7 @@ class Tune(Step):
         return found
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning did.
-
-    Attributes:
-        kl: KL(original || quantized) of the held-out sequences in nats a token: (step, value) of every look.
-        kept: the step whose state was kept; 0 is the start.
-
-    """
-
-    kl: tuple[tuple[int, float], ...]
-    kept: int
-
-    @property
-    def before(self) -> float:
-        """KL before tuning."""
-        return self.kl[0][1]
-
-    @property
-    def after(self) -> float:
-        """KL of the state that was kept."""
-        return dict(self.kl)[self.kept]
-
-
+@completes(Tune)
 class Tuner:
     """Tunes the quantized blocks of an unfinished run.
 
@@ -159,7 +143,7 @@ class Tuner:
         model_dir: Path,
         source: Source,
         device: torch.device,
-        steps: dict[str, WeightStep],
+        steps: dict[str, RoundStep],
         storage: Storage,
         block_file: Callable[[int], Path],
         tokens: Tensor,
@@ -248,9 +232,10 @@ class Tuner:
         bits = ACTIVATION_BITS[step.activations]
         codes = None
         # Indices into a table have no order that a gradient could follow.
-        if self.step.code_learning_rate and linear.table is None:
+        grid = linear.get(GridCodes)
+        if self.step.code_learning_rate and grid is not None:
             weight = self.student.source.read(f"{name}.weight").to(self.device, torch.float32)
-            codes = LearnedCodes(linear, step.grid, weight)
+            codes = LearnedCodes(grid, step.grid, weight)
         return TunedLinear(linear, module._parameters["bias"], bits, codes)
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_methods.formats.quantized import LowRank, QuantizedLinear
+from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, factorize
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 # Added to the Hessian's diagonal, as a fraction of its mean.
 DAMPING = 0.01
@@ -32,9 +34,9 @@ OVERSAMPLING, ITERATIONS = 16, 8
 
 
 def compensate(
-    step: WeightStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
+    step: RoundStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
 ) -> QuantizedLinear:
-    """Let ``solve`` quantize one layer, and add what makes up for its error; see ``recipe.LinearProblem``."""
+    """Let ``solve`` quantize one layer, and add what makes up for its error; see ``handlers.LinearProblem``."""
     if problem.hessian is not None:
         # The error is what is missing from the weight that the step really aims at.
         problem = dataclasses.replace(
@@ -45,8 +47,7 @@ def compensate(
     metric: Tensor | None = None
     if problem.hessian is not None and step.rank_metric == "activations":
         metric = factorize(problem.hessian, DAMPING)[1]
-    linear.low_rank = low_rank(target - linear.read(), metric, step.rank, problem.scale_dtype)
-    return linear
+    return linear.having(low_rank(target - linear.read(), metric, step.rank, problem.scale_dtype))
 
 
 def low_rank(error: Tensor, factor: Tensor | None, rank: int, dtype: torch.dtype) -> LowRank:

@@ -22,7 +22,8 @@ from quant_methods.fused import experts_of
 from quant_methods.mixed_precision.knapsack import solve
 from quant_methods.mixed_precision.units import Choice, Unit, Width
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe, WeightStep
+from quant_methods.recipe import Recipe
+from quant_methods.steps import RoundStep
 
 Loss = Literal["kl", "hessian"]
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -173,7 +174,7 @@ def mixed_recipe(recipe: Recipe, plan: Plan, assignment: Assignment, budget: Bud
         budget: for the description.
 
     """
-    targets: dict[tuple[WeightStep, str], list[str]] = {}
+    targets: dict[tuple[RoundStep, str], list[str]] = {}
     alone: list[str] = []
     for unit, choice in zip(assignment.units, assignment.chosen, strict=True):
         # One glob for all experts of a block, which are thousands of layers in all.
@@ -188,9 +189,9 @@ def mixed_recipe(recipe: Recipe, plan: Plan, assignment: Assignment, budget: Bud
         for (step, width), layers in targets.items()
     ]
     # Other steps keep their place before and after those that round.
-    place = next(i for i, step in enumerate(recipe.steps) if isinstance(step, WeightStep))
+    place = next(i for i, step in enumerate(recipe.steps) if isinstance(step, RoundStep))
     others = [
-        [s for s in part if not isinstance(s, WeightStep)] for part in (recipe.steps[:place], recipe.steps[place:])
+        [s for s in part if not isinstance(s, RoundStep)] for part in (recipe.steps[:place], recipe.steps[place:])
     ]
     return dataclasses.replace(
         recipe,

@@ -23,8 +23,10 @@ from quant_methods.mixed_precision.sensitivity_plot import plot
 from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
-from quant_methods.recipe import Recipe, Serving
+from quant_methods.recipe import Recipe
 from quant_methods.run import MEASURES, KVBits, Progress, Report
+from quant_methods.steps import TransformStep
+from quant_methods.stock_vllm import Serving
 from quant_methods.work_folder import locked
 
 SCHEMA = "vllm-pareto/sensitivity/1"
@@ -207,8 +209,12 @@ def _measures(
             "model": fingerprint(model_dir),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "steps": steps,
-            # What trains the rounded model later changes no measure.
-            "before": [s for s in recipe.to_dict()["steps"] if "bits" not in s and s["method"] != "tune"],
+            # What happens to the rounded model later changes no measure.
+            "before": [
+                data
+                for step, data in zip(recipe.steps, recipe.to_dict()["steps"], strict=True)
+                if isinstance(step, TransformStep)
+            ],
             "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k != "widths"},
             "device": decoder.device.type,
             "torch": torch.__version__,

@@ -31,12 +31,12 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.stages import Stage, Statistics, expert_statistics, find_stages, stage_statistics
 from quant_methods.checkpoints.checkpoint import write_json
 from quant_methods.checkpoints.quality import divergence
-from quant_methods.formats.grid import Search, expand, fit, round_to_grid
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.grid import Search, dequantize, expand, fit, round_to_grid
+from quant_methods.handlers import HANDLERS, LinearProblem
 from quant_methods.methods.scaling import ScaledBlock, scale_block
 from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.plan import Plan
-from quant_methods.recipe import HANDLERS, LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
 
 Rounding = Literal["nearest", "recipe"]
@@ -223,7 +223,7 @@ class Sensitivity:
             return expert_statistics(self.decoder, index, block, seen, stages=stages, wave=wave)
         return {place: stage_statistics(self.decoder, index, block, seen, stages=stages, position=place)}
 
-    def _rounded(self, name: str, step: WeightStep, weight: Tensor, hessian: Tensor) -> Tensor:
+    def _rounded(self, name: str, step: RoundStep, weight: Tensor, hessian: Tensor) -> Tensor:
         dtype = torch.float16 if self.decoder.source.dtype(f"{name}.weight") == torch.float16 else torch.bfloat16
         if self.settings.rounding == "recipe":
             problem = LinearProblem(name, weight.clone(), hessian, None, None, dtype)
@@ -233,7 +233,7 @@ class Sensitivity:
         scale, zero = fit(weight, step.grid, hessian, search, dtype)
         columns = weight.shape[1]
         codes = round_to_grid(weight, expand(scale, columns), expand(zero, columns), step.grid)
-        return QuantizedLinear(codes.to(torch.int8), scale.to(dtype), zero.to(torch.int8)).read()
+        return dequantize(codes, scale.to(dtype), zero)
 
     @torch.no_grad()
     def _follow(self, index: int, variants: list[Tensor], final: Tensor) -> list[float]:

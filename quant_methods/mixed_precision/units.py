@@ -14,7 +14,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.fused import experts_of, families
 from quant_methods.group_sizes import fitted
 from quant_methods.plan import Plan
-from quant_methods.recipe import WeightStep
+from quant_methods.steps import RoundStep
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Width:
             raise ParetoError(f"width {text!r}: expected bits, or bits and a group size, such as 4 or 4g32; or 16")
         return Width(int(match[1]), int(match[2]) if match[2] else None)
 
-    def step(self, base: WeightStep) -> WeightStep:
+    def step(self, base: RoundStep) -> RoundStep:
         """Return a recipe's step at this width.
 
         Raises:
@@ -61,7 +61,7 @@ class Width:
         changed.check()
         return changed
 
-    def steps_of(self, base: WeightStep, names: Sequence[str], inputs: Sequence[int]) -> list[WeightStep]:
+    def steps_of(self, base: RoundStep, names: Sequence[str], inputs: Sequence[int]) -> list[RoundStep]:
         """Return the steps of a unit's layers at this width, their group size fitted to all of them.
 
         Args:
@@ -157,10 +157,9 @@ def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
     return families(name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps)
 
 
-def stored_bits(step: WeightStep, shape: torch.Size) -> int:
+def stored_bits(step: RoundStep, shape: torch.Size) -> int:
     """Return the storage of a layer in bits; zero-points count 8, as in the format of ours that mixes are stored in."""
-    rows, columns = shape
-    return rows * (columns * step.bits + step.grid.groups(columns) * (16 if step.symmetric else 24))
+    return step.bulk_form.stored_bits(*shape)
 
 
 def common_name(names: tuple[str, ...]) -> str:

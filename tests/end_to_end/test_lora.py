@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant_methods.formats.native_format import Form, NativeConfig, pack
+from quant_methods.formats.flat_form import flat_form
+from quant_methods.formats.native_format import NativeConfig, pack
 from tests.end_to_end.engines import engine, environment, prompts, write_scales
 from tests.quant_methods.random_layers import random_layer
 
@@ -25,14 +26,14 @@ SHAPES = {
 }
 # One a layer; in the last one, layers that vLLM merges are stored differently.
 FORMS = [
-    Form(4, 32, symmetric=False),
-    Form(4, table=True, sparse=True, columns=3),
-    Form(3, 32, symmetric=False, columns=4, rank=2),
-    Form(8, -1, activations="int8"),
-    Form(6, 64, activations="int8", columns=2),
-    Form(5, 32, sparse=True, columns=5, column_bits=8),
+    flat_form(4, 32, symmetric=False),
+    flat_form(4, table=True, sparse=True, columns=3),
+    flat_form(3, 32, symmetric=False, columns=4, rank=2),
+    flat_form(8, -1, activations="int8"),
+    flat_form(6, 64, activations="int8", columns=2),
+    flat_form(5, 32, sparse=True, columns=5, column_bits=8),
 ]
-OTHER = {"self_attn.k_proj": Form(2, 32, symmetric=False, rank=1), "mlp.up_proj": Form(7, table=True)}
+OTHER = {"self_attn.k_proj": flat_form(2, 32, symmetric=False, rank=1), "mlp.up_proj": flat_form(7, table=True)}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def model(tmp_path_factory):
             forms[name] = OTHER.get(local, form) if layer == len(FORMS) - 1 else form
             linear = random_layer(forms[name], rows, inputs, seed + 10 * layer)
             del tensors[f"{name}.weight"]
-            tensors |= pack(name, linear, forms[name].bits, forms[name].symmetric)
+            tensors |= pack(name, linear)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": NativeConfig(forms).to_dict()}))

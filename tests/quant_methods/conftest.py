@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quant_methods.handlers import HANDLERS, Handler
 from quant_methods.model_source import EMBEDDED
-from quant_methods.recipe import HANDLERS, Handler
 from tests.quant_methods.random_layers import Parts, quantize
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

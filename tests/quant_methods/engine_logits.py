@@ -1,4 +1,4 @@
-"""Serves checkpoints one after another and writes their logits; run as a script, with vLLM's settings in environment.
+"""Serves checkpoints one after another and writes their logits; run by serving.py, vLLM's settings in environment.
 
 Each engine runs in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so that its layers can be looked at, and so
 that vLLM is imported once.
@@ -15,8 +15,23 @@ import torch
 from torch import nn
 
 
-def main(tokens_file: str, out: str, *checkpoints: str) -> None:
-    """Write ``NAME.pt`` for each checkpoint directory ``NAME``.
+def main(answers: int) -> None:
+    """Serve what each line of standard input names, and write a line to a descriptor when it is done.
+
+    A line is a JSON list of a file with prompts, a folder to write to and checkpoints; the answer is whether all were
+    served.
+    """
+    # An engine collects garbage seven times, which finds little among all that importing vLLM left: half of its time.
+    gc.collect = lambda generation=2: 0  # type: ignore[assignment]
+    with os.fdopen(answers, "w", buffering=1) as done:
+        for line in sys.stdin:
+            answer = json.dumps(serve(*json.loads(line)))
+            sys.stdout.flush()
+            print(answer, file=done)
+
+
+def serve(tokens_file: str, out: str, *checkpoints: str) -> bool:
+    """Write ``NAME.pt`` for each checkpoint directory ``NAME``; return whether all of them were served.
 
     It holds ``logits``, float32 [prompts, tokens - 1, vocabulary], of all prompt tokens but the last, and ``layers``,
     what each linear layer inside blocks runs on; or ``error``, if vLLM refused to start. ``plugin`` says whether the
@@ -24,9 +39,7 @@ def main(tokens_file: str, out: str, *checkpoints: str) -> None:
     """
     from vllm import LLM
 
-    # An engine collects garbage seven times, which finds little among all that importing vLLM left: half of its time.
-    gc.collect = lambda generation=2: 0  # type: ignore[assignment]
-    prompts = json.loads(Path(tokens_file).read_text())
+    prompts, served = json.loads(Path(tokens_file).read_text()), True
     for checkpoint in checkpoints:
         try:
             engine = LLM(
@@ -43,6 +56,7 @@ def main(tokens_file: str, out: str, *checkpoints: str) -> None:
             )
         except Exception as error:
             result: dict[str, Any] = {"error": str(error)}
+            served = False
         else:
             runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
             result = {"logits": logits(engine, runner.model, prompts), "layers": look(runner.model)}
@@ -50,6 +64,7 @@ def main(tokens_file: str, out: str, *checkpoints: str) -> None:
             del engine, runner
         result["plugin"] = "vllm_ext" in sys.modules
         torch.save(result, Path(out) / f"{Path(checkpoint).name}.pt")
+    return served
 
 
 def logits(engine: Any, model: nn.Module, prompts: list[list[int]]) -> torch.Tensor:
@@ -90,7 +105,7 @@ def look(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]))
     # Now and then a thread of vLLM's outlives the interpreter, which C++ answers by aborting the process.
     sys.stdout.flush()
     os._exit(0)

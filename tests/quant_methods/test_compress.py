@@ -25,7 +25,8 @@ from quant_methods.compress import compress
 from quant_methods.formats.native_format import NativeConfig
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 from tests.quant_methods.random_layers import Parts
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
@@ -345,7 +346,7 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
     tensors, _ = read_tensors(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     forms = NativeConfig.parse(config).forms
-    assert {name: form.bits for name, form in forms.items()} == {
+    assert {name: form.bulk.bits for name, form in forms.items()} == {
         layer.name: 3 if "down_proj" in layer.name else 4 for layer in report.layers
     }
     assert config["ignore"] == ["lm_head"]

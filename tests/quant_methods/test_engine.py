@@ -6,11 +6,8 @@ On a CPU; where there is a CUDA device, on that instead, recipes that are for CU
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +23,7 @@ from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints import reference
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.compress import compress
+from quant_methods.handlers import HANDLERS, Handler
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.omniquant import OmniQuant
@@ -34,12 +32,15 @@ from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.methods.tuning import Tune
 from quant_methods.model_source import resolve_model
-from quant_methods.plan import matches
-from quant_methods.recipe import HANDLERS, Calibration, Handler, Recipe, Serving, Step, WeightStep
+from quant_methods.patterns import matches
+from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe
 from quant_methods.run import Report
+from quant_methods.steps import RoundStep, Step
+from quant_methods.stock_vllm import Serving
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from tests.quant_methods.random_layers import Parts, quantize
+from tests.quant_methods.serving import serve
 
 pytestmark = [
     pytest.mark.engine,
@@ -97,7 +98,7 @@ CASES = RECIPES | LAYOUTS | ON_OUTLIERS
 
 
 def serving(recipe: Recipe) -> Serving:
-    return Serving.of(step for step in recipe.steps if isinstance(step, WeightStep))
+    return Serving.of(step for step in recipe.steps if isinstance(step, RoundStep))
 
 
 CUDA = torch.cuda.is_available()
@@ -107,7 +108,7 @@ PROCESSES = 4 if CUDA else 1
 """That serve at once, with the plugin and without."""
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
-STATIC = [name for name in CASES if any(isinstance(step, WeightStep) and step.static for step in CASES[name].steps)]
+STATIC = [name for name in CASES if any(isinstance(step, RoundStep) and step.static for step in CASES[name].steps)]
 # Checkpoints that are damaged before they are served: 8 bits for stock vLLM, 6 in the format of ours.
 DAMAGED = {"damaged gptq-w8": "gptq-w8", "damaged gptq-w6": "gptq-w6"}
 
@@ -216,23 +217,6 @@ def served(compressed: dict[str, Compressed], tokens: Tensor, tmp_path_factory: 
     return Served(stock, plugin, log)
 
 
-def serve(tokens: Path, out: Path, checkpoints: Iterable[Path], *, plugin: bool) -> str:
-    """Run engines, and return what they printed."""
-    script = str(Path(__file__).with_name("engine_logits.py"))
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        # By default vLLM's CPU kernel rounds the activations of 4-bit layers to 8 bits too, where the CPU has AMX.
-        "VLLM_CPU_INT4_W4A8": "0",
-        "VLLM_PLUGINS": "pareto" if plugin else "",
-        "VLLM_PARETO_LOW_BIT_KERNEL": "1" if plugin else "0",
-    }
-    command = [sys.executable, script, str(tokens), str(out), *map(str, checkpoints)]
-    run = subprocess.run(command, env={**os.environ, **settings}, cwd=out, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout + run.stderr
-
-
 def damage(checkpoint: Path, out: Path) -> None:
     """Copy a checkpoint and let 16 of the 256 output channels of one layer exchange their scales."""
     shutil.copytree(checkpoint, out)
@@ -306,7 +290,7 @@ def check_same(case: Compressed, logits: Tensor, expected: Expected) -> None:
 
 def rounds(recipe: Recipe) -> bool:
     """Return whether serving rounds activations."""
-    return any(isinstance(step, WeightStep) and step.activations != "none" for step in recipe.steps)
+    return any(isinstance(step, RoundStep) and step.activations != "none" for step in recipe.steps)
 
 
 def check_served(name: str, compressed: dict[str, Compressed], served: Served, expected: Expected) -> None:
@@ -341,7 +325,7 @@ def test_vllm_on_cuda_computes_what_the_dequantized_model_computes(
 
 def four_bits(recipe: Recipe) -> bool:
     """Return whether there are layers of 4 bits that stock vLLM serves too."""
-    return not serving(recipe).plugin and any(isinstance(step, WeightStep) and step.bits == 4 for step in recipe.steps)
+    return not serving(recipe).plugin and any(isinstance(step, RoundStep) and step.bits == 4 for step in recipe.steps)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_cuda) for name in CASES if four_bits(CASES[name])])
@@ -374,7 +358,7 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
     case = compressed[name]
     layers = served.of(case)["layers"]
     assert len(layers) == 4 * (6 if name in LAYOUTS else 2)
-    steps = [step for step in case.recipe.steps if isinstance(step, WeightStep)]
+    steps = [step for step in case.recipe.steps if isinstance(step, RoundStep)]
     for layer, found in layers.items():
         member = layer.replace("qkv_proj", "q_proj").replace("gate_up_proj", "gate_proj")
         step = next((step for step in steps if matches(member, step.targets)), None)
@@ -399,11 +383,11 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
         assert sum(size for kind, size in found["tensors"].values() if "float" in kind) < found["size"] / 3, layer
 
 
-def has_table(step: WeightStep) -> bool:
+def has_table(step: RoundStep) -> bool:
     return isinstance(step, SqueezeLLM) or (isinstance(step, Parts) and step.table)
 
 
-def kernel_on_cpu(step: WeightStep, *, plugin: bool) -> tuple[str, str, tuple[str, int] | None]:
+def kernel_on_cpu(step: RoundStep, *, plugin: bool) -> tuple[str, str, tuple[str, int] | None]:
     """Return what docs/compression.md says multiplies: the class, vLLM's kernel, and the dtype and weights a number."""
     eight = step.bits == 8 and step.group_size == -1 and step.symmetric and step.activations == "int8"
     if eight and not has_table(step):

@@ -23,9 +23,11 @@ from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
-from quant_methods.recipe import Calibration, Recipe, WeightStep
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import RoundStep
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 from vllm_ext.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +55,7 @@ def odd(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("odd") / "model", tiny_model, 192, 256, 3)
 
 
-def recipe(*steps: WeightStep) -> Recipe:
+def recipe(*steps: RoundStep) -> Recipe:
     return Recipe("test", steps=steps, calibration=CALIBRATION, kv_scales=False)
 
 
@@ -61,7 +63,7 @@ def group_sizes(checkpoint: Path) -> dict[str, int]:
     """The group size of each layer that a checkpoint's config.json speaks of, by its full name."""
     settings = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     if settings["quant_method"] == "pareto":
-        return {name: group["group_size"] for group in settings["groups"] for name in group["targets"]}
+        return {name: group["parts"][0]["group_size"] for group in settings["groups"] for name in group["targets"]}
     groups = settings["config_groups"].values()
     return {name: group["weights"]["group_size"] for group in groups for name in group["targets"]}
 
@@ -97,7 +99,7 @@ def test_the_readme_s_recipe_says_what_it_lowered(
     "step", [W4, RTN(bits=3, group_size=128), GPTQ(bits=4, group_size=128, symmetric=True)], ids=str
 )
 def test_a_lowered_layer_is_what_the_smaller_group_size_makes(
-    odd: Path, text_file: Path, tmp_path: Path, step: WeightStep
+    odd: Path, text_file: Path, tmp_path: Path, step: RoundStep
 ) -> None:
     """The same checkpoint as by a recipe that names the sizes itself."""
     by_hand = (

@@ -34,12 +34,14 @@ from quant_methods.mixed_precision.mixed import JSON_FILE, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
 from quant_methods.mixed_precision.units import Width
 from quant_methods.plan import make_plan
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 from quant_methods.sweeps.file import Evaluation, Point, Sweep
 from quant_methods.sweeps.sweep import SweepRun
 from tests.quant_methods.checkpoints.test_readback import read_back
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 from vllm_ext.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,14 +20,16 @@ from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.omniquant import OmniQuant
-from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms
+from quant_methods.methods.rotation import Rotate, RotatedSource
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.scaling import find_folds
 from quant_methods.methods.smoothquant import SmoothQuant
-from quant_methods.recipe import Recipe, Step
+from quant_methods.recipe import Recipe
+from quant_methods.steps import Step
 from tests.quant_methods.calibration.test_finite import CALIBRATION, STEPS
 from tests.quant_methods.conftest import TOKENIZER_FILES
-from tests.quant_methods.test_engine import divergence, serve
+from tests.quant_methods.serving import serve
+from tests.quant_methods.test_engine import divergence
 
 KINDS: dict[str, tuple[Step, ...]] = STEPS | {
     "omniquant": (OmniQuant(epochs=1), RTN(bits=4, group_size=32)),
@@ -149,11 +151,11 @@ def test_a_rotated_model_is_the_same_function(name: str, tmp_path: Path) -> None
     for key, parameter in model.named_parameters():
         parameter.add_((0.3 if "norm" in key or key.endswith("bias") else 0.03) * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "model")
-    source = RotatedSource(Source(tmp_path / "model"), Rotate(seed=2))
+    source = RotatedSource(Rotate(seed=2), Source(tmp_path / "model"))
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model", tie_word_embeddings=False)
     rotated = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     rotated.load_state_dict({key: source.turned(key) for key in source.entries})
-    check_norms(rotated.model.layers[0], config, source)
+    source.check_block(rotated.model.layers[0], config)
     tokens = torch.randint(8192, (2, 40), generator=torch.Generator().manual_seed(1))
     wanted, found = model.double()(tokens).logits, rotated(tokens).logits
     # Norms compute in float32 in some models.
@@ -190,7 +192,7 @@ def test_a_norms_bias_needs_a_place(other: Path) -> None:
     source = Source(other)
     del source.entries["model.layers.1.mlp.fc1.bias"]
     with pytest.raises(ParetoError, match=r"no model.layers.1.mlp.fc1.bias to take in that of model.layers.1.input_l"):
-        RotatedSource(source, Rotate())
+        RotatedSource(Rotate(), source)
 
 
 def test_what_cannot_be_rotated_is_said_before_any_work(other: Path, text_file: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from kv_cache.errors import ParetoError
 from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.rtn import RTN
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 
 CALIBRATION = Calibration(num_samples=2, length=32)
 W4 = RTN(bits=4, group_size=32)

@@ -1,11 +1,15 @@
 """Recipes: the built-in ones load, and bad ones are refused with the line that says what would be right."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kv_cache.errors import ParetoError
+from quant_methods.compress import compress
+from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, SOURCE_STEPS, STEPS, TRANSFORMS
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.omniquant import OmniQuant
@@ -14,8 +18,18 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.methods.tuning import Tune
-from quant_methods.recipe import BLOCK_STEPS, HANDLERS, STEPS, TRANSFORMS, Calibration
+from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
+from quant_methods.steps import KINDS, PruneStep, Step
+
+HANDLED = {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, *SOURCE_STEPS, *MODEL_STEPS}
+
+
+@dataclass(frozen=True)
+class Halve(PruneStep):
+    """A prune step, of which there is none yet."""
+
+    method = "halve"
 
 
 @pytest.mark.parametrize("name", built_in_recipes())
@@ -23,7 +37,7 @@ def test_built_in_recipes_load_and_describe_themselves(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.description
     assert recipe.name == name
-    assert {type(step) for step in recipe.steps} <= {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate, Tune}
+    assert {type(step) for step in recipe.steps} <= HANDLED
 
 
 def test_gptq_w4_is_there() -> None:
@@ -33,10 +47,13 @@ def test_gptq_w4_is_there() -> None:
 
 
 def test_every_method_has_a_handler() -> None:
-    assert set(STEPS.values()) == {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, Rotate, Tune}
+    assert set(STEPS.values()) == HANDLED
+    assert {kind.kind for kind in HANDLED} <= set(KINDS)
     assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
     assert set(TRANSFORMS) == {AWQ, SmoothQuant}
     assert set(BLOCK_STEPS) == {OmniQuant}
+    assert set(SOURCE_STEPS) == {Rotate}
+    assert set(MODEL_STEPS) == {Tune}
     assert all(STEPS[kind.method] is kind for kind in STEPS.values())
 
 
@@ -104,3 +121,78 @@ def test_unknown_names_list_the_known() -> None:
         load_recipe("gptq-w5")
     with pytest.raises(ParetoError, match=r"recipe missing\.yaml: no such file"):
         load_recipe("missing.yaml")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (),
+        (Rotate(), AWQ(), SmoothQuant(), Halve(), GPTQ(bits=4), RTN(bits=8), Tune()),
+        (AWQ(), Halve(), Tune()),
+        (OmniQuant(), RTN()),
+    ],
+    ids=len,
+)
+def test_steps_of_each_kind_come_in_order(steps: tuple[Step, ...]) -> None:
+    Recipe("r", steps=steps).check()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((GPTQ(), AWQ()), "^recipe r: awq, a transform step, comes before gptq, a round step; the order of steps is "),
+        ((Halve(), AWQ(), GPTQ()), "awq, a transform step, comes before halve, a prune step"),
+        ((GPTQ(), Halve()), "halve, a prune step, comes before gptq, a round step; .* transform, prune, round, whole-"),
+        ((GPTQ(), Rotate()), "rotate comes once, and first"),
+        ((Rotate(), Rotate(), GPTQ()), "rotate comes once, and first"),
+        ((Tune(), GPTQ()), "tune comes once, and last: it works on what the other steps made"),
+        ((GPTQ(), Tune(), Tune()), "tune comes once, and last"),
+    ],
+)
+def test_steps_out_of_place_are_one_clear_line(steps: tuple[Step, ...], message: str) -> None:
+    with pytest.raises(ParetoError, match=message):
+        Recipe("r", steps=steps).check()
+    with pytest.raises(ParetoError, match=message):
+        compress("ref-7m", Recipe("r", steps=steps), "/nowhere")
+
+
+def test_yaml_with_steps_out_of_place_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("steps: [{method: gptq}, {method: awq}]")
+    with pytest.raises(ParetoError, match="awq, a transform step, comes before gptq"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.0}, "sparsity: 0.0 is not between 0 and 1"),
+        ({"sparsity": 50.0}, "sparsity: 50.0 is not between 0 and 1; it is a fraction, and 0.5 is usual"),
+        ({"pattern": "2of4"}, "pattern: '2of4' is neither 'any' nor N:M with N below M, such as '2:4'"),
+        ({"pattern": "4:4"}, "neither 'any' nor N:M with N below M"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "2:4 makes 0.5 of the weights zero, and sparsity is 0.6"),
+    ],
+)
+def test_prune_steps_check_their_settings(settings: dict[str, Any], message: str) -> None:
+    Halve().check()
+    Halve(sparsity=0.5, pattern="2:4").check()
+    Halve(sparsity=0.667, pattern="1:3").check()
+    with pytest.raises(ParetoError, match=message):
+        Halve(**settings).check()
+
+
+def test_what_cannot_be_pruned_is_refused_before_any_work(tmp_path: Path) -> None:
+    for steps, message in (
+        (
+            (Halve(), SqueezeLLM()),
+            "squeezellm rounds to tables, which need not hold a zero, so that halve",
+        ),
+        (
+            (Halve(), GPTQ()),
+            "halve prunes weights, and no checkpoint format here holds the places of",
+        ),
+        ((Halve(),), "halve prunes weights, and no checkpoint format"),
+    ):
+        with pytest.raises(ParetoError, match=message):
+            compress("ref-7m", Recipe("r", steps=steps), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -11,13 +11,14 @@ pytest.importorskip("vllm")
 from vllm import logger as vllm_logger
 from vllm.config import VllmConfig, set_current_vllm_config
 
-from quant_methods.formats.native_format import Form
+from quant_methods.formats.flat_form import flat_form
+from quant_methods.formats.form import Form
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 from tests.kv_cache.cuda.emulator import EmulatedKernel
 from tests.quant_methods.random_layers import random_layer
-from vllm_ext import bulk
+from vllm_ext import bulk, served_linear
 from vllm_ext.served_linear import serve
 
 
@@ -35,7 +36,7 @@ class Lines(logging.Handler):
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What loading layers on a CUDA device says; codes on the CPU count as codes there."""
-    monkeypatch.setattr(bulk, "on_cuda", lambda linear: True)
+    monkeypatch.setattr(served_linear, "device_of", lambda linear: torch.device("cuda"))
     monkeypatch.setattr(low_bit_matrix, "load_kernel", EmulatedKernel)
     monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (3, 227 << 10, True))
     monkeypatch.setattr(low_bit_cuda.LowBitCUDA, "prepare", lambda self: None)
@@ -56,7 +57,7 @@ def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
     found = []
     for index in range(layers):
         linear = random_layer(form, 64 + 32 * index, 128, index)
-        found += [served.bulk.linear for served in serve([linear], [form], torch.bfloat16)]
+        found += [served.bulk.linear for served in serve([linear], [form.activations], torch.bfloat16)]
     return found
 
 
@@ -64,14 +65,18 @@ def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
     ("form", "what", "instead"),
     [
         (
-            Form(8, 64, symmetric=False),
+            flat_form(8, 64, symmetric=False),
             "8-bit weights with zero-points have no CUDA kernel",
             "compress with --symmetric",
         ),
-        (Form(8, symmetric=False, activations="int8"), "8-bit weights with zero-points have no", "with --symmetric"),
-        (Form(5, table=True), "5-bit look-up weights have no CUDA kernel", "tables of 3 or 4 bits"),
-        (Form(7, table=True), "7-bit look-up weights have no CUDA kernel", "round to a grid"),
-        (Form(3, 16), "3-bit weights of this layout have no CUDA kernel", "in groups of 32, 64 or 128 channels"),
+        (
+            flat_form(8, symmetric=False, activations="int8"),
+            "8-bit weights with zero-points have no",
+            "with --symmetric",
+        ),
+        (flat_form(5, table=True), "5-bit look-up weights have no CUDA kernel", "tables of 3 or 4 bits"),
+        (flat_form(7, table=True), "7-bit look-up weights have no CUDA kernel", "round to a grid"),
+        (flat_form(3, 16), "3-bit weights of this layout have no CUDA kernel", "in groups of 32, 64 or 128 channels"),
     ],
     ids=str,
 )
@@ -85,7 +90,9 @@ def test_what_no_kernel_takes_is_said_once(log: list[str], form: Form, what: str
 
 
 @pytest.mark.parametrize(
-    "form", [Form(2, table=True), Form(3, table=True), Form(4, table=True), Form(6, 64, symmetric=False)], ids=str
+    "form",
+    [flat_form(2, table=True), flat_form(3, table=True), flat_form(4, table=True), flat_form(6, 64, symmetric=False)],
+    ids=str,
 )
 def test_of_what_a_kernel_takes_nothing_is_said(log: list[str], form: Form) -> None:
     assert all(isinstance(layer, LowBitCUDA) for layer in load(form))

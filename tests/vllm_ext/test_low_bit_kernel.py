@@ -14,7 +14,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedColumn
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from quant_methods.formats.native_format import pack_codes
+from quant_methods.formats.parts.planes import pack_codes
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from tests.kv_cache.cuda.emulator import EmulatedKernel
 from vllm_ext import low_bit_kernel, plugin

@@ -14,27 +14,31 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.flat_form import flat_form
+from quant_methods.formats.form import ACTIVATION_BITS, Form
 from quant_methods.formats.grid import round_tokens
-from quant_methods.formats.native_format import ACTIVATION_BITS, Form, NativeConfig, local_tensors, pack
+from quant_methods.formats.native_format import NativeConfig, local_tensors, pack
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.part import Draw
+from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.quantized import QuantizedLinear
 from tests.quant_methods.random_layers import random_layer
 from vllm_ext import plugin
-from vllm_ext.dummy_weights import random_linear
 from vllm_ext.weights_config import ParetoConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 FORMS = [
-    Form(2, 32, symmetric=False),
-    Form(3, 32, symmetric=False, columns=3, rank=2),
-    Form(3, 64, activations="int6"),
-    Form(4, 32, sparse=True, columns=2, column_bits=8),
-    Form(4, table=True, sparse=True, columns=3),
-    Form(5, 32, symmetric=False),
-    Form(6, 64, activations="int8", columns=2),
-    Form(7, table=True, activations="int6", columns=2),
-    Form(8, -1, activations="int8"),
-    Form(8, -1, activations="int8", columns=4, rank=1),
-    Form(8, -1, symmetric=False, sparse=True),
+    flat_form(2, 32, symmetric=False),
+    flat_form(3, 32, symmetric=False, columns=3, rank=2),
+    flat_form(3, 64, activations="int6"),
+    flat_form(4, 32, sparse=True, columns=2, column_bits=8),
+    flat_form(4, table=True, sparse=True, columns=3),
+    flat_form(5, 32, symmetric=False),
+    flat_form(6, 64, activations="int8", columns=2),
+    flat_form(7, table=True, activations="int6", columns=2),
+    flat_form(8, -1, activations="int8"),
+    flat_form(8, -1, activations="int8", columns=4, rank=1),
+    flat_form(8, -1, symmetric=False, sparse=True),
 ]
 
 
@@ -63,8 +67,8 @@ def config_of(forms: dict[str, Form]) -> ParetoConfig:
     return config
 
 
-def load(layer: torch.nn.Module, shard: Any, linear: QuantizedLinear, form: Form) -> None:
-    for local, tensor in local_tensors("a", pack("a", linear, form.bits, form.symmetric)).items():
+def load(layer: torch.nn.Module, shard: Any, linear: QuantizedLinear) -> None:
+    for local, tensor in local_tensors("a", pack("a", linear)).items():
         parameter = getattr(layer, local)
         assert parameter.dtype == tensor.dtype, local
         parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
@@ -80,13 +84,13 @@ def finished(layer: torch.nn.Module) -> torch.nn.Module:
 
 def expected(linear: QuantizedLinear, form: Form, x: torch.Tensor) -> torch.Tensor:
     """Return what the format says that a layer computes, in float64."""
-    bits = ACTIVATION_BITS[form.activations]
-    bulk, x = linear.bulk().double(), x.double()
+    bits, apart = ACTIVATION_BITS[form.activations], linear.apart()
+    bulk, x = linear.read_bulk().double(), x.double()
     if bits is None:
         return x @ linear.read().double().T
     rounded = x.clone()
-    if linear.columns is not None:
-        rounded[:, linear.columns.index.long()] = 0
+    if apart is not None:
+        rounded[:, apart] = 0
     return round_tokens(rounded, bits) @ bulk.T + x @ (linear.read().double() - bulk).T
 
 
@@ -111,7 +115,7 @@ def test_merged_column_parallel(form: Form, ranks: int, monkeypatch: pytest.Monk
                 128, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
             )
             for shard, part in enumerate(parts):
-                load(layer, shard, part, form)
+                load(layer, shard, part)
             y = finished(layer).quant_method.apply(layer, x)
             assert close(y, torch.cat([part[rank] for part in whole], 1))
 
@@ -130,7 +134,7 @@ def test_row_parallel(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = vllm_linear.RowParallelLinear(
             256, 64, bias=False, quant_config=config_of({"down": form}), prefix="down"
         )
-        load(layer, None, linear, form)
+        load(layer, None, linear)
         here = x[:, 128 * rank : 128 * (rank + 1)].contiguous()
         total += finished(layer).quant_method.apply(layer, here).double()
         wanted += expected(cut(linear, (0, 64), (128 * rank, 128 * (rank + 1))), form, here)
@@ -142,7 +146,7 @@ def test_row_parallel(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_attention_heads(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four query heads on two key heads, with a bias; on four ranks two share each key head."""
-    form = Form(3, 32, symmetric=False, columns=2, sparse=True)
+    form = flat_form(3, 32, symmetric=False, columns=2, sparse=True)
     sizes = {"q": 128, "k": 64, "v": 64}
     parts = {shard: random_layer(form, rows, 64, seed) for seed, (shard, rows) in enumerate(sizes.items())}
     biases = {shard: torch.randn(rows, dtype=torch.bfloat16) for shard, rows in sizes.items()}
@@ -152,7 +156,7 @@ def test_attention_heads(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
         on_rank(monkeypatch, rank, ranks)
         layer = vllm_linear.QKVParallelLinear(64, 32, 4, 2, bias=True, quant_config=config, prefix="attn.qkv_proj")
         for shard, part in parts.items():
-            load(layer, shard, part, form)
+            load(layer, shard, part)
             layer.bias.weight_loader(layer.bias, biases[shard], shard)
         y = finished(layer).quant_method.apply(layer, x, layer.bias)
         key = rank * 2 // ranks if ranks > 1 else 0
@@ -164,13 +168,13 @@ def test_attention_heads(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_merged_layers_may_be_stored_differently() -> None:
-    forms = {"mlp.gate_proj": Form(3, 32, rank=2), "mlp.up_proj": Form(6, 64, symmetric=False, columns=2)}
+    forms = {"mlp.gate_proj": flat_form(3, 32, rank=2), "mlp.up_proj": flat_form(6, 64, symmetric=False, columns=2)}
     parts = [random_layer(form, 64, 128, seed) for seed, form in enumerate(forms.values())]
     layer = vllm_linear.MergedColumnParallelLinear(
         128, [64, 64], bias=False, quant_config=config_of(forms), prefix="mlp.gate_up_proj"
     )
-    for shard, (part, form) in enumerate(zip(parts, forms.values(), strict=True)):
-        for local, tensor in local_tensors("a", pack("a", part, form.bits, form.symmetric)).items():
+    for shard, part in enumerate(parts):
+        for local, tensor in local_tensors("a", pack("a", part)).items():
             getattr(layer, local).weight_loader(getattr(layer, local), tensor, shard)
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     wanted = [expected(part, form, x) for part, form in zip(parts, forms.values(), strict=True)]
@@ -178,7 +182,7 @@ def test_merged_layers_may_be_stored_differently() -> None:
 
 
 def test_layers_merged_on_disk_are_cut_like_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = Form(4, 32, symmetric=False, rank=1)
+    form = flat_form(4, 32, symmetric=False, rank=1)
     whole = random_layer(form, 256, 64)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     wanted = expected(whole, form, x)
@@ -186,7 +190,7 @@ def test_layers_merged_on_disk_are_cut_like_their_parts(monkeypatch: pytest.Monk
         on_rank(monkeypatch, rank, 2)
         config = config_of({"attn.qkv_proj": form})
         layer = vllm_linear.QKVParallelLinear(64, 32, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj")
-        load(layer, None, whole, form)
+        load(layer, None, whole)
         y = finished(layer).quant_method.apply(layer, x)
         at = [*range(64 * rank, 64 * rank + 64), *range(128 + 32 * rank, 160 + 32 * rank)]
         at += range(192 + 32 * rank, 224 + 32 * rank)
@@ -194,13 +198,13 @@ def test_layers_merged_on_disk_are_cut_like_their_parts(monkeypatch: pytest.Monk
 
 
 def test_what_is_missing_or_cut_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    form = Form(3, 128, rank=1)
+    form = flat_form(3, 128, rank=1)
     on_rank(monkeypatch, 0, 4)
     layer = vllm_linear.RowParallelLinear(256, 64, bias=False, quant_config=config_of({"down": form}), prefix="down")
     with pytest.raises(ParetoError, match=r"the checkpoint lacks down\.low_rank_down"):
         finished(layer)
     layer = vllm_linear.RowParallelLinear(256, 64, bias=False, quant_config=config_of({"down": form}), prefix="down")
-    load(layer, None, random_layer(form, 64, 256), form)
+    load(layer, None, random_layer(form, 64, 256))
     with pytest.raises(ParetoError, match="inside its groups of 128; use fewer ranks"):
         finished(layer)
     with pytest.raises(ParetoError, match=r"mlp\.up_proj is quantized and mlp\.gate_proj is not"):
@@ -210,9 +214,11 @@ def test_what_is_missing_or_cut_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_not_in_the_config_stays_as_it_is() -> None:
-    layer = vllm_linear.RowParallelLinear(64, 64, bias=False, quant_config=config_of({"x": Form(3)}), prefix="down")
+    layer = vllm_linear.RowParallelLinear(
+        64, 64, bias=False, quant_config=config_of({"x": flat_form(3)}), prefix="down"
+    )
     assert isinstance(layer.quant_method, vllm_linear.UnquantizedLinearMethod)
-    assert config_of({"x": Form(3)}).get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
+    assert config_of({"x": flat_form(3)}).get_quant_method(torch.nn.Embedding(2, 2), "lm_head") is None
 
 
 def test_the_plugin_registers_the_format_and_doing_so_twice_changes_nothing() -> None:
@@ -229,7 +235,7 @@ def test_it_compiles_without_a_break(form: Form) -> None:
     """One graph, the same numbers; the sparse part is an operator that the compiler does not look into."""
     linear = random_layer(form, 64, 128)
     layer = vllm_linear.ReplicatedLinear(128, 64, bias=False, quant_config=config_of({"a": form}), prefix="a")
-    load(layer, None, linear, form)
+    load(layer, None, linear)
     finished(layer)
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: layer.quant_method.apply(layer, x), backend="eager", fullgraph=True)
@@ -252,10 +258,10 @@ def test_random_weights_of_a_shape(form: Form) -> None:
 
 def test_dummy_channels_are_those_of_the_layer_whatever_the_default_dtype() -> None:
     """bfloat16, PyTorch's default while an engine loads, has not all integers above 256."""
-    layer = random_linear(Form(4, columns=41, sparse=True), 3, 4096, torch.bfloat16, torch.device("cpu"))
-    assert layer.columns is not None
-    assert layer.sparse is not None
-    for index in (layer.columns.index, layer.sparse.columns[: layer.sparse.starts[1]]):
+    draw = Draw(1e-3, torch.bfloat16, torch.device("cpu"))
+    layer = flat_form(4, columns=41, sparse=True).random(3, 4096, draw)
+    columns, sparse = layer.part(Columns), layer.part(Sparse)
+    for index in (columns.index, sparse.columns[: sparse.starts[1]]):
         assert index.min() >= 0
         assert index.max() < 4096
         assert (index.diff() > 0).all()

@@ -95,7 +95,9 @@ def test_a_failing_command_names_its_log(tmp_path, monkeypatch):
 
 
 @pytest.mark.engine
-def test_the_whole_chain_on_the_embedded_model(tmp_path):
+def test_the_whole_chain_on_the_embedded_model(tmp_path, monkeypatch):
+    # The evaluation's engines in its own process, so that vLLM is imported once; the smoke study's are apart.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     size = Size(
         kv_cache_dtypes=("int4_per_head",),
         compress=None,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.lab import make_shape
+from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.native_format import NativeConfig
 
 SHAPE = Path(__file__).parents[3] / "bench" / "shapes" / "mistral-7b"
@@ -32,15 +33,15 @@ def test_the_format_of_ours_where_it_is_needed_or_wanted(tmp_path: Path) -> None
     for words, bits in ((("gptq-w3",), 3), (("gptq-w4", "--native"), 4)):
         forms = NativeConfig.parse(written(tmp_path, *words)).forms
         assert len(forms) == LAYERS
-        assert {(form.bits, form.group_size, form.symmetric) for form in forms.values()} == {(bits, 128, False)}
+        assert set(forms.values()) == {flat_form(bits, 128, symmetric=False)}
 
 
 def test_outlier_channels_by_the_width_of_each_layer(tmp_path: Path) -> None:
     forms = NativeConfig.parse(written(tmp_path, "gptq-w4", "--outliers", "0.01")).forms
-    assert forms["model.layers.3.mlp.up_proj"].columns == 41
-    assert forms["model.layers.3.mlp.down_proj"].columns == 143
+    assert forms["model.layers.3.mlp.up_proj"] == flat_form(4, 128, symmetric=False, columns=41)
+    assert forms["model.layers.3.mlp.down_proj"] == flat_form(4, 128, symmetric=False, columns=143)
     table = NativeConfig.parse(written(tmp_path, "squeezellm-w3")).forms["model.layers.0.mlp.up_proj"]
-    assert (table.table, table.sparse, table.group_size) == (True, True, -1)
+    assert table == flat_form(3, table=True, sparse=True)
 
 
 def test_what_rounds_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

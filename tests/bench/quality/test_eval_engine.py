@@ -1,5 +1,6 @@
-"""The evaluation against a plain forward pass, and against damage: one engine, ref-7m."""
+"""The evaluation against a plain forward pass, and against damage: ref-7m."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from bench.quality.evaluate import measure_windows
 from bench.quality.needle import is_correct, make_trials
 from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import resolve_model
+from tests.end_to_end.engines import in_this_process
 
 pytestmark = pytest.mark.engine
 LENGTH = 400
@@ -23,22 +25,44 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def llm(model):
+def settings(model):
+    """Settings of engines in this process: all have one extension of workers, which vLLM mixes into their class."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         patch.syspath_prepend(str(Path(__file__).parent))
-        settings = engine.EngineSettings(
+        yield engine.EngineSettings(
             str(model), max_model_len=2048, kv_cache_memory_bytes=256 << 20,
             worker_extension="damage_extension.DamagingTap",
         )  # fmt: skip
-        with engine.running(settings) as running:
-            yield running, settings
+
+
+@pytest.fixture(scope="module")
+def llm(settings):
+    with in_this_process(), engine.running(settings) as running:
+        yield running, settings
 
 
 @pytest.fixture(scope="module")
 def tokens(model):
     ids = load_tokenizer(model)(DESCRIPTION)["input_ids"]
     return (ids * (LENGTH // len(ids) + 1))[:LENGTH]
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_windows_that_advance_together_have_the_figures_of_windows_alone(settings, tokens, chunk):
+    """A chunk a step for three windows at once, in an engine set up as the plan does.
+
+    It comes before the tests of the other engine: only one can be in this process.
+    """
+    windows = [tokens[:120], tokens[50:130], tokens[200:230]]
+    together_too = replace(
+        settings, dtype="float32", max_num_batched_tokens=4 * chunk, extra={"long_prefill_token_threshold": chunk}
+    )
+    with in_this_process(), engine.running(together_too) as llm:
+        together = measure_windows(llm, [(window, None, None) for window in windows], chunk)
+        for window, figures in zip(windows, together, strict=True):
+            (alone,) = measure_windows(llm, [(window, None, None)], chunk)
+            assert figures["max_chunk"] == alone["max_chunk"] == chunk
+            np.testing.assert_allclose(figures["nll"], alone["nll"], atol=1e-3)
 
 
 def test_likelihoods_agree_with_transformers_in_float32(llm, model, tokens):
@@ -95,19 +119,3 @@ def test_the_embedded_model_finds_needles(llm, model):
         use_tqdm=False,
     )
     assert sum(is_correct(t, o.outputs[0].text) for t, o in zip(trials, outputs, strict=True)) >= 5
-
-
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_windows_that_advance_together_have_the_figures_of_windows_alone(model, tokens, chunk):
-    """A chunk a step for three windows at once, in an engine set up as the plan does."""
-    windows = [tokens[:120], tokens[50:130], tokens[200:230]]
-    settings = engine.EngineSettings(
-        str(model), dtype="float32", max_model_len=2048, kv_cache_memory_bytes=256 << 20, max_num_seqs=4,
-        max_num_batched_tokens=4 * chunk, extra={"long_prefill_token_threshold": chunk},
-    )  # fmt: skip
-    with engine.running(settings) as llm:
-        together = measure_windows(llm, [(window, None, None) for window in windows], chunk)
-        for window, figures in zip(windows, together, strict=True):
-            (alone,) = measure_windows(llm, [(window, None, None)], chunk)
-            assert figures["max_chunk"] == alone["max_chunk"] == chunk
-            np.testing.assert_allclose(figures["nll"], alone["nll"], atol=1e-3)

@@ -14,6 +14,7 @@ from kv_cache.errors import ParetoError
 from tests.end_to_end.engines import REF_7M
 
 lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("definitions_read_once")
 PAGE = 16
 STORIES = [
     {"document_id": "a", "question": "Who came?", "answers": ["a king", "The old king"]},
@@ -77,26 +78,6 @@ FILES = {
 OWN = [
     "narrativeqa_summary", "xstest_safe", "xstest_unsafe", "harmbench", "advbench", "free_alpaca", "free_dolly",
 ]  # fmt: skip
-
-
-KNOWN = {}
-
-
-@pytest.fixture(autouse=True)
-def _read_once(monkeypatch):
-    """lm-eval takes seconds to read its definitions, the same for every test."""
-    from lm_eval.tasks import manager
-
-    read = manager.TaskIndex.build
-
-    def build(paths, **settings):
-        key = tuple(paths)
-        if not any(path.name == "own" for path in key):
-            return read(paths, **settings)
-        KNOWN[key] = KNOWN.get(key) or read(paths, **settings)
-        return dict(KNOWN[key])
-
-    monkeypatch.setattr(manager.TaskIndex, "build", staticmethod(build))
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ QUESTIONS = {
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def asked(tmp_path_factory, definitions_read_once):
     """Scores of tasks by name, and the log-likelihoods that a made-up model gave."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
@@ -262,7 +262,7 @@ def test_questions_name_their_document(asked):
     assert rows(asked["boolq"], asked["boolq"], {})["boolq", "acc"].value.n == 3
 
 
-def test_every_name_of_documents_is_one_of_lm_evals():
+def test_every_name_of_documents_is_one_of_lm_evals(definitions_read_once):
     """A mapping that fits no task, because lm-eval renamed it, would silently count questions."""
     lm_eval = pytest.importorskip("lm_eval.tasks")
     known = lm_eval.TaskManager().task_index

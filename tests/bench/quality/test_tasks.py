@@ -14,6 +14,7 @@ from kv_cache.errors import ParetoError
 from tests.end_to_end.engines import REF_7M, engine
 
 lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("definitions_read_once")
 WORDS = ["the", "house", "and", "a", "river", "that", "went", "by", "it", "in", "some", "old", "year", "no", "one"]
 
 

@@ -65,13 +65,14 @@ def test_layers_share_position_tables():
     assert first.positions is second.positions
 
 
-@pytest.mark.parametrize("capability", SHARED, ids=str)
-@pytest.mark.parametrize(
-    ("name", "dim", "rows"),
-    [(name, 128, 4) for name in NAMES]
-    + [("int4_per_head", dim, 4) for dim in (64, 80, 96, 256)]
-    + [("int4_per_head", 128, rows) for rows in (16, 32)],
-)
+# Formats that have a name for every device, other widths for both ways of copying, and the rest for a device each.
+COMPILED = [(name, 128, 4, capability) for name in FORMATS for capability in SHARED]
+COMPILED += [(name, 128, 4, capability) for name in MIXED for capability in ((8, 0), (9, 0))]
+SIZES = [(64, 4), (80, 4), (96, 4), (256, 4), (128, 16), (128, 32)]
+COMPILED += [("int4_per_head", *size, capability) for size, capability in zip(SIZES, 2 * list(SHARED), strict=False)]
+
+
+@pytest.mark.parametrize(("name", "dim", "rows", "capability"), COMPILED, ids=str)
 def test_kernels_compile(name, dim, rows, capability, monkeypatch):
     """As the host asks for them, so the host's structures of parameters have the kernels' size too."""
     compiled = []

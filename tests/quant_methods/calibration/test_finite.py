@@ -15,7 +15,8 @@ from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.squeezellm import SqueezeLLM
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 
 CALIBRATION = Calibration(num_samples=4, length=32)
 R = RTN(bits=4, group_size=32)

@@ -13,7 +13,8 @@ from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.squeezellm import SqueezeLLM
-from quant_methods.recipe import Calibration, Recipe, WeightStep
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import RoundStep
 
 STEPS = {
     "tables": SqueezeLLM(bits=4, sparse=0.01),
@@ -26,11 +27,11 @@ STEPS = {
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_the_stored_model_is_near_the_original(
-    tiny_model: Path, text_file: Path, tmp_path: Path, step: WeightStep
+    tiny_model: Path, text_file: Path, tmp_path: Path, step: RoundStep
 ) -> None:
     recipe = Recipe("test", steps=(step,), calibration=Calibration(num_samples=6, length=32), kv_scales=False)
     report = compress(tiny_model, recipe, tmp_path / "out", text=text_file)
-    plain: WeightStep = GPTQ(bits=step.bits, group_size=64)
+    plain: RoundStep = GPTQ(bits=step.bits, group_size=64)
     if not isinstance(step, SqueezeLLM):
         plain = dataclasses.replace(step, outliers=0.0, rank=0)
     assert report.serving.plugin

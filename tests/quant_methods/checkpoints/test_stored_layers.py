@@ -17,6 +17,7 @@ from quant_methods.checkpoints.checkpoint import unpack_linear
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.formats.grid import Grid, round_static
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.methods.rtn import RTN
 from quant_methods.model_source import resolve_model
 from quant_methods.recipe import Recipe
@@ -148,7 +149,8 @@ def test_compressed_tensors_of_both_packings(bits: int) -> None:
     }
     for name, (weight, zero) in packings.items():
         tensors = {"a.weight_packed": weight, "a.weight_zero_point": zero, "a.weight_scale": torch.ones(128, 5)}
-        layer = unpack_linear("a", tensors | {"a.weight_shape": torch.tensor(codes.shape)}, Grid(bits, 32, False))
+        tensors["a.weight_shape"] = torch.tensor(codes.shape)
+        layer = unpack_linear("a", tensors, Grid(bits, 32, False)).part(GridCodes)
         assert torch.equal(layer.codes, codes), name
         assert torch.equal(layer.zero_point, zeros), name
 

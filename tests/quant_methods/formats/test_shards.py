@@ -1,19 +1,22 @@
 """What ranks hold of a layer adds up to the layer, and layers merged are the layers."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.native_format import Form
-from quant_methods.formats.quantized import Columns
+from quant_methods.formats.flat_form import flat_form
+from quant_methods.formats.form import Form
+from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.shards import cut, share, stack
 from tests.quant_methods.random_layers import random_layer
 
 FORMS = [
-    Form(3, 32, symmetric=False, columns=5, sparse=True, rank=3),
-    Form(4, -1, columns=4, column_bits=8),
-    Form(3, table=True, sparse=True, rank=2),
-    Form(6, 64, columns=1),
+    flat_form(3, 32, symmetric=False, columns=5, sparse=True, rank=3),
+    flat_form(4, -1, columns=4, column_bits=8),
+    flat_form(3, table=True, sparse=True, rank=2),
+    flat_form(6, 64, columns=1),
 ]
 
 
@@ -37,7 +40,7 @@ def test_a_part_in_the_middle() -> None:
 
 def test_groups_are_not_cut() -> None:
     with pytest.raises(ParetoError, match="256 input channels inside its groups of 64"):
-        cut(random_layer(Form(4, 64), 8, 256), (0, 8), (0, 96))
+        cut(random_layer(flat_form(4, 64), 8, 256), (0, 8), (0, 96))
 
 
 def test_who_shares() -> None:
@@ -56,18 +59,15 @@ def test_merged_layers_are_the_layers(form: Form) -> None:
 
 
 def test_merged_layers_keep_equal_columns_exactly() -> None:
-    layers = [random_layer(Form(4, -1, columns=4, column_bits=8), 16, 64, seed) for seed in range(2)]
-    assert layers[0].columns is not None
-    for layer in layers:
-        assert layer.columns is not None
-        layer.columns = Columns(layers[0].columns.index, layer.columns.weight, layer.columns.scale)
+    layers = [random_layer(flat_form(4, -1, columns=4, column_bits=8), 16, 64, seed) for seed in range(2)]
+    index = layers[0].part(Columns).index
+    layers = [layer.having(dataclasses.replace(layer.part(Columns), index=index)) for layer in layers]
     merged = stack(layers)
-    assert merged.columns is not None
-    assert merged.columns.weight.dtype == torch.int8
+    assert merged.part(Columns).weight.dtype == torch.int8
     assert torch.equal(merged.read(), torch.cat([layer.read() for layer in layers]))
 
 
 def test_parts_that_only_some_have() -> None:
-    forms = [Form(3, 32, columns=3), Form(3, 32, sparse=True), Form(3, 32, rank=2), Form(3, 32)]
+    forms = [flat_form(3, 32, columns=3), flat_form(3, 32, sparse=True), flat_form(3, 32, rank=2), flat_form(3, 32)]
     layers = [random_layer(form, 16, 64, seed) for seed, form in enumerate(forms)]
     assert torch.allclose(stack(layers).read(), torch.cat([layer.read() for layer in layers]), atol=2e-3)

@@ -13,7 +13,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from quant_methods.formats.quantized import LowRank, Sparse
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.kernels.beside import FUSED_TOKENS, Beside, add_beside, add_beside_in_torch, add_to_weight_in_torch
 from tests.triton_interpreter import run_interpreted
 
@@ -50,13 +52,14 @@ def apart(*shape, dtype, device):
 def make(out, width, kept, rank, sparse, dtype, device):
     """Return what lies beside a bulk, and its weight in float64."""
     weight = torch.zeros(out, width, dtype=torch.float64)
-    index = columns = low_rank = singles = None
+    parts = []
     if kept:
         index = torch.randperm(width)[:kept].sort().values.int()
         columns = torch.randn(out, kept).to(dtype)
         weight[:, index.long()] += columns.double()
+        parts.append(Columns(index, columns))
     if rank:
-        low_rank = LowRank(torch.randn(out, rank).to(dtype), (torch.randn(rank, width) / 2).to(dtype))
+        parts.append(LowRank(torch.randn(out, rank).to(dtype), (torch.randn(rank, width) / 2).to(dtype)))
     if sparse:
         # Rows without any, rows with a few, a row with all, and none at the end.
         chosen = torch.rand(out, width) < torch.rand(out, 1) ** 4
@@ -65,8 +68,8 @@ def make(out, width, kept, rank, sparse, dtype, device):
         dense = torch.where(chosen, torch.randn(out, width), 0).to(dtype)
         weight += dense.double()
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
-        singles = Sparse(starts, chosen.nonzero()[:, 1].int(), dense[chosen])
-    return Beside(index, columns, low_rank, singles, dtype).to(device), weight.to(device)
+        parts.append(Sparse(starts, chosen.nonzero()[:, 1].int(), dense[chosen]))
+    return Beside(parts, dtype).to(device), weight.to(device)
 
 
 def expected(beside, weight, y, x):

@@ -5,7 +5,8 @@ import torch
 
 from kv_cache.cuda.runtime import nvrtc
 from kv_cache.errors import ParetoError
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
@@ -53,14 +54,14 @@ def random_layer(bits, rows, channels, group_size, dtype, device, table=False, s
     codes = torch.randint(low, low + (1 << bits), (rows, channels), generator=generator, dtype=torch.int8)
     scale = (torch.rand(rows, groups, generator=generator) + 0.5).to(dtype)
     zero = torch.randint(low, low + (1 << bits), (rows, groups), generator=generator, dtype=torch.int8)
-    values = torch.randn(rows, 1 << bits, generator=generator).to(dtype) if table else None
-    parts = (part if part is None else part.to(device) for part in (codes, scale, zero, values))
-    return QuantizedLinear(*parts)
+    if table:
+        return TableCodes(codes, torch.randn(rows, 1 << bits, generator=generator).to(dtype)).to(device)
+    return GridCodes(codes, scale, zero, bits).to(device)
 
 
 def check(bits, rows, channels, group_size, columns, dtype, device, table=False):
     layer = random_layer(bits, rows, channels, group_size, dtype, device, table)
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, dtype, bits)
+    matrix = LowBitCUDA(layer, dtype)
     # Rows of the activations lie apart, and what is between them is poison.
     storage = torch.full((columns, channels + 8), torch.nan, dtype=dtype, device=device)
     x = storage[:, :channels]
@@ -97,7 +98,7 @@ ARRANGEMENTS = [
 
 def check_arrangement(bits, rows, channels, columns, arrangement, device, table=False):
     layer = random_layer(bits, rows, channels, -1, torch.bfloat16, device, table)
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, torch.bfloat16, bits).matrix()
+    matrix = LowBitCUDA(layer, torch.bfloat16).matrix()
     # Neither rows of the activations nor of the results are aligned with what is around them, which is poison.
     x = torch.full((columns, channels + 1), torch.nan, dtype=torch.bfloat16, device=device)[:, 1:]
     x.copy_(torch.randn(columns, channels, generator=torch.Generator().manual_seed(1)))
@@ -133,7 +134,7 @@ def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypa
             chosen = low_bit_matrix._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
             assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
     layer = random_layer(3, 32, 128, 128, torch.bfloat16, CPU)
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3).matrix()
+    matrix = LowBitCUDA(layer, torch.bfloat16).matrix()
     macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
     assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_matrix.FOLDER)
 
@@ -149,7 +150,7 @@ def test_products(shape):
 
 def check_with_beside(tokens, kept, rank, sparse, device, table=False, rows=70, channels=256):
     layer = random_layer(4, rows, channels, -1, torch.bfloat16, device, table)
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, layer.table, torch.bfloat16, 4)
+    matrix = LowBitCUDA(layer, torch.bfloat16)
     beside, added = make_beside(rows, channels, kept, rank, sparse, torch.bfloat16, device)
     x = apart(tokens, channels, dtype=torch.bfloat16, device=device)
     found = matrix.apply(x, beside).double()
@@ -191,7 +192,7 @@ def test_a_graph_replays_products_that_overlap(parts):
     device, size = torch.device("cuda", 0), 2048
     layer = random_layer(4, size, size, -1, torch.bfloat16, device)
     layer.scale /= 256
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 4)
+    matrix = LowBitCUDA(layer, torch.bfloat16)
     beside, _ = make_beside(size, size, *parts, torch.bfloat16, device)
     for tokens in (1, 8, 32, 64):
         x = torch.randn(tokens, size, device=device, dtype=torch.bfloat16)
@@ -219,7 +220,7 @@ def test_tables(bits, columns):
 def test_a_graph_replays_with_other_activations():
     device = torch.device("cuda", 0)
     layer = random_layer(3, 512, 1024, 128, torch.bfloat16, device)
-    matrix = LowBitCUDA(layer.codes, layer.scale, layer.zero_point, None, torch.bfloat16, 3)
+    matrix = LowBitCUDA(layer, torch.bfloat16)
     x = torch.randn(4, 1024, device=device, dtype=torch.bfloat16)
     matrix.apply(x)
     graph = torch.cuda.CUDAGraph()
@@ -251,17 +252,16 @@ def test_every_code_has_its_place(bits):
 def test_what_the_kernel_does_not_serve_is_refused(bits, channels, groups, dtype, table, emulated):
     codes = torch.zeros(16, channels, dtype=torch.int8)
     scale = torch.ones(16, groups)
+    part = TableCodes(codes, torch.zeros(16, 1 << bits)) if table else GridCodes(codes, scale, scale, bits)
     with pytest.raises(ParetoError, match="low-bit kernel serves"):
-        LowBitCUDA(codes, scale, scale, torch.zeros(16, 1 << bits) if table else None, dtype, bits)
+        LowBitCUDA(part, dtype)
 
 
 def test_what_the_kernel_does_not_serve_runs_in_pytorch(emulated):
     layer = random_layer(5, 16, 96, -1, torch.bfloat16, emulated, table=True)
-    parts = layer.codes, layer.scale, layer.zero_point, layer.table
-    assert isinstance(low_bit_module(*parts, torch.bfloat16, 5), LowBitLinear)
+    assert isinstance(low_bit_module(layer, torch.bfloat16), LowBitLinear)
     layer = random_layer(3, 16, 96, 32, torch.bfloat16, emulated)
-    parts = layer.codes, layer.scale, layer.zero_point, layer.table
-    assert isinstance(low_bit_module(*parts, torch.bfloat16, 3), LowBitCUDA)
+    assert isinstance(low_bit_module(layer, torch.bfloat16), LowBitCUDA)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -278,7 +278,7 @@ def test_tables_of_2_bits_do_on_a_device(dtype):
 
 def check_table_of_2_bits(dtype, device):
     layer = random_layer(2, 40, 256, -1, dtype, device, table=True)
-    module = low_bit_module(layer.codes, layer.scale, layer.zero_point, layer.table, dtype, 2)
+    module = low_bit_module(layer, dtype)
     assert isinstance(module, LowBitCUDA)
     assert torch.equal(module.weight(), layer.read().to(dtype))
     x = torch.randn(3, 256, dtype=dtype, device=device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kv_cache.cuda.runtime import launch, nvrtc
-from quant_methods.formats.quantized import Sparse
+from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.kernels import beside_cuda, low_bit_matrix, sparse_cuda
 from quant_methods.kernels.beside import Beside, BesideParts
 from quant_methods.kernels.sparse_cuda import BOUNDS
@@ -39,7 +39,7 @@ def of_lengths(lengths, width, dtype, device):
     dense = torch.where(chosen, torch.randn(chosen.shape), 0).to(dtype)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.sum(1).cumsum(0)]).int()
     sparse = Sparse(starts, chosen.nonzero()[:, 1].int(), dense[chosen])
-    return Beside(None, None, None, sparse, dtype).to(device), dense.double().to(device)
+    return Beside([sparse], dtype).to(device), dense.double().to(device)
 
 
 def check(tokens, beside, weight, dtype, device):

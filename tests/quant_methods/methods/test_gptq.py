@@ -8,11 +8,12 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, expand, fit
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods import gptq
 from quant_methods.methods.gptq import GPTQ, factorize, quantize, relative_error, solve
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
-from quant_methods.recipe import LinearProblem
 
 
 def problem(rows: int, columns: int, seed: int, tokens: int = 600) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,11 +98,12 @@ def test_channels_without_input_are_rounded_to_nearest() -> None:
     hessian[dead] = 0
     hessian[:, dead] = 0
     result = quantize(GPTQ(group_size=32, symmetric=False), as_problem(weight, hessian))
-    read = (result.codes.float() - expand(result.zero_point.float(), 128)) * expand(result.scale.float(), 128)
-    scale = expand(result.scale.float(), 128).abs()
+    grid = result.part(GridCodes)
+    read = (grid.codes.float() - expand(grid.zero_point.float(), 128)) * expand(grid.scale.float(), 128)
+    scale = expand(grid.scale.float(), 128).abs()
     inside = ((read - weight.float()).abs() / scale)[:, dead]
     # Only weights beyond a clipped range may lie further off than half a step.
-    at_the_end = (result.codes == -8) | (result.codes == 7)
+    at_the_end = (grid.codes == -8) | (grid.codes == 7)
     assert (inside <= 0.5 + 1e-3).logical_or(at_the_end[:, dead]).all()
     assert torch.isfinite(read).all()
 
@@ -111,7 +113,7 @@ def test_singular_hessian_is_damped_until_it_factors() -> None:
     one = torch.randn(64, 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     rank_one = one @ one.T
     result = quantize(GPTQ(group_size=32), as_problem(weight, rank_one))
-    assert torch.isfinite(result.scale.float()).all()
+    assert torch.isfinite(result.part(GridCodes).scale.float()).all()
     # Indefinite by rounding, beyond what 1% of the mean diagonal repairs.
     indefinite = rank_one - 0.05 * torch.eye(64, dtype=torch.float64)
     damped, factor = factorize(indefinite, 0.01)
@@ -124,7 +126,7 @@ def test_no_inputs_at_all_is_round_to_nearest() -> None:
     zero = torch.zeros(64, 64)
     solved = quantize(GPTQ(group_size=32, symmetric=True), as_problem(weight, zero))
     rounded = round_to_nearest(RTN(group_size=32, symmetric=True), as_problem(weight, zero))
-    assert torch.equal(solved.codes, rounded.codes)
+    assert torch.equal(solved.part(GridCodes).codes, rounded.part(GridCodes).codes)
 
 
 def test_infinite_activations_are_one_clear_line() -> None:
@@ -148,7 +150,8 @@ def test_upstream_correction_moves_the_output_towards_the_originals() -> None:
 
     def error(**extra: torch.Tensor) -> float:
         result = quantize(GPTQ(group_size=128, bits=8, upstream_damping=0.01), as_problem(weight, hessian, **extra))
-        read = (result.codes.double() - result.zero_point.double()) * result.scale.double()
+        grid = result.part(GridCodes)
+        read = (grid.codes.double() - grid.zero_point.double()) * grid.scale.double()
         return (original @ weight.T + lost - inputs @ read.T).square().mean().item()
 
     plain, corrected, both = error(), error(cross=cross), error(cross=cross, residual=residual)
@@ -176,7 +179,8 @@ def test_upstream_damping_keeps_little_data_from_being_fitted_too_closely() -> N
         step = GPTQ(group_size=128, bits=8, **settings)
         extra = statistics if step.upstream else {}
         result = quantize(step, as_problem(weight, inputs.T @ inputs / 400, **extra))
-        read = (result.codes.double() - result.zero_point.double()) * result.scale.double()
+        grid = result.part(GridCodes)
+        read = (grid.codes.double() - grid.zero_point.double()) * grid.scale.double()
         return (fresh[0] @ weight.T + fresh[2] - fresh[1] @ read.T).square().mean().item()
 
     assert error() < 0.8 * error(upstream_damping=0.01)

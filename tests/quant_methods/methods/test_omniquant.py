@@ -20,7 +20,8 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.methods.scaling import ScaledBlock
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.plan import make_plan
-from quant_methods.recipe import Calibration, Recipe, Step, WeightStep
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import RoundStep, Step
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
 W3 = RTN(bits=3, group_size=64, symmetric=False)
@@ -92,7 +93,7 @@ def plant(block: nn.Module) -> None:
         block.get_submodule(f"self_attn.{name}").weight.data /= factor
 
 
-def quantized(model: Path, *steps: Step, weight_step: WeightStep = W3, planted: bool = False) -> float:
+def quantized(model: Path, *steps: Step, weight_step: RoundStep = W3, planted: bool = False) -> float:
     """Return the error of one block's output after these steps."""
     decoder = Decoder(model, Source(model))
     plan = make_plan(decoder, recipe(*steps, weight_step), model)

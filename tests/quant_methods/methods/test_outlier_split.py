@@ -7,11 +7,14 @@ import torch
 
 from quant_methods.block_solver import solve
 from quant_methods.formats.grid import round_tokens
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, relative_error
 from quant_methods.methods.outlier_split import choose
 from quant_methods.methods.rtn import RTN
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 OUTLIERS = [3, 40, 77, 100]
 
@@ -27,8 +30,7 @@ def given(seed: int = 0, factor: float = 50.0) -> tuple[LinearProblem, torch.Ten
 
 
 def read_columns(result: QuantizedLinear) -> torch.Tensor:
-    assert result.columns is not None
-    return result.columns.read()
+    return result.part(Columns).read()
 
 
 @pytest.mark.parametrize("choice", ["range", "energy", "threshold"])
@@ -44,20 +46,20 @@ def test_the_threshold_is_the_papers() -> None:
     assert kept.tolist() == [j for j in range(128) if j * 12 / 127 >= 6.0][-58:]
     problem.largest = problem.largest / 3
     result = solve(RTN(bits=8, outliers=0.45, outlier_choice="threshold"), problem)
-    assert result.columns is None
+    assert result.get(Columns) is None
 
 
 def test_round_to_nearest_leaves_the_others_alone() -> None:
     problem, _ = given()
     result = solve(RTN(bits=8, group_size=-1, outliers=4 / 128), problem)
-    assert result.columns is not None
-    assert result.columns.index.tolist() == OUTLIERS
-    assert result.columns.index.dtype == torch.int32
-    assert torch.equal(result.columns.weight, problem.weight[:, OUTLIERS].bfloat16())
+    columns = result.part(Columns)
+    assert columns.index.tolist() == OUTLIERS
+    assert columns.index.dtype == torch.int32
+    assert torch.equal(columns.weight, problem.weight[:, OUTLIERS].bfloat16())
     rest = dataclasses.replace(problem, weight=problem.weight.clone())
     rest.weight[:, OUTLIERS] = 0
     plain = solve(RTN(bits=8, group_size=-1), rest)
-    assert torch.equal(result.codes, plain.codes)
+    assert torch.equal(result.part(GridCodes).codes, plain.part(GridCodes).codes)
 
 
 def test_eight_bit_channels_are_near_sixteen_bit_ones() -> None:
@@ -65,20 +67,19 @@ def test_eight_bit_channels_are_near_sixteen_bit_ones() -> None:
     step = GPTQ(bits=4, group_size=128, outliers=0.05)
     sixteen = read_columns(solve(step, problem))
     result = solve(dataclasses.replace(step, outlier_bits=8), problem)
-    assert result.columns is not None
-    assert result.columns.weight.dtype == torch.int8
-    assert result.columns.scale is not None
-    step_size = result.columns.scale.float()[:, None]
+    columns = result.part(Columns)
+    assert columns.weight.dtype == torch.int8
+    assert columns.scale is not None
+    step_size = columns.scale.float()[:, None]
     assert ((read_columns(result) - sixteen).abs() <= 0.51 * step_size + 2**-8 * sixteen.abs()).all()
 
 
 @pytest.mark.parametrize("step", [GPTQ(bits=3, group_size=64), RTN(bits=3, search="output")], ids=["gptq", "rtn"])
-def test_kept_channels_are_the_least_squares_solution(step: WeightStep) -> None:
+def test_kept_channels_are_the_least_squares_solution(step: RoundStep) -> None:
     problem, inputs = given()
     result = solve(dataclasses.replace(step, outliers=0.05), problem)
-    assert result.columns is not None
-    kept = result.columns.index.long()
-    missing = inputs @ problem.weight.T - inputs @ result.bulk().T
+    kept = result.part(Columns).index.long()
+    missing = inputs @ problem.weight.T - inputs @ result.read_bulk().T
     expected = torch.linalg.lstsq(inputs[:, kept].double(), missing.double()).solution.T
     assert torch.allclose(read_columns(result).double(), expected, rtol=0.02, atol=0.02)
 
@@ -94,7 +95,7 @@ def test_gptq_gains_from_kept_channels() -> None:
     problem = LinearProblem("layer", weight, hessian, None, None, torch.bfloat16, inputs.abs().amax(0))
     step = GPTQ(bits=4, group_size=128)
     apart = solve(dataclasses.replace(step, outliers=4 / 128), problem)
-    stays = dataclasses.replace(apart, columns=dataclasses.replace(apart.columns, weight=weight[:, OUTLIERS]))
+    stays = apart.having(dataclasses.replace(apart.part(Columns), weight=weight[:, OUTLIERS]))
     error = relative_error(weight, apart, hessian)
     assert error < 0.8 * relative_error(weight, solve(step, problem), hessian)
     assert error < 0.8 * relative_error(weight, stays, hessian)
@@ -117,11 +118,12 @@ def test_eight_bit_activations_survive_outliers() -> None:
 
     def error(result: QuantizedLinear) -> float:
         rest = inputs.clone()
-        kept = result.columns.index.long() if result.columns is not None else torch.tensor([], dtype=torch.long)
+        columns = result.get(Columns)
+        kept = columns.index.long() if columns is not None else torch.tensor([], dtype=torch.long)
         rest[:, kept] = 0
-        found = round_tokens(rest, 8) @ result.bulk().T
-        if result.columns is not None:
-            found += inputs[:, kept] @ result.columns.read().T
+        found = round_tokens(rest, 8) @ result.read_bulk().T
+        if columns is not None:
+            found += inputs[:, kept] @ columns.read().T
         bulk = target - inputs[:, OUTLIERS] @ problem.weight[:, OUTLIERS].T
         return ((found - target).norm() / bulk.norm()).item()
 

@@ -13,9 +13,10 @@ from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
-from quant_methods.methods.rotation import Rotate, RotatedSource, check_norms, hadamard, rotation
+from quant_methods.methods.rotation import Rotate, RotatedSource, hadamard, rotation
 from quant_methods.methods.rtn import RTN
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 
 W4 = RTN(bits=4, group_size=64, symmetric=False)
 
@@ -49,7 +50,7 @@ def test_a_rotation_for_layer_norms_leaves_the_mean_alone(size: int) -> None:
 def test_blocks_compute_the_same_in_another_basis(tiny_model: Path) -> None:
     tokens = torch.randint(2, 8192, (3, 30))
     plain = Source(tiny_model)
-    rotated = RotatedSource(plain, Rotate(seed=1))
+    rotated = RotatedSource(Rotate(seed=1), plain)
     states = []
     for source in (plain, rotated):
         decoder = Decoder(tiny_model, source)
@@ -98,10 +99,10 @@ def test_models_that_are_not_like_llama_are_refused(tiny_model: Path, tmp_path: 
     block.input_layernorm = nn.LayerNorm(128)
     config = type("Config", (), {"hidden_size": 128})
     with pytest.raises(ParetoError, match="LayerNorm is not a plain RMS norm"):
-        check_norms(block, config, RotatedSource(source, Rotate()))
+        RotatedSource(Rotate(), source).check_block(block, config)
     source.entries["model.layers.0.mlp.experts.w1"] = source.entries["model.norm.weight"]
     with pytest.raises(ParetoError, match=r"does not know what model.layers.0.mlp.experts.w1 is"):
-        RotatedSource(source, Rotate())
+        RotatedSource(Rotate(), source)
 
 
 def test_rotation_comes_first_and_before_a_weight_step(tiny_model: Path, tmp_path: Path) -> None:

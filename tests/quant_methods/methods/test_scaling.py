@@ -16,6 +16,7 @@ from quant_methods.checkpoints.checkpoint import Source, write_tensors
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.formats.grid import nearest, round_tokens
+from quant_methods.handlers import ScalingProblem
 from quant_methods.methods import awq, scaling
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.awq import scale as awq_scale
@@ -25,8 +26,9 @@ from quant_methods.methods.scaling import Fold, ScaledBlock, divide, find_folds,
 from quant_methods.methods.smoothquant import SmoothQuant, smooth
 from quant_methods.methods.smoothquant import scale as smoothquant_scale
 from quant_methods.plan import make_plan
-from quant_methods.recipe import Calibration, Recipe, ScalingProblem, Step
+from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import parse_recipe
+from quant_methods.steps import Step
 
 W4 = RTN(bits=4, group_size=64, symmetric=False)
 W8A8 = RTN(bits=8, group_size=-1, symmetric=True, activations="int8")

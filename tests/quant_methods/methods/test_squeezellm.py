@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.single_weights import Sparse
+from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, factorize, feed_back, relative_error
 from quant_methods.methods.gptq import quantize as gptq
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
 from quant_methods.methods.squeezellm import SqueezeLLM, _Tables, quantize, refit
-from quant_methods.recipe import LinearProblem
 from quant_methods.recipe_file import parse_recipe
 
 
@@ -50,11 +52,11 @@ def test_each_part_lowers_the_output_error(bits: int) -> None:
 def test_without_feedback_every_weight_has_its_nearest_entry() -> None:
     problem = given()
     result = quantize(SqueezeLLM(bits=3, sparse=0, feedback=False), problem)
-    assert result.table is not None
-    assert result.table.shape == (48, 8)
-    assert result.table.dtype == torch.bfloat16
-    distance = (problem.weight[:, :, None] - result.table.float()[:, None, :]).abs()
-    chosen = distance.gather(2, result.codes.long()[:, :, None])[:, :, 0]
+    bulk = result.part(TableCodes)
+    assert bulk.table.shape == (48, 8)
+    assert bulk.table.dtype == torch.bfloat16
+    distance = (problem.weight[:, :, None] - bulk.table.float()[:, None, :]).abs()
+    chosen = distance.gather(2, bulk.codes.long()[:, :, None])[:, :, 0]
     assert torch.equal(chosen, distance.amin(2))
 
 
@@ -63,9 +65,9 @@ def test_weights_kept_apart_are_those_that_tables_serve_worst() -> None:
     problem.weight[7, 30] = 40.0
     problem.hessian = torch.eye(256)
     result = quantize(SqueezeLLM(bits=3, sparse=0.002, feedback=False), problem)
-    assert result.sparse is not None
-    assert len(result.sparse.values) == round(0.002 * problem.weight.numel())
-    places = set(zip(result.sparse.rows().tolist(), result.sparse.columns.tolist(), strict=True))
+    sparse = result.part(Sparse)
+    assert len(sparse.values) == round(0.002 * problem.weight.numel())
+    places = set(zip(sparse.rows().tolist(), sparse.columns.tolist(), strict=True))
     assert (7, 30) in places
     read = result.read()
     for row, column in places:

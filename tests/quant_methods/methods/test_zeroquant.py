@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from quant_methods.block_solver import solve
+from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.handlers import LinearProblem
 from quant_methods.methods.gptq import GPTQ, relative_error
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.zeroquant import low_rank
-from quant_methods.recipe import LinearProblem, WeightStep
+from quant_methods.steps import RoundStep
 
 
 def given(seed: int = 0) -> LinearProblem:
@@ -55,7 +58,7 @@ def test_with_a_metric_no_other_product_leaves_less_output_error() -> None:
 
 
 @pytest.mark.parametrize("step", [RTN(bits=3, symmetric=False), GPTQ(bits=3, symmetric=False)], ids=["rtn", "gptq"])
-def test_error_falls_with_the_rank(step: WeightStep) -> None:
+def test_error_falls_with_the_rank(step: RoundStep) -> None:
     problem = given()
     errors = []
     for rank in (0, 4, 16, 64):
@@ -63,7 +66,7 @@ def test_error_falls_with_the_rank(step: WeightStep) -> None:
             dataclasses.replace(step, rank=rank), dataclasses.replace(problem, weight=problem.weight.clone())
         )
         errors.append(relative_error(problem.weight, result, problem.hessian))
-        assert (result.low_rank is None) == (rank == 0)
+        assert (result.get(LowRank) is None) == (rank == 0)
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.85 * errors[0]
     assert errors[3] < 0.05 * errors[0], "a full rank makes up for everything but its own rounding"
@@ -95,9 +98,7 @@ def test_it_goes_with_outlier_channels() -> None:
     problem.largest = problem.hessian.diagonal().sqrt()
     plain = solve(GPTQ(bits=3, outliers=0.05), problem)
     both = solve(GPTQ(bits=3, outliers=0.05, rank=8), problem)
-    assert both.low_rank is not None
-    assert both.columns is not None
-    assert both.low_rank.down[:, both.columns.index.long()].abs().max() < 1e-4
+    assert both.part(LowRank).down[:, both.part(Columns).index.long()].abs().max() < 1e-4
     assert relative_error(problem.weight, both, problem.hessian) < 0.95 * relative_error(
         problem.weight, plain, problem.hessian
     )

@@ -33,7 +33,8 @@ from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
 from quant_methods.model_source import EMBEDDED
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
+from quant_methods.steps import Step
 from tests.kv_cache.random_scales import random_scales
 from vllm_ext.cli import main
 

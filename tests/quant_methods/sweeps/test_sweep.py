@@ -16,8 +16,9 @@ from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
 from quant_methods.overrides import override
-from quant_methods.recipe import Calibration, Recipe, Step
+from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import load_recipe
+from quant_methods.steps import Step
 from quant_methods.sweeps import sweep as sweep_module
 from quant_methods.sweeps.file import load_sweep
 from quant_methods.sweeps.plot import family, frontier, labels
