@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
@@ -82,14 +83,14 @@ def on_cpu(weights: int, length: int) -> int:
     return max(FEWEST, min(MOST, int(CPU_OPERATIONS / max(1, weights * length))))
 
 
-def main() -> int:
-    """Run the command; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, with the process's own arguments unless given; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m quant_methods.kv_scales", description=__doc__)
     parser.add_argument("model", type=Path, help="directory of a checkpoint")
     parser.add_argument("out", type=Path, help="folder to write kv_scales/ into")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer (default: the model's own)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     wait_asleep()
     warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kv_cache.scales import SCALES_FILE, KVScales
-from quant_methods.kv_scales import on_cpu
+from quant_methods.kv_scales import main, on_cpu
 from quant_methods.progress import Lines
 
 
@@ -40,17 +40,18 @@ def test_large_models_are_shown_less_on_a_cpu() -> None:
     assert [on_cpu(count, 1024) for count in (10**6, 106_000_000, 400_000_000, 7 * 10**9)] == [16, 16, 9, 4]
 
 
-def test_failures_end_with_one_clear_line(tiny_model: Path, tmp_path: Path) -> None:
+def test_failures_end_with_one_clear_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # The command sets it too.
     shutil.copytree(tiny_model, tmp_path / "broken")
     config = json.loads((tmp_path / "broken" / "config.json").read_text())
     (tmp_path / "broken" / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
-    done = run(tmp_path / "broken", tmp_path / "out")
-    assert done.returncode == 1
-    assert "transformers cannot build this model" in done.stdout.splitlines()[-1]
+    assert main([str(tmp_path / "broken"), str(tmp_path / "out")]) == 1
+    assert "transformers cannot build this model" in capsys.readouterr().out.splitlines()[-1]
     assert not (tmp_path / "out" / SCALES_FILE).exists()
-    done = run(tiny_model, tmp_path / "out", "--device", "nowhere")
-    assert done.returncode == 1
-    assert "--device nowhere is not available here" in done.stdout.splitlines()[-1]
+    assert main([str(tiny_model), str(tmp_path / "out"), "--device", "nowhere"]) == 1
+    assert "--device nowhere is not available here" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_lines_come_while_a_step_takes_long() -> None:

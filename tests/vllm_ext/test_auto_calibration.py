@@ -1,9 +1,14 @@
 """Scales made when a server starts: once, kept, and with honest errors. No engine is started."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
 from kv_cache.scales import SCALES_FILE, KVScales
+from quant_methods import kv_scales
 from vllm_ext import auto_calibration
 from vllm_ext.auto_calibration import Origin, calibrate
 
@@ -33,6 +39,27 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, tmp_path / "model" / name)
     return tmp_path / "model"
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrate here: the first test shows a process that does, and starting each takes seconds."""
+
+    class Here:
+        def __init__(self, command: list[str], **how: Any) -> None:
+            assert command[:3] == [sys.executable, "-m", "quant_methods.kv_scales"]
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                self.returncode = kv_scales.main(command[3:])
+            self.stdout = printed.getvalue().splitlines()
+
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *raised: object) -> None: ...
+
+    stands_in = SimpleNamespace(Popen=Here, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(auto_calibration, "subprocess", stands_in)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # The command sets it too.
 
 
 def test_a_model_is_calibrated_once(
@@ -65,6 +92,7 @@ def test_a_model_is_calibrated_once(
     assert (folder / SCALES_FILE).is_file()
 
 
+@pytest.mark.usefixtures("no_process")
 def test_the_model_is_calibrated_as_it_is_served(model: Path, tmp_path: Path) -> None:
     plain = calibrate(Origin(str(model)), device="cpu")
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -88,6 +116,7 @@ def test_overrides_change_a_part_entry_by_entry_and_all_else_as_a_whole() -> Non
     assert config == {"text_config": {"a": 1, "b": {"y": 2}}, "rope_scaling": {"factor": 4}, "c": 3, "d": 4}
 
 
+@pytest.mark.usefixtures("no_process")
 def test_what_cannot_be_calibrated_is_explained(model: Path) -> None:
     with pytest.raises(ParetoError, match=r"no/such has no calibrated KV scales, and none .*--kv-cache-dtype"):
         calibrate(Origin("./no/such"), device="cpu")
