@@ -61,17 +61,23 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, _json(data, "\n") + "\n")
 
 
+LINE = 160
+"""Characters up to which what holds others is one line."""
+
+
 def _json(data: Any, newline: str) -> str:
-    """Return JSON text, an entry a line; a list that holds no lists or objects is a line."""
+    """Return JSON text, an entry a line; what fits on a line, or is a list that holds no lists or objects, is one."""
+    flat = json.dumps(data, ensure_ascii=False, allow_nan=False)
     inner = newline + " "
-    if isinstance(data, dict) and data:
+    if isinstance(data, dict) and (newline == "\n" or len(flat) > LINE) and data:
         entries = (
             f"{json.dumps(_name(key), ensure_ascii=False)}: {_json(value, inner)}" for key, value in data.items()
         )
         return "{" + inner + ("," + inner).join(entries) + newline + "}"
-    if isinstance(data, list | tuple) and any(isinstance(one, dict | list | tuple) for one in data):
+    nested = isinstance(data, list | tuple) and any(isinstance(one, dict | list | tuple) for one in data)
+    if nested and len(flat) > LINE:
         return "[" + inner + ("," + inner).join(_json(one, inner) for one in data) + newline + "]"
-    return json.dumps(data, ensure_ascii=False, allow_nan=False)
+    return flat
 
 
 def _name(key: Any) -> str:

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for itself, and the machine where there is none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--ray-address", metavar="ADDR", help="of the cluster; auto finds it (default: one of its own)")
+    parser.add_argument("--page-only", action="store_true", help="do nothing but make the page of what is done already")
     parser.add_argument("--pack", action="store_true", help="write a reproducibility pack in the end")
     parser.add_argument("--verify", metavar="PACK", help="check a pack: its hashes, its verdicts and its page")
 
@@ -104,10 +105,17 @@ def _carry_out(args: argparse.Namespace, path: Path, graph: Graph, folder: Folde
 
     from bench.server import terminated_like_interrupted
     from bench.study.outcome import conclude
-    from bench.study.run import run
+    from bench.study.run import look, run
 
     with folder.alone(), terminated_like_interrupted():
-        progress = run(graph, folder, _executor(args, folder), Console(stderr=True), labels)
+        progress = look(graph, folder, labels)
+        if not args.page_only:
+            try:
+                run(progress, _executor(args, folder), Console(stderr=True))
+            except KeyboardInterrupt:
+                page = conclude(graph, folder, path, progress)
+                print(f"{progress.counts()}\npage of what is done: {page}", file=sys.stderr, flush=True)
+                raise
         page = conclude(graph, folder, path, progress)
         if args.pack:
             from bench.study.pack import pack

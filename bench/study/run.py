@@ -105,18 +105,13 @@ class Progress:
 _STYLE = {RUNNING: "bold", FAILED: "red", DONE: "green"}
 
 
-def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hardware: Sequence[str]) -> Progress:
-    """Do all steps that are not done yet; one that fails keeps only those from being done that need its result.
+def look(graph: Graph, folder: Folder, hardware: Sequence[str]) -> Progress:
+    """Return how far a study is already.
 
     Args:
         graph: the steps.
         folder: of their results.
-        executor: carries them out.
-        console: where progress goes.
-        hardware: labels whose steps are done; those of others are skipped.
-
-    Raises:
-        KeyboardInterrupt: interrupted; what is finished is kept.
+        hardware: labels whose steps are to be done; those of others are skipped.
 
     """
     progress = Progress(graph, folder)
@@ -128,6 +123,21 @@ def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hard
         if not done and step.hardware and step.hardware not in hardware:
             state = State(SKIPPED, f"is for {step.hardware}, which --hardware leaves out")
         progress.states[step.key] = state
+    return progress
+
+
+def run(progress: Progress, executor: Executor, console: Console) -> None:
+    """Do all steps that are not done yet; one that fails keeps only those from being done that need its result.
+
+    Args:
+        progress: of :func:`look`; tells in the end how each step ended.
+        executor: carries them out.
+        console: where progress goes.
+
+    Raises:
+        KeyboardInterrupt: interrupted; what is finished is kept, and what ran is waiting again.
+
+    """
     submitted: set[str] = set()
     try:
         with _shown(progress, console) as show:
@@ -139,7 +149,7 @@ def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hard
                         state.status, state.since = RUNNING, time.monotonic()
                         show(f"{step.name}: started")
                 if not any(state.status in (WAITING, RUNNING) for state in progress.states.values()):
-                    return progress
+                    return
                 for step, outcome in executor.ended(1.0):
                     state = progress.states[step.key]
                     state.status = DONE if outcome.status == "done" else FAILED
@@ -150,6 +160,8 @@ def run(graph: Graph, folder: Folder, executor: Executor, console: Console, hard
                 show("")
     finally:
         executor.close()
+        for _, state in progress.of(RUNNING):
+            state.status = WAITING
 
 
 def _submit_ready(progress: Progress, executor: Executor, submitted: set[str]) -> None:

@@ -61,10 +61,13 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert path.read_bytes() == b"one"
 
 
-def test_json_has_an_entry_a_line_and_a_list_of_numbers_in_one(tmp_path):
-    data = {"a": [1.5, 2, None], 3: {"b": [], "c": [{"x": "y[ ]"}, [1]]}, True: {}}
+def test_json_has_an_entry_a_line_and_what_is_short_in_one(tmp_path):
+    numbers, long = [1.5] * 100, {f"key {i}": i for i in range(30)}
+    data = {"a": numbers, 3: {"b": [], "c": [{"x": "y[ ]"}, [1]]}, True: {}, "d": {"e": long, "f": [long, [2]]}}
     write_json(tmp_path / "x.json", data)
     assert json.loads((tmp_path / "x.json").read_text()) == json.loads(json.dumps(data))
-    assert (tmp_path / "x.json").read_text().splitlines()[:3] == ["{", ' "a": [1.5, 2, null],', ' "3": {']
+    lines = (tmp_path / "x.json").read_text().splitlines()
+    assert lines[:3] == ["{", f' "a": {json.dumps(numbers)},', ' "3": {"b": [], "c": [{"x": "y[ ]"}, [1]]},']
+    assert lines[3:7] == [' "true": {},', ' "d": {', '  "e": {', '   "key 0": 0,']
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": [float("nan")]})

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bench.study.executors.ray import RayExecutor
-from bench.study.run import run
+from bench.study.run import look, run
 from bench.study.step import Step
 from kv_cache.errors import ParetoError
 from tests.bench.study.studies import folder_of, graph_of
@@ -54,7 +54,8 @@ def test_steps_go_to_the_machines_that_have_what_they_ask_for(cluster, tmp_path)
     ]
     graph.steps = {step.key: step for step in steps}
     executor = RayExecutor(folder, cluster.address)
-    progress = run(graph, folder, executor, Console(file=io.StringIO()), ["one", "two", "broken", "after"])
+    progress = look(graph, folder, ["one", "two", "broken", "after"])
+    run(progress, executor, Console(file=io.StringIO()))
     states = [progress.states[step.key] for step in steps]
     assert [state.status for state in states] == ["done", "done", "failed", "skipped"], states
     assert "bits" in states[2].reason

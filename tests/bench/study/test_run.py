@@ -1,3 +1,4 @@
+import argparse
 import io
 import os
 import signal
@@ -8,20 +9,23 @@ import time
 import pytest
 from rich.console import Console
 
+from bench.study import command as study_command
 from bench.study import perform as performing
 from bench.study.command import run as study
 from bench.study.estimate import done_steps, similar_seconds
 from bench.study.executors import local
 from bench.study.executors.local import LocalExecutor
 from bench.study.outcome import conclude
-from bench.study.run import run
+from bench.study.run import look, run
 from bench.study.step import Step
 from kv_cache.errors import ParetoError
 from tests.bench.study.studies import NOW, Pretended, folder_of, graph_of
 
 
 def carried_out(graph, folder, executor):
-    return run(graph, folder, executor, Console(file=io.StringIO()), list(graph.plan.hardware))
+    progress = look(graph, folder, list(graph.plan.hardware))
+    run(progress, executor, Console(file=io.StringIO()))
+    return progress
 
 
 def test_nothing_is_done_twice(tmp_path):
@@ -69,7 +73,7 @@ def test_a_terminal_gets_a_table_that_changes(tmp_path):
     graph, folder = graph_of(tmp_path, runs=1), folder_of(tmp_path)
     console = Console(file=io.StringIO(), force_terminal=True, width=160, height=40)
     fails = Pretended(folder, lambda step: "no memory" if step.kind == "compress" else "")
-    progress = run(graph, folder, fails, console, ["cpu"])
+    run(progress := look(graph, folder, ["cpu"]), fails, console)
     shown = console.file.getvalue()
     assert "compress ref-7m, w4: failed: no memory" in shown
     assert "steps done, 1 failed, 4 skipped" in shown
@@ -80,7 +84,7 @@ def test_hardware_that_is_elsewhere_is_left_out(tmp_path):
     hardware = {"a100": {"gpu": "A100", "gpus": 1}, "l4": {"gpu": "L4", "gpus": 1}}
     graph, folder = graph_of(tmp_path, hardware=hardware, runs=1), folder_of(tmp_path)
     executor = Pretended(folder)
-    progress = run(graph, folder, executor, Console(file=io.StringIO()), ["a100"])
+    run(progress := look(graph, folder, ["a100"]), executor, Console(file=io.StringIO()))
     left = {state.reason for state in progress.states.values() if state.status == "skipped"}
     assert left == {"is for l4, which --hardware leaves out"}
     assert not any(name.endswith("on l4") for name in executor.done)
@@ -221,6 +225,33 @@ def test_an_interrupted_step_is_not_done_and_leaves_no_process(tmp_path, pareto)
     assert folder.outcome(step) is None
     found = subprocess.run(["pgrep", "-f", str(pareto)], capture_output=True, text=True, check=False)
     assert found.stdout == ""
+
+
+@pytest.mark.parametrize("steps", [0, 9])
+def test_an_interrupted_study_has_its_page_and_can_be_looked_at(tmp_path, monkeypatch, capsys, steps):
+    folder = folder_of(tmp_path)
+    graph_of(tmp_path)
+
+    def stop(step):
+        if len(executor.done) > steps:
+            raise KeyboardInterrupt
+        return ""
+
+    executor = Pretended(folder, stop)
+    monkeypatch.setattr(study_command, "_executor", lambda args, folder: executor)
+    parser = argparse.ArgumentParser()
+    study_command.add_arguments(parser)
+    args = [str(tmp_path / "plan.yaml"), "--out", str(folder.out)]
+    with pytest.raises(KeyboardInterrupt):
+        study(parser.parse_args(args))
+    assert executor.closed
+    assert f"{steps} of 23 steps done\npage of what is done: " in capsys.readouterr().err
+    page = folder.plan("try") / "study.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert study(parser.parse_args([*args, "--page-only"])) == 0
+    assert page.read_bytes() == before
+    assert len(executor.done) == steps + 1
 
 
 def test_a_second_signal_leaves_no_command_behind(tmp_path, pareto):
