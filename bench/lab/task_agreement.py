@@ -2,7 +2,8 @@
 
 Both are given the same definitions, questions and examples, bf16 weights and KV cache; lm-eval keeps vLLM's own
 settings. A question counts as answered otherwise if its choice, or the score of an answer that was generated, is not
-the same. For those the difference of the log-likelihoods of the two choices says whether it was a near-tie.
+the same. For those the difference of the log-likelihoods of the two choices says whether it was a near-tie. --control
+asks lm-eval's model once more with steps of another size: what then changes is bf16's rounding, and nobody's fault.
 
     python -m bench.lab.task_agreement MODEL --tasks mmlu arc_easy hellaswag --num-fewshot mmlu=5 --task-data DIR \\
         --out results/gpu-task-agreement
@@ -34,7 +35,11 @@ Found = dict[str, tuple[list[Scores], float]]
 """By task its scores, and the seconds that they took."""
 
 
-def theirs(plan: Plan, chosen: Chosen) -> tuple[Found, float]:
+CONTROL = {"max_num_seqs": 16, "max_num_batched_tokens": 4096}
+"""vLLM's sizes of a step in the control."""
+
+
+def theirs(plan: Plan, chosen: Chosen, **sizes: int) -> tuple[Found, float]:
     """Return what lm-eval's own vLLM model answers, and the seconds that its start took."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.vllm_causallms import VLLM
@@ -44,7 +49,7 @@ def theirs(plan: Plan, chosen: Chosen) -> tuple[Found, float]:
     memory = plan.task_engine_settings(plan.configurations[0]).kv_cache_memory_bytes
     model = VLLM(
         str(plan.configurations[0].checkpoint.folder), max_model_len=tasks.max_model_len, batch_size="auto",
-        kv_cache_memory_bytes=memory, gpu_memory_utilization=0.05,
+        kv_cache_memory_bytes=memory, gpu_memory_utilization=0.05, **sizes,
     )  # fmt: skip
     started = time.perf_counter() - clock
     found: Found = {}
@@ -107,6 +112,7 @@ def main() -> int:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--control", action="store_true", help="ask lm-eval's model twice, with steps of two sizes")
     args = parser.parse_args()
     args.num_windows, args.needle = 0, False
     try:
@@ -115,6 +121,7 @@ def main() -> int:
             tokenizer = plan.configurations[0].checkpoint.folder
             chosen = choose(plan.settings.tasks, tokenizer, Path(folder))
             (other, other_start), (mine, my_start) = theirs(plan, chosen), ours(plan, chosen)
+            control = theirs(plan, chosen, **CONTROL)[0] if args.control else {}
     except ParetoError as error:
         print(f"task_agreement: error: {error}", file=sys.stderr)
         return 2
@@ -124,11 +131,15 @@ def main() -> int:
         "ours": sum(one["ours"] for one in seconds.values()),
         "lm_eval": sum(o["lm_eval"] for o in seconds.values()),
     }
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA, "command": " ".join(["python -m bench.lab.task_agreement", *sys.argv[1:]]),
         "environment": environment(), "start_s": {"ours": my_start, "lm_eval": other_start}, "asked_s": total,
         "ratio": total["ours"] / total["lm_eval"], "tasks": rows, "seconds": seconds,
     }  # fmt: skip
+    if control:
+        report["control"] = {name: compared(control[name][0], other[name][0]) for name in control}
+        changed = sum(row["other"] for row in report["control"].values())
+        print(f"lm-eval's own answers that are others with steps of another size: {changed}")
     write_json(Path(args.out) / "task-agreement.json", report)
     questions, changed = (sum(row[key] for row in rows.values()) for key in ("questions", "other"))
     print(
