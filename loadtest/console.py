@@ -37,11 +37,11 @@ class Progress:
         self._stage: Stage | None = None
         self._greenlet: gevent.Greenlet | None = None
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[counts]}"),
+            TextColumn("{task.fields[counts]}", markup=False),
             TimeElapsedColumn(),
-            console=Console(file=sys.stderr),
+            console=Console(file=sys.stderr, markup=False, emoji=False),
             auto_refresh=False,
             transient=True,
             disable=not enabled or not sys.stderr.isatty(),
@@ -93,7 +93,7 @@ def load_name(stage: StageSpec | StageResult) -> str:
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print throughput and latencies of all stages, then failures by class and what to know about the numbers."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     console.print(f"{summary.label}: {summary.server.model} at {summary.server.base_url}", markup=False)
     console.print(_throughput_table(summary.stages))
     console.print(_latency_table(summary.stages))
@@ -101,9 +101,9 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         name = load_name(stage)
         for kind, count in stage.failures.items():
             example = stage.failure_examples.get(kind, "")
-            console.print(f"{name}: {count} failed as {kind}, for example: {example}", markup=False, highlight=False)
+            console.print(f"{name}: {count} failed as {kind}, for example: {example}", highlight=False)
         for note in stage.notes:
-            console.print(f"{name}: note: {note}", markup=False, highlight=False)
+            console.print(f"{name}: note: {note}", highlight=False)
     lag = summary.generator.loop_lag_ms
     if lag is not None and lag.p99 > 10:
         console.print(

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from kv_cache.errors import ParetoError
 from kv_cache.formats import MIXED
+from kv_cache.terminal import console as plain_console
 from quant_methods.backends.command import EPILOG, add_backend_arguments, check_backend_arguments, run_backend
 from quant_methods.backends.environment import BACKENDS
 from quant_methods.command_modes import add_modes, budget_of, kv_bits_of, run_budget, run_statistics, run_sweep
@@ -125,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    console = Console()
+    console = plain_console()
     if args.list_recipes:
         console.print(_recipes_table())
         return 0
@@ -154,7 +155,11 @@ def run(args: argparse.Namespace) -> int:
     if args.statistics:
         return run_statistics(args, recipe, console)
     budget = budget_of(args)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}", markup=False),
+    )
     with (
         Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar,
         Lines(
@@ -174,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
                 "overwrite": args.overwrite,
                 "progress": show,
                 "kv_bits": kv_bits,
-                "say": lambda line: console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True),
+                "say": lambda line: console.print(f"note: {line}", highlight=False, soft_wrap=True),
             }
             if budget is None:
                 report = compress(args.model, recipe, args.out, **common)
@@ -234,7 +239,7 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
     resumed = f", resumed after {report.resumed_blocks} finished blocks" if report.resumed_blocks else ""
     lines.append(f"time         {report.seconds:.1f} s{resumed}; peak memory {report.peak_memory / 1e9:.2f} GB")
     lines.append(f"served by    {report.serving}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if report.unseen:
         console.print(
             f"note: no calibration token was sent to {len(report.unseen)} experts ({report.unseen[0]} is one): they "

@@ -221,7 +221,7 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
         flag = given[0] if given else "statistics"
         raise ParetoError(f"--{flag.replace('_', '-')} does not go with --sweep; put it under grid or variants instead")
     sweep = load_sweep(args.sweep, args.recipe or "gptq-w4")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         points = bar.add_task("points", total=len(sweep.points))
         inner = bar.add_task("", total=None)
@@ -239,7 +239,7 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on with the first unfinished point")
             raise
-    console.print(markdown(rows, run.folder.name), highlight=False, markup=False, soft_wrap=True)
+    console.print(markdown(rows, run.folder.name), highlight=False, soft_wrap=True)
     console.print(f"results      {args.out}/sweep.json, sweep.md, sweep.png", highlight=False, soft_wrap=True)
     return 0
 
@@ -252,7 +252,7 @@ def run_statistics(args: argparse.Namespace, recipe: Recipe, console: Console) -
     if args.outlier_factor <= 1 or not 50 <= args.percentile <= 100:
         raise ParetoError("--outlier-factor is greater than 1, and --percentile from 50 to 100")
     criteria = Criteria(args.outlier_factor, args.percentile)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("activations", total=None)
         before, after = statistics(
@@ -261,6 +261,6 @@ def run_statistics(args: argparse.Namespace, recipe: Recipe, console: Console) -
             device=args.device, overwrite=args.overwrite,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )  # fmt: skip
-    console.print(markdown(before, after, criteria), highlight=False, markup=False, soft_wrap=True)
+    console.print(markdown(before, after, criteria), highlight=False, soft_wrap=True)
     console.print(f"results      {args.out}/activation_statistics.json, .md, .png", highlight=False, soft_wrap=True)
     return 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
+from kv_cache.terminal import console as plain_console
 
 HELP = "run the whole chain on a small model: compress, evaluate, serve under load, report"
 DESCRIPTION = """\
@@ -50,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto demo``."""
-    from rich.console import Console
     from rich.table import Table
 
     from bench.demo.demo import PRETRAINED, Demo, Size
@@ -75,6 +75,6 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(heading, justify="right" if index else "left")
     for line in lines:
         table.add_row(*line)
-    Console(width=None if Console().is_terminal else 150).print(table)
+    plain_console(piped_width=150).print(table)
     print(f"report: {page}")
     return 0

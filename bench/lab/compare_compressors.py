@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     failed: list[str] = []
     try:
         lines = [Line.parse(text) for text in args.lines]
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, transient=True) as bar:
             comparison = Comparison(args, bar)
             for line in lines:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import json_flag
@@ -18,6 +16,7 @@ from bench.quality.schema import ConfigurationResult, EvalReport, TaskResult, sh
 from bench.quality.tasks.run import ALL, TaskSettings
 from bench.schema import Estimate
 from kv_cache.errors import ParetoError
+from kv_cache.terminal import console
 
 HELP = "measure perplexity, KL divergence, top-1 agreement, retrieval and tasks through vLLM"
 DESCRIPTION = """\
@@ -207,16 +206,14 @@ def run(args: argparse.Namespace) -> int:
 
     plan = make_plan(settings_from(args))
     out = Path(args.out)
-    errors = Console(stderr=True)
+    errors = console(stderr=True)
     if plan.skipped_lengths:
         lengths = ", ".join(map(str, plan.skipped_lengths))
         errors.print(f"needle lengths beyond the model's context are left out: {lengths}")
     report = Evaluation(plan, out, errors).run()
-    console = Console()
-    # Piped output has no width of its own: 80 columns would break the table's words.
-    Console(width=None if console.is_terminal else 130).print(table(report))
+    console(piped_width=130).print(table(report))
     if any(row.tasks for row in report.configurations):
-        Console(width=None if console.is_terminal else 170).print(task_table(report))
+        console(piped_width=170).print(task_table(report))
     print(f"wrote {out / RESULT}", flush=True)
     for failure in report.failed:
         print(f"pareto eval: failed: {failure.name}: {failure.error}", file=sys.stderr)
@@ -231,7 +228,7 @@ def table(report: EvalReport) -> Table:
     for row in report.configurations:
         result.add_row(*_cells(row))
     for failure in report.failed:
-        result.add_row(escape(f"{failure.name}\nfailed: {failure.error}"), *["-"] * (len(result.columns) - 1))
+        result.add_row(f"{failure.name}\nfailed: {failure.error}", *["-"] * (len(result.columns) - 1))
     return result
 
 

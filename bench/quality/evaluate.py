@@ -37,6 +37,7 @@ from bench.quality.tasks.figures import adjusted, task_results
 from bench.quality.tasks.run import Chosen, Scores, ask, choose, scratch
 from bench.statistics import exp_estimate, mean_estimate
 from kv_cache.errors import ParetoError
+from kv_cache.terminal import console as plain_console
 from kv_cache.user_cache import cache_dir, is_being_made, limit_bytes, making, trim, using
 from quant_methods.progress import Lines
 
@@ -55,7 +56,7 @@ class Evaluation:
 
     def __init__(self, plan: Plan, out: Path, console: Console | None = None) -> None:
         self.plan, self.out = plan, out
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self.windows = [(text.name, window.tolist()) for text in plan.texts for window in text.windows]
         self.environment = environment()
         self.base_store = Store(cache_dir() / "baselines" / plan.configurations[0].key)
@@ -316,7 +317,7 @@ class Evaluation:
             yield say
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import plain_dtype
@@ -18,6 +16,7 @@ from bench.speed.engine_flags import add_engine_flags
 from bench.speed.schema import KVBenchReport, Spread
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
+from kv_cache.terminal import console
 
 HELP = "compare decode and prefill speed of KV-cache dtypes in one alternating run"
 DESCRIPTION = """\
@@ -162,8 +161,7 @@ def run(args: argparse.Namespace) -> int:
     bench = KVBench(settings, out)
     report = bench.run()
     write_text(out / "kv-bench.md", markdown(report))
-    console = Console()
-    Console(width=None if console.is_terminal else 150).print(table(report))
+    console(piped_width=150).print(table(report))
     print(f"wrote {out / RESULT} and {out / 'kv-bench.md'}", flush=True)
     for name, error in bench.errors.items():
         print(f"pareto kv-bench: failed: {name}: {error}", file=sys.stderr)
@@ -231,7 +229,7 @@ def table(report: KVBenchReport) -> Table:
     for index, heading in enumerate(HEADINGS):
         result.add_column(heading, justify="left" if index < 2 else "right")
     for line in lines(report):
-        result.add_row(*map(escape, line))
+        result.add_row(*line)
     return result
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.speed.engine_flags import add_engine_flags
 from kv_cache.errors import ParetoError
+from kv_cache.terminal import console
 
 HELP = "speed, memory and energy of KV-cache dtypes at the served endpoint, in alternating rounds"
 DESCRIPTION = """\
@@ -77,7 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto serve-bench``."""
-    from rich.console import Console
 
     from bench.engine import json_flag
     from bench.environment import gpu_names
@@ -131,8 +131,7 @@ def run(args: argparse.Namespace) -> int:
     with terminated_like_interrupted():
         report = bench.run()
     write_text(out / "serve-bench.md", markdown(report))
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table(report))
+    console(piped_width=200).print(table(report))
     for note in notes(report):
         print(f"note: {note}")
     print(f"wrote {out / RESULT} and {out / 'serve-bench.md'}", flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
 from rich.table import Table
 
 from bench.engine import plain_dtype
@@ -90,7 +89,7 @@ def table(report: ServeBenchReport) -> Table:
     for index, heading in enumerate(headings):
         result.add_column(heading, justify="left" if index < 2 else "right")
     for row in rows:
-        result.add_row(*map(escape, row))
+        result.add_row(*row)
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kv_cache.errors import ParetoError
+from kv_cache.terminal import console
 
 # Imported when they are used: they load torch, and --help should not.
 if TYPE_CHECKING:
@@ -101,8 +102,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _carry_out(args: argparse.Namespace, path: Path, graph: Graph, folder: Folder, labels: list[str]) -> int:
     """Do the steps, write the page and the pack, and return the exit status."""
-    from rich.console import Console
-
     from bench.server import terminated_like_interrupted
     from bench.study.outcome import conclude
     from bench.study.run import look, run
@@ -111,7 +110,7 @@ def _carry_out(args: argparse.Namespace, path: Path, graph: Graph, folder: Folde
         progress = look(graph, folder, labels)
         if not args.page_only:
             try:
-                run(progress, _executor(args, folder), Console(stderr=True))
+                run(progress, _executor(args, folder), console(stderr=True))
             except KeyboardInterrupt:
                 page = conclude(graph, folder, path, progress)
                 print(f"{progress.counts()}\npage of what is done: {page}", file=sys.stderr, flush=True)

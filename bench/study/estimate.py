@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from bench.study.folder import Folder
@@ -13,6 +12,7 @@ from bench.study.step import Kind, Step
 from bench.study.steps import Graph
 from kv_cache.errors import ParetoError
 from kv_cache.sizes import readable
+from kv_cache.terminal import console
 
 ROUGH: dict[Kind, tuple[float, float, float]] = {
     "compress": (20, 6000, 60), "quality": (60, 5000, 30), "tasks": (120, 40000, 120), "load": (60, 4000, 20),
@@ -88,8 +88,7 @@ def show(graph: Graph, folder: Folder, missing: Sequence[str], hardware: Sequenc
         state = "to do" if outcome is None else "failed before"
         about = f"{'~' if like is None else ''}{duration(seconds)}"
         table.add_row(step.name, state, about, readable(step.disk_bytes), step.key)
-    console = Console()
-    Console(width=None if console.is_terminal else 150).print(table)
+    console(piped_width=150).print(table)
     for line in missing:
         print(f"not here: {line}")
     print(

@@ -63,7 +63,11 @@ def run_backend(args: argparse.Namespace, recipe: Recipe, console: Console) -> i
 
     backend = BACKENDS[args.backend]
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as bar:
         task = bar.add_task(backend.name, total=None)
 
@@ -98,4 +102,4 @@ def _print_report(console: Console, report: BackendReport) -> None:
         f"time         {report.seconds:.1f} s; peak memory {report.peak_memory / 1e9:.2f} GB{device}",
     ]
     lines += [f"changed      {shim}" for shim in report.shims]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)

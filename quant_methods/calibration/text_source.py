@@ -248,10 +248,11 @@ def _shown(name: str) -> Iterator[Progress]:
         with Lines(name, functools.partial(print, file=sys.stderr, flush=True)) as lines:
             yield lambda done, total: lines.note(f"{done} of {total} steps")
         return
-    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    with Bar(transient=True, console=Console(stderr=True)) as bar:
+    from kv_cache.terminal import console
+
+    with Bar(transient=True, console=console(stderr=True)) as bar:
         task = bar.add_task(name)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
