@@ -137,7 +137,7 @@ class Plan:
 
     def engine_settings(self, configuration: Configuration) -> EngineSettings:
         """Return the engine's settings for one configuration: the same for all but model and KV dtype."""
-        # One more where a step is shared, see chunked of bench/quality/evaluate.py.
+        # One more where a step is shared, see chunked of bench/quality/measure.py.
         most = max(self.windows_at_once, self.prompts_at_once) + int(self.shared_steps)
         return EngineSettings(
             model=str(configuration.checkpoint.folder),

@@ -9,7 +9,7 @@ import torch
 
 from bench import engine
 from bench.quality.command import DESCRIPTION
-from bench.quality.evaluate import measure_windows
+from bench.quality.measure import measure_windows
 from bench.quality.needle import is_correct, make_trials
 from quant_methods.calibration.text_source import load_tokenizer
 from quant_methods.model_source import resolve_model

@@ -13,7 +13,8 @@ import torch
 from bench import engine
 from bench.quality import evaluate as evaluate_module
 from bench.quality import plan
-from bench.quality.evaluate import MARGIN_STEPS, Evaluation, chunked
+from bench.quality.evaluate import Evaluation
+from bench.quality.measure import MARGIN_STEPS, chunked
 from bench.quality.plan import Settings, make_plan
 from bench.quality.recording import Block, Recording, add
 from bench.quality.schema import EvalReport
