@@ -12,7 +12,7 @@ from statistics import median
 from rich.table import Table
 
 from bench.engine import plain_dtype
-from bench.speed.engine_flags import add_engine_flags
+from bench.speed.engine_flags import add_engine_flags, chunk_of, engine_choices, folder_of
 from bench.speed.schema import KVBenchReport, Spread
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS
@@ -101,13 +101,11 @@ def _listed(shapes: set[tuple[int, int]]) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto kv-bench``."""
-    from bench.engine import json_flag
     from bench.environment import gpu_names
     from bench.files import write_text
     from bench.quality.plan import default_memory
     from bench.speed.kv_bench import RESULT, KVBench, Settings
     from bench.speed.step_timer import ahead
-    from quant_methods.model_source import resolve_model, resolve_shape
 
     sizes = {"batch": args.batch or [8], "context": args.context or [4096]}
     for flag, given in sizes.items():
@@ -127,13 +125,10 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError("--compressed-kv-cache-dtype is of the models of --compressed, and there is none; add it")
     if args.shape and (args.batch is not None or args.context is not None):
         raise ParetoError("--shape is instead of --batch and --context; give the one or the other")
-    json_flag("compilation_config", args.compilation_config)
-    dummy = args.load_format == "dummy"
-    folder = resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True)
     # The cache is to hold the largest batch in bf16 with what its sequences produce meanwhile.
-    chunk = args.max_num_batched_tokens or (8192 if gpu else 2048)
+    chunk = chunk_of(args)
     needed = max(batch * (context + args.steps + ahead(batch, context, chunk) + 128) for batch, context in shapes)
-    memory = args.kv_cache_memory_bytes or default_memory(folder, math.ceil(needed / 2), args.tensor_parallel_size)
+    memory = default_memory(folder_of(args), math.ceil(needed / 2), args.tensor_parallel_size)
     of_compressed = args.compressed_kv_cache_dtype or ("auto", "int4_per_head")
     settings = Settings(
         model=args.model,
@@ -141,18 +136,11 @@ def run(args: argparse.Namespace) -> int:
         shapes=tuple(dict.fromkeys(shapes)),
         rounds=args.rounds,
         steps=args.steps,
-        max_num_batched_tokens=chunk,
-        dtype=args.dtype,
-        kv_cache_memory_bytes=memory,
-        enforce_eager=not gpu if args.enforce_eager is None else args.enforce_eager,
-        tensor_parallel_size=args.tensor_parallel_size,
-        seed=args.seed,
         compressed=tuple(args.compressed),
         compressed_kv_cache_dtypes=tuple(of_compressed) if args.compressed else (),
         prefix_shapes=tuple(args.prefix_hits),
         shapes_of=tuple(args.only),
-        load_format=args.load_format,
-        compilation_config=args.compilation_config,
+        **engine_choices(args, memory),
     )
     rows = [row.name for row in settings.rows()]
     if strange := [name for name, _ in args.only if name not in rows]:

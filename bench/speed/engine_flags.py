@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.engine import json_flag
+from bench.environment import gpu_names
+from quant_methods.model_source import resolve_model, resolve_shape
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,3 +29,63 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compilation-config", metavar="JSON", help="vLLM's (default: vLLM's own choice)")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: %(default)s)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineChoices:
+    """vLLM's settings that hold for every dtype of a comparison, and the seed of the prompts, as recorded in a result.
+
+    Attributes:
+        max_num_batched_tokens: longest prefill chunk.
+        dtype: vLLM's ``--dtype``.
+        kv_cache_memory_bytes: the same for every dtype.
+        enforce_eager: vLLM's.
+        tensor_parallel_size: vLLM's.
+        seed: of the random prompts.
+        load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
+        compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
+
+    """
+
+    max_num_batched_tokens: int
+    dtype: str
+    kv_cache_memory_bytes: int
+    enforce_eager: bool
+    tensor_parallel_size: int
+    seed: int
+    load_format: str = "auto"
+    compilation_config: str | None = None
+
+
+def chunk_of(args: argparse.Namespace) -> int:
+    """Return the longest prefill chunk that flags ask for."""
+    return int(args.max_num_batched_tokens or (8192 if gpu_names() else 2048))
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Return the folder of the model that flags name, or of its shape."""
+    return resolve_shape(args.model) if args.load_format == "dummy" else resolve_model(args.model, quantized=True)
+
+
+def engine_choices(args: argparse.Namespace, default_memory: int) -> dict[str, Any]:
+    """Return the fields of :class:`EngineChoices` from flags.
+
+    Args:
+        args: with the flags of :func:`add_engine_flags`.
+        default_memory: of the KV cache where no flag says it.
+
+    Raises:
+        ParetoError: --compilation-config is no JSON.
+
+    """
+    json_flag("compilation_config", args.compilation_config)
+    return {
+        "max_num_batched_tokens": chunk_of(args),
+        "dtype": args.dtype,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes or default_memory,
+        "enforce_eager": not gpu_names() if args.enforce_eager is None else args.enforce_eager,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "seed": args.seed,
+        "load_format": args.load_format,
+        "compilation_config": args.compilation_config,
+    }

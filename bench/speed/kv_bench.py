@@ -22,6 +22,7 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.schema import KVCache
 from bench.speed.alternation import Alternation, Sample, identity, say_on_stderr
+from bench.speed.engine_flags import EngineChoices
 from bench.speed.schema import DtypeResult, KVBenchReport, Point, Spread
 from bench.speed.step_timer import ahead, prompts, time_batch
 from kv_cache.errors import ParetoError
@@ -32,9 +33,9 @@ FLOOR = 16
 """Context whose decode step stands for everything but attention."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The user's choices, as recorded in the result.
+@dataclass(frozen=True, kw_only=True)
+class Settings(EngineChoices):
+    """The user's choices, as recorded in the result, beside the engine's.
 
     Attributes:
         model: as given.
@@ -42,17 +43,9 @@ class Settings:
         shapes: (sequences decoded together, prompt tokens of each).
         rounds: how often every dtype is measured.
         steps: decode steps timed in each round.
-        max_num_batched_tokens: longest prefill chunk.
-        dtype: vLLM's ``--dtype``.
-        kv_cache_memory_bytes: the same for every dtype.
-        enforce_eager: vLLM's.
-        tensor_parallel_size: vLLM's.
-        seed: of the random prompts.
         compressed: the same model with compressed weights, once or more, measured beside it.
         compressed_kv_cache_dtypes: those to measure with each.
         prefix_shapes: of shapes, those in which prefill with half of each prompt in the prefix cache is timed too.
-        load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
-        compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
         shapes_of: shapes of rows that are not measured in all, by the row's name.
 
     """
@@ -62,17 +55,9 @@ class Settings:
     shapes: tuple[tuple[int, int], ...]
     rounds: int
     steps: int
-    max_num_batched_tokens: int
-    dtype: str
-    kv_cache_memory_bytes: int
-    enforce_eager: bool
-    tensor_parallel_size: int
-    seed: int
     compressed: tuple[str, ...] = ()
     compressed_kv_cache_dtypes: tuple[str, ...] = ()
     prefix_shapes: tuple[tuple[int, int], ...] = ()
-    load_format: str = "auto"
-    compilation_config: str | None = None
     shapes_of: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = ()
 
     def shapes_for(self, row: Row) -> tuple[tuple[int, int], ...]:

@@ -28,6 +28,7 @@ from bench.server import Server, run_pareto, starting
 from bench.speed.alternation import Alternation, Sample, identity, say_on_stderr
 from bench.speed.endpoint import ask, memory_of, word_tokenizer
 from bench.speed.energy import CannotMeasure, Counter, Meter, Window, find_counter
+from bench.speed.engine_flags import EngineChoices
 from bench.speed.served_schema import EnergySource, Idle, Load, PointRound, Round, ServeBenchReport
 from bench.speed.served_summary import summarize
 from kv_cache.errors import ParetoError
@@ -45,9 +46,9 @@ FIRST_ID = 16
 """The first few ids are special tokens in most vocabularies."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The user's choices, as recorded in the result.
+@dataclass(frozen=True, kw_only=True)
+class Settings(EngineChoices):
+    """The user's choices, as recorded in the result, beside the engine's.
 
     Attributes:
         model: as given.
@@ -59,14 +60,6 @@ class Settings:
         rounds: how often every dtype is measured.
         idle_s: for how long the idle power is watched before each turn; 0: not at all.
         side_by_side: all servers run at once, and rounds alternate between them; else each is started for its turn.
-        max_num_batched_tokens: longest prefill chunk.
-        dtype: vLLM's ``--dtype``.
-        kv_cache_memory_bytes: the same for every dtype.
-        enforce_eager: vLLM's.
-        tensor_parallel_size: vLLM's.
-        seed: of the random prompts.
-        load_format: vLLM's ``--load-format``; ``dummy`` measures a shape without weights.
-        compilation_config: vLLM's, as JSON text; None means vLLM's own choice.
 
     """
 
@@ -79,14 +72,6 @@ class Settings:
     rounds: int
     idle_s: float
     side_by_side: bool
-    max_num_batched_tokens: int
-    dtype: str
-    kv_cache_memory_bytes: int
-    enforce_eager: bool
-    tensor_parallel_size: int
-    seed: int
-    load_format: str = "auto"
-    compilation_config: str | None = None
 
 
 class ServeBench:

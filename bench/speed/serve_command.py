@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from bench.speed.engine_flags import add_engine_flags
+from bench.speed.engine_flags import add_engine_flags, engine_choices, folder_of
 from kv_cache.errors import ParetoError
 from kv_cache.terminal import console
 
@@ -79,15 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto serve-bench``."""
 
-    from bench.engine import json_flag
-    from bench.environment import gpu_names
     from bench.files import write_text
     from bench.quality.plan import default_memory
     from bench.server import terminated_like_interrupted
     from bench.speed.energy import LEAST_WINDOW_S
     from bench.speed.serve_bench import LEAST_DURATION_S, RESULT, SPARE_TOKENS, ServeBench, Settings
     from bench.speed.served_table import markdown, notes, table
-    from quant_methods.model_source import resolve_model, resolve_shape
 
     for flag, least in (("batch", 1), ("context", 1), ("rounds", 1), ("output_tokens", 2), ("tensor_parallel_size", 1)):
         given = getattr(args, flag)
@@ -101,12 +98,8 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError(
             f"--idle-seconds must be at least {LEAST_WINDOW_S:g}, or 0 for no idle power, got {args.idle_seconds:g}"
         )
-    json_flag("compilation_config", args.compilation_config)
-    gpu = bool(gpu_names())
-    dummy = args.load_format == "dummy"
-    folder = resolve_shape(args.model) if dummy else resolve_model(args.model, quantized=True)
     longest = max(args.context) + args.output_tokens + SPARE_TOKENS + 128
-    memory = args.kv_cache_memory_bytes or default_memory(folder, longest, args.tensor_parallel_size, max(args.batch))
+    memory = default_memory(folder_of(args), longest, args.tensor_parallel_size, max(args.batch))
     settings = Settings(
         model=args.model,
         kv_cache_dtypes=tuple(dict.fromkeys(args.kv_cache_dtype)),
@@ -117,14 +110,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         idle_s=args.idle_seconds,
         side_by_side=args.side_by_side,
-        max_num_batched_tokens=args.max_num_batched_tokens or (8192 if gpu else 2048),
-        dtype=args.dtype,
-        kv_cache_memory_bytes=memory,
-        enforce_eager=not gpu if args.enforce_eager is None else args.enforce_eager,
-        tensor_parallel_size=args.tensor_parallel_size,
-        seed=args.seed,
-        load_format=args.load_format,
-        compilation_config=args.compilation_config,
+        **engine_choices(args, memory),
     )
     out = Path(args.out)
     bench = ServeBench(settings, out)

@@ -76,7 +76,11 @@ def loadtest_document(label, model="ref-7m", dtype="auto", ttft=50.0, rates=(100
 
 def kv_bench_document(fingerprint=None, **step_s):
     """Return a document of one round from decode seconds by dtype, the first the baseline."""
-    settings = Settings("ref-7m", tuple(step_s), ((8, 4096),), 1, 64, 2048, "auto", 1 << 30, True, 1, 0)
+    settings = Settings(
+        model="ref-7m", kv_cache_dtypes=tuple(step_s), shapes=((8, 4096),), rounds=1, steps=64,
+        max_num_batched_tokens=2048, dtype="auto", kv_cache_memory_bytes=1 << 30, enforce_eager=True,
+        tensor_parallel_size=1, seed=0,
+    )  # fmt: skip
     samples = {
         f"0 {dtype}": {
             "kv_cache": asdict(kv_cache(dtype, 16 if dtype == "auto" else 4)),

@@ -13,7 +13,11 @@ from kv_cache.errors import ParetoError
 from quant_methods.model_source import fingerprint, resolve_model
 from tests.bench.result_files import MACHINE, kv_cache
 
-SETTINGS = Settings("ref-7m", ("auto", "int4_per_head"), ((8, 1024),), 3, 16, 2048, "auto", 1 << 30, True, 1, 0)
+SETTINGS = Settings(
+    model="ref-7m", kv_cache_dtypes=("auto", "int4_per_head"), shapes=((8, 1024),), rounds=3, steps=16,
+    max_num_batched_tokens=2048, dtype="auto", kv_cache_memory_bytes=1 << 30, enforce_eager=True,
+    tensor_parallel_size=1, seed=0,
+)  # fmt: skip
 
 
 def sample(step_ms, floor_ms=1.0, bits=16):

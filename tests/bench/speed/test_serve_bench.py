@@ -27,8 +27,11 @@ from tests.bench.result_files import load, point_round, served_round, turns
 from vllm_ext.cli import build_parser
 
 SETTINGS = Settings(
-    "ref-7m", ("auto", "int4_per_head"), (2,), (64,), 8, 1.5, 1, 1.0, False, 2048, "auto", 1 << 28, True, 1, 0
-)
+    model="ref-7m", kv_cache_dtypes=("auto", "int4_per_head"), batches=(2,), contexts=(64,), output_tokens=8,
+    duration_s=1.5, rounds=1, idle_s=1.0, side_by_side=False,
+    max_num_batched_tokens=2048, dtype="auto", kv_cache_memory_bytes=1 << 28, enforce_eager=True,
+    tensor_parallel_size=1, seed=0,
+)  # fmt: skip
 RANK = {
     "weights": None, "kv_cache": 1 << 28, "allocated": None, "peak_allocated": None, "profiled_activations": None,
     "peak_rss": 5 << 28, "token_cost": [816.0, 1536],
