@@ -223,9 +223,11 @@ class Evaluation:
                 for name in missing:
                     task, settings = self.tasks.tasks[name], self.tasks.settings[name]
                     say = functools.partial(print, file=sys.stderr, flush=True)
+                    began = time.monotonic()
                     with Lines(f"{configuration.name}: {name}", say) as lines:
                         scores = ask(llm, task, settings, engine.on_gpu(llm), cache.tokens, lines.note)
                     store.add_scores(name, settings, scores)
+                    say(f"{configuration.name}: {name}: {time.monotonic() - began:.1f} s")
                     advance(1)
 
     def _task_results(self, configuration: Configuration) -> list[TaskResult]:

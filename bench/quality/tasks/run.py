@@ -118,11 +118,14 @@ def choose(settings: TaskSettings, tokenizer: Path | None, work: Path) -> Chosen
 
     """
     try:
+        import datasets
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ParetoError("--tasks needs lm-eval: pip install 'vllm-pareto[tasks]'") from error
     for name in ("lm_eval", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A bar for each of a hundred files says nothing of the evaluation.
+    datasets.disable_progress_bars()
     if settings.data is not None and not Path(settings.data).is_dir():
         raise ParetoError(f"--task-data {settings.data}: no such folder")
     metadata = {"tokenizer": str(tokenizer), "max_seq_lengths": [settings.max_model_len], "task_data": settings.data}
