@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kv_cache.calibration import attention_of, grouped
+from kv_cache.moments import attention_of, grouped
 from kv_cache.rotary import Rotary
 from kv_cache.simulate.coder import Coder, Decoded, Run, Sample, Shape, first_exact, rotated, unrotated, with_exact
 from kv_cache.simulate.lloyd_max import fitted_levels, nearest

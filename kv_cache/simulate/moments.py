@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kv_cache.calibration import average_over_positions, directions, grouped, query_weights, scales_of_moments
+from kv_cache.moments import average_over_positions, directions, grouped, query_weights, scales_of_moments
 from kv_cache.scales import LayerScales
 
 if TYPE_CHECKING:

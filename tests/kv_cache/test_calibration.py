@@ -13,9 +13,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from kv_cache import codec
-from kv_cache.calibration import KVCalibrator, LayerShape, average_over_positions, query_weights
+from kv_cache.calibration import KVCalibrator, LayerShape
 from kv_cache.codec import reflect
 from kv_cache.errors import ParetoError
+from kv_cache.moments import average_over_positions, query_weights
 from kv_cache.rotary import Rotary
 from kv_cache.scales import TENSORS, KVScales, LayerScales
 from kv_cache.tf32 import tf32

@@ -14,8 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kv_cache.calibration import KVCalibrator, attention_of
+from kv_cache.calibration import KVCalibrator
 from kv_cache.errors import ParetoError
+from kv_cache.moments import attention_of
 from kv_cache.scales import TENSORS
 from quant_methods.calibration import calibrator, kv_pass
 from quant_methods.calibration.calibrator import Decoder
