@@ -56,7 +56,8 @@ def test_output_search_has_the_least_output_error_of_each_group(grid: Grid) -> N
     least = errors("output")
     for search in ("minmax", "mse"):
         assert (least <= errors(search) * (1 + 1e-4)).all()
-    assert least.sum() < errors("mse").sum()
+    # On 8 bits the ranges can be the same ones.
+    assert least.sum() < errors("mse").sum() or grid.bits == 8
 
 
 def test_symmetric_search_uses_the_code_below_zero_for_the_larger_side() -> None:
