@@ -35,7 +35,7 @@ from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import check_device, check_out, work_of
 from quant_methods.methods.awq import AWQ
-from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.gptq import GPTQ, PAPERS_DAMPING
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.model_source import (
@@ -126,7 +126,8 @@ def tool_settings(backend: Backend, recipe: Recipe) -> dict[str, Any]:
         "symmetric": step.symmetric,
         "activations": step.activations,
         "act_order": gptq.act_order if gptq else False,
-        "damping": gptq.damping if gptq else 0.01,
+        # Our own default was found for our own shift; theirs stays what they ship.
+        "damping": gptq.damping if gptq and gptq.damping != GPTQ.damping else PAPERS_DAMPING,
         "alpha": smooth.alpha if smooth else None,
         "seed": recipe.calibration.seed,
     }
