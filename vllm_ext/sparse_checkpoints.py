@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kv_cache.errors import ParetoError
 from quant_methods.formats.form import Form
 from quant_methods.formats.parts.grid_codes import GridForm
-from quant_methods.formats.sparse_formats import MARLIN_24, expanded, is_marlin, is_sparse, without_sparsity
+from quant_methods.formats.sparse_formats import MARLIN_24, expanded, has_marlin, is_marlin, is_sparse, without_sparsity
 from vllm_ext.compat import QuantizationConfig, QuantizeMethodBase, register_quantization_config
 
 SPARSE = "pareto_sparse"
@@ -78,7 +78,7 @@ def _expanded_config() -> Any:
     from vllm_ext.compat import CompressedTensorsConfig, LinearBase, RoutedExperts
     from vllm_ext.weights_method import ParetoLinearMethod
 
-    class ExpandedConfig(CompressedTensorsConfig):  # type: ignore[misc]
+    class ExpandedConfig(CompressedTensorsConfig):
         """compressed-tensors with layers of marlin-24 among its own."""
 
         def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -132,5 +132,5 @@ def expand(weights: Iterator[tuple[str, Tensor]], config: Any) -> Iterator[tuple
         for name in ("quantization_config", "compression_config"):
             settings = getattr(owner, name, None)
             if isinstance(settings, Mapping) and is_sparse(settings):
-                return expanded(weights)
+                return expanded(weights, marlin=has_marlin(settings))
     return weights

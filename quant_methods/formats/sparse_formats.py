@@ -1,7 +1,7 @@
 """Sparse weights in layouts that compressed-tensors had until 2025, and no longer reads or writes.
 
 ``sparse-24-bitmask`` and ``sparse-bitmask`` store a weight NAME.weight as ``NAME.compressed``, its non-zero elements
-row after row, ``NAME.bitmask``, uint8 [rows, ceil(columns / 8)], the lowest bit for the first column, and ``NAME.shape``.
+row after row, ``NAME.bitmask``, uint8 [rows, ceil(columns / 8)] with the first column lowest, and ``NAME.shape``.
 ``sparse-bitmask`` has ``NAME.row_offsets`` too: where each row begins in ``compressed``. The elements may be codes of
 a quantization (int8, float8), whose scales lie beside them as if the weight were stored densely.
 
@@ -20,7 +20,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.utils import get_permutations_24, sparse_semi_structured_to_dense_cutlass, unpack_bitmasks
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
@@ -42,6 +41,11 @@ def is_marlin(settings: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
     return (group.get("format") or settings.get("format")) == MARLIN_24
 
 
+def has_marlin(settings: Mapping[str, Any]) -> bool:
+    """Return whether a ``quantization_config`` has layers of ``marlin-24``."""
+    return any(is_marlin(settings, group) for group in (settings.get("config_groups") or {}).values())
+
+
 def is_sparse(settings: Mapping[str, Any] | None) -> bool:
     """Return whether a ``quantization_config`` speaks of sparse weights, whatever they are stored as.
 
@@ -58,8 +62,7 @@ def is_sparse(settings: Mapping[str, Any] | None) -> bool:
             f"quantization_config: sparsity_config has the format {sparsity.get('format')!r}; expected "
             f"{', '.join(known)}: store the weights densely, zeros included"
         )
-    groups = (settings.get("config_groups") or {}).values()
-    return bool(sparsity) or any(is_marlin(settings, group) for group in groups)
+    return bool(sparsity) or has_marlin(settings)
 
 
 def without_sparsity(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +98,9 @@ def unpack_bitmask(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         ParetoError: a tensor is missing, or they contradict each other.
 
     """
+    # Here and not above, as below: it imports transformers, which no checkpoint without sparse weights shall wait for.
+    from compressed_tensors.utils import unpack_bitmasks
+
     _complete(name, tensors, BITMASK_TENSORS)
     values, mask, shape = tensors["compressed"], tensors["bitmask"], tensors["shape"].flatten().tolist()
     if len(shape) != 2 or min(shape) < 1 or mask.dtype != torch.uint8 or mask.shape != (shape[0], -(-shape[1] // 8)):
@@ -130,6 +136,8 @@ def unpack_marlin_24(name: str, tensors: Mapping[str, Tensor]) -> GridCodes:
         ParetoError: a tensor is missing, or they contradict each other.
 
     """
+    from compressed_tensors.utils import get_permutations_24, sparse_semi_structured_to_dense_cutlass
+
     _complete(name, tensors, MARLIN_TENSORS)
     packed, scale, meta = tensors["weight_packed"], tensors["scale_packed"], tensors["meta"]
     dims_fit = packed.dim() == scale.dim() == meta.dim() == 2 and 0 not in (packed.numel(), scale.numel())
@@ -164,11 +172,15 @@ def unpack_marlin_24(name: str, tensors: Mapping[str, Tensor]) -> GridCodes:
     return GridCodes(codes, scale, zero, bits, symmetric=True)
 
 
-def expanded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def expanded(weights: Iterable[tuple[str, Tensor]], *, marlin: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint's tensors by name, sparse weights expanded.
 
     Those of bitmasks become ``NAME.weight``, those of marlin-24 the tensors of our own codes on a grid. Tensors of a
     weight may come in any order; no more are held than of the weights of which some are still to come.
+
+    Args:
+        weights: full name and tensor of each.
+        marlin: whether the checkpoint has layers of marlin-24; ``weight_packed`` is a name in other layouts too.
 
     Raises:
         ParetoError: a weight is damaged or lacks a tensor.
@@ -178,7 +190,7 @@ def expanded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     for full, tensor in weights:
         name, _, local = full.rpartition(".")
         masked = local in BITMASK_TENSORS | {ROW_OFFSETS}
-        if not masked and local not in MARLIN_TENSORS:
+        if not masked and not (marlin and local in MARLIN_TENSORS):
             yield full, tensor
             continue
         tensors = waiting.setdefault((name, masked), {})
@@ -192,7 +204,10 @@ def expanded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
                 for own, value in unpack_marlin_24(name, tensors).pack().items():
                     yield f"{name}.{own}", value
     for (name, masked), tensors in waiting.items():
-        if tensors.keys() != {ROW_OFFSETS}:
+        if tensors.keys() == {"weight_packed"}:
+            # Of another layout beside marlin-24.
+            yield f"{name}.weight_packed", tensors["weight_packed"]
+        elif tensors.keys() != {ROW_OFFSETS}:
             _complete(name, tensors, BITMASK_TENSORS if masked else MARLIN_TENSORS)
 
 

@@ -84,11 +84,17 @@ def test_tensors_come_in_any_order_and_through_other_shards() -> None:
     stream = [(f"m.{name}", tensor) for name, tensor in grid.items()]
     stream += [(f"b.{name}", tensor) for name, tensor in bitmask(weight).items()] + [("norm.weight", weight[0])]
     for order in (stream, stream[::-1], stream[1::2] + stream[::2]):
-        found = dict(expanded(iter(order)))
+        found = dict(expanded(iter(order), marlin=True))
         assert set(found) == {"norm.weight", "b.weight", "m.weight_plane4", "m.weight_scale"}
         assert torch.equal(found["b.weight"], weight)
         own = {name[2:]: tensor for name, tensor in found.items() if name.startswith("m.")}
         assert torch.equal(unpack("m", own, Form((GridForm(4),))).part(GridCodes).codes.long(), codes(128))
+
+
+def test_packed_weights_of_other_layouts_pass() -> None:
+    packed = [("a.weight_packed", torch.ones(2, 2)), ("a.weight_scale", torch.ones(2, 1))]
+    for marlin in (False, True):
+        assert dict(expanded(packed, marlin=marlin)) == dict(packed)
 
 
 def test_damage_is_said_in_a_line() -> None:
@@ -109,7 +115,7 @@ def test_damage_is_said_in_a_line() -> None:
         with pytest.raises(ParetoError, match=message):
             unpack_marlin_24("a", grid | change)
     with pytest.raises(ParetoError, match=r"the checkpoint lacks a\.bitmask, without which"):
-        list(expanded([("a.compressed", weight), ("a.shape", torch.tensor([64, 128]))]))
+        list(expanded([("a.compressed", weight), ("a.shape", torch.tensor([64, 128]))], marlin=False))
 
 
 def test_what_a_configuration_says() -> None:
