@@ -8,6 +8,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
+from quant_methods.model_source import validate_checkpoint
 from tests.quant_methods.checkpoints.test_readback import read_back
 from tests.quant_methods.sparse_writer import write_sparse
 
@@ -27,8 +28,10 @@ def test_sparse_checkpoints_read_back(tiny_model: Path, tmp_path: Path, kind: st
     assert set(expected) - set(parameters.parameters) <= {"lm_head.weight"}
 
 
-def test_an_unknown_sparse_format_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     sparse, _ = write_sparse(tiny_model, tmp_path, "bitmask")
+    with pytest.raises(ParetoError, match=r"stores sparse weights \(sparse-bitmask\), which are served"):
+        validate_checkpoint(sparse)
     config = json.loads((sparse / "config.json").read_text())
     config["quantization_config"]["sparsity_config"]["format"] = "sparse-48"
     (sparse / "config.json").write_text(json.dumps(config))
