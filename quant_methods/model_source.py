@@ -317,6 +317,11 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
     settings = quantization_settings(model_dir)
     if settings and not quantized:
         scheme = settings.get("quant_method", "unknown")
+        if settings.get("sparsity_config") and not settings.get("config_groups"):
+            raise ParetoError(
+                f"{model_dir} stores sparse weights ({settings['sparsity_config'].get('format')}), which are served and "
+                "evaluated but not compressed; compress the original checkpoint, or one with the zeros stored"
+            )
         raise ParetoError(f"{model_dir} is already quantized ({scheme}); compress the original checkpoint")
     headers = [read_header(path) for path in weight_files(model_dir)]
     present = {name for header in headers for name in header}

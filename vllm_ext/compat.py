@@ -241,6 +241,20 @@ NAMES: dict[str, Name] = {
             "get_quant_method": "layer prefix",
         },
     ),
+    # Sparse checkpoints of others (sparse_checkpoints.py).
+    "DefaultModelLoader": Name(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader",
+        wraps={"get_all_weights": "model_config model"},
+    ),
+    "CompressedTensorsConfig": Name(
+        f"{_LAYERS}.quantization.compressed_tensors.compressed_tensors",
+        "CompressedTensorsConfig",
+        "quant_format",
+        calls={"from_config": "config", "get_scheme_dict": "layer layer_name"},
+        overrides={"get_quant_method": "layer prefix"},
+    ),
+    "RoutedExperts": Name(f"{_LAYERS}.fused_moe", "RoutedExperts"),
     "QuantizeMethodBase": Name(f"{_LAYERS}.quantization.base_config", "QuantizeMethodBase"),
     "LinearBase": Name(f"{_LAYERS}.linear", "LinearBase", "prefix tp_rank tp_size"),
     "QKVParallelLinear": Name(

@@ -36,6 +36,7 @@ def apply(failed: Failed) -> None:
         # With all of vllm.config there, not with CacheConfig's module alone, which VllmConfig's imports.
         "VllmConfig": add_dtypes,
         "register_quantization_config": _add_checkpoints,
+        "DefaultModelLoader": _expand_sparse_weights,
         "Attention": _give_layers_their_bits,
         "CpuPlatform": _choose_cpu_backend,
         "CudaPlatformBase": _choose_cuda_backend,
@@ -56,7 +57,24 @@ def _try(patch: Callable[[], None], failed: Failed) -> None:
 
 
 def _add_checkpoints() -> None:
-    from vllm_ext import weights_config  # noqa: F401  (importing registers)
+    from vllm_ext import sparse_checkpoints, weights_config  # noqa: F401  (importing registers)
+
+
+def _expand_sparse_weights() -> None:
+    """Expand the weights of other people's sparse checkpoints while they are read."""
+    loader = compat.DefaultModelLoader
+    original = loader.get_all_weights
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
+        from vllm_ext.sparse_checkpoints import expand
+
+        return expand(original(self, model_config, model), model_config.hf_config)
+
+    setattr(get_all_weights, _MARK, True)
+    loader.get_all_weights = get_all_weights
 
 
 def _offer_kernel() -> None:

@@ -34,6 +34,7 @@ from quant_methods.formats.foreign_formats import unpack_stream
 from quant_methods.formats.grid import Grid
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.sparse_formats import bitmask_tensors, unpack_bitmask
 from quant_methods.model_source import INDEX, SINGLE, read_header, weight_files
 from quant_methods.steps import RoundStep
 
@@ -51,7 +52,7 @@ COPIED = (
 
 
 class Source:
-    """A safetensors checkpoint on disk."""
+    """A safetensors checkpoint on disk; a weight that is stored sparsely, with a bitmask, is read as a dense one."""
 
     def __init__(self, model_dir: Path) -> None:
         """Read the headers of its files.
@@ -68,7 +69,7 @@ class Source:
 
     def __contains__(self, name: str) -> bool:
         """Return whether the checkpoint has a tensor of this name."""
-        return name in self.entries
+        return name in self.entries or bool(bitmask_tensors(name, self.entries))
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU in its stored dtype.
@@ -77,6 +78,13 @@ class Source:
             ParetoError: there is none of that name.
 
         """
+        if parts := bitmask_tensors(name, self.entries):
+            module = name.removesuffix(".weight")
+            return unpack_bitmask(module, {part: self.stored(f"{module}.{part}") for part in parts})
+        return self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """Return one tensor as it is stored; see :meth:`read`."""
         if name not in self.entries:
             raise ParetoError(f"{self.dir}: the checkpoint lacks {name}")
         with safe_open(self.entries[name][0], framework="pt") as file:

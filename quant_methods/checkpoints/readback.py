@@ -20,6 +20,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.stored_layers import StoredLayers, stored_layers
 from quant_methods.formats.foreign_formats import unpack_mxfp4
+from quant_methods.formats.sparse_formats import BITMASK_TENSORS, ROW_OFFSETS, bitmask_tensors
 from quant_methods.model_source import quantization_settings
 
 FLOAT8 = "fp8"
@@ -39,7 +40,7 @@ class _OnDevice(Source):
         self.device = device
         self.files: dict[Path, Any] = {}
 
-    def read(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         if name not in self.entries:
             raise ParetoError(f"{self.dir}: the checkpoint lacks {name}")
         path = self.entries[name][0]
@@ -122,6 +123,10 @@ class ReadBack(Source):
                 names.append(name.removesuffix("_blocks"))
                 continue
             module, _, local = name.rpartition(".")
+            if local in (*BITMASK_TENSORS, ROW_OFFSETS) and bitmask_tensors(f"{module}.weight", self.entries):
+                if local == "bitmask" and module not in self.quantized:
+                    names.append(f"{module}.weight")
+                continue
             if local == "bias" or (module not in self.quantized and not local.startswith(("weight_scale", "input_"))):
                 names.append(name)
         return names
@@ -187,7 +192,8 @@ class ReadBack(Source):
         return {f"{name}_blocks", f"{name}_scales"} <= self.entries.keys()
 
     def _float8(self, name: str) -> bool:
-        return name in self.entries and str(self.entries[name][1]["dtype"]).startswith("F8_E4M3")
+        where = name if name in self.entries else f"{name.removesuffix('.weight')}.compressed"
+        return where in self.entries and str(self.entries[where][1]["dtype"]).startswith("F8_E4M3")
 
     def _scaled(self, module: str, weight: Tensor) -> Tensor:
         """Multiply a weight [out, in] by its scales: one, one of each row, or one of each block."""

@@ -19,6 +19,7 @@ from quant_methods.formats.grid import Grid, round_static, round_tokens
 from quant_methods.formats.native_format import QUANT_METHOD, NativeConfig
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.sparse_formats import MARLIN_TENSORS, is_marlin, is_sparse, unpack_marlin_24
 
 Rounding = Callable[[Tensor], Tensor]
 """Rounds a layer's inputs [..., channels] as serving does, and reads them back."""
@@ -195,11 +196,15 @@ class CompressedTensors:
 
     def __init__(self, source: Source, settings: dict[str, Any]) -> None:
         self.source = source
-        self.ignore, self.groups = settings.get("ignore") or [], list(settings["config_groups"].values())
+        is_sparse(settings)  # Refuses sparse weights that are not read.
+        # A checkpoint with sparse weights need not have quantized ones.
+        self.ignore, self.groups = settings.get("ignore") or [], list((settings.get("config_groups") or {}).values())
+        self.settings = settings
 
     def names(self) -> set[str]:
         """Return the quantized layers' names; see :class:`StoredLayers`."""
-        return {name.removesuffix(".weight_scale") for name in self.source.entries if name.endswith(".weight_scale")}
+        split = (name.rpartition(".") for name in self.source.entries)
+        return {module for module, _, local in split if local in ("weight_scale", "scale_packed")}
 
     def layer(self, name: str, module: nn.Linear) -> tuple[QuantizedLinear, Rounding | None] | None:
         """Return a layer; see :class:`StoredLayers`."""
@@ -222,6 +227,9 @@ class CompressedTensors:
         return None
 
     def _weight(self, name: str, group: dict[str, Any]) -> QuantizedLinear:
+        if is_marlin(self.settings, group):
+            tensors = {part: self.source.read(f"{name}.{part}") for part in MARLIN_TENSORS if self._has(name, part)}
+            return QuantizedLinear(unpack_marlin_24(name, tensors))
         settings = group["weights"]
         grid = Grid(settings["num_bits"], settings.get("group_size") or -1, settings["symmetric"])
         parts = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
