@@ -319,8 +319,8 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
         scheme = settings.get("quant_method", "unknown")
         if settings.get("sparsity_config") and not settings.get("config_groups"):
             raise ParetoError(
-                f"{model_dir} stores sparse weights ({settings['sparsity_config'].get('format')}), which are served but "
-                "not compressed; compress the original checkpoint, or a copy saved densely, without quantization_config"
+                f"{model_dir} stores sparse weights ({settings['sparsity_config'].get('format')}), which are served "
+                "but not compressed; compress the original checkpoint, or a copy that is saved densely"
             )
         raise ParetoError(f"{model_dir} is already quantized ({scheme}); compress the original checkpoint")
     headers = [read_header(path) for path in weight_files(model_dir)]
