@@ -320,7 +320,7 @@ def validate_checkpoint(model_dir: Path, *, quantized: bool = False) -> None:
         if settings.get("sparsity_config") and not settings.get("config_groups"):
             raise ParetoError(
                 f"{model_dir} stores sparse weights ({settings['sparsity_config'].get('format')}), which are served "
-                "and evaluated but not compressed; compress the original checkpoint, or one with the zeros stored"
+                "but not compressed; compress the original checkpoint, or a copy that is saved densely"
             )
         raise ParetoError(f"{model_dir} is already quantized ({scheme}); compress the original checkpoint")
     headers = [read_header(path) for path in weight_files(model_dir)]

@@ -9,8 +9,9 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.model_source import validate_checkpoint
-from tests.quant_methods.checkpoints.test_readback import read_back
-from tests.quant_methods.sparse_writer import write_sparse
+from tests.quant_methods.checkpoints.test_readback import LAYER, read_back
+from tests.quant_methods.checkpoints.test_stored_layers import write
+from tests.quant_methods.sparse_writer import bitmask_24, kept, write_sparse
 
 
 @pytest.mark.parametrize("kind", ["bitmask", "bitmask-24", "marlin-4", "marlin-8", "int-24"])
@@ -26,6 +27,18 @@ def test_sparse_checkpoints_read_back(tiny_model: Path, tmp_path: Path, kind: st
         if name in parameters:
             torch.testing.assert_close(parameters.read(name).float(), weight, **close)
     assert set(expected) - set(parameters.parameters) <= {"lm_head.weight"}
+
+
+def test_float8_beside_a_bitmask_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    codes = torch.randn(192, 128, generator=torch.Generator().manual_seed(0))
+    codes, scale = (codes * kept(codes)).to(torch.float8_e4m3fn), torch.rand(192, 1) + 0.5
+    tensors = bitmask_24(codes.float()) | {"weight_scale": scale}
+    tensors["compressed"] = tensors["compressed"].to(torch.float8_e4m3fn)
+    group = {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8}, "input_activations": None}
+    sparsity = {"format": "sparse-24-bitmask", "targets": ["Linear"]}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"g": group}, "sparsity_config": sparsity}
+    out = write(tiny_model, tmp_path / "float8", tensors, settings)
+    assert torch.equal(read_back(out).read(f"{LAYER}.weight"), codes.float() * scale)
 
 
 def test_what_is_refused(tiny_model: Path, tmp_path: Path) -> None:
