@@ -1,4 +1,4 @@
-"""Sparse weights in layouts that compressed-tensors had until 2025, and no longer reads or writes.
+"""Sparse weights in layouts that compressed-tensors 0.11 had, and 0.17 no longer reads or writes.
 
 ``sparse-24-bitmask`` and ``sparse-bitmask`` store a weight NAME.weight as ``NAME.compressed``, its non-zero elements
 row after row, ``NAME.bitmask``, uint8 [rows, ceil(columns / 8)] with the first column lowest, and ``NAME.shape``.
