@@ -125,10 +125,11 @@ def run(args: argparse.Namespace) -> int:
         raise ParetoError("--compressed-kv-cache-dtype is of the models of --compressed, and there is none; add it")
     if args.shape and (args.batch is not None or args.context is not None):
         raise ParetoError("--shape is instead of --batch and --context; give the one or the other")
+    folder = folder_of(args)
     # The cache is to hold the largest batch in bf16 with what its sequences produce meanwhile.
-    chunk = chunk_of(args)
+    chunk = chunk_of(args, gpu)
     needed = max(batch * (context + args.steps + ahead(batch, context, chunk) + 128) for batch, context in shapes)
-    memory = default_memory(folder_of(args), math.ceil(needed / 2), args.tensor_parallel_size)
+    memory = args.kv_cache_memory_bytes or default_memory(folder, math.ceil(needed / 2), args.tensor_parallel_size)
     of_compressed = args.compressed_kv_cache_dtype or ("auto", "int4_per_head")
     settings = Settings(
         model=args.model,
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         compressed_kv_cache_dtypes=tuple(of_compressed) if args.compressed else (),
         prefix_shapes=tuple(args.prefix_hits),
         shapes_of=tuple(args.only),
-        **engine_choices(args, memory),
+        **engine_choices(args, gpu, memory),
     )
     rows = [row.name for row in settings.rows()]
     if strange := [name for name, _ in args.only if name not in rows]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine import json_flag
-from bench.environment import gpu_names
 from quant_methods.model_source import resolve_model, resolve_shape
 
 
@@ -57,33 +56,36 @@ class EngineChoices:
     compilation_config: str | None = None
 
 
-def chunk_of(args: argparse.Namespace) -> int:
-    """Return the longest prefill chunk that flags ask for."""
-    return int(args.max_num_batched_tokens or (8192 if gpu_names() else 2048))
+def chunk_of(args: argparse.Namespace, gpu: bool) -> int:
+    """Return the longest prefill chunk that flags ask for, on a GPU or not."""
+    return int(args.max_num_batched_tokens or (8192 if gpu else 2048))
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """Return the folder of the model that flags name, or of its shape."""
+    """Check --compilation-config, and return the folder of the model that flags name, or of its shape.
+
+    Raises:
+        ParetoError: the one is no JSON, or the other not to be found.
+
+    """
+    json_flag("compilation_config", args.compilation_config)
     return resolve_shape(args.model) if args.load_format == "dummy" else resolve_model(args.model, quantized=True)
 
 
-def engine_choices(args: argparse.Namespace, default_memory: int) -> dict[str, Any]:
+def engine_choices(args: argparse.Namespace, gpu: bool, memory: int) -> dict[str, Any]:
     """Return the fields of :class:`EngineChoices` from flags.
 
     Args:
         args: with the flags of :func:`add_engine_flags`.
-        default_memory: of the KV cache where no flag says it.
-
-    Raises:
-        ParetoError: --compilation-config is no JSON.
+        gpu: whether there is one.
+        memory: of the KV cache.
 
     """
-    json_flag("compilation_config", args.compilation_config)
     return {
-        "max_num_batched_tokens": chunk_of(args),
+        "max_num_batched_tokens": chunk_of(args, gpu),
         "dtype": args.dtype,
-        "kv_cache_memory_bytes": args.kv_cache_memory_bytes or default_memory,
-        "enforce_eager": not gpu_names() if args.enforce_eager is None else args.enforce_eager,
+        "kv_cache_memory_bytes": memory,
+        "enforce_eager": not gpu if args.enforce_eager is None else args.enforce_eager,
         "tensor_parallel_size": args.tensor_parallel_size,
         "seed": args.seed,
         "load_format": args.load_format,

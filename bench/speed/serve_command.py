@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``pareto serve-bench``."""
-
+    from bench.environment import gpu_names
     from bench.files import write_text
     from bench.quality.plan import default_memory
     from bench.server import terminated_like_interrupted
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
             f"--idle-seconds must be at least {LEAST_WINDOW_S:g}, or 0 for no idle power, got {args.idle_seconds:g}"
         )
     longest = max(args.context) + args.output_tokens + SPARE_TOKENS + 128
-    memory = default_memory(folder_of(args), longest, args.tensor_parallel_size, max(args.batch))
+    folder = folder_of(args)
+    memory = args.kv_cache_memory_bytes or default_memory(folder, longest, args.tensor_parallel_size, max(args.batch))
     settings = Settings(
         model=args.model,
         kv_cache_dtypes=tuple(dict.fromkeys(args.kv_cache_dtype)),
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         idle_s=args.idle_seconds,
         side_by_side=args.side_by_side,
-        **engine_choices(args, memory),
+        **engine_choices(args, bool(gpu_names()), memory),
     )
     out = Path(args.out)
     bench = ServeBench(settings, out)
