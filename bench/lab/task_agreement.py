@@ -27,7 +27,7 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.quality.command import add_arguments, settings_from
 from bench.quality.plan import Plan, make_plan
-from bench.quality.tasks.run import Chosen, Scores, ask, choose, scores, scratch
+from bench.quality.tasks.run import Chosen, Scores, ask, choose, number_of, scores, scratch
 from kv_cache.errors import ParetoError
 
 SCHEMA = "vllm-pareto/task-agreement/1"
@@ -55,11 +55,11 @@ def theirs(plan: Plan, chosen: Chosen, **sizes: int) -> tuple[Found, float]:
     found: Found = {}
     for name, task in chosen.tasks.items():
         task.set_fewshot_seed(seed=tasks.seed)
-        pairs, clock = chosen.settings[name].limit, time.perf_counter()
+        clock = time.perf_counter()
         with contextlib.redirect_stderr(io.StringIO()):
             result = evaluate(
                 model, {"tasks": {name: task}, "groups": {}, "group_map": {}}, bootstrap_iters=0, verbosity="ERROR",
-                limit=pairs[-1][1] if pairs else None,
+                limit=number_of(chosen.settings[name].limit),
             )  # fmt: skip
         assert result is not None
         made = scores(name, task, result["results"][name], result["samples"][name], 0.0)

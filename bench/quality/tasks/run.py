@@ -162,7 +162,7 @@ def _of_all(number: int | None) -> tuple[tuple[str, int], ...]:
     return () if number is None else ((ALL, number),)
 
 
-def _number(pairs: Sequence[tuple[str, int]]) -> int | None:
+def number_of(pairs: Sequence[tuple[str, int]]) -> int | None:
     """Return the number of a task's own settings."""
     return pairs[-1][1] if pairs else None
 
@@ -294,8 +294,8 @@ def _leaves(manager: Any, names: Iterable[str]) -> list[str]:
 def key(settings: TaskSettings) -> str:
     """Return what tells a task's scores under these settings, its own, from those under others."""
     determining = {
-        **asdict(settings), "tasks": None, "limit": _number(settings.limit),
-        "num_fewshot": _number(settings.num_fewshot), "lm_eval": version("lm-eval"), "kept": KEPT,
+        **asdict(settings), "tasks": None, "limit": number_of(settings.limit),
+        "num_fewshot": number_of(settings.num_fewshot), "lm_eval": version("lm-eval"), "kept": KEPT,
         "own": _own_definitions(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()[:12]
@@ -334,7 +334,7 @@ def ask(
         found = evaluate(
             scorer,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
-            limit=_number(settings.limit),
+            limit=number_of(settings.limit),
             bootstrap_iters=0,
             apply_chat_template=chat,
             verbosity="ERROR",
