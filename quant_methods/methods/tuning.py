@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 # Times that the held-out sequences are looked at, and the state saved; changes what can be kept, so part of the result.
 LOOKS = 8
 WARM_UP = 0.05
-# Logits that exist at once, in numbers: bounds the memory of a model with a large vocabulary.
+# Logits that exist at once bound the memory of a model with a large vocabulary: in numbers, of one float32 tensor of
+# which some six exist at a time. Sequences that do not go together cost a pass over all weights each, so a GPU takes
+# what a share of its memory holds.
 LOGITS = 1 << 26
+LOGITS_SHARE = 1 / 64
 
 Say = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what happens now)."""
@@ -118,6 +121,14 @@ class Tune(ModelStep):
         return found
 
 
+def at_once(length: int, vocabulary: int, device: torch.device) -> int:
+    """Return how many sequences of ``length`` tokens go through a model and its head at once on a device."""
+    numbers = LOGITS
+    if device.type == "cuda":
+        numbers = max(LOGITS, int(torch.cuda.get_device_properties(device).total_memory * LOGITS_SHARE) // 4)
+    return max(1, min(batch_size(length, device), numbers // (length * vocabulary)))
+
+
 @completes(Tune)
 class Tuner:
     """Tunes the quantized blocks of an unfinished run.
@@ -155,9 +166,7 @@ class Tuner:
         self.teacher = Decoder(model_dir, source, str(device))
         self.student = Decoder(model_dir, source, str(device))
         self.state_file, self.result_file = work / "tuning.safetensors", work / "tuned.json"
-        # Sequences that run at once.
-        at_once = min(batch_size(step.length, self.device), LOGITS // (step.length * self.teacher.config.vocab_size))
-        self.at_once = max(1, at_once)
+        self.at_once = at_once(step.length, self.teacher.config.vocab_size, self.device)
 
     def block_result(self, index: int) -> Path:
         """Return the file that a block's tuned tensors are written to."""

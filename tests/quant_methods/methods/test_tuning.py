@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
-from quant_methods.methods.tuning import LOOKS, Tune
+from quant_methods.methods.tuning import LOOKS, Tune, at_once
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.steps import Step
@@ -202,6 +203,18 @@ def test_kv_scales_are_those_of_the_tuned_model(
         assert torch.allclose(layer.value_size, same.value_size, rtol=1e-3)
     untuned = KVScales.load(tmp_path / "untuned").layer(2)
     assert (untuned.key_mean - expected[2].key_mean).norm() > 0.03 * expected[2].key_mean.norm()
+
+
+def test_a_gpu_takes_as_many_sequences_at_once_as_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert at_once(1024, 49_152, cpu) == 1
+    assert at_once(256, 2048, cpu) == 8
+    for gib, expected in ((8, 1), (24, 2), (141, 8)):
+        found = SimpleNamespace(total_memory=gib << 30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
+        assert at_once(1024, 49_152, gpu) == expected
+    # A sequence whose logits alone are over the share still goes.
+    assert at_once(4096, 262_144, gpu) == 1
 
 
 def test_every_epoch_sees_every_sequence_once_in_its_own_order() -> None:
