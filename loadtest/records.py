@@ -54,7 +54,8 @@ class Record:
         intended_unix_s: when it was meant to start, seconds since the Unix epoch.
         start_s: when it was sent; 0 up to the generator's lag, more when ``--max-concurrency`` held it back. None
             when it never was.
-        first_token_s: first chunk with non-empty content.
+        first_token_s: first chunk with non-empty content; the last one of an answer that has all the tokens that it
+            was to have, none of them with a text.
         last_token_s: last chunk that carried a choice; the last token's arrival also when its text was empty.
         token_s: arrival of every chunk with non-empty content.
         end_s: end of the stream, or the moment the failure was noticed.

@@ -56,7 +56,7 @@ class Latency:
     intended start is the actual one.
 
     Attributes:
-        ttft_ms: first chunk with non-empty content.
+        ttft_ms: first chunk with non-empty content, or the end of an answer whose tokens have no text.
         tpot_ms: time per output token after the first: (last token - first token) / (output tokens - 1). Undefined for
             requests of one output token (left out), and for servers that send no usage the number of chunks stands in
             for the number of tokens (the stage's ``notes`` say so).

@@ -14,6 +14,8 @@ from bench.speed.served_schema import Energy, Idle, Load, PointRound, Round, Ser
 
 _ROUND = TypeAdapter(Round)
 LATE_MS = 10
+FAILED_SHARE = 0.02
+"""Requests of a load that may fail. What they took counts for the tokens of the others, which is too much by that."""
 Figure = Callable[[PointRound, Idle], float | None]
 """A figure of one round; None where it is undefined."""
 
@@ -114,12 +116,17 @@ def _energy(over: Callable[[Figure], Spread | None]) -> Energy | None:
 
 
 def _joules(load: Load, idle: Idle, net: bool) -> float | None:
-    """Return the energy of a load; None where unknown, and where failed requests took some of it for no token."""
-    if load.joules is None or load.failed:
+    """Return the energy of a load; None where unknown, and where failed requests may have taken too much of it."""
+    if load.joules is None or _lost(load) > FAILED_SHARE:
         return None
     if not net:
         return sum(load.joules)
     return None if idle.watts is None else sum(load.joules) - idle.watts * load.window_s
+
+
+def _lost(load: Load) -> float:
+    """Return the share of a load's requests that failed."""
+    return load.failed / (load.ok + load.failed)
 
 
 def prefill_joules(point: PointRound, idle: Idle, net: bool = False) -> float | None:
@@ -157,7 +164,9 @@ def _notes(rounds: list[Round], points: list[PointRound]) -> list[str]:
     watched = dict.fromkeys(r.idle.missing for r in rounds if r.idle.missing and r.idle.missing not in without)
     notes += [f"no idle power: {why}" for why in watched]
     if failed := sum(load.failed for load in loads):
-        notes.append(f"{failed} requests failed; what they took counts for no token, so there is no energy")
+        lost = max(_lost(load) for load in loads)
+        so = "so there is no energy" if lost > FAILED_SHARE else f"so energy a token is up to {lost:.1%} too high"
+        notes.append(f"{failed} requests failed, and what they took brought no token, {so}")
     if preempted := sum(load.preemptions or 0 for load in loads):
         notes.append(f"{preempted} times the cache was too small for all requests, and one was computed again")
     late = max((load.generator_lag_ms or 0 for load in loads), default=0)

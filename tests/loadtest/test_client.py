@@ -175,6 +175,13 @@ def test_a_slow_stream_is_a_timeout_of_the_whole_request(mock_server: Callable[.
         (b"", "connection_error"),
         (event_stream("[1]"), "malformed_sse"),
         (event_stream('{"choices": [{"text": ""}]}', "[DONE]"), "empty_response"),
+        (event_stream('{"choices": [{"text": "", "finish_reason": "length"}]}', "[DONE]"), "empty_response"),
+        (
+            event_stream(
+                '{"choices": [{"text": "", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}', "[DONE]"
+            ),
+            "empty_response",
+        ),
         (event_stream('{"choices": [{"text": "a"}]}'), "stream_cut"),
         (event_stream('{"choices": [{"text": "a"}]}', chunked=True), "stream_cut"),
         (event_stream('{"choices": [{"text": "a"}]}')[:-4], "stream_cut"),
@@ -195,6 +202,19 @@ def test_a_stream_that_ends_with_a_finish_reason_needs_no_done() -> None:
     with raw_server(event_stream('{"choices": [{"text": "a", "finish_reason": "stop"}]}')) as url:
         record = send(url)
     assert (record.outcome, record.finish_reason) == ("ok", "stop")
+
+
+def test_tokens_without_a_text_are_an_answer() -> None:
+    # One token was asked for and the model chose a special one: vLLM counts it, and has no text for it.
+    chunks = (
+        '{"choices": [{"text": "", "finish_reason": "length"}]}',
+        '{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}',
+    )
+    with raw_server(event_stream(*chunks, "[DONE]")) as url:
+        record = send(url)
+    assert (record.outcome, record.output_tokens, record.token_s) == ("ok", 1, [])
+    assert record.first_token_s is not None
+    assert record.first_token_s == record.last_token_s <= record.end_s
 
 
 def test_reasoning_is_content() -> None:

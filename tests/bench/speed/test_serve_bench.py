@@ -93,6 +93,15 @@ def test_what_cannot_be_told_is_none_with_its_reason(prefill, generation, note):
     assert point.output_tokens_per_s.median > 0
 
 
+def test_few_failed_requests_leave_energy_as_a_bound():
+    point = point_round(load(2.0, 1000, 99, 99, [300.0], failed=1), load(4.0, 500, 210, 10, [700.0]))
+    (found,) = summarize(turns(auto=[served_round(point)]))[0].points
+    assert found.energy.prefill.median == pytest.approx(0.3)
+    assert found.notes[-1] == (
+        "1 requests failed, and what they took brought no token, so energy a token is up to 1.0% too high"
+    )
+
+
 def test_without_idle_power_nothing_is_net_but_the_rest_stands():
     point = point_round(load(2.0, 1000, 10, 10, [300.0]), load(4.0, 500, 210, 10, [700.0]))
     (found,) = summarize(turns(auto=[served_round(point, idle=Idle(None, 0.0, "--idle-seconds 0"))]))[0].points
