@@ -28,6 +28,11 @@ WIDTH = 5.6
 MARKERS = "osD^vPX*"
 
 
+def marker(number: int) -> str:
+    """Return the marker of a line or point; where colours begin again, it is another one than the first time."""
+    return MARKERS[(number + number // len(SERIES)) % len(MARKERS)]
+
+
 def frontier_plot(frontier: Frontier) -> str:
     """Return the SVG of one trade-off: filled markers on the frontier, hollow ones off it."""
     figure, axes = _figure(3.6 + _legend_room(len(frontier.points)))
@@ -38,7 +43,7 @@ def frontier_plot(frontier: Frontier) -> str:
         colour = SERIES[order[name] % len(SERIES)]
         _bars(axes, x, y, frontier.bars.get(name), colour)
         axes.plot(
-            x, y, MARKERS[order[name] % len(MARKERS)], color=colour, markersize=8, markeredgewidth=1.6,
+            x, y, marker(order[name]), color=colour, markersize=8, markeredgewidth=1.6,
             markerfacecolor=colour if best else BACKGROUND, zorder=3, label=name + ("" if best else " (dominated)"),
         )  # fmt: skip
     if not frontier.larger_y_is_better:
@@ -100,7 +105,7 @@ def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
             [x for _, x, _ in stages],
             [y for _, _, y in stages],
             color=colour,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=marker(i),
             linewidth=1.6,
             label=name,
         )
@@ -137,7 +142,7 @@ def line_plot(name: str, x_label: str, y_label: str, lines: Sequence[tuple[str, 
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=colour, linewidth=1.2, zorder=2)
         axes.plot(
-            [x for x, *_ in places], [y for _, y, *_ in places], color=colour, marker=MARKERS[i % len(MARKERS)],
+            [x for x, *_ in places], [y for _, y, *_ in places], color=colour, marker=marker(i),
             linewidth=1.6, label=label, zorder=3,
         )  # fmt: skip
     axes.set_xlabel(x_label)

@@ -54,8 +54,8 @@ def _frontier(trade: TradeOff, plan: Plan, here: Sequence[Measured], quality: st
             places.append((one.point.name, x.value / trade.per, y.value))
             bars[one.point.name] = (_ends(x, trade.per), _ends(y))
     best = non_dominated([(-x if larger_x else x, -y if larger_y else y) for _, x, y in places])
-    load = next(iter(plan.loads), "the load")
-    x_label = trade.label.format(context=plan.context_tokens, load=f"load {load}")
+    load = f"load {next(iter(plan.loads))}" if plan.loads else "the largest load"
+    x_label = trade.label.format(context=plan.context_tokens, load=load)
     points = [(*place, on) for place, on in zip(places, best, strict=True)]
     key = re.sub(r"\W+", "-", f"{trade.key}-{name}")
     return Frontier(key, trade.title, x_label, label(quality), larger_x, points, larger_y, bars)

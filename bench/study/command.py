@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for itself, and the machine where there is none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--ray-address", metavar="ADDR", help="of the cluster; auto finds it (default: one of its own)")
-    parser.add_argument("--page-only", action="store_true", help="do nothing but make the page of what is done already")
+    parser.add_argument(
+        "--page-only", action="store_true",
+        help="do nothing but make the page of what is done already, also of a folder that another machine filled",
+    )  # fmt: skip
     parser.add_argument("--pack", action="store_true", help="write a reproducibility pack in the end")
     parser.add_argument("--verify", metavar="PACK", help="check a pack: its hashes, its verdicts and its page")
 
@@ -91,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Folder(Path(args.out))
     data, models = (None if given is None else Path(given) for given in (args.data, args.models))
     inputs = Inputs(path.parent, data, models, folder.out / "digests.json", tolerant=args.dry_run)
-    graph = build(plan, path.parent, inputs)
+    # The page is of what is in the folder, also where another machine with other versions did it.
+    graph = build(plan, path.parent, inputs, folder.measured_with() if args.page_only else None)
     if args.dry_run:
         from bench.study.estimate import show
 

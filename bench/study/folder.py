@@ -89,6 +89,17 @@ class Folder:
                 ) from None
             yield
 
+    def measured_with(self) -> dict[str, dict[str, str]]:
+        """Return by kind of step the versions of packages that the newest finished one was done with, here or not."""
+        newest: dict[str, tuple[str, dict[str, str]]] = {}
+        for record in sorted(self.steps.glob(f"*/{DONE}")):
+            outcome, step = self.recorded(record.parent.name), read_json(record.with_name(RECORD))
+            if outcome is None or outcome.status != "done" or not isinstance(step, dict):
+                continue
+            kind, found = step.get("kind", ""), (outcome.started_at, (step.get("determines") or {}).get("versions", {}))
+            newest[kind] = max(newest.get(kind, found), found, key=lambda one: one[0])
+        return {kind: found for kind, (_, found) in newest.items()}
+
     def prepare(self, step: Step) -> None:
         """Write what a step is to do, for the process that does it."""
         write_json(self.of(step.key) / RECORD, step.to_dict())

@@ -78,7 +78,7 @@ def judge(
         context_tokens=plan.context_tokens,
         machines=_machines(found),
         points=[_point(one) for one in found],
-        comparisons=compared(found),
+        comparisons=compared(plan, found),
         improvements=improvements(plan, found),
         hypotheses=decided(plan, graph.points, found),
         steps=[_step(step, states[step.key]) for step in graph.steps.values()],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bench.engine import plain_dtype
@@ -14,7 +15,8 @@ from bench.report.rows import Row
 from bench.report.table import DASH, Cell, cells, columns
 from bench.study import compare
 from bench.study.charts import frontiers, label, sensitivity
-from bench.study.samples import Measured, by_task, headline
+from bench.study.plan import Plan
+from bench.study.samples import Measured, asked_tasks, by_task, headline
 from bench.study.schema import FALSIFIED, HELD, Comparison, Decided, Improvement, Study
 from bench.study.steps import Graph
 from bench.study.verdicts import quality_metric
@@ -30,6 +32,7 @@ def render(study: Study, graph: Graph, found: Sequence[Measured]) -> str:
 
     """
     plan, quality = graph.plan, quality_metric(graph.plan, found)
+    study, found = _shortened(study, found)
     used = {key for one in found for key in one.samples}
     grouped = columns(metric for metric in METRICS if metric.key in used)
     machines = list(dict.fromkeys(one.hardware for one in found))
@@ -46,6 +49,7 @@ def render(study: Study, graph: Graph, found: Sequence[Measured]) -> str:
         ],
         quality=label(quality),
         margin=f"{plan.improvement.margin:g}",
+        load="the last stage of the plan's first load" if plan.loads else "the largest load that was served",
         improving=f"{improving} of {len(study.improvements)} points improve.",
         improvements=[(_place(one, machines), _improvement(one)) for one in study.improvements],
         frontiers={
@@ -60,7 +64,7 @@ def render(study: Study, graph: Graph, found: Sequence[Measured]) -> str:
             (hardware, [(_named(one), cells(_row(one), grouped)) for one in found if one.hardware == hardware])
             for hardware in machines
         ],
-        tasks=_tasks(study, found),
+        tasks=_tasks(plan, study, found),
         comparisons=[(_place(one, machines), _comparison(one)) for one in study.comparisons],
         charts=sensitivity(plan, found),
         failed=[
@@ -68,6 +72,23 @@ def render(study: Study, graph: Graph, found: Sequence[Measured]) -> str:
         ],
         environments=[described(name, one) for name, many in study.machines.items() for one in many],
     )
+
+
+def _shortened(study: Study, found: Sequence[Measured]) -> tuple[Study, list[Measured]]:
+    """Leave out the model's name at the start of points' names where all are of one model."""
+    models = {one.point.model for one in found}
+    start = f"{next(iter(models))}, " if len(models) == 1 else ""
+
+    def named(one: Any, *names: str) -> Any:
+        return replace(one, **{name: (getattr(one, name) or "").removeprefix(start) for name in names})
+
+    hypotheses = [replace(h, points=[named(one, "point", "against") for one in h.points]) for h in study.hypotheses]
+    return replace(
+        study,
+        hypotheses=hypotheses,
+        improvements=[named(one, "point") for one in study.improvements],
+        comparisons=[named(one, "point") for one in study.comparisons],
+    ), [replace(one, point=named(one.point, "name")) for one in found]
 
 
 def _named(one: Measured) -> str:
@@ -104,12 +125,12 @@ def _decided(verdict: str, one: Decided) -> list[Cell]:
 
 
 def _improvement(one: Improvement) -> list[Cell]:
-    costs = "; ".join(f"{label(key).partition(' (')[0]} {factor:.2f}x" for key, factor in one.costs.items())
+    costs = [f"{label(key).partition(' (')[0]} {factor:.2f}x" for key, factor in one.costs.items()]
     return [
         Cell("yes" if one.improves else "no", one.why_not, one.improves),
         Cell(NONE if one.change is None else f"{one.change.value:+.4g}", _ends(one.change)),
         Cell(_p(one.p_quality)),
-        Cell(costs or NONE),
+        Cell(costs[0] if costs else NONE, "; ".join(costs[1:])),
         Cell("exact" if one.p_cost == 0 else _p(one.p_cost)),
         Cell(_p(one.p)),
         Cell(_p(one.p_holm)),
@@ -137,15 +158,20 @@ def _p(value: float | None) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _tasks(study: Study, found: Sequence[Measured]) -> dict[str, Any]:
-    """Return the table of tasks: a line a task with the metric that stands for it, a column a point."""
+def _tasks(plan: Plan, study: Study, found: Sequence[Measured]) -> dict[str, Any]:
+    """Return the table of tasks: a line a task with the metric that stands for it, a column a point.
+
+    What groups consist of has its lines apart.
+    """
     names = by_task(dict.fromkeys(key for one in found for key in one.samples))
     keys = [f"{task}/{headline(metrics)}" for task, metrics in names.items()]
     here = [one for one in found if any(key in one.samples for key in keys)]
     # Quality is measured on one kind of machine, so that others repeat it.
     here = [one for one in here if one.hardware == here[0].hardware]
     tested = {(c.point, c.hardware, c.metric): c for c in study.comparisons}
-    rows = []
+    asked = {f"{task}/{headline(names[task])}" for task in asked_tasks(plan, names)}
+    rows: list[tuple[str, list[Cell]]] = []
+    parts: list[tuple[str, list[Cell]]] = []
     for key in keys:
         line = []
         for one in here:
@@ -157,5 +183,5 @@ def _tasks(study: Study, found: Sequence[Measured]) -> dict[str, Any]:
             line.append(
                 Cell(f"{value.value:.4f}{error}", "" if c is None else f"{c.change.value:+.4f}, p {_p(c.p_holm)}")
             )
-        rows.append((key, line))
-    return {"headings": ["task", *(_named(one) for one in here)], "rows": rows}
+        (rows if key in asked else parts).append((key, line))
+    return {"headings": ["task", *(_named(one) for one in here)], "rows": rows, "parts": parts}

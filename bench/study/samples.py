@@ -19,6 +19,7 @@ from bench.report.rows import Row, stage_label, users
 from bench.schema import KVCache
 from bench.speed.schema import KVBenchReport
 from bench.speed.served_schema import ServeBenchReport
+from bench.study.plan import Plan
 from bench.study.points import Point
 from bench.study.steps import Graph
 from kv_cache.errors import ParetoError
@@ -99,6 +100,20 @@ def by_task(keys: Iterable[str]) -> dict[str, list[str]]:
         if slash and "@" not in key:
             found.setdefault(task, []).append(metric)
     return found
+
+
+def asked_tasks(plan: Plan, tasks: Iterable[str]) -> list[str]:
+    """Return the tasks that a plan names or has patterns of; what else was measured is part of one of these groups.
+
+    A name without a result (one of several tasks, not of a group with a score) leaves all tasks.
+    """
+    patterns, tasks = _patterns(plan), list(tasks)
+    asked = {pattern: [task for task in tasks if fnmatch(task, pattern)] for pattern in patterns}
+    return tasks if not all(asked.values()) else list(dict.fromkeys(task for found in asked.values() for task in found))
+
+
+def _patterns(plan: Plan) -> list[str]:
+    return list(dict.fromkeys(str(task) for group in plan.tasks for task in _listed(group.get("tasks"))))
 
 
 def measured(graph: Graph, result: Result) -> list[Measured]:
@@ -262,10 +277,9 @@ def _add_accuracy(one: Measured, graph: Graph) -> None:
     Every question keeps its distance from its task's mean, weighed by its task's size, around the mean of all tasks: so
     the spread of these values is that of a stratified sample.
     """
-    named = [str(task) for group in graph.plan.tasks for task in _listed(group.get("tasks"))]
     metrics = by_task(one.samples)
     parts = []
-    for pattern in dict.fromkeys(named):
+    for pattern in _patterns(graph.plan):
         asked = [task for task in metrics if fnmatch(task, pattern)]
         if not asked:
             # Without one of its tasks it would be another figure than that of the other points.

@@ -7,7 +7,7 @@ where no seed reaches a step, as in the quality of an unquantized model, all run
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,10 @@ class Graph:
 
 
 class _Builder:
-    def __init__(self, plan: Plan, folder: Path, inputs: Inputs) -> None:
+    def __init__(self, plan: Plan, folder: Path, inputs: Inputs, measured_with: Mapping[str, dict[str, str]]) -> None:
         self.plan, self.folder, self.inputs = plan, folder, inputs
         self.steps: dict[str, Step] = {}
-        self.versions = versions()
+        self.versions, self.measured_with = versions(), measured_with
         self.quality = self._group("eval", plan.quality, "quality") if plan.quality else None
         off = {"num_windows": 0, "needle": False}
         self.tasks = [self._group("eval", off | group, f"tasks[{i}]") for i, group in enumerate(plan.tasks)]
@@ -68,7 +68,8 @@ class _Builder:
 
     def _add(self, kind: Kind, name: str, words: Iterable[str], determines: dict[str, Any], **others: Any) -> str:
         packages = ("vllm-pareto", *PACKAGES[kind])
-        found = {package: self.versions[package] for package in packages if package in self.versions}
+        here = {package: self.versions[package] for package in packages if package in self.versions}
+        found = self.measured_with.get(kind, here)
         whole = {"kind": kind, "versions": found, "hardware": others.get("hardware", ""), **determines}
         key = f"{kind}-{digest(whole)[:20]}"
         # The first run's name stands for all that share it.
@@ -263,16 +264,17 @@ def _task_names(flags: Flags) -> str:
     return " ".join(names[:NAMED_TASKS]) + (f" and {more} more" if more > 0 else "")
 
 
-def build(plan: Plan, folder: Path, inputs: Inputs) -> Graph:
+def build(plan: Plan, folder: Path, inputs: Inputs, measured_with: Mapping[str, dict[str, str]] | None = None) -> Graph:
     """Return all that a plan asks for.
 
     Args:
         plan: the plan.
         folder: where it lies.
         inputs: finds models and data.
+        measured_with: by kind of step, the versions of packages whose results are meant; else those installed here.
 
     Raises:
         ParetoError: a flag, recipe, model or file that is no good; the line names the plan's key.
 
     """
-    return _Builder(plan, folder, inputs).build()
+    return _Builder(plan, folder, inputs, measured_with or {}).build()

@@ -11,7 +11,7 @@ from bench.statistics import holm
 from bench.study import compare
 from bench.study.plan import Hypothesis, Plan
 from bench.study.points import Point, of
-from bench.study.samples import ACCURACY, Measured, Sample, by_task, headline
+from bench.study.samples import ACCURACY, Measured, Sample, asked_tasks, by_task, headline
 from bench.study.schema import (
     FALSIFIED,
     HELD,
@@ -54,18 +54,18 @@ def changed(tested: Sample, base: Sample) -> tuple[str, tuple[Estimate, float | 
     return "difference", compare.difference(tested, base)
 
 
-def compared(found: Sequence[Measured]) -> list[Comparison]:
+def compared(plan: Plan, found: Sequence[Measured]) -> list[Comparison]:
     """Return every point's main metrics beside its baseline's, with p after Holm over all of them.
 
     What has no error (bits, bytes) is not tested and stands in no correction, and neither are the same figures under
-    every load: the loads of the plan are steps of one curve.
+    every load (the loads of the plan are steps of one curve) nor the parts of a group of tasks, whose score is tested.
     """
     made: list[Comparison] = []
     for one in found:
         base = base_of(one, found)
         if base is None:
             continue
-        for key in _tested_keys(one):
+        for key in _tested_keys(plan, one):
             if key not in base.samples:
                 continue
             measure, result = changed(one.samples[key], base.samples[key])
@@ -77,8 +77,9 @@ def compared(found: Sequence[Measured]) -> list[Comparison]:
     return [_judged(c, next(adjusted) if c.p is not None else None) for c in made]
 
 
-def _tested_keys(one: Measured) -> list[str]:
-    keys = [f"{task}/{headline(metrics)}" for task, metrics in by_task(one.samples).items()]
+def _tested_keys(plan: Plan, one: Measured) -> list[str]:
+    metrics = by_task(one.samples)
+    keys = [f"{task}/{headline(metrics[task])}" for task in asked_tasks(plan, metrics)]
     others = ("perplexity", "needle", "output_tokens_per_s", "ttft_p95_ms", "tpot_p95_ms", ACCURACY)
     energies = [key for key in one.samples if is_energy(key) and "@" not in key]
     return [key for key in (*others, *energies, *keys) if key in one.samples and not one.samples[key].exact]

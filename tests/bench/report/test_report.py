@@ -8,7 +8,7 @@ import pytest
 from bench.frontier import non_dominated
 from bench.quality.schema import FailedConfiguration, Flips, TaskResult
 from bench.report import command as report_command
-from bench.report import metrics, table
+from bench.report import metrics, plots, table
 from bench.report import rows as rows_module
 from bench.report.documents import collect
 from bench.report.figures import NONE, Figure
@@ -394,3 +394,8 @@ def test_columns_without_figures_are_not_on_the_page(results, tmp_path):
     html = (tmp_path / "r.html").read_text()
     assert "J/token" not in html
     assert "peak memory" not in html
+
+
+def test_no_two_of_many_points_look_the_same():
+    looks = [(plots.SERIES[i % len(plots.SERIES)], plots.marker(i)) for i in range(40)]
+    assert len(set(looks)) == 40

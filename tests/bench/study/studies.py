@@ -54,7 +54,10 @@ def kl_of(step):
 
 
 def write_result(step, folder, accuracy=None):
-    """Write what a step's command would, with figures that follow from what the step is."""
+    """Write what a step's command would, with figures that follow from what the step is.
+
+    ``accuracy`` gives the answers to arc_easy's questions, or by task those to each one's.
+    """
     out = folder.result(step.key)
     out.mkdir(parents=True, exist_ok=True)
     if step.kind == "compress":
@@ -78,17 +81,21 @@ def write_result(step, folder, accuracy=None):
             if one is not base:
                 found[one.name] |= {"kl": {f"t/{i}": kl * (1 + 0.05 * i) for i in range(6)}}
             if accuracy is not None:
-                found[one.name]["arc_easy/acc"] = accuracy(step, one is base)
+                answers = accuracy(step, one is base)
+                of_tasks = answers if isinstance(next(iter(answers.values())), dict) else {"arc_easy": answers}
+                found[one.name] |= {f"{task}/acc": units for task, units in of_tasks.items()}
         if accuracy is not None:
             from bench.quality.schema import TaskResult
             from bench.statistics import mean_estimate
 
             def with_task(one):
-                values = list(found[one.name]["arc_easy/acc"].values())
-                task = TaskResult(
-                    "arc_easy", "acc", "more", len(values), mean_estimate(values), None, None, None, None, 1.0
-                )
-                return replace(one, tasks=[task])
+                tasks = []
+                for key, units in found[one.name].items():
+                    if key.endswith("/acc"):
+                        value = mean_estimate(list(units.values()))
+                        name = key.removesuffix("/acc")
+                        tasks.append(TaskResult(name, "acc", "more", len(units), value, None, None, None, None, 1.0))
+                return replace(one, tasks=tasks)
 
             both = [with_task(one) for one in both]
         (out / "eval.json").write_text(json.dumps(eval_document(*both)))

@@ -252,6 +252,11 @@ def test_an_interrupted_study_has_its_page_and_can_be_looked_at(tmp_path, monkey
     assert study(parser.parse_args([*args, "--page-only"])) == 0
     assert page.read_bytes() == before
     assert len(executor.done) == steps + 1
+    # A machine with other versions would do the steps anew, and still makes the page of these.
+    monkeypatch.setattr("bench.study.steps.versions", lambda: {"torch": "9.9", "vllm-pareto": "9.9"})
+    capsys.readouterr()
+    assert study(parser.parse_args([*args, "--page-only"])) == 0
+    assert f"{steps} of 23 steps done" in capsys.readouterr().out
 
 
 def test_a_second_signal_leaves_no_command_behind(tmp_path, pareto):

@@ -143,6 +143,39 @@ def test_points_that_lose_nothing_and_gain_speed_improve(tmp_path):
     assert worse.change.value == pytest.approx(-0.15, abs=0.01)
 
 
+def of_a_group(step, is_base):
+    """The questions above as those of a group of ten tasks, which has a score."""
+    units = answers(step, is_base)
+    parts = {f"mmlu_{part}": {unit: units[unit] for unit in list(units)[part::10]} for part in range(10)}
+    return parts | {"mmlu": units}
+
+
+@pytest.mark.parametrize(
+    ("named", "tested"),
+    [
+        (["mmlu"], ["mmlu/acc"]),
+        (["mmlu_*"], [f"mmlu_{part}/acc" for part in range(10)]),
+        # One name has no score of its own (as a tag of lm-eval): its tasks cannot be told from the others.
+        (["mmlu", "some_tag"], [*(f"mmlu_{part}/acc" for part in range(10)), "mmlu/acc"]),
+    ],
+)
+def test_parts_of_a_group_are_shown_and_not_tested(tmp_path, named, tested):
+    study, graph, folder, progress = judged(tmp_path, accuracy=of_a_group, tasks=[{"tasks": named}])
+    point = "ref-7m, int4_per_head KV"
+    assert [one.metric for one in study.comparisons if one.point == point and "/" in one.metric] == tested
+    text = conclude(graph, folder, tmp_path / "plan.yaml", progress).read_text()
+    assert all(f"mmlu_{part}/acc" in text for part in range(10))
+    assert ("10 tasks that are part of one of these" in text) == (named == ["mmlu"])
+
+
+def test_the_page_leaves_out_what_all_names_begin_with(tmp_path):
+    study, graph, folder, progress = judged(tmp_path, tasks=TASKS)
+    text = conclude(graph, folder, tmp_path / "plan.yaml", progress).read_text()
+    assert '<th scope="row">w4, int4_per_head KV</th>' in text
+    assert '<th scope="row">ref-7m, ' not in text
+    assert "ref-7m, w4, int4_per_head KV" in {one.point for one in study.improvements}
+
+
 def test_a_point_that_has_a_seed_needs_three_runs(tmp_path):
     study, *_ = judged(tmp_path, tasks=TASKS, runs=2, hypotheses=[hypothesis(points={"weights": "w4", "kv": "auto"})])
     found = {one.point: one for one in study.improvements}
