@@ -90,14 +90,15 @@ class Folder:
             yield
 
     def measured_with(self) -> dict[str, dict[str, str]]:
-        """Return by kind of step the versions of packages that the newest finished one was done with, here or not."""
+        """Return the versions that the newest finished step of each kind was done with, here or not; "" of any kind."""
         newest: dict[str, tuple[str, dict[str, str]]] = {}
         for record in sorted(self.steps.glob(f"*/{DONE}")):
             outcome, step = self.recorded(record.parent.name), read_json(record.with_name(RECORD))
             if outcome is None or outcome.status != "done" or not isinstance(step, dict):
                 continue
-            kind, found = step.get("kind", ""), (outcome.started_at, (step.get("determines") or {}).get("versions", {}))
-            newest[kind] = max(newest.get(kind, found), found, key=lambda one: one[0])
+            found = (outcome.started_at, outcome.environment.get("versions") or {})
+            for kind in ("", step.get("kind", "")):
+                newest[kind] = max(newest.get(kind, found), found, key=lambda one: one[0])
         return {kind: found for kind, (_, found) in newest.items()}
 
     def prepare(self, step: Step) -> None:

@@ -68,8 +68,8 @@ class _Builder:
 
     def _add(self, kind: Kind, name: str, words: Iterable[str], determines: dict[str, Any], **others: Any) -> str:
         packages = ("vllm-pareto", *PACKAGES[kind])
-        here = {package: self.versions[package] for package in packages if package in self.versions}
-        found = self.measured_with.get(kind, here)
+        known = self.measured_with.get(kind) or self.measured_with.get("") or self.versions
+        found = {package: known[package] for package in packages if package in known}
         whole = {"kind": kind, "versions": found, "hardware": others.get("hardware", ""), **determines}
         key = f"{kind}-{digest(whole)[:20]}"
         # The first run's name stands for all that share it.
@@ -271,7 +271,7 @@ def build(plan: Plan, folder: Path, inputs: Inputs, measured_with: Mapping[str, 
         plan: the plan.
         folder: where it lies.
         inputs: finds models and data.
-        measured_with: by kind of step, the versions of packages whose results are meant; else those installed here.
+        measured_with: versions of packages whose results are meant, by kind of step, "" for others; else those here.
 
     Raises:
         ParetoError: a flag, recipe, model or file that is no good; the line names the plan's key.

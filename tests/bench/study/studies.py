@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import yaml
 
+from bench.environment import versions
 from bench.quality import units
 from bench.speed.served_schema import EnergySource, Idle, ServeBenchReport
 from bench.speed.served_summary import summarize
@@ -149,7 +150,7 @@ class Pretended:
         error = self.broken(step)
         if not error:
             write_result(step, self.folder, self.accuracy)
-        outcome = Outcome("failed" if error else "done", error, NOW, 5.0)
+        outcome = Outcome("failed" if error else "done", error, NOW, 5.0, {"versions": versions()})
         self.folder.finish(step.key, outcome)
         return [(step, outcome)]
 
