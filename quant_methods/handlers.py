@@ -23,12 +23,12 @@ from torch import Tensor
 from quant_methods.formats.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
-    from quant_methods.steps import RoundStep, Step
+    from quant_methods.steps import PruneStep, RoundStep, Step
 
 
 @dataclass
 class LinearProblem:
-    """What a rounding step gets: one linear layer and what calibration saw of its inputs.
+    """What a step that prunes or rounds gets: one linear layer and what calibration saw of its inputs.
 
     Attributes:
         name: the module's name.
@@ -92,6 +92,22 @@ class Handler:
 
 
 @dataclass(frozen=True)
+class Pruner:
+    """What performs a prune step.
+
+    Attributes:
+        prune: returns a layer's weight, float32 [out, in], with zeros; weights that are left may have changed.
+        needs_hessian: given the step, whether the calibrator must supply ``hessian``.
+        needs_upstream: given the step, whether to supply ``cross`` and ``residual``.
+
+    """
+
+    prune: Callable[[Any, LinearProblem], Tensor]
+    needs_hessian: Callable[[Any], bool]
+    needs_upstream: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What a whole-model step did.
 
@@ -137,6 +153,7 @@ class ModelRun(Protocol):
 
 STEPS: dict[str, type[Step]] = {}
 HANDLERS: dict[type[Step], Handler] = {}
+PRUNERS: dict[type[Step], Pruner] = {}
 TRANSFORMS: dict[type[Step], Callable[[Any, ScalingProblem], Tensor]] = {}
 BLOCK_STEPS: dict[type[Step], Callable[[Any, Any], None]] = {}
 SOURCE_STEPS: dict[type[Step], Callable[[Any, Any], Any]] = {}
@@ -167,6 +184,24 @@ def handles(
         function: Callable[[Any, LinearProblem], QuantizedLinear],
     ) -> Callable[[Any, LinearProblem], QuantizedLinear]:
         HANDLERS[step_type] = Handler(function, needs_hessian, needs_upstream)
+        return function
+
+    return decorate
+
+
+Prune = Callable[[Any, LinearProblem], Tensor]
+
+
+def prunes(
+    step_type: type[PruneStep],
+    *,
+    needs_hessian: Callable[[Any], bool] = lambda step: False,
+    needs_upstream: Callable[[Any], bool] = lambda step: False,
+) -> Callable[[Prune], Prune]:
+    """Register the function that performs a prune step; see :class:`Pruner`."""
+
+    def decorate(function: Prune) -> Prune:
+        PRUNERS[step_type] = Pruner(function, needs_hessian, needs_upstream)
         return function
 
     return decorate

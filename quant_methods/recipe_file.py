@@ -19,6 +19,7 @@ import yaml
 import quant_methods.methods.awq
 import quant_methods.methods.gptq
 import quant_methods.methods.omniquant
+import quant_methods.methods.pruning
 import quant_methods.methods.rotation
 import quant_methods.methods.rtn
 import quant_methods.methods.smoothquant

@@ -31,7 +31,7 @@ from torch import Tensor
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
 from quant_methods.formats.parts.grid_codes import GridCodes
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
@@ -324,12 +324,12 @@ def _one_by_one(work: Tensor, upper: Tensor, start: int, stop: int, rounding: Ro
     return pending
 
 
-def relative_error(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor | None) -> float:
+def relative_error(weight: Tensor, quantized: QuantizedLinear | DenseLinear, hessian: Tensor | None) -> float:
     """Return ``||W X - Q X|| / ||W X||`` over the calibration inputs, or ``||W - Q|| / ||W||`` without a Hessian.
 
     Args:
         weight: float32 [out, in], the original.
-        quantized: its quantized form.
+        quantized: what a step made of it.
         hessian: float32 [in, in] or None.
 
     """
