@@ -213,17 +213,20 @@ def solve(
 
 
 class Rounding(Protocol):
-    """Rounds one input channel after the other.
+    """Rounds one input channel after the other."""
 
-    Attributes:
-        width: ``fit`` is called before each multiple of this many channels; 0: never.
+    def sees(self, position: int) -> int:
+        """Return how many channels ``fit`` is to see before the one at this position of the order is rounded."""
 
-    """
+    def fit(self, position: int, current: Tensor, pivots: Tensor) -> None:
+        """See the next channels, fewer at the end.
 
-    width: int
+        Args:
+            position: of the first.
+            current: [channels, rows], weights that have absorbed the error so far.
+            pivots: [channels], of which the squares are [H^-1]_jj, H having lost the channels before j.
 
-    def fit(self, position: int, current: Tensor) -> None:
-        """See the next ``width`` channels [width, rows], which have absorbed the error so far."""
+        """
 
     def round(self, position: int, channel: Tensor) -> Tensor:
         """Return what the weights [rows] of the channel at this position of the order will read back as."""
@@ -244,13 +247,16 @@ class _Groups:
         late: tuple[Tensor, Search, torch.dtype] | None = None,
     ) -> None:
         self.grid, self.late = grid, late
-        self.width = width if late else 0
+        self.width = width
         self.groups = (order // width).int()
         self.group_of = self.groups.tolist()
         self.scale, self.zero = (part.T.contiguous() for part in ranges)
         self.codes = self.scale.new_empty((len(order), self.scale.shape[1]))
 
-    def fit(self, position: int, current: Tensor) -> None:
+    def sees(self, position: int) -> int:
+        return self.width if self.late and position % self.width == 0 else 0
+
+    def fit(self, position: int, current: Tensor, pivots: Tensor) -> None:
         assert self.late is not None
         hessian, search, scale_dtype = self.late
         grid, own = self.grid, slice(position, position + self.width)
@@ -273,6 +279,42 @@ class _Groups:
 
         grid = self.scale, self.zero, self.groups
         return round_block(work, upper, *grid, self.codes, start, stop, self.grid.low, self.grid.high)
+
+
+class Kept:
+    """Makes the weights zero that a mask leaves out, and has the others rounded by another rounding, or keeps them.
+
+    Attributes:
+        kept: bool [columns, rows], in the order of rounding.
+        inner: rounds what is left; a zero has to read back as a zero. None: nothing is rounded.
+        weight: [columns, rows], what the weights read back as.
+
+    """
+
+    def __init__(self, kept: Tensor, dtype: torch.dtype, inner: Rounding | None = None) -> None:
+        self.kept, self.inner = kept, inner
+        self.weight = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
+
+    def sees(self, position: int) -> int:
+        """Return what the inner rounding asks for."""
+        return self.inner.sees(position) if self.inner is not None else 0
+
+    def fit(self, position: int, current: Tensor, pivots: Tensor) -> None:
+        """Show the inner rounding the weights as they will be, with zeros."""
+        assert self.inner is not None
+        current = current[: self.inner.sees(position)]
+        mask = self.kept[position : position + len(current)]
+        self.inner.fit(position, current * mask, pivots[: len(current)])
+
+    def round(self, position: int, channel: Tensor) -> Tensor:
+        """Return the channel with zeros; see :class:`Rounding`."""
+        left = channel * self.kept[position]
+        self.weight[position] = left if self.inner is None else self.inner.round(position, left)
+        return self.weight[position]
+
+    def round_block(self, work: Tensor, upper: Tensor, start: int, stop: int) -> None:
+        """Leave it to ``round``: no kernel has masks."""
+        return
 
 
 def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding) -> None:
@@ -312,12 +354,12 @@ def _one_by_one(work: Tensor, upper: Tensor, start: int, stop: int, rounding: Ro
     """Round the channels of a block in turn, in place; return their errors [channels, rows]."""
     pending = work.new_zeros((stop - start, work.shape[1]))
     for j in range(start, stop):
-        if rounding.width and j % rounding.width == 0:
-            current = work[j : j + rounding.width]
-            if j + rounding.width > stop:
-                late = current[stop - j :] - upper[start:j, stop : j + rounding.width].T @ pending[: j - start]
+        if seen := rounding.sees(j):
+            current = work[j : j + seen]
+            if j + seen > stop:
+                late = current[stop - j :] - upper[start:j, stop : j + seen].T @ pending[: j - start]
                 current = torch.cat([current[: stop - j], late])
-            rounding.fit(j, current)
+            rounding.fit(j, current, upper.diagonal()[j : j + seen])
         error = (work[j] - rounding.round(j, work[j])) / upper[j, j]
         work[j:stop].addr_(upper[j, j:stop], error, alpha=-1)
         pending[j - start] = error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quant_methods.handlers import LinearProblem, prunes, register
+from quant_methods.methods.gptq import finite
 from quant_methods.steps import PruneStep
 
 
@@ -59,3 +60,22 @@ def _least(scores: Tensor, count: int) -> Tensor:
     bound = scores.kthvalue(count, -1, keepdim=True).values
     below, tied = scores < bound, scores == bound
     return below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - below.sum(-1, keepdim=True)))
+
+
+@register("wanda")
+@dataclass(frozen=True)
+class Wanda(PruneStep):
+    """The weights that add least to the output of their channel become zero, judged by size and input alone."""
+
+
+@prunes(Wanda, needs_hessian=lambda step: True)
+def by_wanda(step: Wanda, problem: LinearProblem) -> Tensor:
+    """Prune one layer; see ``handlers.Pruner``.
+
+    Raises:
+        ParetoError: the Hessian is not finite.
+
+    """
+    # The mean of x^2 instead of its sum: within a row a common factor changes no comparison.
+    sizes = finite(problem).diagonal().clamp(min=0).sqrt()
+    return problem.weight.masked_fill(least(problem.weight.abs() * sizes.to(problem.weight.dtype), step), 0)

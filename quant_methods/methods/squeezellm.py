@@ -177,8 +177,6 @@ def solve(
 class _Tables:
     """Rounds to tables, and keeps codes int8 and weights kept apart [columns, rows] in the order of rounding."""
 
-    width = 0
-
     def __init__(self, table: Tensor, apart: Tensor, dtype: torch.dtype) -> None:
         self.table = table.T.contiguous()
         self.middles = (self.table[1:] + self.table[:-1]) / 2
@@ -186,7 +184,10 @@ class _Tables:
         self.codes = torch.empty(apart.shape, dtype=torch.int8, device=table.device)
         self.wanted = table.new_empty(apart.shape)
 
-    def fit(self, position: int, current: Tensor) -> None:
+    def sees(self, position: int) -> int:
+        return 0
+
+    def fit(self, position: int, current: Tensor, pivots: Tensor) -> None:
         raise AssertionError("tables are fitted beforehand")
 
     def round(self, position: int, channel: Tensor) -> Tensor:

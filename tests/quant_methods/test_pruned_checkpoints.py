@@ -10,11 +10,13 @@ import torch
 from quant_methods.checkpoints.checkpoint import read_tensors
 from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
-from quant_methods.methods.pruning import Magnitude
+from quant_methods.methods.pruning import Magnitude, Wanda
+from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.steps import PruneStep
 from tests.quant_methods.test_compress import Interrupted, contents, recipe
 
-ALL = [Magnitude(), Magnitude(pattern="2:4")]
+METHODS = (Magnitude, Wanda, SparseGPT)
+ALL = [method(pattern=pattern) for method in METHODS for pattern in ("any", "2:4")]
 
 
 def share_of_zeros(weight: torch.Tensor) -> float:
@@ -46,7 +48,7 @@ def test_pruned_weights_are_stored_densely_with_their_zeros(
     assert report.bytes_after == report.bytes_before
 
 
-@pytest.mark.parametrize("step", [Magnitude()], ids=lambda step: step.method)
+@pytest.mark.parametrize("step", [Magnitude(), SparseGPT()], ids=lambda step: step.method)
 @pytest.mark.parametrize("moment", ["block 2/3", "writing the checkpoint"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path, step: PruneStep, moment: str

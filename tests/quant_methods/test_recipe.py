@@ -13,10 +13,11 @@ from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, PRUNERS, 
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.omniquant import OmniQuant
-from quant_methods.methods.pruning import Magnitude
+from quant_methods.methods.pruning import Magnitude, Wanda
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
+from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import Calibration, Recipe
@@ -51,7 +52,7 @@ def test_every_method_has_a_handler() -> None:
     assert set(STEPS.values()) == HANDLED
     assert {kind.kind for kind in HANDLED} <= set(KINDS)
     assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
-    assert set(PRUNERS) == {Magnitude}
+    assert set(PRUNERS) == {Magnitude, Wanda, SparseGPT}
     assert set(TRANSFORMS) == {AWQ, SmoothQuant}
     assert set(BLOCK_STEPS) == {OmniQuant}
     assert set(SOURCE_STEPS) == {Rotate}
@@ -78,7 +79,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
         (
             "steps: [{method: awqq}]",
-            "unknown method 'awqq'; methods: awq, gptq, magnitude, omniquant, rotate, rtn, smoothquant, squeezellm",
+            "unknown method 'awqq'; methods: awq, gptq, magnitude, omniquant, rotate, rtn, smoothquant, sparsegpt",
         ),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
