@@ -201,7 +201,11 @@ class BlockSolver:
         )
         if prune is not None:
             pruner = PRUNERS[type(prune)]
-            problem.weight = pruner.prune(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
+            if prune.rounding is not None and step is not None:
+                assert pruner.and_round is not None
+                return pruner.and_round(prune, step, problem)
+            pruned = pruner.prune(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
+            problem.weight, problem.dense = pruned, problem.weight
         if step is None:
             return DenseLinear(problem.weight.to(self.decoder.source.dtype(f"{name}.weight")))
         return solve(step, _upstream(problem, wanted=HANDLERS[type(step)].needs_upstream(step)))

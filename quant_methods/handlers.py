@@ -40,6 +40,8 @@ class LinearProblem:
         scale_dtype: dtype that scales are stored in.
         largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
         ranges: (scale, zero-point), float32 [out, groups], that an earlier step learned for the weight, or None.
+        dense: float32 [out, in], of a weight that was pruned, what it was before; else None. Where the pruned weight is
+            zero, a rounding step has to leave it so.
 
     """
 
@@ -51,6 +53,12 @@ class LinearProblem:
     scale_dtype: torch.dtype
     largest: Tensor | None = None
     ranges: tuple[Tensor, Tensor] | None = None
+    dense: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Bool [out, in], the weights that were not pruned; None: none was."""
+        return None if self.dense is None else self.weight != 0
 
 
 @dataclass
@@ -99,12 +107,15 @@ class Pruner:
         prune: returns a layer's weight, float32 [out, in], with zeros; weights that are left may have changed.
         needs_hessian: given the step, whether the calibrator must supply ``hessian``.
         needs_upstream: given the step, whether to supply ``cross`` and ``residual``.
+        and_round: prunes and rounds in one pass, given the step and ``PruneStep.rounding`` with a group size that fits;
+            None where no such step has one.
 
     """
 
     prune: Callable[[Any, LinearProblem], Tensor]
     needs_hessian: Callable[[Any], bool]
     needs_upstream: Callable[[Any], bool]
+    and_round: Callable[[Any, Any, LinearProblem], QuantizedLinear] | None
 
 
 @dataclass(frozen=True)
@@ -197,11 +208,12 @@ def prunes(
     *,
     needs_hessian: Callable[[Any], bool] = lambda step: False,
     needs_upstream: Callable[[Any], bool] = lambda step: False,
+    and_round: Callable[[Any, Any, LinearProblem], QuantizedLinear] | None = None,
 ) -> Callable[[Prune], Prune]:
     """Register the function that performs a prune step; see :class:`Pruner`."""
 
     def decorate(function: Prune) -> Prune:
-        PRUNERS[step_type] = Pruner(function, needs_hessian, needs_upstream)
+        PRUNERS[step_type] = Pruner(function, needs_hessian, needs_upstream, and_round)
         return function
 
     return decorate

@@ -106,9 +106,9 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
 
     """
     final = next((step for step in recipe.steps if isinstance(step, ModelStep)), None)
-    rounding = [step for step in recipe.steps if isinstance(step, RoundStep)]
+    rounding, round_steps = recipe.rounding, [step for step in recipe.steps if isinstance(step, RoundStep)]
     pruning = [step for step in recipe.steps if isinstance(step, PruneStep)]
-    _check_pruning(recipe, pruning, rounding)
+    _check_pruning(recipe, pruning, round_steps)
     steps: dict[str, RoundStep] = {}
     prunes: dict[str, PruneStep] = {}
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
@@ -121,8 +121,9 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             shapes[name] = linear.out_features, linear.in_features
             step = prune = None
             if not matches(name, ignore):
-                step = next((s for s in rounding if matches(name, s.targets)), None)
+                step = next((s for s in round_steps if matches(name, s.targets)), None)
                 prune = next((s for s in pruning if matches(name, s.targets)), None)
+                step = step if prune is None else prune.rounding or step
             chosen[local] = step
             if step is not None:
                 steps[name] = step

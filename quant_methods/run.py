@@ -85,6 +85,11 @@ class LayerReport:
     relative_error: float
     zeros: int | None = None
 
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of its weights that is zero; None if it was not pruned."""
+        return None if self.zeros is None else self.zeros / (self.shape[0] * self.shape[1])
+
 
 @dataclass
 class Report:
@@ -239,7 +244,7 @@ class Run:
             scales = self._scales()
             report.kv_scales = scales is not None
             self.progress(self.total, self.total, "writing the checkpoint")
-            report.bytes_after = self._write(report.tuned, scales)
+            report.bytes_after = self._write(report, scales)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
             bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in report.layers)
             report.bits_per_weight = bits / weights if weights else 16.0
@@ -377,7 +382,7 @@ class Run:
         write_tensors(path, {name: source.read(name).to(source.dtype(name)) for name in sorted(names)}, {})
         return path
 
-    def _write(self, tuned: Tuned | None, scales: KVScales | None) -> int:
+    def _write(self, report: Report, scales: KVScales | None) -> int:
         """Fill ``checkpoint/``, rename it to the output, and return the bytes of its tensors."""
         target = self.work / "checkpoint"
         if target.exists():
@@ -409,12 +414,22 @@ class Run:
         write_json(target / "config.json", config)
         for name, data in self.attachments.items():
             write_bytes(target / name, data)
-        result = {} if tuned is None else {"tuned": {"held_out_kl": tuned.kl, "kept_step": tuned.kept}}
-        write_json(target / RECIPE_FILE, {**self.provenance, **result})
+        write_json(target / RECIPE_FILE, {**self.provenance, **_found(report)})
         if scales is not None:
             scales.save(target)
         put_in_place(target, self.out, self.work)
         return size
+
+
+def _found(report: Report) -> dict[str, Any]:
+    """Return what is told of a finished run beside what determined it."""
+    found: dict[str, Any] = {}
+    if (tuned := report.tuned) is not None:
+        found["tuned"] = {"held_out_kl": tuned.kl, "kept_step": tuned.kept}
+    if report.sparsity is not None:
+        own = {layer.name: layer.sparsity for layer in report.layers if layer.sparsity is not None}
+        found["sparsity"] = {"all": report.sparsity, **own}
+    return found
 
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -108,6 +108,11 @@ class PruneStep(Step):
     targets: tuple[str, ...] = ("*",)
 
     @property
+    def rounding(self) -> RoundStep | None:
+        """The step that rounds what is left in the same pass; None: this one only prunes."""
+        return None
+
+    @property
     def kept_among(self) -> tuple[int, int] | None:
         """N and M of the pattern; None where weights of any place may become zero."""
         if self.pattern == "any":
@@ -141,6 +146,11 @@ class PruneStep(Step):
             ParetoError: with the alternative.
 
         """
+        if self.rounding is not None:
+            raise ParetoError(
+                f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
+                f"again; leave either bits or {step.method} out"
+            )
         if step.table:
             raise ParetoError(
                 f"{step.method} rounds to tables, which need not hold a zero, so that {self.method}'s zeros would be "

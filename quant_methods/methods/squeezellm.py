@@ -31,7 +31,8 @@ from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
-from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
+from quant_methods.methods.feedback import feed_back
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.steps import RoundStep
 

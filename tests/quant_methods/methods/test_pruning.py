@@ -1,13 +1,22 @@
 """What prune steps make zero against a few lines of float64, and SparseGPT's weights against one inverse a channel."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from quant_methods.handlers import PRUNERS, LinearProblem
-from quant_methods.methods.gptq import factorize
+from quant_methods.checkpoints.checkpoint import pack_linear, unpack_linear
+from quant_methods.formats.form import Form
+from quant_methods.formats.grid import Grid, dequantize, expand, round_to_grid
+from quant_methods.formats.native_format import pack, unpack
+from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.handlers import HANDLERS, PRUNERS, LinearProblem
+from quant_methods.methods.gptq import GPTQ, factorize
 from quant_methods.methods.pruning import Magnitude, Wanda
-from quant_methods.methods.sparsegpt import SparseGPT
-from quant_methods.steps import PruneStep
+from quant_methods.methods.rtn import RTN
+from quant_methods.methods.sparsegpt import SparseGPT, prune_and_round
+from quant_methods.steps import PruneStep, RoundStep
 from tests.quant_methods.methods.test_gptq import as_problem
 from tests.quant_methods.methods.test_gptq import problem as correlated
 
@@ -84,7 +93,13 @@ def as_double(weight: torch.Tensor, hessian: torch.Tensor) -> LinearProblem:
     return LinearProblem("layer", weight, hessian, cross=None, residual=None, scale_dtype=torch.bfloat16)
 
 
-def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, step: SparseGPT, dead: list[int]) -> torch.Tensor:
+def sparsegpt(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    step: SparseGPT,
+    dead: list[int],
+    rounded: Callable[[int, torch.Tensor], torch.Tensor] = lambda j, left: left,
+) -> torch.Tensor:
     """SparseGPT's Algorithm 1 with the inverse of the Hessian of all channels that are left, for every channel."""
     weight, columns = weight.clone(), weight.shape[1]
     width = 128 if step.kept_among is None else step.kept_among[1]
@@ -99,9 +114,11 @@ def sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, step: SparseGPT, dead
             else:
                 least = by_sorting(costs, width - step.kept_among[0])
             mask[:, j : j + width] = least
-        error = weight[:, j] * mask[:, j]
+        found = rounded(j, weight[:, j] * ~mask[:, j])
+        error = weight[:, j] - found
         weight[:, j:] -= error[:, None] / inverse[j][0, 0] * inverse[j][0]
-    return weight.masked_fill(mask, 0)
+        weight[:, j] = found
+    return weight
 
 
 @pytest.mark.parametrize(
@@ -132,14 +149,125 @@ def test_sparsegpt_matches_one_inverse_a_channel(
         assert (found[:, 5] == 0).all()
 
 
+def of_few_factors(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight and the Hessian of inputs that a quarter as many factors explain for the most part."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    inputs = normal(2000, columns // 4) @ normal(columns // 4, columns) + 0.5 * normal(2000, columns)
+    inputs = inputs * torch.exp(0.5 * normal(columns))
+    return normal(rows, columns), inputs.T @ inputs / 2000
+
+
 @pytest.mark.parametrize("settings", [{}, {"pattern": "2:4"}, {"pattern": "4:8"}], ids=str)
 def test_what_is_lost_on_correlated_inputs_falls_from_method_to_method(settings: dict[str, str]) -> None:
     for seed in range(3):
-        weight, hessian = correlated(64, 256, seed=seed, tokens=2000)
+        weight, hessian = of_few_factors(64, 256, seed)
 
         def lost(step: PruneStep, weight: torch.Tensor = weight, hessian: torch.Tensor = hessian) -> float:
             error = prune(step, as_double(weight, hessian)) - weight
             return ((error @ hessian) * error).sum().sqrt().item()
 
         magnitude, wanda, sparse = lost(Magnitude(**settings)), lost(Wanda(**settings)), lost(SparseGPT(**settings))
-        assert sparse < wanda < magnitude
+        assert sparse < 0.9 * wanda < 0.9 * 0.9 * magnitude
+
+
+LAYOUTS = [
+    {"bits": bits, "group_size": group, "symmetric": symmetric}
+    for bits, group, symmetric in (
+        (2, 32, False), (3, 64, False), (4, 128, False), (4, 32, True), (5, -1, False), (6, 64, True), (7, 128, False),
+        (8, -1, True), (8, 32, False),
+    )
+]  # fmt: skip
+ROUNDINGS = [
+    *(RTN(**layout, search=search) for layout in LAYOUTS for search in ("mse", "minmax")),
+    *(GPTQ(**layout, act_order=act_order) for layout in LAYOUTS for act_order in (True, False)),
+    GPTQ(bits=4, group_size=-1, per_tensor=True),
+    GPTQ(bits=4, group_size=64, symmetric=False, search="output"),
+    RTN(bits=8, group_size=-1, activations="int8"),
+]
+
+
+@pytest.mark.parametrize("step", ROUNDINGS, ids=lambda s: f"{s.method}-{s.bits}-{s.group_size}-{s.symmetric}")
+@pytest.mark.parametrize("sign", [0, 1, -1], ids=["both signs", "positive", "negative"])
+def test_zeros_survive_rounding_in_every_layout(step: RoundStep, sign: int) -> None:
+    weight, hessian = correlated(32, 256, seed=2)
+    if sign:
+        # Far from zero, so that a grid that covers the weights alone would not have one.
+        weight = sign * (weight.abs() + 3)
+    given = as_problem(weight, hessian, residual=torch.randn(32, 256) * hessian.float().diagonal())
+    pruned = prune(Wanda(pattern="2:4"), given)
+    linear = HANDLERS[type(step)].quantize(step, dataclasses.replace(given, weight=pruned, dense=given.weight))
+    zeros = pruned == 0
+    grid = linear.part(GridCodes)
+    assert torch.equal(grid.codes[zeros], expand(grid.zero_point, 256)[zeros]), "the zero-point is a code of the grid"
+    form = Form((step.bulk_form,))
+    stored = [unpack("layer", {n.removeprefix("layer."): t for n, t in pack("layer", linear).items()}, form)]
+    if step.bits in (4, 8):
+        stored.append(unpack_linear("layer", pack_linear("layer", linear, step), step.grid))
+    for read in (linear, *stored):
+        assert (read.read()[zeros] == 0).all()
+        assert (read.read()[~zeros] != 0).double().mean() > 0.5
+
+
+def test_gptq_makes_up_for_what_pruning_lost() -> None:
+    weight, hessian = of_few_factors(64, 256, 0)
+    given = as_double(weight, hessian)
+
+    def lost(found: torch.Tensor) -> float:
+        return (((found - weight) @ hessian) * (found - weight)).sum().sqrt().item()
+
+    pruned = prune(Wanda(), given)
+    both = dataclasses.replace(given, weight=pruned, dense=weight)
+    settings = {"bits": 4, "group_size": 64, "symmetric": False}
+    nearest = HANDLERS[RTN].quantize(RTN(**settings), both).read()
+    fed_back = HANDLERS[GPTQ].quantize(GPTQ(**settings), both).read()
+    assert lost(fed_back) < 0.9 * lost(pruned) < lost(nearest)
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "group"),
+    [(160, {}, 32), (256, {}, 64), (192, {"pattern": "2:4"}, 64), (200, {"pattern": "4:8"}, -1), (77, {}, -1)],
+    ids=str,
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_pass_prunes_and_rounds_as_the_papers_does(
+    columns: int, settings: dict[str, str], group: int, symmetric: bool
+) -> None:
+    weight, hessian = correlated(9, columns, seed=columns)
+    step = SparseGPT(bits=4, group_size=group, symmetric=symmetric, damping=0.01, **settings)
+    assert step.rounding is not None
+    linear = prune_and_round(step, step.rounding, as_double(weight, hessian))
+    grid = linear.part(GridCodes)
+    scale, zero = (expand(part.double(), columns) for part in (grid.scale, grid.zero_point))
+
+    def rounded(j: int, left: torch.Tensor) -> torch.Tensor:
+        codes = round_to_grid(left, scale[:, j], zero[:, j], Grid(4, group, symmetric))
+        return (codes - zero[:, j]) * scale[:, j]
+
+    expected = sparsegpt(weight, factorize(hessian, 0.01)[0], step, [], rounded)
+    assert torch.allclose(dequantize(grid.codes, grid.scale, grid.zero_point).double(), expected, rtol=1e-6)
+    if step.kept_among:
+        kept, among = step.kept_among
+        assert ((linear.read().unflatten(1, (-1, among)) != 0).sum(-1) <= kept).all()
+    else:
+        assert (linear.read() == 0).double().mean() >= 0.49
+
+
+def test_one_pass_loses_less_than_rounding_after_pruning() -> None:
+    for seed in range(3):
+        weight, hessian = of_few_factors(64, 256, seed)
+        given = as_double(weight, hessian)
+        joint = SparseGPT(pattern="2:4", bits=4, group_size=64, symmetric=False)
+        assert joint.rounding is not None
+        pruned = prune(SparseGPT(pattern="2:4"), given)
+        nearest = RTN(bits=4, group_size=64, symmetric=False)
+
+        def lost(found: torch.Tensor, weight: torch.Tensor = weight, hessian: torch.Tensor = hessian) -> float:
+            return (((found - weight) @ hessian) * (found - weight)).sum().sqrt().item()
+
+        together = lost(prune_and_round(joint, joint.rounding, given).read())
+        after = lost(HANDLERS[RTN].quantize(nearest, dataclasses.replace(given, weight=pruned, dense=weight)).read())
+        assert lost(pruned) < together < 0.98 * after
