@@ -1,8 +1,9 @@
-"""Quantizes one block: transform steps first, then its layers, stage by stage, on the inputs that serving will see."""
+"""Compresses one block: transform steps first, then its layers, stage by stage, on the inputs that serving will see."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from quant_methods.calibration.stages import (
 )
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
-from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.handlers import HANDLERS, LinearProblem
+from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
+from quant_methods.handlers import HANDLERS, PRUNERS, LinearProblem
 from quant_methods.methods.gptq import relative_error
 from quant_methods.methods.outlier_split import split
 from quant_methods.methods.scaling import Learned, ScaledBlock, scale_block
@@ -110,7 +111,7 @@ class BlockSolver:
         for position, name in order or [(-1, name) for name in local]:
             full = self.decoder.name(index, name)
             self.say(name)
-            step = self.plan.steps[full]
+            step = self.plan.steps.get(full)
             wave = stages[position].wave if stages else None
             if position != seen and hidden is not None and wave is not None:
                 if position not in of_experts:
@@ -123,8 +124,8 @@ class BlockSolver:
                     self.unseen += [e for e in [full.rpartition(".")[0]] if e not in self.unseen]
                 seen = position
             elif position != seen and hidden is not None:
-                own = [self.plan.steps[self.decoder.name(index, n)] for p, n in order if p == position]
-                ranges = any(one.outliers or one.static for one in own)
+                own = [self.plan.steps.get(self.decoder.name(index, n)) for p, n in order if p == position]
+                ranges = any(one is not None and (one.outliers or one.static) for one in own)
                 statistics = stage_statistics(
                     self.decoder,
                     index,
@@ -139,7 +140,8 @@ class BlockSolver:
                 seen = position
             linear = block.get_submodule(name)
             result = self._solve(full, linear.weight.data, statistics)
-            if step.static:
+            if step is not None and step.static:
+                assert isinstance(result, QuantizedLinear)
                 assert statistics is not None
                 assert statistics.ranges is not None
                 seen_inputs = statistics.ranges
@@ -152,7 +154,11 @@ class BlockSolver:
                     "too large to be compressed"
                 )
             linear.weight.copy_(result.read())
-            tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
+            if isinstance(result, DenseLinear):
+                tensors[f"{full}.weight"] = result.weight.cpu()
+            else:
+                assert step is not None
+                tensors |= {key: tensor.cpu() for key, tensor in self.storage.pack(full, result, step).items()}
         return tensors, errors
 
     def _kept(self, block: nn.Module, original: tuple[nn.Module, Tensor] | None, stages: list[Stage]) -> Replays:
@@ -180,21 +186,34 @@ class BlockSolver:
         with replay.passing(self.decoder.linears(index), last=True):
             yield
 
-    def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear:
-        step = self.plan.steps[name]
-        upstream = HANDLERS[type(step)].needs_upstream(step)
+    def _solve(self, name: str, weight: Tensor, statistics: Statistics | None) -> QuantizedLinear | DenseLinear:
+        step, prune = self.plan.steps.get(name), self.plan.prunes.get(name)
         learned = self.learned.get(name)
         problem = LinearProblem(
             name=name,
             weight=weight.clone() if learned is None or learned.offset is None else weight + learned.offset,
             hessian=statistics.hessian if statistics else None,
-            cross=statistics.cross if statistics and upstream else None,
-            residual=statistics.residual if statistics and upstream else None,
+            cross=statistics.cross if statistics else None,
+            residual=statistics.residual if statistics else None,
             scale_dtype=self.decoder.scale_dtype(name),
             largest=statistics.ranges.largest if statistics and statistics.ranges else None,
             ranges=learned.ranges if learned else None,
         )
-        return solve(step, problem)
+        if prune is not None:
+            pruner = PRUNERS[type(prune)]
+            if prune.rounding is not None and step is not None:
+                assert pruner.and_round is not None
+                return pruner.and_round(prune, step, problem)
+            pruned = pruner.prune(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
+            problem.weight, problem.dense = pruned, problem.weight
+        if step is None:
+            return DenseLinear(problem.weight.to(self.decoder.source.dtype(f"{name}.weight")))
+        return solve(step, _upstream(problem, wanted=HANDLERS[type(step)].needs_upstream(step)))
+
+
+def _upstream(problem: LinearProblem, *, wanted: bool) -> LinearProblem:
+    """Return a problem with what the layers before did if it is wanted, else without."""
+    return problem if wanted else dataclasses.replace(problem, cross=None, residual=None)
 
 
 def solve(step: RoundStep, problem: LinearProblem) -> QuantizedLinear:

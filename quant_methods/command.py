@@ -113,6 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recipe.add_argument("--rank", type=int, help="of a product that makes up for the error")
     recipe.add_argument("--sparse", type=float, metavar="FRACTION", help="SqueezeLLM: weights to keep in 16 bits")
+    recipe.add_argument("--sparsity", type=float, metavar="FRACTION", help="of weights to prune, in recipes that prune")
+    recipe.add_argument("--pattern", metavar="P", help="which: any, or N:M (2:4), to keep N of M neighbouring inputs'")
     recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--exempt", nargs="+", metavar="PART", help=f"parts to leave alone: {', '.join(NAMES)}")
@@ -194,7 +196,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _recipes_table() -> Table:
     from quant_methods.recipe_file import built_in_recipes, load_recipe
-    from quant_methods.steps import RoundStep
     from quant_methods.stock_vllm import Serving
 
     table = Table(title="built-in recipes", title_justify="left")
@@ -202,7 +203,7 @@ def _recipes_table() -> Table:
         table.add_column(heading)
     for name in built_in_recipes():
         recipe = load_recipe(name)
-        serving = Serving.of(step for step in recipe.steps if isinstance(step, RoundStep))
+        serving = Serving.of(recipe.rounding)
         table.add_row(name, recipe.description, str(serving))
     return table
 
@@ -210,11 +211,15 @@ def _recipes_table() -> Table:
 def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: str, verbose: bool) -> None:
     if verbose and report.layers:
         table = Table(title="relative output error of each layer", title_justify="left")
-        for heading in ("layer", "shape", "bits/weight", "error"):
+        pruned = report.sparsity is not None
+        for heading in ("layer", "shape", "bits/weight", "error", *(("zeros",) if pruned else ())):
             table.add_column(heading, justify="left" if heading == "layer" else "right")
         for layer in report.layers:
             shape = "x".join(map(str, layer.shape))
-            table.add_row(layer.name, shape, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.4f}")
+            row = [layer.name, shape, f"{layer.bits_per_weight:.3f}", f"{layer.relative_error:.4f}"]
+            if pruned:
+                row.append("" if layer.sparsity is None else f"{layer.sparsity:.2%}")
+            table.add_row(*row)
         console.print(table)
     lines = [f"checkpoint   {report.out}"]
     if report.layers:
@@ -224,6 +229,10 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
             f"weights      {len(report.layers)} layers at {report.bits_per_weight:.3f} bits a weight, scales included",
             f"error        {mean:.4f} mean relative, {worst.relative_error:.4f} worst ({worst.name})",
         ]
+    if report.sparsity is not None:
+        own = sorted((layer.sparsity, layer.name) for layer in report.layers if layer.sparsity is not None)
+        ends = " to ".join(f"{sparsity:.2%} ({name})" for sparsity, name in (own[0], own[-1]))
+        lines.append(f"zeros        {report.sparsity:.2%} of the pruned layers' weights, as they are stored; {ends}")
     if report.tuned is not None:
         tuned = report.tuned
         lines.append(

@@ -207,12 +207,11 @@ def _cuda_hint() -> str:
 
 def _check_disk(out: Path, source: Source, plan: Plan) -> None:
     """Refuse a run that cannot fit: the finished blocks (and tuned ones) and the checkpoint lie side by side."""
-    quantized = [f"{name}.weight" for name in plan.steps]
+    changed = [f"{name}.weight" for name in plan.changed]
     size = {name: e["data_offsets"][1] - e["data_offsets"][0] for name, (_, e) in source.entries.items()}
-    blocks = sum(
-        int(plan.steps[n.removesuffix(".weight")].bits / 8 * size[n] / 2 * 1.1) for n in quantized if n in size
-    )
-    kept = source.size() - sum(size.get(name, 0) for name in quantized)
+    steps = {f"{name}.weight": step for name, step in plan.steps.items()}
+    blocks = sum(int(steps[n].bits / 8 * size[n] / 2 * 1.1) if n in steps else size[n] for n in changed if n in size)
+    kept = source.size() - sum(size.get(name, 0) for name in changed)
     needed = (2 if plan.final is None else 3) * blocks + kept
     parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free

@@ -23,12 +23,12 @@ from torch import Tensor
 from quant_methods.formats.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
-    from quant_methods.steps import RoundStep, Step
+    from quant_methods.steps import PruneStep, RoundStep, Step
 
 
 @dataclass
 class LinearProblem:
-    """What a rounding step gets: one linear layer and what calibration saw of its inputs.
+    """What a step that prunes or rounds gets: one linear layer and what calibration saw of its inputs.
 
     Attributes:
         name: the module's name.
@@ -40,6 +40,8 @@ class LinearProblem:
         scale_dtype: dtype that scales are stored in.
         largest: float32 [in], the largest |x| (None unless the step keeps outliers apart).
         ranges: (scale, zero-point), float32 [out, groups], that an earlier step learned for the weight, or None.
+        dense: float32 [out, in], of a weight that was pruned, what it was before; else None. Where the pruned weight is
+            zero, a rounding step has to leave it so.
 
     """
 
@@ -51,6 +53,12 @@ class LinearProblem:
     scale_dtype: torch.dtype
     largest: Tensor | None = None
     ranges: tuple[Tensor, Tensor] | None = None
+    dense: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Bool [out, in], the weights that were not pruned; None: none was."""
+        return None if self.dense is None else self.weight != 0
 
 
 @dataclass
@@ -89,6 +97,25 @@ class Handler:
     quantize: Callable[[Any, LinearProblem], QuantizedLinear]
     needs_hessian: Callable[[Any], bool] = lambda step: False
     needs_upstream: Callable[[Any], bool] = lambda step: False
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """What performs a prune step.
+
+    Attributes:
+        prune: returns a layer's weight, float32 [out, in], with zeros; weights that are left may have changed.
+        needs_hessian: given the step, whether the calibrator must supply ``hessian``.
+        needs_upstream: given the step, whether to supply ``cross`` and ``residual``.
+        and_round: prunes and rounds in one pass, given the step and ``PruneStep.rounding`` with a group size that fits;
+            None where no such step has one.
+
+    """
+
+    prune: Callable[[Any, LinearProblem], Tensor]
+    needs_hessian: Callable[[Any], bool]
+    needs_upstream: Callable[[Any], bool]
+    and_round: Callable[[Any, Any, LinearProblem], QuantizedLinear] | None
 
 
 @dataclass(frozen=True)
@@ -137,6 +164,7 @@ class ModelRun(Protocol):
 
 STEPS: dict[str, type[Step]] = {}
 HANDLERS: dict[type[Step], Handler] = {}
+PRUNERS: dict[type[Step], Pruner] = {}
 TRANSFORMS: dict[type[Step], Callable[[Any, ScalingProblem], Tensor]] = {}
 BLOCK_STEPS: dict[type[Step], Callable[[Any, Any], None]] = {}
 SOURCE_STEPS: dict[type[Step], Callable[[Any, Any], Any]] = {}
@@ -167,6 +195,25 @@ def handles(
         function: Callable[[Any, LinearProblem], QuantizedLinear],
     ) -> Callable[[Any, LinearProblem], QuantizedLinear]:
         HANDLERS[step_type] = Handler(function, needs_hessian, needs_upstream)
+        return function
+
+    return decorate
+
+
+Prune = Callable[[Any, LinearProblem], Tensor]
+
+
+def prunes(
+    step_type: type[PruneStep],
+    *,
+    needs_hessian: Callable[[Any], bool] = lambda step: False,
+    needs_upstream: Callable[[Any], bool] = lambda step: False,
+    and_round: Callable[[Any, Any, LinearProblem], QuantizedLinear] | None = None,
+) -> Callable[[Prune], Prune]:
+    """Register the function that performs a prune step; see :class:`Pruner`."""
+
+    def decorate(function: Prune) -> Prune:
+        PRUNERS[step_type] = Pruner(function, needs_hessian, needs_upstream, and_round)
         return function
 
     return decorate

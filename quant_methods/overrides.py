@@ -16,8 +16,10 @@ from quant_methods.steps import RoundStep, Step
 # Settings of steps: changed in every step of the recipe that has them.
 OF_STEPS = (
     "bits", "group_size", "group_size_fallback", "per_tensor", "symmetric", "activations", "search", "act_order",
-    "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs",
+    "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs", "sparsity", "pattern",
 )  # fmt: skip
+# Of these, what says how weights are rounded.
+OF_ROUNDING = ("bits", "group_size", "symmetric", "search")
 # Settings of the calibration, and their names there.
 OF_CALIBRATION = {"num_calibration_samples": "num_samples", "calibration_length": "length", "seed": "seed"}
 OF_RECIPES = ("ignore", "exempt", "kv_scales")
@@ -47,6 +49,9 @@ def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         if name not in given:
             continue
         having = [i for i, step in enumerate(steps) if _has(step, name)]
+        if name in OF_ROUNDING and (rounding := [i for i in having if isinstance(steps[i], RoundStep)]):
+            # A prune step that could round as well leaves it to the step that does.
+            having = rounding
         if not having:
             methods = ", ".join(step.method for step in steps) or "none"
             raise ParetoError(f"--{name.replace('_', '-')}: no step of recipe {recipe.name} has it (steps: {methods})")

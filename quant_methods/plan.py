@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
@@ -12,7 +12,7 @@ from quant_methods.exempt import globs
 from quant_methods.experts import routers
 from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import Fitted, fit_groups
-from quant_methods.handlers import HANDLERS
+from quant_methods.handlers import HANDLERS, PRUNERS
 from quant_methods.patterns import check_patterns, matches
 from quant_methods.recipe import Recipe
 from quant_methods.steps import BlockStep, ModelStep, PruneStep, RoundStep, ScaleStep
@@ -25,13 +25,14 @@ class Plan:
 
     Attributes:
         steps: full module name to the step that quantizes it, in model order.
-        ignored: full names of the linear layers left alone, in model order.
+        ignored: full names of the linear layers that are not quantized, in model order.
         transforms: steps that prepare a block before its layers are quantized, in order.
         outside: how many of the ignored, the last ones, are no linear layers inside blocks: the head, and what chooses
             experts, which vLLM has linear layers for.
         final: what is done at the end with the whole model in view, or None.
         notes: what is done otherwise than the recipe says, a line each.
         kv_scales: scales of a quantized KV cache are calibrated.
+        prunes: full module name to the step that prunes it, before it is quantized if it is, in model order.
 
     """
 
@@ -42,10 +43,16 @@ class Plan:
     final: ModelStep | None = None
     notes: tuple[str, ...] = ()
     kv_scales: bool = False
+    prunes: dict[str, PruneStep] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> set[str]:
+        """The full names of the layers that get other weights: quantized, pruned or both."""
+        return {*self.steps, *self.prunes}
 
     @property
     def ignored_inside(self) -> list[str]:
-        """The linear layers inside blocks that are left alone."""
+        """The linear layers inside blocks that are not quantized."""
         return self.ignored[: len(self.ignored) - self.outside]
 
     @property
@@ -59,13 +66,19 @@ class Plan:
     @property
     def needs_data(self) -> bool:
         """Whether a step looks at activations."""
-        return bool(self.transforms) or any(step.needs_data for step in self.steps.values())
+        return (
+            bool(self.transforms)
+            or any(step.needs_data for step in self.steps.values())
+            or any(PRUNERS[type(step)].needs_hessian(step) for step in self.prunes.values())
+        )
 
     @property
     def needs_original(self) -> bool:
         """Whether a step compares with the original model's activations."""
-        return any(isinstance(step, BlockStep) for step in self.transforms) or any(
-            HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values()
+        return (
+            any(isinstance(step, BlockStep) for step in self.transforms)
+            or any(HANDLERS[type(step)].needs_upstream(step) for step in self.steps.values())
+            or any(PRUNERS[type(step)].needs_upstream(step) for step in self.prunes.values())
         )
 
     @property
@@ -93,9 +106,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
 
     """
     final = next((step for step in recipe.steps if isinstance(step, ModelStep)), None)
-    rounding = [step for step in recipe.steps if isinstance(step, RoundStep)]
-    _check_pruning(recipe, rounding)
+    rounding, round_steps = recipe.rounding, [step for step in recipe.steps if isinstance(step, RoundStep)]
+    pruning = [step for step in recipe.steps if isinstance(step, PruneStep)]
+    _check_pruning(recipe, pruning, round_steps)
     steps: dict[str, RoundStep] = {}
+    prunes: dict[str, PruneStep] = {}
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
     _check_names(decoder, recipe)
     shapes: dict[str, tuple[int, int]] = {}
@@ -103,21 +118,26 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         chosen: dict[str, RoundStep | None] = {}
         for local, linear in decoder.linears(index).items():
             name = decoder.name(index, local)
-            step = None
-            if not matches(name, ignore):
-                step = next((s for s in rounding if matches(name, s.targets)), None)
-            chosen[local] = step
             shapes[name] = linear.out_features, linear.in_features
+            step = prune = None
+            if not matches(name, ignore):
+                step = next((s for s in round_steps if matches(name, s.targets)), None)
+                prune = next((s for s in pruning if matches(name, s.targets)), None)
+                step = step if prune is None else prune.rounding or step
+            chosen[local] = step
             if step is not None:
                 steps[name] = step
+            if prune is not None:
+                _check_pattern(name, prune, linear.in_features)
+                prunes[name] = prune
         _check_fused(decoder.name(index, ""), chosen)
     fit = fit_groups(steps, shapes)
     transforms = tuple(step for step in recipe.steps if isinstance(step, ScaleStep))
     _check_experts(recipe, fit)
-    if steps and not fit.steps:
+    if steps and not fit.steps and not prunes:
         raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
     ignored = [name for name in shapes if name not in fit.steps]
-    if rounding and not steps:
+    if (rounding or pruning) and not steps and not prunes:
         raise ParetoError(
             f"recipe {recipe.name}: nothing to compress: no linear layer of {model_dir.name} is left by targets, "
             f"ignore ({', '.join(recipe.ignore)}) and exempt ({', '.join(recipe.exempt)})"
@@ -127,7 +147,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             f"recipe {recipe.name}: {final.method} trains what a step that rounds weights made, and there is none; add "
             "one, e.g. {method: rtn}"
         )
-    if recipe.steps and not rounding:
+    if (transforms or (recipe.steps and not pruning)) and not rounding:
         raise ParetoError(
             f"recipe {recipe.name}: {recipe.steps[0].method} prepares weights for a step that rounds them, and there "
             "is none; add one, e.g. {method: rtn}"
@@ -141,13 +161,13 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         if isinstance(transform, BlockStep):
             for follower in rounding:
                 transform.check_next(follower)
-    if not rounding and not recipe.kv_scales:
+    if not rounding and not pruning and not recipe.kv_scales:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside, kv_scales = _outside(decoder), recipe.kv_scales
     slow = {step.bulk_form.slow_on_cuda(): None for step in fit.steps.values()}
     notes = (*fit.notes, *(line for line in slow if line is not None))
     if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
-        if not rounding:
+        if not rounding and not pruning:
             raise ParetoError(
                 f"recipe {recipe.name}: a quantized KV cache does not serve {reason}, so that KV scales would be of no "
                 f"use; serve {model_dir.name} with --kv-cache-dtype auto"
@@ -156,7 +176,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         notes += (
             f"no KV scales are made: a quantized KV cache does not serve {reason}; serve with --kv-cache-dtype auto",
         )
-    return Plan(fit.steps, ignored + outside, transforms, len(outside), final, notes, kv_scales)
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), final, notes, kv_scales, prunes)
 
 
 def _outside(decoder: Decoder) -> list[str]:
@@ -195,16 +215,26 @@ def _check_fused(prefix: str, chosen: dict[str, RoundStep | None]) -> None:
             )
 
 
-def _check_pruning(recipe: Recipe, rounding: list[RoundStep]) -> None:
-    """Refuse steps that prune: what they need of the other steps, and that no format holds their masks."""
-    for step in recipe.steps:
-        if isinstance(step, PruneStep):
-            for follower in rounding:
-                step.check_next(follower)
-            raise ParetoError(
-                f"recipe {recipe.name}: {step.method} prunes weights, and no checkpoint format here holds the places "
-                "of those that are left; leave it out"
-            )
+def _check_pruning(recipe: Recipe, pruning: list[PruneStep], rounding: list[RoundStep]) -> None:
+    """Refuse what would not leave the zeros of prune steps what they are."""
+    for step in pruning:
+        for follower in rounding:
+            step.check_next(follower)
+        for other in recipe.steps:
+            if isinstance(other, BlockStep | ModelStep):
+                raise ParetoError(
+                    f"recipe {recipe.name}: {other.method} trains weights without regard to {step.method}'s zeros, "
+                    f"which would be lost; leave {other.method} out"
+                )
+
+
+def _check_pattern(name: str, step: PruneStep, width: int) -> None:
+    """Refuse an N:M pattern for a layer that ends inside of one."""
+    if step.kept_among is not None and width % step.kept_among[1]:
+        raise ParetoError(
+            f"{name} has {width} input channels, which are not whole groups of {step.kept_among[1]} as pattern "
+            f"{step.pattern} wants them; leave it out with ignore: ['{name.rsplit('.', 1)[-1]}'], or take pattern any"
+        )
 
 
 def _check_experts(recipe: Recipe, fit: Fitted) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kv_cache.errors import ParetoError
 from quant_methods.model_source import digest
-from quant_methods.steps import KINDS, ModelStep, SourceStep, Step
+from quant_methods.steps import KINDS, ModelStep, PruneStep, RoundStep, SourceStep, Step
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,12 @@ class Recipe:
     exempt: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     kv_scales: bool = True
+
+    @property
+    def rounding(self) -> tuple[RoundStep, ...]:
+        """The steps that round weights, and what prune steps round in the same pass."""
+        found = (step.rounding if isinstance(step, PruneStep) else step for step in self.steps)
+        return tuple(step for step in found if isinstance(step, RoundStep))
 
     def check(self) -> None:
         """Refuse steps that are out of place: their order is that of their kinds, see ``steps.py``.

@@ -19,9 +19,11 @@ import yaml
 import quant_methods.methods.awq
 import quant_methods.methods.gptq
 import quant_methods.methods.omniquant
+import quant_methods.methods.pruning
 import quant_methods.methods.rotation
 import quant_methods.methods.rtn
 import quant_methods.methods.smoothquant
+import quant_methods.methods.sparsegpt
 import quant_methods.methods.squeezellm
 import quant_methods.methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError

@@ -71,10 +71,11 @@ class LayerReport:
     Attributes:
         name: the module's name.
         shape: [out, in].
-        bits_per_weight: storage, scales and zero-points included.
+        bits_per_weight: storage, scales and zero-points included; zeros of a pruned layer are stored like all others.
         relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
             that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
             tuning, which has the whole model's error in view.
+        zeros: of a pruned layer, the weights that read back as zero, counted in the tensors that are written.
 
     """
 
@@ -82,6 +83,12 @@ class LayerReport:
     shape: tuple[int, int]
     bits_per_weight: float
     relative_error: float
+    zeros: int | None = None
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of its weights that is zero; None if it was not pruned."""
+        return None if self.zeros is None else self.zeros / (self.shape[0] * self.shape[1])
 
 
 @dataclass
@@ -90,8 +97,8 @@ class Report:
 
     Attributes:
         out: the checkpoint.
-        layers: the quantized layers, in model order.
-        bits_per_weight: mean over the quantized layers' weights.
+        layers: the quantized and pruned layers, in model order.
+        bits_per_weight: mean over these layers' weights.
         bytes_before: bytes of the original's tensors.
         bytes_after: bytes of the checkpoint's tensors.
         seconds: wall time of this run (not of runs that it resumed).
@@ -116,6 +123,13 @@ class Report:
     tuned: Tuned | None = None
     kv_scales: bool = False
     unseen: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The fraction of the pruned layers' weights that is zero; None if none was pruned."""
+        pruned = [(layer.zeros, layer.shape) for layer in self.layers if layer.zeros is not None]
+        weights = sum(rows * columns for _, (rows, columns) in pruned)
+        return sum(zeros for zeros, _ in pruned) / weights if weights else None
 
 
 class Run:
@@ -151,7 +165,7 @@ class Run:
         self.tokens: Tensor | None = None
         self.kv_scales: KVCalibrator | None = None
         settings, own = recipe.calibration, SAMPLED
-        if not plan.steps:
+        if not plan.changed:
             own = "the text that ships with vllm-pareto"
             self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length, settings.seed)
         elif plan.needs_data or plan.kv_scales:
@@ -213,14 +227,14 @@ class Run:
         with self._state_directory(), tf32(True):
             report = Report(self.out, bytes_before=self.decoder.source.size(), serving=self.plan.serving)
             report.resumed_blocks = sum(self._block_file(index).is_file() for index in range(self.total))
-            if self.plan.steps:
+            if self.plan.changed:
                 self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.final is None)
             else:
                 self._calibrate()
             if report.layers and not any(layer.relative_error for layer in report.layers):
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
-                    "rounded like this before: compress the original, or to fewer bits"
+                    "rounded or pruned like this before: compress the original, or to fewer bits"
                 )
             if self.final is not None:
                 report.tuned = self.final.run()
@@ -230,7 +244,7 @@ class Run:
             scales = self._scales()
             report.kv_scales = scales is not None
             self.progress(self.total, self.total, "writing the checkpoint")
-            report.bytes_after = self._write(report.tuned, scales)
+            report.bytes_after = self._write(report, scales)
             weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
             bits = sum(layer.bits_per_weight * layer.shape[0] * layer.shape[1] for layer in report.layers)
             report.bits_per_weight = bits / weights if weights else 16.0
@@ -307,7 +321,7 @@ class Run:
         for index in range(self.total):
             self.progress(index, self.total, f"block {index + 1}/{self.total}")
             linears = self.decoder.linears(index)
-            local = [name for name in linears if self.decoder.name(index, name) in self.plan.steps]
+            local = [name for name in linears if self.decoder.name(index, name) in self.plan.changed]
             if not local and hidden is None:
                 continue
             with self.decoder.loaded(index) as block:
@@ -351,8 +365,16 @@ class Run:
         name = self.decoder.name(index, local)
         linear = self.decoder.linears(index)[local]
         rows, columns = linear.out_features, linear.in_features
-        bits = self.solver.storage.bits_per_weight(name, tensors, self.plan.steps[name], (rows, columns))
-        return LayerReport(name, (rows, columns), bits, errors[name])
+        step = self.plan.steps.get(name)
+        if step is None:
+            bits = 8.0 * tensors[f"{name}.weight"].element_size()
+        else:
+            bits = self.solver.storage.bits_per_weight(name, tensors, step, (rows, columns))
+        zeros = None
+        if name in self.plan.prunes:
+            stored = self.solver.storage.unpack(name, tensors, step).read() if step else tensors[f"{name}.weight"]
+            zeros = int((stored == 0).sum())
+        return LayerReport(name, (rows, columns), bits, errors[name], zeros)
 
     def _changed(self, names: set[str]) -> Path:
         """Write tensors as the source gives them, in the dtype that they are stored in, and return the file."""
@@ -360,7 +382,7 @@ class Run:
         write_tensors(path, {name: source.read(name).to(source.dtype(name)) for name in sorted(names)}, {})
         return path
 
-    def _write(self, tuned: Tuned | None, scales: KVScales | None) -> int:
+    def _write(self, report: Report, scales: KVScales | None) -> int:
         """Fill ``checkpoint/``, rename it to the output, and return the bytes of its tensors."""
         target = self.work / "checkpoint"
         if target.exists():
@@ -368,8 +390,8 @@ class Run:
         target.mkdir()
         checkpoint.copy_companions(self.model_dir, target)
         config = read_config(self.model_dir)
-        if self.plan.steps:
-            replaced = {f"{name}.weight" for name in self.plan.steps}
+        if self.plan.changed:
+            replaced = {f"{name}.weight" for name in self.plan.changed}
             files = [self._finished_block(index) for index in range(self.total)]
             if self.final is not None:
                 files.append(self.final.outside_result)
@@ -380,7 +402,8 @@ class Run:
                 replaced |= set(changed)
                 config["tie_word_embeddings"] = False  # Head and embedding changed in different ways.
             size = checkpoint.assemble(self.decoder.source, replaced, parts, target)
-            config["quantization_config"] = self.solver.storage.config(self.plan, parts)
+            if self.plan.steps:
+                config["quantization_config"] = self.solver.storage.config(self.plan, parts)
         else:
             for path in weight_files(self.model_dir):
                 checkpoint.copy_file(path, target / path.name)
@@ -391,12 +414,22 @@ class Run:
         write_json(target / "config.json", config)
         for name, data in self.attachments.items():
             write_bytes(target / name, data)
-        result = {} if tuned is None else {"tuned": {"held_out_kl": tuned.kl, "kept_step": tuned.kept}}
-        write_json(target / RECIPE_FILE, {**self.provenance, **result})
+        write_json(target / RECIPE_FILE, {**self.provenance, **_found(report)})
         if scales is not None:
             scales.save(target)
         put_in_place(target, self.out, self.work)
         return size
+
+
+def _found(report: Report) -> dict[str, Any]:
+    """Return what is told of a finished run beside what determined it."""
+    found: dict[str, Any] = {}
+    if (tuned := report.tuned) is not None:
+        found["tuned"] = {"held_out_kl": tuned.kl, "kept_step": tuned.kept}
+    if report.sparsity is not None:
+        own = {layer.name: layer.sparsity for layer in report.layers if layer.sparsity is not None}
+        found["sparsity"] = {"all": report.sparsity, **own}
+    return found
 
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

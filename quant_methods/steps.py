@@ -26,6 +26,9 @@ from quant_methods.handlers import HANDLERS
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that vLLM's kernels and ours serve, beside whole rows."""
 
+LEAST_SPARSITY, MOST_SPARSITY = 0.2, 0.8
+"""Below, nothing is gained by leaving weights out; above, no method here leaves a model of use."""
+
 KINDS = ("transform", "prune", "round", "whole-model")
 """The kinds of steps, in the order in which a recipe has them."""
 
@@ -92,7 +95,7 @@ class PruneStep(Step):
     """A step that makes weights zero, before those that are left are rounded.
 
     Attributes:
-        sparsity: fraction of the weights that become zero.
+        sparsity: fraction of the weights that become zero, ``LEAST_SPARSITY`` to ``MOST_SPARSITY``.
         pattern: where they lie: ``any`` place, or ``N:M``, where N of M neighbouring input channels keep their weight.
         targets: globs over module names; the first step that matches a layer prunes it.
 
@@ -104,16 +107,32 @@ class PruneStep(Step):
     pattern: str = "any"
     targets: tuple[str, ...] = ("*",)
 
+    @property
+    def rounding(self) -> RoundStep | None:
+        """The step that rounds what is left in the same pass; None: this one only prunes."""
+        return None
+
+    @property
+    def kept_among(self) -> tuple[int, int] | None:
+        """N and M of the pattern; None where weights of any place may become zero."""
+        if self.pattern == "any":
+            return None
+        kept, among = self.pattern.split(":")
+        return int(kept), int(among)
+
     def check(self) -> None:
         """Refuse a fraction that is none, and one that is not that of the pattern."""
-        if not 0 < self.sparsity < 1:
-            raise ParetoError(f"sparsity: {self.sparsity} is not between 0 and 1; it is a fraction, and 0.5 is usual")
+        if not LEAST_SPARSITY <= self.sparsity <= MOST_SPARSITY:
+            raise ParetoError(
+                f"sparsity: {self.sparsity} is not between {LEAST_SPARSITY} and {MOST_SPARSITY}; it is a fraction, and "
+                "0.5 is usual"
+            )
         if self.pattern == "any":
             return
         match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.pattern)
-        kept, among = (int(match[1]), int(match[2])) if match else (0, 0)
-        if not 0 < kept < among:
+        if not match or int(match[1]) >= int(match[2]):
             raise ParetoError(f"pattern: {self.pattern!r} is neither 'any' nor N:M with N below M, such as '2:4'")
+        kept, among = self.kept_among or (1, 1)
         if abs(self.sparsity - (1 - kept / among)) > 1e-3:
             raise ParetoError(
                 f"pattern: {self.pattern} makes {1 - kept / among:g} of the weights zero, and sparsity is "
@@ -127,10 +146,20 @@ class PruneStep(Step):
             ParetoError: with the alternative.
 
         """
+        if self.rounding is not None:
+            raise ParetoError(
+                f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
+                f"again; leave either bits or {step.method} out"
+            )
         if step.table:
             raise ParetoError(
                 f"{step.method} rounds to tables, which need not hold a zero, so that {self.method}'s zeros would be "
                 "lost; round to a grid instead, e.g. {method: gptq}"
+            )
+        if not step.plain:
+            what, setting = ("outlier channels", "outliers") if step.outliers else ("a low-rank product", "rank")
+            raise ParetoError(
+                f"{step.method} adds {what} to its codes, which would fill {self.method}'s zeros; leave {setting} out"
             )
 
 

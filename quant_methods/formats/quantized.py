@@ -14,6 +14,22 @@ from quant_methods.formats.parts.registry import place
 Kind = TypeVar("Kind", bound=Part)
 
 
+@dataclass(frozen=True, eq=False)
+class DenseLinear:
+    """A linear layer that was changed and not quantized: a pruned one.
+
+    Attributes:
+        weight: [out, in] in the dtype that it is stored in.
+
+    """
+
+    weight: Tensor
+
+    def read(self) -> Tensor:
+        """Return the float32 weight [out, in] that serving means."""
+        return self.weight.float()
+
+
 @dataclass(init=False, eq=False)
 class QuantizedLinear:
     """A quantized linear layer.

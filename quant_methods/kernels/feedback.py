@@ -1,4 +1,4 @@
-"""A block of GPTQ's loop in one launch, in Triton; ``quant_methods.methods.gptq.feed_back`` is its specification.
+"""A block of GPTQ's loop in one launch, in Triton; ``quant_methods.methods.feedback.feed_back`` is its specification.
 
 The loop rounds one input channel at a time, and on a GPU each of a dozen small operations for it takes longer to launch
 than to run. Here a program takes a few output channels through a whole block of input channels, whose weights stay in

@@ -21,24 +21,22 @@ Three choices go beyond the paper's algorithm:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.grid import Grid, Search, fit, round_to_grid
+from quant_methods.formats.grid import Grid, Search, fit
 from quant_methods.formats.parts.grid_codes import GridCodes
-from quant_methods.formats.quantized import QuantizedLinear
+from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
+from quant_methods.methods.feedback import Groups, Kept, feed_back
 from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
-from quant_methods.threads import few_threads
 
-# Channels rounded between two updates of all later ones (Algorithm 1's B); changes speed, not the result.
-BLOCK = 128
 UPSTREAM_DAMPING = 1.0
 PAPERS_DAMPING = 0.01
 """What the paper and other tools take by default; ten times as much suits a pretrained model of few tokens better."""
@@ -80,8 +78,10 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         ParetoError: the Hessian is not finite.
 
     """
+    # A pruned layer is to put out what it did before: rounding makes up for the zeros too.
+    given = problem if problem.dense is None else dataclasses.replace(problem, weight=problem.dense)
     # One after the other: of a wide layer's Hessian each copy is gigabytes.
-    weight = aim(problem, step.upstream_damping)
+    weight = aim(given, step.upstream_damping)
     hessian = factorize(finite(problem), step.damping)[0]
     codes, scale, zero = solve(
         weight,
@@ -91,8 +91,14 @@ def quantize(step: GPTQ, problem: LinearProblem) -> QuantizedLinear:
         search=step.search,
         scale_dtype=problem.scale_dtype,
         ranges=problem.ranges,
+        kept=problem.kept,
     )
-    scale, zero = scale.to(problem.scale_dtype), zero.to(torch.int8)
+    return layer_of(codes, scale, zero, step, problem.scale_dtype)
+
+
+def layer_of(codes: Tensor, scale: Tensor, zero: Tensor, step: RoundStep, scale_dtype: torch.dtype) -> QuantizedLinear:
+    """Return what :func:`solve` found as it is stored."""
+    scale, zero = scale.to(scale_dtype), zero.to(torch.int8)
     return QuantizedLinear(GridCodes(codes.to(torch.int8), scale, zero, step.bits, step.symmetric))
 
 
@@ -176,6 +182,7 @@ def solve(
     search: Search = "mse",
     scale_dtype: torch.dtype = torch.bfloat16,
     ranges: tuple[Tensor, Tensor] | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run GPTQ's Algorithm 1.
 
@@ -190,146 +197,38 @@ def solve(
         search: how ranges are chosen.
         scale_dtype: dtype that scales are stored in.
         ranges: (scale, zero-point) [rows, groups], given beforehand.
+        kept: bool [rows, columns], the weights that are not to become zero; None: none is.
 
     Returns:
         (codes [rows, columns], scale [rows, groups], zero_point [rows, groups]) in ``weight``'s dtype.
 
     """
-    columns, groups = weight.shape[1], grid.groups(weight.shape[1])
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    else:
+        order = torch.arange(weight.shape[1], device=weight.device)
+    if kept is not None:
+        # First without rounding, so that the channels that come early know of zeros in those that come late.
+        pruning = Kept(kept.T[order], weight.dtype)
+        feed_back(weight, hessian, order, pruning)
+        assert pruning.weight is not None
+        weight = torch.empty_like(weight).index_copy_(1, order, pruning.weight.T)
+    if act_order:
         ranges = ranges or fit(weight, grid, hessian, search, scale_dtype)
-    else:
-        order = torch.arange(columns, device=weight.device)
     if ranges is not None:
-        rounding = _Groups(grid, columns // groups, order, ranges)
+        rounding = Groups(grid, order, ranges)
     else:
-        unknown = weight.new_zeros((len(weight), groups)), weight.new_zeros((len(weight), groups))
-        rounding = _Groups(grid, columns // groups, order, unknown, (hessian, search, scale_dtype))
-    feed_back(weight, hessian, order, rounding)
-    codes = torch.empty_like(rounding.codes)
-    codes[order] = rounding.codes
-    return codes.T.contiguous(), rounding.scale.T.contiguous(), rounding.zero.T.contiguous()
+        rounding = Groups.unfitted(weight, grid, order, (hessian, search, scale_dtype))
+    feed_back(weight, hessian, order, rounding if kept is None else Kept(kept.T[order], weight.dtype, rounding))
+    return rounding.result()
 
 
-class Rounding(Protocol):
-    """Rounds one input channel after the other.
-
-    Attributes:
-        width: ``fit`` is called before each multiple of this many channels; 0: never.
-
-    """
-
-    width: int
-
-    def fit(self, position: int, current: Tensor) -> None:
-        """See the next ``width`` channels [width, rows], which have absorbed the error so far."""
-
-    def round(self, position: int, channel: Tensor) -> Tensor:
-        """Return what the weights [rows] of the channel at this position of the order will read back as."""
-
-    def round_block(self, work: Tensor, upper: Tensor, start: int, stop: int) -> Tensor | None:
-        """Round a block of channels at once and return their errors as ``feed_back`` keeps them; None: one by one."""
-
-
-class _Groups:
-    """Rounds to a grid with a scale for each group, and keeps the codes [columns, rows] in the order of rounding."""
-
-    def __init__(
-        self,
-        grid: Grid,
-        width: int,
-        order: Tensor,
-        ranges: tuple[Tensor, Tensor],
-        late: tuple[Tensor, Search, torch.dtype] | None = None,
-    ) -> None:
-        self.grid, self.late = grid, late
-        self.width = width if late else 0
-        self.groups = (order // width).int()
-        self.group_of = self.groups.tolist()
-        self.scale, self.zero = (part.T.contiguous() for part in ranges)
-        self.codes = self.scale.new_empty((len(order), self.scale.shape[1]))
-
-    def fit(self, position: int, current: Tensor) -> None:
-        assert self.late is not None
-        hessian, search, scale_dtype = self.late
-        grid, own = self.grid, slice(position, position + self.width)
-        whole = Grid(grid.bits, -1, grid.symmetric, grid.per_tensor)
-        scale, zero = fit(current.T, whole, hessian[own, own], search, scale_dtype)
-        group = self.group_of[position]
-        self.scale[group], self.zero[group] = scale[:, 0], zero[:, 0]
-
-    def round(self, position: int, channel: Tensor) -> Tensor:
-        group = self.group_of[position]
-        scale, zero = self.scale[group], self.zero[group]
-        self.codes[position] = round_to_grid(channel, scale, zero, self.grid)
-        return (self.codes[position] - zero) * scale
-
-    def round_block(self, work: Tensor, upper: Tensor, start: int, stop: int) -> Tensor | None:
-        if self.late or not work.is_cuda or work.dtype != torch.float32:
-            return None
-        # Triton comes with PyTorch for CUDA alone.
-        from quant_methods.kernels.feedback import round_block
-
-        grid = self.scale, self.zero, self.groups
-        return round_block(work, upper, *grid, self.codes, start, stop, self.grid.low, self.grid.high)
-
-
-def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding) -> None:
-    """Round every channel in turn, and let the channels after it absorb its error: the loop of Algorithm 1.
-
-    Args:
-        weight: [rows, columns] float32 or float64; the arithmetic runs in this dtype.
-        hessian: float64 [columns, columns], positive definite.
-        order: int64 [columns], the channels in the order in which they are rounded.
-        rounding: rounds them, and keeps the result.
-
-    """
-    columns = weight.shape[1]
-    upper = _upper(hessian, order).to(weight.dtype).contiguous()
-    # Transposed, so that a channel is contiguous: the loop below touches one channel at a time.
-    work = weight[:, order].T.contiguous()
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        # Errors of this block's channels, not yet passed on to the channels from `stop` on.
-        pending = rounding.round_block(work, upper, start, stop)
-        if pending is None:
-            # Factorizations and products keep all threads, channels one by one do not.
-            with few_threads(work.shape[1]):
-                pending = _one_by_one(work, upper, start, stop, rounding)
-        work[stop:].addmm_(upper[start:stop, stop:].T, pending, alpha=-1)
-
-
-def _upper(hessian: Tensor, order: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of a Hessian whose channels are put in order."""
-    # One expression a step: each of these is 1.6 GB for 14,336 channels.
-    matrix = torch.linalg.cholesky(hessian[order[:, None], order])
-    matrix = torch.cholesky_inverse(matrix)
-    return torch.linalg.cholesky(matrix, upper=True)
-
-
-def _one_by_one(work: Tensor, upper: Tensor, start: int, stop: int, rounding: Rounding) -> Tensor:
-    """Round the channels of a block in turn, in place; return their errors [channels, rows]."""
-    pending = work.new_zeros((stop - start, work.shape[1]))
-    for j in range(start, stop):
-        if rounding.width and j % rounding.width == 0:
-            current = work[j : j + rounding.width]
-            if j + rounding.width > stop:
-                late = current[stop - j :] - upper[start:j, stop : j + rounding.width].T @ pending[: j - start]
-                current = torch.cat([current[: stop - j], late])
-            rounding.fit(j, current)
-        error = (work[j] - rounding.round(j, work[j])) / upper[j, j]
-        work[j:stop].addr_(upper[j, j:stop], error, alpha=-1)
-        pending[j - start] = error
-    return pending
-
-
-def relative_error(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor | None) -> float:
+def relative_error(weight: Tensor, quantized: QuantizedLinear | DenseLinear, hessian: Tensor | None) -> float:
     """Return ``||W X - Q X|| / ||W X||`` over the calibration inputs, or ``||W - Q|| / ||W||`` without a Hessian.
 
     Args:
         weight: float32 [out, in], the original.
-        quantized: its quantized form.
+        quantized: what a step made of it.
         hessian: float32 [in, in] or None.
 
     """

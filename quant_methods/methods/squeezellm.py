@@ -31,7 +31,8 @@ from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
-from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, feed_back, finite
+from quant_methods.methods.feedback import feed_back
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.steps import RoundStep
 
@@ -177,8 +178,6 @@ def solve(
 class _Tables:
     """Rounds to tables, and keeps codes int8 and weights kept apart [columns, rows] in the order of rounding."""
 
-    width = 0
-
     def __init__(self, table: Tensor, apart: Tensor, dtype: torch.dtype) -> None:
         self.table = table.T.contiguous()
         self.middles = (self.table[1:] + self.table[:-1]) / 2
@@ -186,7 +185,10 @@ class _Tables:
         self.codes = torch.empty(apart.shape, dtype=torch.int8, device=table.device)
         self.wanted = table.new_empty(apart.shape)
 
-    def fit(self, position: int, current: Tensor) -> None:
+    def sees(self, position: int) -> int:
+        return 0
+
+    def fit(self, position: int, current: Tensor, pivots: Tensor) -> None:
         raise AssertionError("tables are fitted beforehand")
 
     def round(self, position: int, channel: Tensor) -> Tensor:

@@ -140,6 +140,12 @@ def check_budget(
     model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
     if not plan.steps:
         raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
+    if plan.prunes:
+        method = next(iter(plan.prunes.values())).method
+        raise ParetoError(
+            f"recipe {recipe.name}: {method} prunes weights, and a budget measures rounding alone; leave --budget or "
+            f"{method} out"
+        )
     if (step := next((step for step in plan.steps.values() if not step.plain), None)) is not None:
         raise ParetoError(
             f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "

@@ -9,25 +9,27 @@ import pytest
 
 from kv_cache.errors import ParetoError
 from quant_methods.compress import compress
-from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, SOURCE_STEPS, STEPS, TRANSFORMS
+from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, PRUNERS, SOURCE_STEPS, STEPS, TRANSFORMS
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.omniquant import OmniQuant
+from quant_methods.methods.pruning import Magnitude, Wanda
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
+from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.steps import KINDS, PruneStep, Step
 
-HANDLED = {*HANDLERS, *TRANSFORMS, *BLOCK_STEPS, *SOURCE_STEPS, *MODEL_STEPS}
+HANDLED = {*HANDLERS, *PRUNERS, *TRANSFORMS, *BLOCK_STEPS, *SOURCE_STEPS, *MODEL_STEPS}
 
 
 @dataclass(frozen=True)
 class Halve(PruneStep):
-    """A prune step, of which there is none yet."""
+    """A prune step with nothing that performs it."""
 
     method = "halve"
 
@@ -50,6 +52,7 @@ def test_every_method_has_a_handler() -> None:
     assert set(STEPS.values()) == HANDLED
     assert {kind.kind for kind in HANDLED} <= set(KINDS)
     assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
+    assert set(PRUNERS) == {Magnitude, Wanda, SparseGPT}
     assert set(TRANSFORMS) == {AWQ, SmoothQuant}
     assert set(BLOCK_STEPS) == {OmniQuant}
     assert set(SOURCE_STEPS) == {Rotate}
@@ -76,7 +79,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
         (
             "steps: [{method: awqq}]",
-            "unknown method 'awqq'; methods: awq, gptq, omniquant, rotate, rtn, smoothquant, squeezellm",
+            "unknown method 'awqq'; methods: awq, gptq, magnitude, omniquant, rotate, rtn, smoothquant, sparsegpt",
         ),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
@@ -166,8 +169,8 @@ def test_yaml_with_steps_out_of_place_is_refused_when_it_is_read(tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity": 0.0}, "sparsity: 0.0 is not between 0 and 1"),
-        ({"sparsity": 50.0}, "sparsity: 50.0 is not between 0 and 1; it is a fraction, and 0.5 is usual"),
+        ({"sparsity": 0.1}, "sparsity: 0.1 is not between 0.2 and 0.8"),
+        ({"sparsity": 50.0}, "sparsity: 50.0 is not between 0.2 and 0.8; it is a fraction, and 0.5 is usual"),
         ({"pattern": "2of4"}, "pattern: '2of4' is neither 'any' nor N:M with N below M, such as '2:4'"),
         ({"pattern": "4:4"}, "neither 'any' nor N:M with N below M"),
         ({"pattern": "2:4", "sparsity": 0.6}, "2:4 makes 0.5 of the weights zero, and sparsity is 0.6"),
@@ -188,10 +191,17 @@ def test_what_cannot_be_pruned_is_refused_before_any_work(tmp_path: Path) -> Non
             "squeezellm rounds to tables, which need not hold a zero, so that halve",
         ),
         (
-            (Halve(), GPTQ()),
-            "halve prunes weights, and no checkpoint format here holds the places of",
+            (Halve(), RTN(outliers=0.01)),
+            "rtn adds outlier channels to its codes, which would fill halve's zeros",
         ),
-        ((Halve(),), "halve prunes weights, and no checkpoint format"),
+        ((Halve(), GPTQ(rank=8)), "gptq adds a low-rank product to its codes, which .* leave rank out"),
+        ((Halve(), GPTQ(), Tune()), "tune trains weights without regard to halve's zeros, .* leave tune out"),
+        ((OmniQuant(), Halve(), GPTQ()), "omniquant trains weights without regard to halve's zeros"),
+        ((AWQ(), Halve()), "awq prepares weights for a step that rounds them, and there is none"),
+        (
+            (Halve(sparsity=0.4, pattern="3:5"),),
+            "256 input channels, which are not whole groups of 5 as pattern 3:5",
+        ),
     ):
         with pytest.raises(ParetoError, match=message):
             compress("ref-7m", Recipe("r", steps=steps), tmp_path / "out")

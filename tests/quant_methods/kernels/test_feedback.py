@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from quant_methods.formats.grid import Grid, dequantize, fit
-from quant_methods.methods.gptq import BLOCK, _Groups, feed_back, solve
+from quant_methods.methods.feedback import BLOCK, Groups, feed_back
+from quant_methods.methods.gptq import solve
 from tests.triton_interpreter import run_interpreted
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,7 +24,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.usefixtures("fresh_numbers")
 
 
-class Fused(_Groups):
+class Fused(Groups):
     """Takes the kernel on the CPU too."""
 
     def round_block(self, work, upper, start, stop):
@@ -49,12 +50,11 @@ def test_rounds_as_the_loop_does(rows, columns, bits, group_size, symmetric):
     hessian = inputs.T @ inputs / len(inputs)
     order = torch.argsort(hessian.diagonal(), descending=True)
     ranges = fit(weight, grid, hessian)
-    width = columns // grid.groups(columns)
 
-    fused = Fused(grid, width, order, ranges)
+    fused = Fused(grid, order, ranges)
     feed_back(weight, hessian, order, fused)
     assert fused.calls == -(-columns // BLOCK)
-    exact = _Groups(grid, width, order, tuple(part.double() for part in ranges))
+    exact = Groups(grid, order, tuple(part.double() for part in ranges))
     feed_back(weight.double(), hessian, order, exact)
 
     # A weight next to the middle of two codes may go either way in float32, and takes later ones of its row along.

@@ -10,7 +10,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid, expand, fit
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.handlers import LinearProblem
-from quant_methods.methods import gptq
+from quant_methods.methods import feedback, gptq
 from quant_methods.methods.gptq import GPTQ, factorize, quantize, relative_error, solve
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
@@ -194,7 +194,7 @@ def test_only_the_loop_over_channels_runs_on_one_thread(monkeypatch: pytest.Monk
     threads: dict[str, set[int]] = {}
 
     def counted(name: str) -> Callable[..., Any]:
-        called = getattr(gptq, name)
+        called = getattr(feedback if name.startswith("_") else gptq, name)
 
         def call(*args: Any, **named: Any) -> Any:
             threads.setdefault(name, set()).add(torch.get_num_threads())
@@ -203,7 +203,7 @@ def test_only_the_loop_over_channels_runs_on_one_thread(monkeypatch: pytest.Monk
         return call
 
     for name in ("_upper", "_one_by_one", "fit"):
-        monkeypatch.setattr(gptq, name, counted(name))
+        monkeypatch.setattr(feedback if name.startswith("_") else gptq, name, counted(name))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

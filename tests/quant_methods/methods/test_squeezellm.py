@@ -7,7 +7,8 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.handlers import LinearProblem
-from quant_methods.methods.gptq import GPTQ, factorize, feed_back, relative_error
+from quant_methods.methods.feedback import feed_back
+from quant_methods.methods.gptq import GPTQ, factorize, relative_error
 from quant_methods.methods.gptq import quantize as gptq
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.rtn import quantize as round_to_nearest
