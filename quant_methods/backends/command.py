@@ -94,9 +94,10 @@ def _print_report(console: Console, report: BackendReport) -> None:
     device = "" if report.peak_device_memory is None else f", {report.peak_device_memory / 1e9:.2f} GB on the device"
     lines = [
         f"checkpoint   {report.out}, written by {report.tool}",
-        f"weights      {report.layers} layers at {report.bits_per_weight:.3f} bits a weight as stored",
+        f"weights      {report.layers} layers at {report.bits_per_weight:.3f} bits a weight as stored"
+        + ("" if report.sparsity is None else f", {report.sparsity:.1%} of them zero"),
         f"check        KL {report.divergence:.4f} to the original on a few calibration tokens "
-        f"({report.divergence_nearest:.4f} by rounding to nearest)",
+        f"({report.divergence_plain:.4f} without any method)",
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)",
         f"time         {report.seconds:.1f} s; peak memory {report.peak_memory / 1e9:.2f} GB{device}",

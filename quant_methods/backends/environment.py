@@ -37,6 +37,7 @@ class Backend:
         runner: the script that runs it, in ``runners/``.
         recipe: the built-in recipe that it follows unless told otherwise.
         combinations: pairs of a step before the rounding (None: none) and the step that rounds, that it has.
+        prunes: steps that prune, alone or before one of these that needs no other before it.
         bits: of a code, that it writes.
         symmetric: whether it writes codes without zero-points, with them, or both.
         activations: whether it writes checkpoints with rounded activations.
@@ -52,6 +53,7 @@ class Backend:
     combinations: tuple[tuple[str | None, str], ...]
     bits: tuple[int, ...]
     symmetric: tuple[bool, ...]
+    prunes: tuple[str, ...] = ()
     activations: bool = False
     ignores: bool = False
     old_config: bool = True
@@ -84,6 +86,7 @@ BACKENDS = {
              ("smoothquant", "gptq")),
             bits=(2, 3, 4, 5, 6, 7, 8),
             symmetric=(True, False),
+            prunes=("sparsegpt", "wanda"),
             activations=True,
             ignores=True,
             old_config=False,

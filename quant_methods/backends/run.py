@@ -28,16 +28,13 @@ from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.backends import check
 from quant_methods.backends.environment import RUNNERS, Backend, Progress, clean_environment, environment_python
+from quant_methods.backends.settings import tool_settings
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import Source, write_json
 from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import check_device, check_out, work_of
-from quant_methods.methods.awq import AWQ
-from quant_methods.methods.gptq import GPTQ, PAPERS_DAMPING
-from quant_methods.methods.rtn import RTN
-from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.model_source import (
     INDEX,
     SINGLE,
@@ -52,7 +49,6 @@ from quant_methods.model_source import (
 )
 from quant_methods.plan import make_plan
 from quant_methods.recipe import Recipe
-from quant_methods.steps import RoundStep, ScaleStep
 from quant_methods.work_folder import empty, locked, put_in_place
 
 
@@ -63,15 +59,16 @@ class BackendReport:
     Attributes:
         out: the checkpoint.
         tool: name and version.
-        layers: number of quantized layers.
-        bits_per_weight: of the quantized layers, scales included, as stored.
+        layers: number of changed layers.
+        bits_per_weight: of these, scales included, as stored.
+        sparsity: fraction of their weights that are zero, where the recipe prunes.
         bytes_before: bytes of the original's tensors.
         bytes_after: bytes of the checkpoint's tensors.
         seconds: wall time of the tool, from loading the model to the written checkpoint.
         peak_memory: the tool's peak resident memory in bytes.
         peak_device_memory: the tool's peak memory on a CUDA device in bytes, None elsewhere.
         divergence: KL to the original on a few calibration tokens, nats a token.
-        divergence_nearest: the same of rounding to nearest in this layout.
+        divergence_plain: the same without any method: rounded to nearest, after the smallest weights were dropped.
         shims: what of the tool had to be changed to run here.
 
     """
@@ -80,57 +77,15 @@ class BackendReport:
     tool: str
     layers: int
     bits_per_weight: float
+    sparsity: float | None
     bytes_before: int
     bytes_after: int
     seconds: float
     peak_memory: int
     peak_device_memory: int | None
     divergence: float
-    divergence_nearest: float
+    divergence_plain: float
     shims: list[str]
-
-
-def tool_settings(backend: Backend, recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe in the words of the runners.
-
-    Raises:
-        ParetoError: it has a step, or a setting, that the tool does not.
-
-    """
-    kinds: dict[type, str] = {RTN: "rtn", GPTQ: "gptq", AWQ: "awq", SmoothQuant: "smoothquant"}
-    names = [kinds.get(type(step), "") for step in recipe.steps]
-    where = f"recipe {recipe.name}: {backend.name}"
-    weight_steps = [step for step in recipe.steps if isinstance(step, RoundStep)]
-    transform = names[0] if len(names) == 2 else None
-    if len(weight_steps) != 1 or len(names) not in (1, 2) or (transform, names[-1]) not in backend.combinations:
-        known = "; ".join(" then ".join(filter(None, pair)) for pair in backend.combinations)
-        asked = " then ".join(step.method for step in recipe.steps) or "no step"
-        raise ParetoError(f"{where} cannot do {asked}; it does: {known}")
-    step = weight_steps[0]
-    if any(s.targets != ("*",) for s in recipe.steps if isinstance(s, RoundStep | ScaleStep)):
-        raise ParetoError(f"{where} quantizes all layers alike; leave targets out")
-    if step.bits not in backend.bits:
-        raise ParetoError(f"{where} writes {', '.join(map(str, backend.bits))} bits, not {step.bits}")
-    if step.symmetric not in backend.symmetric:
-        kind, flag = ("with", "--no-symmetric") if step.symmetric else ("without", "--symmetric")
-        raise ParetoError(f"{where} writes 4-bit codes {kind} zero-points only; add {flag}")
-    if step.activations != "none" and not (backend.activations and step.activations == "int8"):
-        raise ParetoError(f"{where} does not round activations to {step.activations}")
-    gptq = step if isinstance(step, GPTQ) else None
-    smooth = next((s for s in recipe.steps if isinstance(s, SmoothQuant)), None)
-    return {
-        "transform": transform,
-        "rounding": names[-1],
-        "bits": step.bits,
-        "group_size": step.group_size,
-        "symmetric": step.symmetric,
-        "activations": step.activations,
-        "act_order": gptq.act_order if gptq else False,
-        # Our own default was found for our own shift; theirs stays what they ship.
-        "damping": gptq.damping if gptq and gptq.damping != GPTQ.damping else PAPERS_DAMPING,
-        "alpha": smooth.alpha if smooth else None,
-        "seed": recipe.calibration.seed,
-    }
 
 
 def compress_with(
@@ -178,7 +133,8 @@ def compress_with(
             f", and {backend.name} gives all layers the same; choose another --group-size, e.g. "
             f"{min(step.group_size for step in plan.steps.values())}"
         )
-    inside = [name for name in plan.ignored if name.startswith(decoder.prefix + ".")]
+    ignored = [name for name in plan.ignored if name not in plan.changed]
+    inside = [name for name in ignored if name.startswith(decoder.prefix + ".")]
     if inside and not backend.ignores:
         raise ParetoError(
             f"recipe {recipe.name}: {backend.name} quantizes all layers alike and cannot ignore {inside[0]}"
@@ -186,7 +142,7 @@ def compress_with(
     kind = torch.device(device).type
     tool_python = environment_python(backend, kind, python, create=create_environment, progress=progress)
     calibration = recipe.calibration
-    needs_data = settings["rounding"] != "rtn" or settings["transform"] is not None
+    needs_data = settings["rounding"] != "rtn" or bool(settings["transform"] or settings["prune"])
     # Without a method that needs data, there must be enough to check with.
     most = min(check.TOKENS, getattr(decoder.config, "max_position_embeddings", None) or check.TOKENS)
     shape = (calibration.num_samples, calibration.length) if needs_data else (check.SEQUENCES, most)
@@ -206,30 +162,30 @@ def compress_with(
     }
     work = work_of(out)
     with checkpoint.full_disk_explained(work), _work_directory(work, provenance, overwrite=overwrite):
-        dtype = str(decoder.source.dtype(f"{next(iter(plan.steps))}.weight")).removeprefix("torch.")
-        job = settings | {"device": device, "ignore": plan.ignored, "dtype": dtype}
+        dtype = str(decoder.source.dtype(f"{next(iter(plan.changed))}.weight")).removeprefix("torch.")
+        job = settings | {"device": device, "ignore": ignored, "dtype": dtype}
         if not (work / "result.json").is_file():
             _prepare(work, model_dir, backend, tokens if needs_data else None, job)
             _run_tool(backend, tool_python, work, progress)
         result = json.loads((work / "result.json").read_text())
         progress(0, 0, "checking what it wrote")
         try:
-            target = _collect(work, model_dir, backend)
-            layers, bits = check.check_layers(target, decoder, plan, backend)
+            target = _collect(work, model_dir, backend, quantized=settings["rounding"] is not None)
+            layers, bits, sparsity = check.check_layers(target, decoder, plan, backend)
             found, bar = check.check_model(target, model_dir, plan, tokens, device, backend)
         except ParetoError:
             # The same command runs the tool again, not into the same error.
             (work / "result.json").unlink()
             raise
         provenance["backend"] = {"name": backend.name, "settings": settings, **result}
-        provenance["backend"]["check"] = {"kl": found, "kl_round_to_nearest": bar}
+        provenance["backend"]["check"] = {"kl": found, "kl_plain": bar}
         write_json(target / RECIPE_FILE, provenance)
         size = Source(target).size()
         put_in_place(target, out, work)
     shutil.rmtree(work)
     version = result["versions"][backend.package]
     return BackendReport(
-        out, f"{backend.name} {version}", layers, bits, decoder.source.size(), size, result["seconds"],
+        out, f"{backend.name} {version}", layers, bits, sparsity, decoder.source.size(), size, result["seconds"],
         result["peak_memory"], result["peak_device_memory"], found, bar, result["shims"],
     )  # fmt: skip
 
@@ -337,11 +293,11 @@ def _run_tool(backend: Backend, python: Path, work: Path, progress: Progress) ->
         raise ParetoError(f"{backend.name} failed: {reason} (its log: {log})")
 
 
-def _collect(work: Path, model_dir: Path, backend: Backend) -> Path:
+def _collect(work: Path, model_dir: Path, backend: Backend, *, quantized: bool) -> Path:
     """Put the checkpoint together: the tool's weights and quantization settings, the original's everything else.
 
     Raises:
-        ParetoError: the tool wrote no quantized checkpoint.
+        ParetoError: the tool wrote no checkpoint, or not a quantized one where it should have.
 
     """
     tool, target = work / "tool", work / "checkpoint"
@@ -353,7 +309,7 @@ def _collect(work: Path, model_dir: Path, backend: Backend) -> Path:
         settings, files = quantization_settings(tool), weight_files(tool)
     except ParetoError as error:
         raise ParetoError(f"{backend.name} wrote no usable checkpoint: {error}") from error
-    if not settings:
+    if quantized and not settings:
         raise ParetoError(
             f"{backend.name} wrote an unquantized checkpoint (its config.json has no quantization_config)"
         )
@@ -362,9 +318,9 @@ def _collect(work: Path, model_dir: Path, backend: Backend) -> Path:
         checkpoint.link_or_copy(path, target / (SINGLE if len(files) == 1 else path.name))
     if len(files) > 1:
         shutil.copyfile(tool / INDEX, target / INDEX)
-    config = read_config(model_dir) | {"quantization_config": settings}
+    config = read_config(model_dir) | ({"quantization_config": settings} if quantized else {})
     # Moving scales into the final norm takes the head and the embedding apart.
     config["tie_word_embeddings"] = written.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     write_json(target / "config.json", config)
-    validate_checkpoint(target, quantized=True)
+    validate_checkpoint(target, quantized=quantized)
     return target

@@ -1,4 +1,4 @@
-"""Runs llm-compressor's ``oneshot`` in its own environment: round-to-nearest, GPTQ, AWQ, SmoothQuant.
+"""Runs llm-compressor's ``oneshot`` in its own environment: round-to-nearest, GPTQ, AWQ, SmoothQuant, SparseGPT, Wanda.
 
 Written for llm-compressor 0.14 (https://github.com/vllm-project/llm-compressor). Everything that the job does not say
 is that tool's default. The checkpoint is written as compressed-tensors.
@@ -12,12 +12,25 @@ from runner_job import Job
 
 
 def modifiers(job: Job) -> list[Any]:
-    """Return the recipe: an optional transformation, then the rounding."""
+    """Return the recipe: an optional transformation or pruning, then the rounding, if any."""
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    first: list[Any] = []
+    if job["prune"] is not None:
+        # Its mask structure 0:0 is that of weights of any place.
+        pruning: dict[str, Any] = {"sparsity": job["sparsity"], "ignore": job["ignore"], "targets": ["Linear"]}
+        pruning["mask_structure"] = "0:0" if job["pattern"] == "any" else job["pattern"]
+        if job["prune"] == "sparsegpt":
+            first = [SparseGPTModifier(**pruning, dampening_frac=job["prune_damping"])]
+        else:
+            first = [WandaPruningModifier(**pruning)]
+    if job["rounding"] is None:
+        return first
     channel = job["group_size"] == -1
     weights: dict[str, Any] = {
         "num_bits": job["bits"],
@@ -32,7 +45,6 @@ def modifiers(job: Job) -> list[Any]:
             "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
         }  # fmt: skip
     rounding: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": job["ignore"]}
-    first: list[Any] = []
     if job["transform"] == "awq":
         first = [AWQModifier()]
     elif job["transform"] == "smoothquant":

@@ -16,12 +16,17 @@ from quant_methods.backends import check as backend_check
 from quant_methods.backends import environment as backend_environment
 from quant_methods.backends import run as backend_run
 from quant_methods.backends.environment import BACKENDS, READY, RUNNERS, Backend, environment_python
-from quant_methods.backends.run import compress_with, older_config, tool_settings
+from quant_methods.backends.run import compress_with, older_config
+from quant_methods.backends.settings import tool_settings
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
+from quant_methods.methods.awq import AWQ
+from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.pruning import Wanda
 from quant_methods.methods.rtn import RTN
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe
+from quant_methods.steps import Step
 from vllm_ext.cli import main
 
 SMALL = Calibration(num_samples=2, length=64)
@@ -73,12 +78,47 @@ job.finish(["torch"], ["nothing was changed"])
 """
 
 
+# And one that drops the smallest weights; with seed 1 too few of them, with seed 2 the largest.
+PRUNING_TOOL = """
+import pathlib, shutil
+from runner_job import Job
+
+job = Job()
+import torch
+from safetensors.torch import load_file, save_file
+
+assert job["rounding"] is None and job["prune"] == "wanda" and len(job.tokens()) == 2
+job.start_clock()
+source = load_file(pathlib.Path(job["model"]) / "model.safetensors")
+among = 4 if job["pattern"] == "2:4" else 32
+drop = round(among * job["sparsity"]) - (job["seed"] == 1)
+for name, weight in source.items():
+    if name.endswith("_proj.weight"):
+        groups = weight.unflatten(1, (-1, among))
+        worst = groups.abs().topk(drop, largest=job["seed"] == 2).indices
+        source[name] = groups.scatter(2, worst, 0).flatten(1)
+out = pathlib.Path(job["out"])
+out.mkdir()
+save_file(source, out / "model.safetensors", {"format": "pt"})
+shutil.copyfile(pathlib.Path(job["model"]) / "config.json", out / "config.json")
+job.finish(["torch"], [])
+"""
+
+
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory: pytest.TempPathFactory) -> Backend:
     folder = tmp_path_factory.mktemp("tool")
     shutil.copyfile(RUNNERS / "runner_job.py", folder / "runner_job.py")
     (folder / "runner.py").write_text(TOOL)
     return Backend("tool", "torch", str(folder / "runner.py"), "rtn-w4", ((None, "rtn"),), bits=(4,), symmetric=(True,))
+
+
+@pytest.fixture(scope="module")
+def pruning_tool(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+    folder = tmp_path_factory.mktemp("pruning-tool")
+    shutil.copyfile(RUNNERS / "runner_job.py", folder / "runner_job.py")
+    (folder / "runner.py").write_text(PRUNING_TOOL)
+    return Backend("tool", "torch", str(folder / "runner.py"), "", (), (), (), prunes=("wanda",))
 
 
 def seeded(behaviour: int) -> Recipe:
@@ -97,7 +137,7 @@ def test_an_honest_tool_is_checked_and_recorded(
     assert report.layers == 21
     # 4 bits, and for every 32 weights a scale of 16 and a zero-point of 4.
     assert report.bits_per_weight == pytest.approx(4 + 20 / 32)
-    assert 0 < report.divergence < 1.5 * report.divergence_nearest
+    assert 0 < report.divergence < 1.5 * report.divergence_plain
     assert any(what == "tool: layers" and 0 < done < total for done, total, what in said)
     made = json.loads((out / "pareto_recipe.json").read_text())
     assert made["backend"]["versions"]["torch"] == torch.__version__
@@ -112,6 +152,34 @@ def test_an_honest_tool_is_checked_and_recorded(
     assert torch.nn.functional.cosine_similarity(theirs.flatten(), ours.flatten(), 0) > 0.99
     with pytest.raises(ParetoError, match=r"already quantized \(gptq\); compress the original"):
         compress(out, HONEST, tmp_path / "again")
+
+
+@pytest.mark.parametrize("pattern", ["any", "2:4"])
+def test_a_tool_that_prunes_writes_a_dense_checkpoint_with_zeros(
+    pattern: str, pruning_tool: Backend, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe("w", steps=(Wanda(0.5, pattern),), calibration=SMALL, kv_scales=False)
+    out = tmp_path / "out"
+    report = compress_with(pruning_tool, tiny_model, recipe, out, text=text_file, python=Path(sys.executable))
+    assert (report.layers, report.bits_per_weight) == (21, 16)
+    assert report.sparsity == pytest.approx(0.5, abs=0.005)
+    assert 0 < report.divergence < 2 * report.divergence_plain
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    weight = load_reference(out).model.layers[1].mlp.down_proj.weight
+    if pattern == "2:4":
+        assert ((weight == 0).unflatten(1, (-1, 4)).sum(2) >= 2).all()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"), [(1, "has 46.9% zeros; the recipe asks for 50%"), (2, "tool wrote corrupt weights")]
+)
+def test_a_bad_tool_that_prunes_is_reported(
+    behaviour: int, message: str, pruning_tool: Backend, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration(2, 64, seed=behaviour)
+    recipe = Recipe("w", steps=(Wanda(0.5),), calibration=calibration, kv_scales=False)
+    with pytest.raises(ParetoError, match=message):
+        compress_with(pruning_tool, tiny_model, recipe, tmp_path / "out", text=text_file, python=Path(sys.executable))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +230,14 @@ def test_recipes_in_the_words_of_the_tools() -> None:
     assert (found["bits"], found["group_size"], found["symmetric"], found["alpha"]) == (8, -1, True, None)
     assert tool_settings(BACKENDS["autoawq"], load_recipe("awq-w4"))["group_size"] == 128
     assert tool_settings(BACKENDS["autogptq"], load_recipe("gptq-w4"))["act_order"] is True
+    pruned = tool_settings(BACKENDS["llm-compressor"], load_recipe("sparsegpt-2of4"))
+    assert (pruned["prune"], pruned["sparsity"], pruned["pattern"], pruned["prune_damping"]) == (
+        "sparsegpt", 0.5, "2:4", 0.01,
+    )  # fmt: skip
+    assert (pruned["rounding"], pruned["transform"]) == (None, None)
+    both = Recipe("both", steps=(Wanda(0.5), GPTQ(bits=4, group_size=64)))
+    found = tool_settings(BACKENDS["llm-compressor"], both)
+    assert (found["prune"], found["rounding"], found["group_size"]) == ("wanda", "gptq", 64)
     for backend in BACKENDS.values():
         assert backend.recipe in built_in_recipes()
         tool_settings(backend, load_recipe(backend.recipe))
@@ -175,11 +251,19 @@ def test_recipes_in_the_words_of_the_tools() -> None:
         ("autogptq", "gptq-w8", "autogptq does not round activations to int8"),
         ("llm-compressor", "quarot-gptq-w4", "llm-compressor cannot do rotate then gptq"),
         ("llm-compressor", "kv-scales", "llm-compressor cannot do no step"),
+        ("llm-compressor", "sparsegpt-2of4-w4", "does not round while it prunes; leave bits out and let gptq follow"),
+        ("autogptq", "wanda-50", "autogptq cannot do wanda; it does: gptq"),
     ],
 )
 def test_what_a_tool_cannot_do_is_refused(backend: str, recipe: str, message: str) -> None:
     with pytest.raises(ParetoError, match=message):
         tool_settings(BACKENDS[backend], load_recipe(recipe))
+
+
+@pytest.mark.parametrize("steps", [(AWQ(), Wanda(0.5), STEP), (Wanda(0.5), AWQ(), STEP), (Wanda(0.5), Wanda(0.5))])
+def test_a_prune_step_comes_first_and_alone_or_before_a_rounding(steps: tuple[Step, ...]) -> None:
+    with pytest.raises(ParetoError, match="sparsegpt, alone or before a rounding; wanda, alone or before a rounding"):
+        tool_settings(BACKENDS["llm-compressor"], Recipe("r", steps=steps))
 
 
 def test_older_transformers_are_told_the_rotary_base() -> None:
