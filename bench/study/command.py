@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.study.step import ORDER
 from kv_cache.errors import ParetoError
 from kv_cache.terminal import console
 
@@ -28,6 +29,7 @@ Examples:
   pareto study smoke                                   # a plan that ships: ref-7m, minutes on 2 cores
   pareto study plan.yaml --data ./data --dry-run       # what it would do, what is done, how long the rest may take
   pareto study plan.yaml --data ./data --out study-out
+  pareto study plan.yaml --out study-out --steps compress quality tasks    # what other work on the machine leaves alone
   pareto study plan.yaml --out study-out --jobs 4      # what is not timed four at once, over this machine's GPUs
   pareto study plan.yaml --out /shared/out --executor ray --ray-address auto      # over GPUs and machines
   pareto study plan.yaml --out study-out --pack        # and everything that another machine needs to check it
@@ -48,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware", nargs="+", metavar="LABEL",
         help="do the steps of these labels of the plan only; the page has all that were done (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", nargs="+", metavar="KIND", choices=ORDER, default=list(ORDER),
+        help=f"do steps of these kinds only ({', '.join(ORDER)}), such as what is not timed while others use the "
+        "machine; the page has all that were done (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="this machine (see --jobs), or a Ray cluster"
@@ -99,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from bench.study.estimate import show
 
-        show(graph, folder, inputs.missing, labels)
+        show(graph, folder, inputs.missing, labels, args.steps)
         return 0
     return _carry_out(args, path, graph, folder, labels)
 
@@ -111,7 +118,7 @@ def _carry_out(args: argparse.Namespace, path: Path, graph: Graph, folder: Folde
     from bench.study.run import look, run
 
     with folder.alone(), terminated_like_interrupted():
-        progress = look(graph, folder, labels)
+        progress = look(graph, folder, labels, args.steps)
         if not args.page_only:
             try:
                 run(progress, _executor(args, folder), console(stderr=True))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from bench.study.folder import Folder
-from bench.study.step import Kind, Step
+from bench.study.step import ORDER, Kind, Step
 from bench.study.steps import Graph
 from kv_cache.errors import ParetoError
 from kv_cache.sizes import readable
@@ -58,7 +58,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def show(graph: Graph, folder: Folder, missing: Sequence[str], hardware: Sequence[str]) -> None:
+def show(
+    graph: Graph, folder: Folder, missing: Sequence[str], hardware: Sequence[str], kinds: Sequence[str] = ORDER
+) -> None:
     """Print the steps of a study with what is done and what the rest may take.
 
     Args:
@@ -66,6 +68,7 @@ def show(graph: Graph, folder: Folder, missing: Sequence[str], hardware: Sequenc
         folder: where results lie.
         missing: what the plan needs and is not here, a line each.
         hardware: labels whose steps would be done.
+        kinds: of steps that would be done.
 
     """
     known = done_steps(folder)
@@ -80,6 +83,9 @@ def show(graph: Graph, folder: Folder, missing: Sequence[str], hardware: Sequenc
             continue
         if step.hardware and step.hardware not in hardware:
             table.add_row(step.name, f"for {step.hardware}", "", "", step.key)
+            continue
+        if step.kind not in kinds:
+            table.add_row(step.name, "left out", "", "", step.key)
             continue
         like = similar_seconds(step, known)
         seconds = rough_seconds(step) if like is None else like

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from bench.study.folder import Folder, Outcome
-from bench.study.step import Step
+from bench.study.step import ORDER, Step
 from bench.study.steps import Graph
 from quant_methods.progress import EVERY
 
@@ -105,13 +105,14 @@ class Progress:
 _STYLE = {RUNNING: "bold", FAILED: "red", DONE: "green"}
 
 
-def look(graph: Graph, folder: Folder, hardware: Sequence[str]) -> Progress:
+def look(graph: Graph, folder: Folder, hardware: Sequence[str], kinds: Sequence[str] = ORDER) -> Progress:
     """Return how far a study is already.
 
     Args:
         graph: the steps.
         folder: of their results.
         hardware: labels whose steps are to be done; those of others are skipped.
+        kinds: of steps that are to be done; others are skipped.
 
     """
     progress = Progress(graph, folder)
@@ -122,6 +123,8 @@ def look(graph: Graph, folder: Folder, hardware: Sequence[str]) -> Progress:
         state = State(BEFORE if done else WAITING, reason, seconds=seconds)
         if not done and step.hardware and step.hardware not in hardware:
             state = State(SKIPPED, f"is for {step.hardware}, which --hardware leaves out")
+        elif not done and step.kind not in kinds:
+            state = State(SKIPPED, f"is a {step.kind} step, which --steps leaves out")
         progress.states[step.key] = state
     return progress
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.study import command as study_command
 from bench.study import perform as performing
 from bench.study.command import run as study
-from bench.study.estimate import done_steps, similar_seconds
+from bench.study.estimate import done_steps, show, similar_seconds
 from bench.study.executors import local
 from bench.study.executors.local import LocalExecutor
 from bench.study.outcome import conclude
@@ -89,6 +89,32 @@ def test_hardware_that_is_elsewhere_is_left_out(tmp_path):
     assert left == {"is for l4, which --hardware leaves out"}
     assert not any(name.endswith("on l4") for name in executor.done)
     assert any(name.startswith("quality") for name in executor.done)
+
+
+def test_kinds_of_steps_can_wait(tmp_path, capsys):
+    graph, folder = graph_of(tmp_path, runs=1), folder_of(tmp_path)
+    first, second = Pretended(folder), Pretended(folder)
+    run(progress := look(graph, folder, ["cpu"], ["compress", "quality"]), first, Console(file=io.StringIO()))
+    kinds = {step.name: step.kind for step in graph.steps.values()}
+    assert {kinds[name] for name in first.done} == {"compress", "quality"}
+    left = {state.reason for state in progress.states.values() if state.status == "skipped"}
+    assert left == {f"is a {kind} step, which --steps leaves out" for kind in ("load", "speed")}
+    show(graph, folder, [], ["cpu"], ["load"])
+    loads = sum(kind == "load" for kind in kinds.values())
+    assert f"{len(kinds)} steps, {loads} to do" in capsys.readouterr().out
+    # Nothing is done twice.
+    run(look(graph, folder, ["cpu"]), second, Console(file=io.StringIO()))
+    assert {kinds[name] for name in second.done} == {"load", "speed"}
+
+
+def test_what_needs_a_kind_that_waits_says_so(tmp_path):
+    graph, folder = graph_of(tmp_path, runs=1), folder_of(tmp_path)
+    executor = Pretended(folder)
+    run(progress := look(graph, folder, ["cpu"], ["load"]), executor, Console(file=io.StringIO()))
+    kinds = {step.name: step.kind for step in graph.steps.values()}
+    assert {kinds[name] for name in executor.done} == {"load"}
+    reasons = {state.reason for state in progress.states.values() if state.status == "skipped"}
+    assert any("needs compress" in reason and "was skipped" in reason for reason in reasons)
 
 
 def test_estimates_come_from_earlier_steps(tmp_path):
@@ -370,6 +396,7 @@ def test_flags_that_contradict_are_refused(words, line):
     import argparse
 
     args = {"plan": "smoke", "out": "o", "data": None, "models": None, "dry_run": True, "hardware": None,
-            "executor": "local", "jobs": 1, "ray_address": None, "pack": False, "verify": None}  # fmt: skip
+            "executor": "local", "jobs": 1, "ray_address": None, "pack": False, "verify": None,
+            "steps": ["load"]}  # fmt: skip
     with pytest.raises(ParetoError, match=line):
         study(argparse.Namespace(**(args | words)))
