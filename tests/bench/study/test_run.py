@@ -98,13 +98,13 @@ def test_kinds_of_steps_can_wait(tmp_path, capsys):
     kinds = {step.name: step.kind for step in graph.steps.values()}
     assert {kinds[name] for name in first.done} == {"compress", "quality"}
     left = {state.reason for state in progress.states.values() if state.status == "skipped"}
-    assert left == {f"is a {kind} step, which --steps leaves out" for kind in ("load", "speed")}
+    assert left == {"is a load step, which --steps leaves out"}
     show(graph, folder, [], ["cpu"], ["load"])
     loads = sum(kind == "load" for kind in kinds.values())
     assert f"{len(kinds)} steps, {loads} to do" in capsys.readouterr().out
     # Nothing is done twice.
     run(look(graph, folder, ["cpu"]), second, Console(file=io.StringIO()))
-    assert {kinds[name] for name in second.done} == {"load", "speed"}
+    assert {kinds[name] for name in second.done} == {"load"}
 
 
 def test_what_needs_a_kind_that_waits_says_so(tmp_path):
