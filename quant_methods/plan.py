@@ -243,7 +243,7 @@ def _check_experts(recipe: Recipe, fit: Fitted) -> None:
     if not experts:
         return
     where, alone = f"recipe {recipe.name}: {experts[0]}", "or leave experts out with --ignore '*.experts.*'"
-    if other := next((step for step in recipe.steps if not isinstance(step, RoundStep)), None):
+    if other := next((step for step in recipe.steps if not isinstance(step, PruneStep | RoundStep)), None):
         raise ParetoError(
             f"{where} is an expert's, and {other.method} does not know mixtures of experts; use gptq or rtn "
             f"alone (gptq-w4), {alone}"

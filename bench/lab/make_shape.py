@@ -58,10 +58,9 @@ def quantized(config: dict[str, Any], recipe: Recipe, *, native: bool) -> dict[s
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    steps = [step for step in recipe.steps if isinstance(step, RoundStep)]
-    if not steps:
+    if not recipe.rounding:
         raise ParetoError(f"recipe {recipe.name} rounds no weights")
-    step = steps[-1]
+    step = recipe.rounding[-1]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}

@@ -29,6 +29,17 @@ def test_compresses_and_reports(
     assert "served by    stock vLLM on CPU and CUDA" in text
 
 
+def test_says_how_many_stored_weights_are_zero(
+    tiny_model: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--num-calibration-samples", "4", "--calibration-length", "32", "--text", text_file, "--no-kv-scales"]
+    words = ["--recipe", "wanda-50", "--pattern", "1:4", "--sparsity", "0.75", "--verbose"]
+    status, text, _ = run(capsys, tiny_model, *words, "--out", tmp_path / "out", *small)
+    assert status == 0
+    assert "zeros        75.00% of the pruned layers' weights, as they are stored; 75.00% (model.layers." in text
+    assert text.count("75.00%") == 21 + 3, "every layer, and their mean, least and most"
+
+
 def test_says_where_the_format_of_ours_is_served(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +75,7 @@ def test_a_format_that_is_slow_on_cuda_is_said_before_it_is_made(
 def test_lists_its_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     status, text, _ = run(capsys, "--list-recipes")
     assert status == 0
-    for name in ("gptq-w4", "rtn-w8", "kv-scales", "gptq-w3"):
+    for name in ("gptq-w4", "rtn-w8", "kv-scales", "gptq-w3", "wanda-2of4", "sparsegpt-2of4-w4"):
         assert name in text
     assert "vLLM with this plugin" in " ".join(text.split())
 

@@ -98,7 +98,7 @@ CASES = RECIPES | LAYOUTS | ON_OUTLIERS
 
 
 def serving(recipe: Recipe) -> Serving:
-    return Serving.of(step for step in recipe.steps if isinstance(step, RoundStep))
+    return Serving.of(recipe.rounding)
 
 
 CUDA = torch.cuda.is_available()
@@ -108,7 +108,7 @@ PROCESSES = 4 if CUDA else 1
 """That serve at once, with the plugin and without."""
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
-STATIC = [name for name in CASES if any(isinstance(step, RoundStep) and step.static for step in CASES[name].steps)]
+STATIC = [name for name in CASES if any(step.static for step in CASES[name].rounding)]
 # Checkpoints that are damaged before they are served: 8 bits for stock vLLM, 6 in the format of ours.
 DAMAGED = {"damaged gptq-w8": "gptq-w8", "damaged gptq-w6": "gptq-w6"}
 
@@ -290,7 +290,7 @@ def check_same(case: Compressed, logits: Tensor, expected: Expected) -> None:
 
 def rounds(recipe: Recipe) -> bool:
     """Return whether serving rounds activations."""
-    return any(isinstance(step, RoundStep) and step.activations != "none" for step in recipe.steps)
+    return any(step.activations != "none" for step in recipe.rounding)
 
 
 def check_served(name: str, compressed: dict[str, Compressed], served: Served, expected: Expected) -> None:
@@ -325,7 +325,7 @@ def test_vllm_on_cuda_computes_what_the_dequantized_model_computes(
 
 def four_bits(recipe: Recipe) -> bool:
     """Return whether there are layers of 4 bits that stock vLLM serves too."""
-    return not serving(recipe).plugin and any(isinstance(step, RoundStep) and step.bits == 4 for step in recipe.steps)
+    return not serving(recipe).plugin and any(step.bits == 4 for step in recipe.rounding)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_cuda) for name in CASES if four_bits(CASES[name])])
@@ -358,10 +358,9 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
     case = compressed[name]
     layers = served.of(case)["layers"]
     assert len(layers) == 4 * (6 if name in LAYOUTS else 2)
-    steps = [step for step in case.recipe.steps if isinstance(step, RoundStep)]
     for layer, found in layers.items():
         member = layer.replace("qkv_proj", "q_proj").replace("gate_up_proj", "gate_proj")
-        step = next((step for step in steps if matches(member, step.targets)), None)
+        step = next((step for step in case.recipe.rounding if matches(member, step.targets)), None)
         if step is None:
             assert found["method"].endswith(".UnquantizedLinearMethod")
             continue

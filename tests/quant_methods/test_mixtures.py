@@ -26,8 +26,10 @@ from quant_methods.fused import families, is_expert
 from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.pruning import Wanda
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
+from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget, Loss
 from quant_methods.mixed_precision.mixed import JSON_FILE, compress_to_budget
@@ -150,6 +152,27 @@ def test_checkpoints_read_back(mixture: Path, text_file: Path, tmp_path: Path, s
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert f"model.layers.0.{router}" in settings["ignore"]
     assert KVScales.load(tmp_path / "out").num_layers == 2
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (SparseGPT(pattern="2:4"),),
+        (Wanda(pattern="2:4"), GPTQ(bits=4, group_size=64)),
+        (SparseGPT(pattern="2:4", bits=4, group_size=64),),
+    ],
+    ids=["pruned", "then rounded", "in one pass"],
+)
+def test_experts_are_pruned_like_other_layers(
+    mixture: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...]
+) -> None:
+    report = compress(mixture, recipe(*steps), tmp_path / "out", text=text_file)
+    assert len(report.layers) == LAYERS
+    assert sum(is_expert(layer.name) for layer in report.layers) == 2 * 4 * 3
+    assert all(0.5 <= layer.sparsity < 0.6 for layer in report.layers)
+    source = Source(tmp_path / "out")
+    dense = [f"{layer.name}.weight" in source for layer in report.layers]
+    assert all(dense) if len(steps) == 1 and not steps[0].rounding else not any(dense)
 
 
 def test_gptq_solves_experts_for_their_own_inputs(mixture: Path, text_file: Path, tmp_path: Path) -> None:

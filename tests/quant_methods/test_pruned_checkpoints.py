@@ -13,6 +13,7 @@ from quant_methods.checkpoints.reference import load_reference
 from quant_methods.checkpoints.replaceable import RECIPE_FILE
 from quant_methods.compress import compress
 from quant_methods.methods.pruning import Magnitude, Wanda
+from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.mixed_precision.budget import Budget
@@ -160,3 +161,20 @@ def test_what_does_not_go_together_is_one_clear_line(tiny_model: Path, tmp_path:
         SparseGPT(damping=2).check()
     with pytest.raises(ParetoError, match="magnitude prunes weights, and a budget measures rounding alone; leave"):
         compress_to_budget(tiny_model, recipe(Magnitude(), W4), Budget.parse("4.5bits"), tmp_path / "out")
+
+
+def test_a_rotated_model_can_be_pruned(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    report = compress(tiny_model, recipe(Rotate(), Wanda(pattern="2:4")), tmp_path / "out", text=text_file)
+    found, _ = read_tensors(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" in found
+    assert all(share_of_zeros(found[f"{layer.name}.weight"]) == layer.sparsity == 0.5 for layer in report.layers)
+
+
+def test_a_layer_that_no_group_fits_is_pruned_all_the_same(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    # down_proj has 192 input channels, which 128 does not divide.
+    steps = Magnitude(), dataclasses.replace(W4, group_size=128, group_size_fallback="skip")
+    report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
+    bits = {layer.name.rsplit(".", 1)[-1]: layer.bits_per_weight for layer in report.layers}
+    assert bits["down_proj"] == 16
+    assert bits["up_proj"] < 5
+    assert all(layer.sparsity >= 0.49 for layer in report.layers)
