@@ -24,7 +24,7 @@ from quant_methods.threads import wait_asleep
 
 if TYPE_CHECKING:
     from quant_methods.recipe import Recipe
-    from quant_methods.run import Report
+    from quant_methods.report import Report
 
 HELP = "write a compressed checkpoint that vLLM serves"
 USER_ERRORS = (ParetoError,)

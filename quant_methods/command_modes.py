@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quant_methods.mixed_precision.kv_choice import KVChoice
     from quant_methods.mixed_precision.sensitivity import Settings
     from quant_methods.recipe import Recipe
-    from quant_methods.run import Report
+    from quant_methods.report import Report
 
 # Sequences that --statistics looks at unless told otherwise.
 STATISTICS_SEQUENCES = 16

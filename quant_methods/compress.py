@@ -20,7 +20,8 @@ from quant_methods.model_source import resolve_model
 from quant_methods.plan import Plan, make_plan
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import load_recipe
-from quant_methods.run import KVBits, Progress, Report, Run
+from quant_methods.report import Report
+from quant_methods.run import KVBits, Progress, Run
 from quant_methods.steps import SourceStep
 
 

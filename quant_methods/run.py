@@ -18,7 +18,6 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,11 +36,11 @@ from quant_methods.calibration.text_source import SAMPLED, describe, load_sequen
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.checkpoints.replaceable import RECIPE_FILE
-from quant_methods.handlers import MODEL_STEPS, ModelRun, Tuned
+from quant_methods.handlers import MODEL_STEPS, ModelRun
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.stock_vllm import Serving
+from quant_methods.report import LayerReport, Report
 from quant_methods.work_folder import empty, locked, put_in_place
 
 # Measures of sensitivity in the state directory; they have keys of their own.
@@ -62,74 +61,6 @@ class KVBits(Protocol):
 
     def __call__(self, model: Served, scales: KVScales, name: str, folder: Path, key: str) -> dict[str, bytes]:
         """Enter the bits into the scales; return files to put beside the weights."""
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one linear layer.
-
-    Attributes:
-        name: the module's name.
-        shape: [out, in].
-        bits_per_weight: storage, scales and zero-points included; zeros of a pruned layer are stored like all others.
-        relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
-            that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
-            tuning, which has the whole model's error in view.
-        zeros: of a pruned layer, the weights that read back as zero, counted in the tensors that are written.
-
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    relative_error: float
-    zeros: int | None = None
-
-    @property
-    def sparsity(self) -> float | None:
-        """The fraction of its weights that is zero; None if it was not pruned."""
-        return None if self.zeros is None else self.zeros / (self.shape[0] * self.shape[1])
-
-
-@dataclass
-class Report:
-    """What a compression did.
-
-    Attributes:
-        out: the checkpoint.
-        layers: the quantized and pruned layers, in model order.
-        bits_per_weight: mean over these layers' weights.
-        bytes_before: bytes of the original's tensors.
-        bytes_after: bytes of the checkpoint's tensors.
-        seconds: wall time of this run (not of runs that it resumed).
-        peak_memory: the process's peak resident memory in bytes.
-        resumed_blocks: blocks that an earlier run had finished.
-        serving: what serves it.
-        tuned: what tuning did, or None.
-        kv_scales: the checkpoint has scales of a quantized KV cache.
-        unseen: experts that no calibration token was sent to, which were rounded as if all inputs counted alike.
-
-    """
-
-    out: Path
-    layers: list[LayerReport] = field(default_factory=list)
-    bits_per_weight: float = 0.0
-    bytes_before: int = 0
-    bytes_after: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-    resumed_blocks: int = 0
-    serving: Serving = field(default_factory=lambda: Serving.of(()))
-    tuned: Tuned | None = None
-    kv_scales: bool = False
-    unseen: list[str] = field(default_factory=list)
-
-    @property
-    def sparsity(self) -> float | None:
-        """The fraction of the pruned layers' weights that is zero; None if none was pruned."""
-        pruned = [(layer.zeros, layer.shape) for layer in self.layers if layer.zeros is not None]
-        weights = sum(rows * columns for _, (rows, columns) in pruned)
-        return sum(zeros for zeros, _ in pruned) / weights if weights else None
 
 
 class Run:
@@ -414,22 +345,11 @@ class Run:
         write_json(target / "config.json", config)
         for name, data in self.attachments.items():
             write_bytes(target / name, data)
-        write_json(target / RECIPE_FILE, {**self.provenance, **_found(report)})
+        write_json(target / RECIPE_FILE, {**self.provenance, **report.found()})
         if scales is not None:
             scales.save(target)
         put_in_place(target, self.out, self.work)
         return size
-
-
-def _found(report: Report) -> dict[str, Any]:
-    """Return what is told of a finished run beside what determined it."""
-    found: dict[str, Any] = {}
-    if (tuned := report.tuned) is not None:
-        found["tuned"] = {"held_out_kl": tuned.kl, "kept_step": tuned.kept}
-    if report.sparsity is not None:
-        own = {layer.name: layer.sparsity for layer in report.layers if layer.sparsity is not None}
-        found["sparsity"] = {"all": report.sparsity, **own}
-    return found
 
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:

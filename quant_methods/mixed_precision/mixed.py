@@ -24,7 +24,8 @@ from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.run import MEASURES, KVBits, Progress, Report
+from quant_methods.report import Report
+from quant_methods.run import MEASURES, KVBits, Progress
 from quant_methods.steps import TransformStep
 from quant_methods.stock_vllm import Serving
 from quant_methods.work_folder import locked

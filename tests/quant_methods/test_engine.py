@@ -35,7 +35,7 @@ from quant_methods.model_source import resolve_model
 from quant_methods.patterns import matches
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe
-from quant_methods.run import Report
+from quant_methods.report import Report
 from quant_methods.steps import RoundStep, Step
 from quant_methods.stock_vllm import Serving
 from tests.quant_methods.conftest import TOKENIZER_FILES
