@@ -5,7 +5,7 @@ import tarfile
 import pytest
 
 from bench.study.outcome import conclude
-from bench.study.pack import differences, pack, verify
+from bench.study.pack import _unpacked, differences, pack, verify
 from kv_cache.errors import ParetoError
 from tests.bench.study.studies import Pretended, folder_of, graph_of
 from tests.bench.study.test_run import carried_out
@@ -54,9 +54,7 @@ def test_weights_are_named_by_their_hash_alone(packed):
 
 def changed(path, tmp_path, change):
     """The pack with its files' content by name changed."""
-    with tarfile.open(path) as tar:
-        tar.extractall(tmp_path / "open", filter="data")
-    root = tmp_path / "open/try"
+    root = _unpacked(path, tmp_path / "open")
     change(root)
     made = tmp_path / "changed.tar"
     with tarfile.open(made, "w") as tar:
@@ -123,6 +121,19 @@ def test_what_is_no_pack_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"no tar")
     with pytest.raises(ParetoError, match="not a pack of pareto study"):
         verify(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("../x", tarfile.REGTYPE), ("/tmp/x", tarfile.REGTYPE), ("x", tarfile.SYMTYPE)]
+)
+def test_a_pack_writes_nothing_outside_of_itself(tmp_path, name, kind):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(entry)
+    with pytest.raises(ParetoError, match="is no file inside of it"):
+        verify(tmp_path / "x.tar")
+    assert not (tmp_path.parent / "x").exists()
 
 
 def test_rounding_is_no_difference():
