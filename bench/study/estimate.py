@@ -10,7 +10,6 @@ from rich.table import Table
 from bench.study.folder import Folder
 from bench.study.step import ORDER, Kind, Step
 from bench.study.steps import Graph
-from kv_cache.errors import ParetoError
 from kv_cache.sizes import readable
 from kv_cache.terminal import console
 
@@ -40,15 +39,7 @@ def similar_seconds(step: Step, known: Sequence[tuple[Step, float]]) -> float | 
 
 def done_steps(folder: Folder) -> list[tuple[Step, float]]:
     """Return all steps that were ever done in a folder, with their seconds."""
-    found = []
-    for path in sorted(folder.steps.glob("*/done.json")) if folder.steps.is_dir() else []:
-        try:
-            step, outcome = folder.read(path.parent.name), folder.recorded(path.parent.name)
-        except ParetoError:
-            continue
-        if outcome is not None and outcome.status == "done":
-            found.append((step, outcome.seconds))
-    return found
+    return [(step, outcome.seconds) for step, outcome in folder.done()]
 
 
 def duration(seconds: float) -> str:

@@ -89,15 +89,22 @@ class Folder:
                 ) from None
             yield
 
+    def done(self) -> Iterator[tuple[Step, Outcome]]:
+        """Yield all steps that were ever done here, by their keys' order, with their outcomes."""
+        for path in sorted(self.steps.glob(f"*/{DONE}")) if self.steps.is_dir() else []:
+            try:
+                step, outcome = self.read(path.parent.name), self.recorded(path.parent.name)
+            except ParetoError:
+                continue
+            if outcome is not None and outcome.status == "done":
+                yield step, outcome
+
     def measured_with(self) -> dict[str, dict[str, str]]:
         """Return the versions that the newest finished step of each kind was done with, here or not; "" of any kind."""
         newest: dict[str, tuple[str, dict[str, str]]] = {}
-        for record in sorted(self.steps.glob(f"*/{DONE}")):
-            outcome, step = self.recorded(record.parent.name), read_json(record.with_name(RECORD))
-            if outcome is None or outcome.status != "done" or not isinstance(step, dict):
-                continue
+        for step, outcome in self.done():
             found = (outcome.started_at, outcome.environment.get("versions") or {})
-            for kind in ("", step.get("kind", "")):
+            for kind in ("", step.kind):
                 newest[kind] = max(newest.get(kind, found), found, key=lambda one: one[0])
         return {kind: found for kind, (_, found) in newest.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -107,13 +107,15 @@ def asked_tasks(plan: Plan, tasks: Iterable[str]) -> list[str]:
 
     A name without a result (one of several tasks, not of a group with a score) leaves all tasks.
     """
-    patterns, tasks = _patterns(plan), list(tasks)
-    asked = {pattern: [task for task in tasks if fnmatch(task, pattern)] for pattern in patterns}
-    return tasks if not all(asked.values()) else list(dict.fromkeys(task for found in asked.values() for task in found))
+    tasks = list(tasks)
+    asked = _by_pattern(plan, tasks).values()
+    return tasks if not all(asked) else list(dict.fromkeys(task for found in asked for task in found))
 
 
-def _patterns(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(str(task) for group in plan.tasks for task in _listed(group.get("tasks"))))
+def _by_pattern(plan: Plan, tasks: Collection[str]) -> dict[str, list[str]]:
+    """Return which of the tasks each name or pattern of a plan means."""
+    patterns = [str(task) for group in plan.tasks for task in _listed(group.get("tasks"))]
+    return {pattern: [task for task in tasks if fnmatch(task, pattern)] for pattern in patterns}
 
 
 def measured(graph: Graph, result: Result) -> list[Measured]:
@@ -279,8 +281,7 @@ def _add_accuracy(one: Measured, graph: Graph) -> None:
     """
     metrics = by_task(one.samples)
     parts = []
-    for pattern in _patterns(graph.plan):
-        asked = [task for task in metrics if fnmatch(task, pattern)]
+    for asked in _by_pattern(graph.plan, metrics).values():
         if not asked:
             # Without one of its tasks it would be another figure than that of the other points.
             return
