@@ -20,13 +20,14 @@ from quant_methods.formats.form import Form
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.sparse_formats import MARLIN_24, expanded, has_marlin, is_marlin, is_sparse, without_sparsity
 from vllm_ext.compat import QuantizationConfig, QuantizeMethodBase, register_quantization_config
+from vllm_ext.own_quantization import OwnConfig
 
 SPARSE = "pareto_sparse"
 """What vLLM knows these checkpoints by; config.json says compressed-tensors."""
 
 
 @register_quantization_config(SPARSE)
-class SparseConfig(QuantizationConfig):
+class SparseConfig(OwnConfig):
     """Takes the checkpoints from vLLM's compressed-tensors, and hands them back without their sparsity."""
 
     def get_name(self) -> str:
@@ -36,16 +37,6 @@ class SparseConfig(QuantizationConfig):
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that a model may run in."""
         return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the oldest CUDA capability: Ampere, the first with bfloat16."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no file: config.json has it all."""
-        return []
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> str | None:

@@ -9,11 +9,12 @@ from torch import nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.native_format import QUANT_METHOD, NativeConfig
-from vllm_ext.compat import QuantizationConfig, QuantizeMethodBase, register_quantization_config
+from vllm_ext.compat import QuantizeMethodBase, register_quantization_config
+from vllm_ext.own_quantization import OwnConfig
 
 
 @register_quantization_config(QUANT_METHOD)
-class ParetoConfig(QuantizationConfig):
+class ParetoConfig(OwnConfig):
     """vLLM's view of a checkpoint's ``quantization_config``."""
 
     def __init__(self, config: NativeConfig) -> None:
@@ -27,16 +28,6 @@ class ParetoConfig(QuantizationConfig):
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes that a model may run in."""
         return [torch.bfloat16, torch.float16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """Return the oldest CUDA capability: Ampere, the first with bfloat16."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Return no file: config.json has it all."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ParetoConfig:
