@@ -1,0 +1,2 @@
+#define PARETO_TRELLIS_SEARCH pareto_trellis_search_avx2
+#include "trellis_search_impl.h"

@@ -1,0 +1,106 @@
+"""The search for the streams of a trellis code: compiled, against PyTorch in float64; and the code itself."""
+
+import pytest
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.trellis import (
+    FLIP,
+    INCREMENTS,
+    KEEP,
+    MULTIPLIERS,
+    TILE_PAIRS,
+    matrix_of,
+    pair_values,
+    states_of,
+    tiles_of,
+    words_of,
+)
+from quant_methods.kernels.trellis_search import search, search_in_torch, search_on_cpu
+
+CAPABILITIES = {"generic": (), "avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(9)
+
+
+def error(states, targets, weights=None):
+    squares = (pair_values()[states].double() - targets.double()).square()
+    return (squares if weights is None else squares * weights.double()).sum((1, 2))
+
+
+def served(isa):
+    return isa == "generic" or torch.backends.cpu.get_cpu_capability() in CAPABILITIES[isa]
+
+
+def test_a_state_means_what_the_generators_say():
+    for state in (0, 1, 255, 256, 54321, 65535):
+        for place in range(2):
+            mixed = (state * MULTIPLIERS[place] + INCREMENTS[place]) % 2**32
+            halves = torch.tensor(
+                [((half & KEEP) ^ FLIP) - 2**16 * (half >> 15) for half in (mixed % 2**16, mixed >> 16)]
+            )
+            wanted = halves.to(torch.int16).view(torch.bfloat16).sum()
+            assert pair_values()[state, place] == wanted.float()
+    # Symmetric about zero, and as wide as a Gaussian: no more than a thousandth beyond 3.2 standard deviations.
+    values = pair_values()
+    assert values.mean().abs() < 1e-3
+    assert 2 < (values / values.std()).pow(4).mean() < 3.2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_streams_and_states(bits):
+    words = torch.randint(-(2**31), 2**31, (3, 2, 8 * bits)).int()
+    states = states_of(words, bits)
+    assert torch.equal(words_of(states, bits), words)
+    # Bit by bit, of one tile.
+    stream = [int(word) % 2**32 >> bit & 1 for word in words[2, 1] for bit in range(32)]
+    for pair in (0, 1, TILE_PAIRS - 1):
+        window = [stream[(2 * bits * pair + i) % len(stream)] for i in range(16)]
+        assert states[2, 1, pair] == sum(bit << i for i, bit in enumerate(window))
+    matrix = torch.randn(64, 24)
+    assert torch.equal(matrix_of(tiles_of(matrix)), matrix)
+    assert torch.equal(tiles_of(matrix)[1, 2, 4:8].flatten(), matrix[33, 16:])
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_compiled_search_finds_streams_as_close(bits, isa):
+    if not served(isa):
+        pytest.skip(f"this processor has no {isa}")
+    targets = 1.15 * torch.randn(5, TILE_PAIRS, 2)
+    for weights in (None, torch.rand_like(targets) * 3):
+        wanted = search_in_torch(targets.double(), bits, None if weights is None else weights.double())
+        found = search_on_cpu(targets, bits, weights, isa)
+        assert torch.equal(states_of(words_of(found, bits), bits), found)
+        # The last bits of costs hold who has them: near ties may go another way.
+        best, reached = error(wanted, targets, weights), error(found, targets, weights)
+        assert (reached <= 1.001 * best + 1e-6).all()
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.0056), (3, 0.020), (2, 0.076)])
+def test_the_error_on_a_gaussian_is_the_codes(bits, most):
+    targets = torch.randn(24, TILE_PAIRS, 2) * pair_values().std() / 1.07
+    assert error(search(targets, bits), targets).sum() < most * targets.square().sum()
+
+
+def test_a_stream_is_found_again():
+    words = torch.randint(-(2**31), 2**31, (2, 24)).int()
+    states = states_of(words, 3)
+    assert torch.equal(search(pair_values()[states], 3), states)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda x: search(x, 5), "2, 3 or 4 bits, not 5"),
+        (lambda x: search(x.double(), 4), "float32"),
+        (lambda x: search(x[:, :64], 4), "targets"),
+        (lambda x: search(x, 4, x[:1].abs()), "weights of the targets' shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, said):
+    with pytest.raises(ParetoError, match=said):
+        make(torch.zeros(2, TILE_PAIRS, 2))
