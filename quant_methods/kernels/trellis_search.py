@@ -1,9 +1,9 @@
 """The streams of a trellis code that read back closest to given weights: a Viterbi search over the tiles.
 
-Tseng et al., "QTIP" (2024), https://arxiv.org/abs/2406.11235, algorithm 4: a stream closes on itself, so what its last pair
-leaves has to be what its first one begins with. A first search, over the pairs from the middle on and around, says what
-they share at the seam, and a second one begins and ends with that. ``search_in_torch`` is the specification;
-``csrc/trellis_search_impl.h`` does it on CPUs and ``csrc/trellis_search.cu`` on CUDA devices.
+Tseng et al., "QTIP" (2024), https://arxiv.org/abs/2406.11235, algorithm 4: a stream closes on itself, and so its last
+pair leaves what its first one begins with. A first search, over the pairs from the middle on and around, says what they
+share at the seam, and a second one begins and ends with that. ``search_in_torch`` is the specification;
+``csrc/trellis_search_impl.h`` does it on CPUs, and ``kernels/csrc/trellis_search.cu`` on CUDA devices.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from quant_methods.formats.parts.trellis import (
     tiles_of,
     words_of,
 )
+from quant_methods.kernels import trellis_search_cuda
 from quant_methods.kernels.trellis_search import search, search_in_torch, search_on_cpu
+from tests.kv_cache.cuda.emulator import EmulatedKernel
 
 CAPABILITIES = {"generic": (), "avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}
 
@@ -104,3 +106,29 @@ def test_a_stream_is_found_again():
 def test_what_does_not_fit_is_refused(make, said):
     with pytest.raises(ParetoError, match=said):
         make(torch.zeros(2, TILE_PAIRS, 2))
+
+
+def check_kernel(bits, tiles, device):
+    targets = 1.15 * torch.randn(tiles, TILE_PAIRS, 2)
+    for weights in (None, torch.rand_like(targets) * 3):
+        wanted = search_on_cpu(targets, bits, weights)
+        given = None if weights is None else weights.to(device)
+        found = trellis_search_cuda.search_on_cuda(targets.to(device), bits, given).cpu()
+        assert torch.equal(states_of(words_of(found, bits), bits), found)
+        best, reached = error(wanted, targets, weights), error(found, targets, weights)
+        assert (reached <= 1.001 * best + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_kernel_emulated(bits, monkeypatch):
+    monkeypatch.setattr(trellis_search_cuda, "load_kernel", EmulatedKernel)
+    # Two tiles a block.
+    monkeypatch.setattr(trellis_search_cuda, "MOST_BLOCKS", 1)
+    check_kernel(bits, 2, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_kernel(bits):
+    check_kernel(bits, 300, "cuda")
