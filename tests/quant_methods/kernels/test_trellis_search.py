@@ -1,5 +1,7 @@
 """The search for the streams of a trellis code: compiled, against PyTorch in float64; and the code itself."""
 
+import functools
+
 import pytest
 import torch
 
@@ -31,6 +33,33 @@ def seed():
 def error(states, targets, weights=None):
     squares = (pair_values()[states].double() - targets.double()).square()
     return (squares if weights is None else squares * weights.double()).sum((1, 2))
+
+
+@functools.cache
+def cases(bits):
+    """Targets, weights or none, and the errors that the specification reaches in float64."""
+    torch.manual_seed(bits)
+    found = []
+    for weighted in (False, True):
+        targets = 1.15 * torch.randn(5, TILE_PAIRS, 2)
+        weights = torch.rand_like(targets) * 3 if weighted else None
+        wanted = search_in_torch(targets.double(), bits, None if weights is None else weights.double())
+        found.append((targets, weights, error(wanted, targets, weights)))
+    return found
+
+
+def with_an_outlier():
+    """A weight far beyond what any state means, which must not blur what its neighbours cost."""
+    targets = 1.15 * torch.randn(3, TILE_PAIRS, 2)
+    targets[:, 70, 1] = 150
+    return targets
+
+
+def check_beside_an_outlier(found, bits, targets):
+    wanted = search_in_torch(targets.double(), bits)
+    excess = error(found, targets) - error(wanted, targets)
+    apart = (pair_values()[wanted].double() - targets).square()
+    assert (excess <= 2e-3 * (apart.sum((1, 2)) - apart[:, 70].sum(1))).all()
 
 
 def served(isa):
@@ -72,14 +101,25 @@ def test_streams_and_states(bits):
 def test_the_compiled_search_finds_streams_as_close(bits, isa):
     if not served(isa):
         pytest.skip(f"this processor has no {isa}")
-    targets = 1.15 * torch.randn(5, TILE_PAIRS, 2)
-    for weights in (None, torch.rand_like(targets) * 3):
-        wanted = search_in_torch(targets.double(), bits, None if weights is None else weights.double())
+    for targets, weights, best in cases(bits):
         found = search_on_cpu(targets, bits, weights, isa)
         assert torch.equal(states_of(words_of(found, bits), bits), found)
-        # The last bits of costs hold who has them: near ties may go another way.
-        best, reached = error(wanted, targets, weights), error(found, targets, weights)
-        assert (reached <= 1.001 * best + 1e-6).all()
+        # Near ties may go another way.
+        assert (error(found, targets, weights) <= 1.001 * best + 1e-6).all()
+
+
+def test_the_compiled_search_beside_an_outlier():
+    targets = with_an_outlier()
+    check_beside_an_outlier(search_on_cpu(targets, 4), 4, targets)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_numbers_that_are_none_lead_to_no_state_that_is_none(bits):
+    targets = torch.randn(2, TILE_PAIRS, 2)
+    targets[0, 9], targets[1, 100, 1] = torch.nan, torch.inf
+    found = search(targets, bits)
+    assert found.min() >= 0
+    assert found.max() < 1 << 16
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 0.0056), (3, 0.020), (2, 0.076)])
