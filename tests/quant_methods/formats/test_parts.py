@@ -23,6 +23,8 @@ from quant_methods.formats.parts.part import Addition, BulkForm, Draw, Part, Par
 from quant_methods.formats.parts.registry import FORMS
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
+from quant_methods.formats.parts.trellis import pair_values
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, stack
 from quant_methods.handlers import HANDLERS, Handler, LinearProblem
@@ -30,7 +32,7 @@ from quant_methods.recipe import Calibration, Recipe
 from tests.quant_methods.random_layers import Parts, quantize
 from tests.quant_methods.toy_part import Offsets, OffsetsForm
 
-ROWS, INPUTS = 24, 128
+ROWS, INPUTS = 64, 128
 
 
 def spread(per_group: Tensor) -> Tensor:
@@ -52,9 +54,25 @@ def sparse_means(part: Sparse) -> Tensor:
     return weight
 
 
+def trellis_mean(part: TrellisCodes) -> Tensor:
+    """Bit by bit: 32 rows by 8 channels are a stream, and 16 bits of it say two weights."""
+    weight, values = torch.zeros(ROWS, INPUTS, dtype=torch.float64), pair_values()
+    for i in range(ROWS // 32):
+        for j in range(INPUTS // 8):
+            stream = sum((int(word) % 2**32) << (32 * at) for at, word in enumerate(part.words[i, j]))
+            length = 256 * part.bits
+            stream |= stream << length
+            for pair in range(128):
+                state = stream >> (2 * part.bits * pair) & 0xFFFF
+                row, channel = 32 * i + pair // 4, 8 * j + 2 * (pair % 4)
+                weight[row, channel : channel + 2] = values[state].double()
+    return weight * spread(part.scale)
+
+
 MEANING: dict[type[Part], Callable[..., Tensor]] = {
     GridCodes: lambda part: (part.codes.double() - spread(part.zero_point)) * spread(part.scale),
     TableCodes: lambda part: torch.stack([t[c.long()] for t, c in zip(part.table.double(), part.codes, strict=True)]),
+    TrellisCodes: trellis_mean,
     Columns: columns_mean,
     Sparse: sparse_means,
     LowRank: lambda part: part.up.double() @ part.down.double(),
@@ -64,6 +82,8 @@ CASES = [
     GridForm(3, 32, symmetric=False),
     GridForm(6),
     TableForm(4),
+    TrellisForm(3, 32),
+    TrellisForm(4),
     ColumnsForm(5),
     ColumnsForm(7, 8),
     SparseForm(),
@@ -148,16 +168,28 @@ def test_a_part_survives_storage(part: PartForm) -> None:
 def test_a_part_is_cut_as_the_weight_is(part: PartForm) -> None:
     linear = layer(part)
     weight = linear.read()
-    for rows in ((0, ROWS), (0, 10), (10, ROWS)):
+    middle = 32 if isinstance(part, TrellisForm) else 10
+    for rows in ((0, ROWS), (0, middle), (middle, ROWS)):
         for inputs in ((0, INPUTS), (0, 64), (64, INPUTS)):
             found = cut(linear, rows, inputs)
             assert found.shape == (rows[1] - rows[0], inputs[1] - inputs[0])
             assert torch.allclose(found.read(), weight[slice(*rows), slice(*inputs)], atol=1e-6)
 
 
+def test_a_trellis_is_not_cut_inside_its_tiles() -> None:
+    linear = layer(TrellisForm(3, 32))
+    for rows, inputs in (((0, 16), (0, 128)), ((0, 64), (0, 16))):
+        with pytest.raises(ParetoError, match="inside its tiles of 32 output channels or its groups of 32 input"):
+            cut(linear, rows, inputs)
+    with pytest.raises(ParetoError, match="bits is 5, expected one of 2, 3, 4"):
+        TrellisForm(5).check("here")
+    with pytest.raises(ParetoError, match="group_size is 12, expected -1 or a multiple of 8"):
+        TrellisForm(4, 12).check("here")
+
+
 @each
 def test_parts_are_stacked_as_weights_are(part: PartForm) -> None:
-    layers = [layer(part, 16), layer(part, 8)]
+    layers = [layer(part, 64), layer(part, 32)]
     if not isinstance(part, BulkForm):
         # A layer without, in the middle.
         layers.insert(1, layer(GridForm(4, 64, symmetric=False), 12))
