@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4)
 """A weight's, of which there are streams."""
+_AT_ONCE = 1 << 16
+"""Tiles that are read at once: a layer's states are 32 times its words."""
 
 
 @dataclass
@@ -57,11 +59,16 @@ class TrellisCodes(Bulk):
         """Where it lies."""
         return self.words.device
 
+    def pairs(self) -> Tensor:
+        """Return what the streams mean without scales, float32 [out, in]."""
+        values = pair_values(self.device)
+        at_once = max(_AT_ONCE // self.words.shape[1], 1)
+        parts = [matrix_of(values[states_of(some, self.bits)]) for some in self.words.split(at_once)]
+        return torch.cat(parts)[: len(self.scale)]
+
     def read(self) -> Tensor:
         """Return the float32 weight [out, in], each pair's values times their groups' scales."""
-        rows, inputs = self.shape
-        values = matrix_of(pair_values(self.device)[states_of(self.words, self.bits)])
-        return values[:rows] * expand(self.scale.float(), inputs)
+        return self.pairs() * expand(self.scale.float(), self.shape[1])
 
     def without(self, channels: Tensor) -> tuple[TrellisCodes, Tensor | None]:
         """Return the same codes, and what they mean in some input channels: a stream cannot be made to mean zeros."""
