@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.cuda.runtime.launch import load_kernel
-from quant_methods.formats.parts.trellis import FLIP, INCREMENTS, KEEP, MULTIPLIERS, STATES, TILE_PAIRS
-from quant_methods.kernels.low_bit_matrix import FOLDER
+from quant_methods.formats.parts.trellis import STATES, TILE_PAIRS
+from quant_methods.kernels.low_bit_matrix import FOLDER, PAIR_MACROS
 
-PAIR_MACROS = (
-    *((f"MULTIPLIER_{i}", number) for i, number in enumerate(MULTIPLIERS)),
-    *((f"INCREMENT_{i}", number) for i, number in enumerate(INCREMENTS)),
-    ("KEEP", KEEP),
-    ("FLIP", FLIP),
-)
-"""Of ``csrc/trellis_pair.cuh``."""
 THREADS = 1024
 MOST_BLOCKS = 1024
 """Tiles that are searched at once, at most."""
@@ -38,7 +31,7 @@ def search_on_cuda(targets: Tensor, bits: int, weights: Tensor | None = None) ->
         return states.long()
     blocks, in_shared = min(len(targets), MOST_BLOCKS), bits > 2
     chosen = torch.empty(0 if in_shared else blocks * TILE_PAIRS * overlaps, dtype=torch.uint8, device=targets.device)
-    macros = (("BITS", bits), ("PARAMS_BYTES", ctypes.sizeof(_Params)), *PAIR_MACROS)
+    macros = (("BITS", bits), ("PARAMS_BYTES", ctypes.sizeof(_Params)), *PAIR_MACROS.items())
     shared_bytes = 8 * overlaps + (TILE_PAIRS * overlaps if in_shared else 0)
     kernel = load_kernel("trellis_search.cu", "search", macros, targets.device, shared_bytes, folder=FOLDER)
     place = None if given is None else given.data_ptr()
