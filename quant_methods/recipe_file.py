@@ -25,6 +25,7 @@ import quant_methods.methods.rtn
 import quant_methods.methods.smoothquant
 import quant_methods.methods.sparsegpt
 import quant_methods.methods.squeezellm
+import quant_methods.methods.trellis
 import quant_methods.methods.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.handlers import STEPS

@@ -19,8 +19,17 @@ from quant_methods.formats.parts.low_rank import LowRank
 from quant_methods.formats.parts.part import Addition, Bulk, Part
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside
-from vllm_ext.bulk import BulkKernel, grid_on_cpu, grid_on_cuda, table_on_cpu, table_on_cuda
+from vllm_ext.bulk import (
+    BulkKernel,
+    grid_on_cpu,
+    grid_on_cuda,
+    table_on_cpu,
+    table_on_cuda,
+    trellis_on_cpu,
+    trellis_on_cuda,
+)
 
 
 class AdditionKernel(Protocol):
@@ -43,6 +52,7 @@ AdditionKernels = Callable[[Sequence[Addition], torch.dtype], AdditionKernel]
 KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     GridCodes: {"cpu": grid_on_cpu, "cuda": grid_on_cuda},
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
+    TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

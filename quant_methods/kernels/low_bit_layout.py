@@ -1,4 +1,4 @@
-"""How codes of 2 to 7 bits lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
+"""How codes of 2 to 7 bits, and streams of a trellis code, lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ROWS, CHANNELS = 32, 128
 """Of a unit; see ``csrc/low_bit_codes.cuh``."""
@@ -67,3 +68,21 @@ def pack(codes: Tensor, bits: int, table: bool = False) -> Tensor:
         for code, bit, count, word, at in runs(bits, table):
             words[start:stop, :, word] |= ((each[code] >> bit) & ((1 << count) - 1)) << at
     return words.flatten(2)
+
+
+def pack_trellis(streams: Tensor) -> Tensor:
+    """Lay the streams of a trellis code out as the kernel reads them.
+
+    Args:
+        streams: int32 [rows / 32, channels / 8, 8 * bits].
+
+    Returns:
+        int32 [row tiles, units, 128 * bits].
+
+    """
+    tiles, along, words = streams.shape
+    units = -(-along // (CHANNELS // 8))
+    padded = functional.pad(streams, (0, 0, 0, units * (CHANNELS // 8) - along))
+    # Axes: tile, unit, 32 channels j, t, g, word; then tile, unit, word, lane (g, t), j.
+    split = padded.reshape(tiles, units, 4, 4, 8, words // 8)
+    return split.permute(0, 1, 5, 4, 3, 2).flatten(2).contiguous()

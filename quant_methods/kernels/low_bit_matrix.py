@@ -17,9 +17,17 @@ from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
 from kv_cache.doors import expect, in_line
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.trellis import FLIP, INCREMENTS, KEEP, MULTIPLIERS
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
 FOLDER = Path(__file__).parent / "csrc"
+PAIR_MACROS = {
+    **{f"MULTIPLIER_{i}": number for i, number in enumerate(MULTIPLIERS)},
+    **{f"INCREMENT_{i}": number for i, number in enumerate(INCREMENTS)},
+    "KEEP": KEEP,
+    "FLIP": FLIP,
+}
+"""Of ``csrc/trellis_pair.cuh``."""
 MAX_TOKENS = 64
 """Of a launch of the kernel."""
 COLUMN_TILES = (1, 2, 3, 4, 6, 8)
@@ -105,6 +113,7 @@ class PackedMatrix:
     channels: int
     bits: int
     group_steps: int
+    trellis: bool
 
     @property
     def tiles(self) -> int:
@@ -134,6 +143,7 @@ class PackedMatrix:
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
         macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
         macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
+        macros |= {"TRELLIS": int(self.trellis)} | (PAIR_MACROS if self.trellis else {})
         return tuple(macros.items())
 
     def arrangement(self, tokens: int) -> Arrangement:

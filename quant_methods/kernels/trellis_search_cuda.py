@@ -10,24 +10,9 @@ from torch import Tensor
 
 from kv_cache.cuda.runtime.device import device_limits
 from kv_cache.cuda.runtime.launch import load_kernel
-from quant_methods.formats.parts.trellis import (
-    FLIP,
-    INCREMENTS,
-    KEEP,
-    MULTIPLIERS,
-    STATES,
-    TILE_PAIRS,
-    pair_values,
-)
-from quant_methods.kernels.low_bit_matrix import FOLDER
+from quant_methods.formats.parts.trellis import STATES, TILE_PAIRS, pair_values
+from quant_methods.kernels.low_bit_matrix import FOLDER, PAIR_MACROS
 
-PAIR_MACROS = (
-    *((f"MULTIPLIER_{i}", number) for i, number in enumerate(MULTIPLIERS)),
-    *((f"INCREMENT_{i}", number) for i, number in enumerate(INCREMENTS)),
-    ("KEEP", KEEP),
-    ("FLIP", FLIP),
-)
-"""Of ``csrc/trellis_pair.cuh``."""
 THREADS = 1024
 HISTORY_BYTES = 600 << 20
 """Of the least costs of all steps, at most."""
@@ -84,7 +69,7 @@ def macros(bits: int, side: int, weighted: bool) -> tuple[tuple[str, int], ...]:
     """Return what ``search`` is compiled with."""
     own = {"BITS": bits, "SIDE": side, "WEIGHTED": int(weighted)}
     own |= {"PARAMS_BYTES": ctypes.sizeof(_Params), "SHARED_BYTES": _shared_bytes(bits, side)}
-    return (*own.items(), *PAIR_MACROS)
+    return tuple((own | PAIR_MACROS).items())
 
 
 def _history_numbers(bits: int, side: int) -> int:

@@ -160,7 +160,7 @@ def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding
 
     """
     columns = weight.shape[1]
-    upper = _upper(hessian, order).to(weight.dtype).contiguous()
+    upper = inverse_factor(hessian, order).to(weight.dtype).contiguous()
     # Transposed, so that a channel is contiguous: the loop below touches one channel at a time.
     work = weight[:, order].T.contiguous()
     for start in range(0, columns, BLOCK):
@@ -174,7 +174,7 @@ def feed_back(weight: Tensor, hessian: Tensor, order: Tensor, rounding: Rounding
         work[stop:].addmm_(upper[start:stop, stop:].T, pending, alpha=-1)
 
 
-def _upper(hessian: Tensor, order: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a Hessian whose channels are put in order."""
     # One expression a step: each of these is 1.6 GB for 14,336 channels.
     matrix = torch.linalg.cholesky(hessian[order[:, None], order])

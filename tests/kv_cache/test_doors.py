@@ -130,7 +130,7 @@ def test_decode_attention_on_a_gpu_asks_for_both_of_its_steps():
 
 def test_the_low_bit_kernels():
     words = torch.zeros(1, 4, dtype=torch.int32)
-    matrix = PackedMatrix(words, torch.zeros(1, dtype=torch.bfloat16), None, 32, 64, 4, 2)
+    matrix = PackedMatrix(words, torch.zeros(1, dtype=torch.bfloat16), None, 32, 64, 4, 2, trellis=False)
     x, y = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 32, dtype=torch.bfloat16)
     for wrong_x, wrong_y in ((x.float(), y), (x[:, :32], y), (x, y[:1]), (x, y.half()), (x.half(), y.half()),
                              (x, torch.zeros(32, 2, dtype=torch.bfloat16).T)):  # fmt: skip

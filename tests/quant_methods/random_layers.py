@@ -12,6 +12,7 @@ from quant_methods.formats.parts.low_rank import LowRank, LowRankForm
 from quant_methods.formats.parts.part import Part
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem
 from quant_methods.steps import RoundStep
@@ -38,6 +39,10 @@ def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch
             parts.append(GridCodes(codes, scale, zero, part.bits, part.symmetric))
         elif isinstance(part, TableForm):
             parts.append(TableCodes(integers(0, 2 * half, rows, inputs), uniform(rows, 2 * half).to(dtype)))
+        elif isinstance(part, TrellisForm):
+            words = part.tensors(rows, inputs)["weight_trellis"].shape
+            streams = integers(-(1 << 31), 1 << 31, *words, dtype=torch.int32)
+            parts.append(TrellisCodes(streams, uniform(rows, part.groups(inputs)).to(dtype)))
         elif isinstance(part, ColumnsForm):
             index = torch.randperm(inputs, generator=generator)[: part.count].sort().values.int()
             if part.bits == 8:

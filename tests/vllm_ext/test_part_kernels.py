@@ -19,6 +19,7 @@ from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.registry import FORMS
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.formats.parts.table_codes import TableForm
+from quant_methods.formats.parts.trellis_codes import TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
@@ -71,6 +72,16 @@ def test_a_device_without_kernels_is_one_line(part: Any) -> None:
 def test_the_kernels_beside_a_bulk_refuse_a_part_that_they_do_not_add() -> None:
     with pytest.raises(ParetoError, match="offsets of rows: the kernels beside a bulk add columns"):
         Beside([Offsets(torch.zeros(4))], torch.bfloat16)
+
+
+def test_a_trellis_code_is_dequantized_on_a_cpu_and_stacked_if_its_tiles_are_full() -> None:
+    form = Form((TrellisForm(3, 64),))
+    layers = [form.random(rows, 128, DRAW) for rows in (64, 32, 40, 64)]
+    parts = serve(layers, ["none"] * 4, torch.bfloat16)
+    assert len(parts) == 3, "40 rows do not fill their tiles, and begin and end a layer"
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    found = torch.cat([part(x) for part in parts], 1)
+    assert close(found, x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
 
 
 @pytest.mark.parametrize("others", [(), (ColumnsForm(3), SparseForm(), LowRankForm(2))], ids=["alone", "with others"])

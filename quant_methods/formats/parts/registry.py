@@ -9,12 +9,14 @@ from quant_methods.formats.parts.low_rank import LowRankForm
 from quant_methods.formats.parts.part import Part, PartForm
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.formats.parts.table_codes import TableForm
+from quant_methods.formats.parts.trellis_codes import TrellisForm
 
 FORMS: dict[str, type[PartForm]] = {
     form.part.kind: form
     for form in (
         GridForm,
         TableForm,
+        TrellisForm,
         ColumnsForm,
         SparseForm,
         LowRankForm,

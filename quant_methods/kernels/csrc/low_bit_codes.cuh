@@ -20,6 +20,9 @@ constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes
 // it, -(128 or 1,024) - zero-point, in the type of x), or the rows' tables, [g][row r][ROW_TABLE].
 constexpr int UNIT_WORDS = 128 * BITS, SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
 
+// The row of a tile that is a lane's r-th.
+DEVICE int row_in_tile(int g, int r) { return g + 8 * r; }
+
 DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }
 
 // A lane's codes of a row of a unit.
@@ -101,6 +104,9 @@ struct Row {
 // A lane's codes of a unit: rows g + 8 r.
 struct Unit {
     Row rows[4];
+
+    // The four pairs of row r from 32 j.
+    DEVICE void pairs(int r, int j, u32 (&out)[4]) const { rows[r].pairs(j, out); }
 
     // From a unit's words and, with TABLE, the rows' tables.
     DEVICE void load(const u32* words, const u32* side) {

@@ -23,6 +23,8 @@ from quant_methods.formats.parts.part import Addition, BulkForm, Draw, Part, Par
 from quant_methods.formats.parts.registry import FORMS
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
+from quant_methods.formats.parts.trellis import pair_values
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.formats.shards import cut, stack
 from quant_methods.handlers import HANDLERS, Handler, LinearProblem
@@ -30,7 +32,9 @@ from quant_methods.recipe import Calibration, Recipe
 from tests.quant_methods.random_layers import Parts, quantize
 from tests.quant_methods.toy_part import Offsets, OffsetsForm
 
-ROWS, INPUTS = 24, 128
+ROWS, INPUTS = 56, 128
+TILE = 32
+"""Rows in which all parts can be cut."""
 
 
 def spread(per_group: Tensor) -> Tensor:
@@ -52,9 +56,22 @@ def sparse_means(part: Sparse) -> Tensor:
     return weight
 
 
+def trellis_means(part: TrellisCodes) -> Tensor:
+    weight, bits = torch.zeros(64, INPUTS, dtype=torch.float64), part.bits
+    for tile_row, along in enumerate(part.words.tolist()):
+        for tile, words in enumerate(along):
+            stream = sum((word & 0xFFFFFFFF) << 32 * place for place, word in enumerate(words))
+            stream |= stream << 256 * bits
+            for pair in range(128):
+                row, channel = 32 * tile_row + pair // 4, 8 * tile + pair % 4 * 2
+                weight[row, channel : channel + 2] = pair_values()[stream >> 2 * bits * pair & 0xFFFF]
+    return weight[:ROWS] * spread(part.scale)
+
+
 MEANING: dict[type[Part], Callable[..., Tensor]] = {
     GridCodes: lambda part: (part.codes.double() - spread(part.zero_point)) * spread(part.scale),
     TableCodes: lambda part: torch.stack([t[c.long()] for t, c in zip(part.table.double(), part.codes, strict=True)]),
+    TrellisCodes: trellis_means,
     Columns: columns_mean,
     Sparse: sparse_means,
     LowRank: lambda part: part.up.double() @ part.down.double(),
@@ -64,6 +81,9 @@ CASES = [
     GridForm(3, 32, symmetric=False),
     GridForm(6),
     TableForm(4),
+    TrellisForm(2),
+    TrellisForm(3, 32),
+    TrellisForm(4, 64),
     ColumnsForm(5),
     ColumnsForm(7, 8),
     SparseForm(),
@@ -148,7 +168,7 @@ def test_a_part_survives_storage(part: PartForm) -> None:
 def test_a_part_is_cut_as_the_weight_is(part: PartForm) -> None:
     linear = layer(part)
     weight = linear.read()
-    for rows in ((0, ROWS), (0, 10), (10, ROWS)):
+    for rows in ((0, ROWS), (0, TILE), (TILE, ROWS)):
         for inputs in ((0, INPUTS), (0, 64), (64, INPUTS)):
             found = cut(linear, rows, inputs)
             assert found.shape == (rows[1] - rows[0], inputs[1] - inputs[0])
@@ -157,7 +177,7 @@ def test_a_part_is_cut_as_the_weight_is(part: PartForm) -> None:
 
 @each
 def test_parts_are_stacked_as_weights_are(part: PartForm) -> None:
-    layers = [layer(part, 16), layer(part, 8)]
+    layers = [layer(part, 2 * TILE), layer(part, TILE)]
     if not isinstance(part, BulkForm):
         # A layer without, in the middle.
         layers.insert(1, layer(GridForm(4, 64, symmetric=False), 12))
@@ -175,6 +195,44 @@ def test_what_may_be_trained_is_floating_point(part: PartForm) -> None:
         tensor = getattr(own, name)
         assert tensor is None or tensor.is_floating_point() or name == "weight"
     assert own.learns
+
+
+@pytest.mark.parametrize(
+    ("group_size", "rows", "inputs", "inside"),
+    [
+        (64, (0, 40), (0, INPUTS), "56 output channels inside a trellis code's tiles of 32; use fewer ranks, or"),
+        (64, (8, ROWS), (0, INPUTS), "56 output channels inside a trellis code's tiles of 32; use fewer ranks, or"),
+        (64, (0, ROWS), (0, 32), "128 input channels inside its groups of 64; use fewer ranks, or"),
+        (-1, (0, ROWS), (4, INPUTS), "128 input channels inside a trellis code's tiles of 8; use fewer ranks, or"),
+    ],
+)
+def test_a_tile_or_a_group_of_a_trellis_is_not_cut(
+    group_size: int, rows: tuple[int, int], inputs: tuple[int, int], inside: str
+) -> None:
+    with pytest.raises(ParetoError, match=f"^tensor parallelism would cut a layer of {inside}"):
+        cut(layer(TrellisForm(3, group_size)), rows, inputs)
+
+
+def test_rows_that_do_not_fill_a_tile_are_not_stacked() -> None:
+    part = TrellisForm(3, 64)
+    odd, whole = layer(part).bulk, layer(part, 64).bulk
+    assert whole.stacks_with(whole)
+    assert not whole.stacks_with(layer(TrellisForm(4, 64), 64).bulk)
+    assert not whole.stacks_with(layer(TrellisForm(3, 32), 64).bulk)
+    assert not odd.stacks_with(whole)
+    assert not whole.stacks_with(odd)
+
+
+@pytest.mark.parametrize(
+    ("form", "wrong"),
+    [
+        (TrellisForm(5), "a: bits is 5, expected one of 2, 3, 4"),
+        (TrellisForm(3, 20), "a: group_size is 20, expected -1 or a multiple of 8"),
+    ],
+)
+def test_settings_that_a_trellis_has_not_are_one_line(form: TrellisForm, wrong: str) -> None:
+    with pytest.raises(ParetoError, match=f"^{wrong}$"):
+        form.check("a")
 
 
 def test_a_part_that_is_not_registered_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
