@@ -61,7 +61,7 @@ static inline floats second_of(ints both) { return (floats)(both & (int32_t)0xff
 #define WIDE 2
 
 typedef struct {
-    // [step][overlap]: the least costs before each step and after the last one, but for a constant of each step.
+    // [step][overlap]: the least costs before each step, in its pair's units and but for a constant, and after the last.
     float least[PAIRS + 1][MOST_OVERLAPS];
 } tile_scratch;
 
@@ -71,23 +71,26 @@ typedef struct {
     uint16_t place[MOST_OVERLAPS];
 } scratch;
 
-// What a pair's costs are made of: w (b - x)^2 is w b^2 + n b and a constant.
+// What a pair's costs are made of: w (b - x)^2 is w b^2 + n b and a constant, in units of the pair's second weight. So
+// tiles whose weights differ by one factor have the same w, and share w b^2.
 typedef struct {
-    float w[2], n[2];
+    float w[2], n[2], unit;
 } factors;
 
 static inline factors factors_of(const pareto_trellis_search *a, int64_t pair) {
-    factors f;
-    for (int i = 0; i < 2; i++) {
-        f.w[i] = a->weights ? a->weights[2 * pair + i] : 1;
-        f.n[i] = -2 * f.w[i] * a->targets[2 * pair + i];
+    factors f = {.w = {1, 1}, .unit = 1};
+    if (a->weights) {
+        const float *w = a->weights + 2 * pair;
+        if (w[1] > 0) f.unit = w[1];
+        for (int i = 0; i < 2; i++) f.w[i] = w[i] / f.unit;
     }
+    for (int i = 0; i < 2; i++) f.n[i] = -2 * f.w[i] * a->targets[2 * pair + i];
     return f;
 }
 
 // The least costs of the overlaps of some vectors of branches and one rest, from `first` on.
 static inline __attribute__((always_inline)) void some(const pareto_trellis_search *a, const factors *f, int i, scratch *s, int first,
-                                                       floats *smallest, const int rest, const int wide, const int weighted) {
+                                                       floats *smallest, const int rest, const int wide, const int shared) {
     const int branches = 1 << 2 * a->bits;
     const floats zero = {0};
     floats best[SIDE][WIDE];
@@ -98,15 +101,15 @@ static inline __attribute__((always_inline)) void some(const pareto_trellis_sear
 #pragma GCC unroll 4
         for (int k = 0; k < wide; k++) {
             const ints both = *(const ints_anywhere *)(a->turned + before * branches + first + k * LANES);
-            const floats b0 = first_of(both), b1 = second_of(both), square0 = b0 * b0;
-            const floats squares = weighted ? b1 * b1 : multiply_add(b1, b1, square0);
+            const floats b0 = first_of(both), b1 = second_of(both), square0 = b0 * b0, square1 = b1 * b1;
+            const floats squares = multiply_add(square0, zero + f[0].w[0], square1);
 #pragma GCC unroll 8
             for (int t = 0; t < SIDE; t++) {
                 floats cost = zero + s->of[t].least[i][place];
-                if (weighted)
-                    cost = multiply_add(square0, zero + f[t].w[0], multiply_add(squares, zero + f[t].w[1], cost));
-                else
+                if (shared)
                     cost += squares;
+                else
+                    cost = multiply_add(square0, zero + f[t].w[0], multiply_add(square1, zero + f[t].w[1], cost));
                 cost = multiply_add(b0, zero + f[t].n[0], multiply_add(b1, zero + f[t].n[1], cost));
                 best[t][k] = smaller(best[t][k], cost);
             }
@@ -121,24 +124,30 @@ static inline __attribute__((always_inline)) void some(const pareto_trellis_sear
 }
 
 // The costs after one more pair of each tile, step i of the search, from those before it.
-static void step(const pareto_trellis_search *a, const int64_t *pairs, int i, scratch *s) {
+static void step(const pareto_trellis_search *a, const int64_t *pairs, const int64_t *next, int i, scratch *s) {
     const int branches = 1 << 2 * a->bits, overlaps = STATES / branches;
     const floats zero = {0};
     factors f[SIDE];
     floats smallest[SIDE];
-    for (int t = 0; t < SIDE; t++) f[t] = factors_of(a, pairs[t]), smallest[t] = zero + 4 * FAR;
-    for (int rest = 0; rest < overlaps / branches || !rest; rest++) {
+    int shared = 1;
+    for (int t = 0; t < SIDE; t++) {
+        f[t] = factors_of(a, pairs[t]), smallest[t] = zero + 4 * FAR;
+        const float apart = f[t].w[0] - f[0].w[0], most = 1e-6f * f[0].w[0];
+        shared &= f[t].w[1] == 1 && apart <= most && apart >= -most;
+    }
+    for (int rest = 0; rest < overlaps / branches; rest++) {
         if (branches < WIDE * LANES)
             for (int first = 0; first < branches; first += LANES)
-                a->weights ? some(a, f, i, s, first, smallest, rest, 1, 1) : some(a, f, i, s, first, smallest, rest, 1, 0);
+                shared ? some(a, f, i, s, first, smallest, rest, 1, 1) : some(a, f, i, s, first, smallest, rest, 1, 0);
         else
             for (int first = 0; first < branches; first += WIDE * LANES)
-                a->weights ? some(a, f, i, s, first, smallest, rest, WIDE, 1) : some(a, f, i, s, first, smallest, rest, WIDE, 0);
+                shared ? some(a, f, i, s, first, smallest, rest, WIDE, 1) : some(a, f, i, s, first, smallest, rest, WIDE, 0);
     }
-    // Differences count alone, and small numbers have them exactly.
+    // Differences count alone, and small numbers have them exactly. In the next pair's units.
     for (int t = 0; t < SIDE; t++) {
-        const floats off = zero + least_of(smallest[t]);
-        for (int p = 0; p < overlaps; p += LANES) *(floats_anywhere *)(s->of[t].least[i + 1] + p) -= off;
+        const floats off = zero + least_of(smallest[t]), by = zero + f[t].unit / factors_of(a, next[t]).unit;
+        floats_anywhere *least = (floats_anywhere *)s->of[t].least[i + 1];
+        for (int p = 0; p < overlaps / LANES; p++) least[p] = (least[p] - off) * by;
     }
 }
 
@@ -148,9 +157,12 @@ static inline int64_t tile_of(const pareto_trellis_search *a, int64_t tile) { re
 // All pairs, from pair `begin` on and around.
 static void forward(const pareto_trellis_search *a, int64_t tile, int begin, scratch *s) {
     for (int i = 0; i < PAIRS; i++) {
-        int64_t pairs[SIDE];
-        for (int t = 0; t < SIDE; t++) pairs[t] = tile_of(a, tile + t) * PAIRS + (begin + i) % PAIRS;
-        step(a, pairs, i, s);
+        int64_t pairs[SIDE], next[SIDE];
+        for (int t = 0; t < SIDE; t++) {
+            const int64_t first = tile_of(a, tile + t) * PAIRS;
+            pairs[t] = first + (begin + i) % PAIRS, next[t] = first + (begin + i + 1) % PAIRS;
+        }
+        step(a, pairs, next, i, s);
     }
 }
 
