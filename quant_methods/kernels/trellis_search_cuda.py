@@ -69,7 +69,7 @@ def macros(bits: int, side: int, weighted: bool) -> tuple[tuple[str, int], ...]:
     """Return what ``search`` is compiled with."""
     own = {"BITS": bits, "SIDE": side, "WEIGHTED": int(weighted)}
     own |= {"PARAMS_BYTES": ctypes.sizeof(_Params), "SHARED_BYTES": _shared_bytes(bits, side)}
-    return tuple((own | PAIR_MACROS).items())
+    return (*own.items(), *PAIR_MACROS.items())
 
 
 def _history_numbers(bits: int, side: int) -> int:
