@@ -151,10 +151,10 @@ class PruneStep(Step):
                 f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
                 f"again; leave either bits or {step.method} out"
             )
-        if step.table:
+        if not isinstance(step.bulk_form, GridForm):
             raise ParetoError(
-                f"{step.method} rounds to tables, which need not hold a zero, so that {self.method}'s zeros would be "
-                "lost; round to a grid instead, e.g. {method: gptq}"
+                f"{step.method} rounds to {step.bulk_form.part.what}, which need not hold a zero, so that "
+                f"{self.method}'s zeros would be lost; round to a grid instead, e.g. {{method: gptq}}"
             )
         if not step.plain:
             what, setting = ("outlier channels", "outliers") if step.outliers else ("a low-rank product", "rank")

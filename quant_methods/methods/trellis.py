@@ -17,7 +17,6 @@ streams is a linear problem of as many unknowns as the row has groups.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +65,6 @@ class Trellis(RoundStep):
     upstream: bool = True
     upstream_damping: float = UPSTREAM_DAMPING
     refit: bool = True
-    table: ClassVar[bool] = True
 
     @property
     def plain(self) -> bool:

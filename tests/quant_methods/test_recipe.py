@@ -19,6 +19,7 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.squeezellm import SqueezeLLM
+from quant_methods.methods.trellis import Trellis
 from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
@@ -51,7 +52,7 @@ def test_gptq_w4_is_there() -> None:
 def test_every_method_has_a_handler() -> None:
     assert set(STEPS.values()) == HANDLED
     assert {kind.kind for kind in HANDLED} <= set(KINDS)
-    assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM}
+    assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM, Trellis}
     assert set(PRUNERS) == {Magnitude, Wanda, SparseGPT}
     assert set(TRANSFORMS) == {AWQ, SmoothQuant}
     assert set(BLOCK_STEPS) == {OmniQuant}
@@ -188,7 +189,11 @@ def test_what_cannot_be_pruned_is_refused_before_any_work(tmp_path: Path) -> Non
     for steps, message in (
         (
             (Halve(), SqueezeLLM()),
-            "squeezellm rounds to tables, which need not hold a zero, so that halve",
+            "squeezellm rounds to a table, which need not hold a zero, so that halve",
+        ),
+        (
+            (Halve(), Trellis()),
+            "trellis rounds to a trellis code, which need not hold a zero, so that halve",
         ),
         (
             (Halve(), RTN(outliers=0.01)),
