@@ -21,7 +21,15 @@ from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside
-from vllm_ext.bulk import BulkKernel, grid_on_cpu, grid_on_cuda, table_on_cpu, table_on_cuda, trellis_on_cpu
+from vllm_ext.bulk import (
+    BulkKernel,
+    grid_on_cpu,
+    grid_on_cuda,
+    table_on_cpu,
+    table_on_cuda,
+    trellis_on_cpu,
+    trellis_on_cuda,
+)
 
 
 class AdditionKernel(Protocol):
@@ -44,7 +52,7 @@ AdditionKernels = Callable[[Sequence[Addition], torch.dtype], AdditionKernel]
 KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     GridCodes: {"cpu": grid_on_cpu, "cuda": grid_on_cuda},
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
-    TrellisCodes: {"cpu": trellis_on_cpu},
+    TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from kv_cache.cuda.runtime.launch import load_kernel
-from quant_methods.formats.parts.trellis import FLIP, INCREMENTS, KEEP, MULTIPLIERS, STATES, TILE_PAIRS
-from quant_methods.kernels.low_bit_matrix import FOLDER
+from quant_methods.formats.parts.trellis import STATES, TILE_PAIRS
+from quant_methods.kernels.low_bit_matrix import FOLDER, PAIR_MACROS
 
-PAIR_MACROS = (
-    *((f"MULTIPLIER_{i}", number) for i, number in enumerate(MULTIPLIERS)),
-    *((f"INCREMENT_{i}", number) for i, number in enumerate(INCREMENTS)),
-    ("KEEP", KEEP),
-    ("FLIP", FLIP),
-)
-"""Of ``csrc/trellis_pair.cuh``."""
 THREADS = 1024
 MOST_BLOCKS = 1024
 """Tiles that are searched at once, at most."""

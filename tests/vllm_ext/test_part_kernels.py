@@ -19,7 +19,7 @@ from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.registry import FORMS
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.formats.parts.table_codes import TableForm
-from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
+from quant_methods.formats.parts.trellis_codes import TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
@@ -42,8 +42,7 @@ def served(linear: QuantizedLinear) -> ServedLinear:
 def test_every_part_of_the_format_has_kernels_on_cpus_and_gpus() -> None:
     ours = {form.part for form in FORMS.values()} - {Offsets}
     assert set(KERNELS) == ours
-    # A trellis code's CUDA kernel is still to come; until then such a device refuses it.
-    assert all(set(kernels) == {"cpu", "cuda"} for kind, kernels in KERNELS.items() if kind is not TrellisCodes)
+    assert all(set(kernels) == {"cpu", "cuda"} for kernels in KERNELS.values())
 
 
 def test_an_unknown_part_is_one_line() -> None:
