@@ -10,6 +10,7 @@ typedef struct {
     const float *targets;  // [tiles][128][2]
     const float *weights;  // [tiles][128][2], of squared errors; NULL: 1
     const int32_t *values; // [65536]: what states mean, a pair of bfloat16 numbers, the first one in the lower half
+    const int32_t *turned; // the same as [overlaps][branches], 2^(16 - 2 bits) by 2^(2 bits): states by their lower bits
     int32_t *states;       // [tiles][128]
     int64_t tiles;
     int32_t bits;          // of a weight, 2 to 4

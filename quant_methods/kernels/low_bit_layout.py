@@ -82,9 +82,8 @@ def pack_trellis(words: Tensor) -> Tensor:
     """
     tiles, across, bits = words.shape[0], words.shape[1], words.shape[2] // 8
     padded = functional.pad(words, (0, 0, 0, -across % (CHANNELS // 8)))
-    # Axes: tile, unit, 32 channels j, t, g, word; then a lane's words (those of each j), of which four are a vector.
-    split = padded.reshape(tiles, -1, 4, 4, 8, bits).permute(0, 1, 2, 5, 4, 3)
-    return split.reshape(tiles, -1, bits, 4, 32).transpose(3, 4).flatten(2)
+    # Axes: tile, unit, 32 channels j, t, g, word; then tile, unit, word, lane (g, t), j.
+    return padded.reshape(tiles, -1, 4, 4, 8, bits).permute(0, 1, 5, 4, 3, 2).flatten(2)
 
 
 def by_group(values: Tensor, width: int, trellis: bool) -> Tensor:

@@ -29,12 +29,12 @@ BOUNDS = (1, 2, 4, *(8 * tiles for tiles in COLUMN_TILES))
 """Numbers of tokens that work is arranged for; others are arranged as the next larger one."""
 MOST_BLOCKS = 3
 """Thread blocks of a multiprocessor."""
-PAIR_MACROS = (
-    *((f"MULTIPLIER_{i}", number) for i, number in enumerate(MULTIPLIERS)),
-    *((f"INCREMENT_{i}", number) for i, number in enumerate(INCREMENTS)),
-    ("KEEP", KEEP),
-    ("FLIP", FLIP),
-)
+PAIR_MACROS = {
+    **{f"MULTIPLIER_{i}": number for i, number in enumerate(MULTIPLIERS)},
+    **{f"INCREMENT_{i}": number for i, number in enumerate(INCREMENTS)},
+    "KEEP": KEEP,
+    "FLIP": FLIP,
+}
 """Of ``csrc/trellis_pair.cuh``."""
 _EVEN_ENOUGH = 0.7
 """Share of the multiprocessors that are busy while whole tiles are dealt out, from which no tile is shared."""
@@ -145,7 +145,7 @@ class PackedMatrix:
         macros |= {"TABLE": int(self.kind == "table"), "TRELLIS": int(self.kind == "trellis")}
         macros |= {"BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
         if self.kind == "trellis":
-            macros |= dict(PAIR_MACROS)
+            macros |= PAIR_MACROS
         return tuple(macros.items())
 
     def arrangement(self, tokens: int) -> Arrangement:

@@ -9,6 +9,7 @@ share at the seam, and a second one begins and ends with that. ``search_in_torch
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class _Search(ctypes.Structure):
         ("targets", _ptr),
         ("weights", _ptr),
         ("values", _ptr),
+        ("turned", _ptr),
         ("states", _ptr),
         ("tiles", _i64),
         ("bits", _i32),
@@ -79,6 +81,13 @@ def _library() -> ctypes.CDLL | None:
     return compiled_library("quant_methods._cpu", trellis=_Search)
 
 
+@functools.cache
+def _tables(bits: int) -> tuple[Tensor, Tensor]:
+    """Return what states mean, in pairs of bfloat16 numbers: int32 [65536], and by their lower bits first."""
+    values = pair_values().bfloat16().view(torch.int32).flatten()
+    return values, values.view(1 << 2 * bits, -1).T.contiguous()
+
+
 def search_on_cpu(targets: Tensor, bits: int, weights: Tensor | None = None, isa: str = "best") -> Tensor:
     """Search by the compiled library; see :func:`search`.
 
@@ -93,13 +102,14 @@ def search_on_cpu(targets: Tensor, bits: int, weights: Tensor | None = None, isa
     library = _library()
     assert library is not None
     # Held here, since the library sees addresses alone.
-    targets, values = targets.contiguous(), pair_values().bfloat16().view(torch.int32).flatten()
+    targets, (values, turned) = targets.contiguous(), _tables(bits)
     given = None if weights is None else weights.contiguous()
     states = torch.empty(targets.shape[:2], dtype=torch.int32)
     place = None if given is None else given.data_ptr()
     parameters = _Search(
-        targets.data_ptr(), place, values.data_ptr(), states.data_ptr(), len(targets), bits, torch.get_num_threads()
-    )
+        targets.data_ptr(), place, values.data_ptr(), turned.data_ptr(), states.data_ptr(), len(targets), bits,
+        torch.get_num_threads(),
+    )  # fmt: skip
     status = getattr(library, f"pareto_trellis_search_{isa}")(ctypes.byref(parameters))
     assert status == 0, status
     return states.long()

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.part import BulkForm
@@ -98,15 +99,9 @@ def quantize(step: Trellis, problem: LinearProblem) -> QuantizedLinear:
     """Quantize one layer; see ``handlers.LinearProblem``.
 
     Raises:
-        ParetoError: the Hessian is not finite, or the output channels are no whole tiles.
+        ParetoError: the Hessian is not finite.
 
     """
-    rows = len(problem.weight)
-    if rows % TILE_ROWS:
-        raise ParetoError(
-            f"{problem.name}: trellis codes {TILE_ROWS} output channels at a time, and {rows} are no multiple of that; "
-            f"leave the layer out (--ignore '{problem.name}'), or give it another step"
-        )
     weight = aim(problem, step.upstream_damping)
     hessian = factorize(finite(problem), step.damping)[0]
     return QuantizedLinear(
@@ -126,7 +121,7 @@ def solve(
     """Code a weight.
 
     Args:
-        weight: float32 [rows, columns]; 32 divides the rows, 8 the columns.
+        weight: float32 [rows, columns]; 8 divides the columns.
         hessian: float64 [columns, columns], damped so that it is positive definite.
         bits: a weight.
         group_size: columns that share a scale; -1: all.
@@ -134,14 +129,16 @@ def solve(
         refit: fit scales to the streams in the end.
 
     """
-    rows, columns = weight.shape
+    given, columns = weight.shape
+    # Rows that fill the last tiles are zeros, whose small scales let the search do without what they read as.
+    weight = functional.pad(weight, (0, 0, 0, -given % TILE_ROWS))
     width = columns if group_size == -1 else group_size
     scale = first_scales(weight, bits, width).to(scale_dtype).to(weight.dtype)
     order = _order(hessian)
     upper = inverse_factor(hessian, order).to(weight.dtype)
     work = weight[:, order].T.contiguous()
     streams = torch.empty(
-        (rows // TILE_ROWS, columns // TILE_CHANNELS, 8 * bits), dtype=torch.int32, device=weight.device
+        (len(weight) // TILE_ROWS, columns // TILE_CHANNELS, 8 * bits), dtype=torch.int32, device=weight.device
     )
     pairs = torch.empty_like(weight)
     values = pair_values(weight.device)
@@ -167,7 +164,7 @@ def solve(
         work[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if refit:
         scale = fitted_scales(weight, pairs, hessian, width)
-    return TrellisCodes(streams, scale.to(scale_dtype))
+    return TrellisCodes(streams, scale[:given].to(scale_dtype))
 
 
 def first_scales(weight: Tensor, bits: int, width: int) -> Tensor:

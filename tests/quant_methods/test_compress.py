@@ -25,8 +25,9 @@ from quant_methods.compress import compress
 from quant_methods.formats.native_format import NativeConfig
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
+from quant_methods.methods.trellis import Trellis
 from quant_methods.recipe import Calibration, Recipe
-from quant_methods.steps import Step
+from quant_methods.steps import RoundStep, Step
 from tests.quant_methods.random_layers import Parts
 
 CALIBRATION = Calibration(num_samples=6, length=32, seed=3)
@@ -363,11 +364,17 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
 
 
 @pytest.mark.usefixtures("parts_handled")
+@pytest.mark.parametrize(
+    "step",
+    [
+        Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True),
+        Trellis(bits=3, group_size=32),
+    ],
+    ids=["grid", "trellis"],
+)
 def test_an_interrupted_run_of_our_format_writes_the_same_bytes(
-    tiny_model: Path, text_file: Path, tmp_path: Path
+    tiny_model: Path, text_file: Path, tmp_path: Path, step: RoundStep
 ) -> None:
-    step = Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True)
-
     def interrupt(done: int, total: int, what: str) -> None:
         if done == 2:
             raise Interrupted

@@ -371,8 +371,7 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
         what, kernel, held = kernel_on_cpu(step, plugin=plugin)
         assert set(found["by"]) == {(what, kernel)}, layer
         if held is None:
-            kind = "look-up" if has_table(step) else "grid"
-            assert f"{step.bits}-bit {kind} weights have no CPU kernel: dequantized" in served.log
+            assert f"{step.bits}-bit {bulk_of(step)} weights have no CPU kernel: dequantized" in served.log
             continue
         dtype, per_number = held
         total = sum(size for kind, size in found["tensors"].values() if kind == dtype)
@@ -382,17 +381,19 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
         assert sum(size for kind, size in found["tensors"].values() if "float" in kind) < found["size"] / 3, layer
 
 
-def has_table(step: RoundStep) -> bool:
-    return isinstance(step, SqueezeLLM) or (isinstance(step, Parts) and step.table)
+def bulk_of(step: RoundStep) -> str:
+    """Return what the log calls a step's codes."""
+    kind = step.bulk_form.part.kind
+    return "look-up" if kind == "table" else kind
 
 
 def kernel_on_cpu(step: RoundStep, *, plugin: bool) -> tuple[str, str, tuple[str, int] | None]:
     """Return what docs/compression.md says multiplies: the class, vLLM's kernel, and the dtype and weights a number."""
     eight = step.bits == 8 and step.group_size == -1 and step.symmetric and step.activations == "int8"
-    if eight and not has_table(step):
+    if eight and bulk_of(step) == "grid":
         what = "Int8Bulk" if plugin else "CompressedTensorsW8A8Int8"
         return what, "CPUInt8ScaledMMLinearKernel", ("torch.int8", 1)
-    if step.bits <= 4 and not has_table(step):
+    if step.bits <= 4 and bulk_of(step) == "grid":
         what = "MixedBulk" if plugin else "CompressedTensorsWNA16"
         return what, "CPUWNA16LinearKernel", ("torch.int32", 8)
     return "DenseBulk", "NoneType", None

@@ -13,11 +13,13 @@ from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.squeezellm import SqueezeLLM
+from quant_methods.methods.trellis import Trellis
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import RoundStep
 
 STEPS = {
     "tables": SqueezeLLM(bits=4, sparse=0.01),
+    "trellis": Trellis(bits=4),
     "outliers": GPTQ(bits=4, group_size=64, outliers=0.03, outlier_bits=8),
     "llm-int8": RTN(bits=8, group_size=-1, activations="int8", outliers=0.02),
     "zeroquant": GPTQ(bits=4, group_size=64, symmetric=False, activations="int8", rank=4),
@@ -32,7 +34,7 @@ def test_the_stored_model_is_near_the_original(
     recipe = Recipe("test", steps=(step,), calibration=Calibration(num_samples=6, length=32), kv_scales=False)
     report = compress(tiny_model, recipe, tmp_path / "out", text=text_file)
     plain: RoundStep = GPTQ(bits=step.bits, group_size=64)
-    if not isinstance(step, SqueezeLLM):
+    if not isinstance(step, SqueezeLLM | Trellis):
         plain = dataclasses.replace(step, outliers=0.0, rank=0)
     assert report.serving.plugin
     assert report.bits_per_weight > step.bits
@@ -40,6 +42,7 @@ def test_the_stored_model_is_near_the_original(
     stored = {name.removeprefix("model.layers.1.self_attn.") for name in tensors if "layers.1.self_attn." in name}
     assert ("q_proj.column_index" in stored) == (step.outliers > 0)
     assert ("q_proj.low_rank_up" in stored) == (step.rank > 0)
+    assert ("q_proj.weight_trellis" in stored) == isinstance(step, Trellis)
     assert ("q_proj.weight_table" in stored) == isinstance(step, SqueezeLLM)
     if step.outliers:
         kept = [tensors[f"model.layers.1.self_attn.{name}.column_index"] for name in ("q_proj", "k_proj", "v_proj")]

@@ -9,8 +9,10 @@ from quant_methods.formats.grid import Grid, round_tokens
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.low_rank import LowRank
+from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.methods.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter
 
@@ -51,6 +53,22 @@ def test_a_layer_starts_as_it_is_stored_and_computes_what_would_be_stored() -> N
     assert not torch.equal(stored.part(LowRank).up, linear.part(LowRank).up)
     assert torch.equal(after.codes, before.codes)
     assert torch.equal(after.zero_point, before.zero_point)
+
+
+def test_of_a_trellis_the_scales_learn_and_the_streams_stay() -> None:
+    trellis = TrellisForm(3, 8).random(40, 16, Draw(1.0, torch.bfloat16, torch.device("cpu")))
+    x, tuned = torch.randn(5, 16), TunedLinear(QuantizedLinear(trellis), None, None)
+    assert [name for name, p in tuned.named_parameters() if p.requires_grad] == ["parts.trellis/scale.offset"]
+    nn.init.normal_(tuned.parts["trellis/scale"].offset, std=0.1)
+    stored, rising = tuned.stored().part(TrellisCodes), torch.randn(5, 40)
+    assert torch.equal(stored.words, trellis.words)
+    assert not torch.equal(stored.scale, trellis.scale)
+    assert torch.equal(tuned(x), functional.linear(x, stored.read()))
+    (tuned(x) * rising).sum().backward()
+    wanted = ((rising.T @ x) * trellis.pairs()).unflatten(1, (2, 8)).sum(2) * trellis.scale.float().abs().mean(
+        1, keepdim=True
+    )
+    assert torch.allclose(tuned.parts["trellis/scale"].offset.grad, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_reach_the_parts_alone_and_are_those_of_the_formula() -> None:

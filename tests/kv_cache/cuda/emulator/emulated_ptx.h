@@ -155,6 +155,9 @@ DEVICE float __fsub_rn(float a, float b) { return a - b; }
 DEVICE float __fmul_rn(float a, float b) { return a * b; }
 DEVICE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float __frcp_rn(float x) { return 1.0f / x; }
+DEVICE u32 __funnelshift_r(u32 low, u32 high, u32 by) {
+    return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by & 31));
+}
 DEVICE u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 bytes = a | static_cast<u64>(b) << 32;
     u32 y = 0;
@@ -163,10 +166,6 @@ DEVICE u32 __byte_perm(u32 a, u32 b, u32 selector) {
         y |= (pick & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
     }
     return y;
-}
-
-DEVICE u32 __funnelshift_r(u32 low, u32 high, u32 by) {
-    return static_cast<u32>((low | static_cast<u64>(high) << 32) >> (by & 31));
 }
 
 DEVICE u16 to_bfloat(float x) {
