@@ -6,7 +6,8 @@
 | 4 bits on a grid | vLLM's 4-bit kernel | ours (below) for few sequences, else vLLM's (Machete, Marlin) |
 | 2 and 3 bits on a grid | vLLM's 4-bit kernel | ours, ``quant_methods/kernels/low_bit_cuda.py`` |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
-| 2 to 4 bits in a table or a trellis code, 5 to 7 bits on a grid | dequantized once at load | ours |
+| 2 to 4 bits in a table, 5 to 7 bits on a grid | dequantized once at load | ours |
+| 2 to 4 bits of a trellis | dequantized once at load | ours |
 | everything else | dequantized once at load | expanded by PyTorch at every step |
 
 The ways of the last row are slow: a line of the log says so.
@@ -25,7 +26,7 @@ from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.part import Bulk, slow_on_cuda
 from quant_methods.formats.parts.planes import pack_codes
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
-from quant_methods.formats.parts.trellis_codes import TrellisCodes
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from vllm_ext.compat import (
@@ -92,18 +93,15 @@ def table_on_cuda(codes: TableCodes, activations: str, dtype: torch.dtype) -> Bu
 
 
 def trellis_on_cpu(codes: TrellisCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
-    """Return what multiplies by streams of a trellis code on a CPU; see :func:`grid_on_cpu`."""
+    """Return what multiplies by codes of a trellis on a CPU; see :func:`grid_on_cpu`."""
     return _dense(codes, "trellis", dtype)
 
 
 def trellis_on_cuda(codes: TrellisCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
-    """Return what multiplies by streams of a trellis code on a CUDA device; see :func:`grid_on_cpu`.
-
-    Raises:
-        ParetoError: inputs of other than 16 bits, or groups that the kernel does not serve.
-
-    """
-    return LowBitBulk(LowBitCUDA(codes, dtype))
+    """Return what multiplies by codes of a trellis on a CUDA device; see :func:`grid_on_cpu`."""
+    groups = codes.scale.shape[1]
+    form = TrellisForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups)
+    return _low_bit(low_bit_module(codes, dtype), form)
 
 
 def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:
@@ -126,7 +124,7 @@ def _mixed(codes: GridCodes, dtype: torch.dtype) -> BulkKernel | None:
     return MixedBulk(codes, config, kernel)
 
 
-def _low_bit(module: nn.Module, form: GridForm | TableForm) -> BulkKernel:
+def _low_bit(module: nn.Module, form: GridForm | TableForm | TrellisForm) -> BulkKernel:
     """Return our kernel, or what PyTorch does in its place, which is said."""
     if isinstance(module, LowBitLinear):
         logger.warning_once(form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA))

@@ -31,7 +31,7 @@ from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
-from quant_methods.formats.parts.trellis_codes import TrellisForm
+from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
 
@@ -60,20 +60,19 @@ def dense(rows: int, channels: int) -> tuple[list[Product], int]:
 
 def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCUDA], int]:
     """Return several of our matrices, and the bytes that the kernel reads of one."""
-    bits, is_table = int(what[0]), what.endswith("table")
-    if what.endswith("trellis"):
-        draw = Draw(1.0, torch.bfloat16, torch.device("cuda"))
-        return _copied(LowBitCUDA(TrellisForm(bits, GROUP).random(rows, channels, draw), torch.bfloat16))
-    low = 0 if is_table else -(1 << (bits - 1))
+    bits, kind = int(what[0]), what[2:]
+    low = 0 if kind == "table" else -(1 << (bits - 1))
     codes = torch.randint(low, low + (1 << bits), (rows, channels), device="cuda", dtype=torch.int8)
     groups = torch.rand(rows, channels // GROUP, device="cuda", dtype=torch.bfloat16)
-    table = torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16) if is_table else None
-    part = GridCodes(codes, groups, groups.round(), bits) if table is None else TableCodes(codes, table)
-    return _copied(LowBitCUDA(part, torch.bfloat16))
-
-
-def _copied(first: LowBitCUDA) -> tuple[list[LowBitCUDA], int]:
-    stored = sum(t.numel() * t.element_size() for t in (first.words, first.groups, first.table) if t is not None)
+    part: GridCodes | TableCodes | TrellisCodes
+    if kind == "trellis":
+        part = TrellisForm(bits, GROUP).random(rows, channels, Draw(1.0, torch.bfloat16, torch.device("cuda")))
+    elif kind == "table":
+        part = TableCodes(codes, torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16))
+    else:
+        part = GridCodes(codes, groups, groups.round(), bits)
+    first = LowBitCUDA(part, torch.bfloat16)
+    stored = sum(t.numel() * t.element_size() for t in (first.words, first.side))
     matrices = [first]
     for _ in range(_copies(stored) - 1):
         matrices.append(copy.deepcopy(first))

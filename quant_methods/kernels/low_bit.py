@@ -1,6 +1,6 @@
-"""Products with weights of 2 to 8 bits on a grid or in a table, in plain PyTorch: what a kernel has to compute.
+"""Products with weights of 2 to 8 bits in plain PyTorch, on a grid, in a table or of a trellis: a kernel has to agree.
 
-The planes stay packed on the device. A product dequantizes some output channels at a time, so that no whole weight in
+The codes stay packed on the device. A product dequantizes some output channels at a time, so that no whole weight in
 16 bits ever exists. Nothing in :meth:`LowBitLinear.apply` depends on values, so that CUDA graphs can capture it.
 """
 
@@ -14,39 +14,50 @@ from quant_methods.formats.grid import expand
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.planes import PLANES, pack_codes, unpack_codes
 from quant_methods.formats.parts.table_codes import TableCodes
+from quant_methods.formats.parts.trellis import TILE_ROWS
+from quant_methods.formats.parts.trellis_codes import TrellisCodes
 
 ROWS_AT_ONCE = 1024
-"""Output channels dequantized at a time."""
+"""Output channels dequantized at a time; whole tiles of a trellis code."""
 
 
 class LowBitLinear(nn.Module):
     """A layer's bulk.
 
     Args:
-        part: codes on a grid or with tables; 32 divides the input channels.
+        part: codes on a grid or with tables, of which 32 divides the input channels, or of a trellis.
         dtype: 16-bit dtype of the arithmetic: a weight is rounded to it once.
 
     """
 
-    def __init__(self, part: GridCodes | TableCodes, dtype: torch.dtype) -> None:
+    def __init__(self, part: GridCodes | TableCodes | TrellisCodes, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.bits = dtype, part.bits
-        unsigned, scale, table, offset = part.codes.int(), None, None, None
-        if isinstance(part, TableCodes):
+        self.dtype, self.bits, self.rows = dtype, part.bits, part.shape[0]
+        streams = scale = table = offset = None
+        if isinstance(part, TrellisCodes):
+            streams, scale = part.words, part.scale
+        elif isinstance(part, TableCodes):
+            self._pack(part.codes.int())
             table = part.table
         else:
             half, scale = 1 << (self.bits - 1), part.scale
-            unsigned = unsigned + half
+            self._pack(part.codes.int() + half)
             # What an unsigned code minus this is, times the scale, is the weight.
             offset = half + part.zero_point.to(torch.int16)
-        for width, words in pack_codes(unsigned, self.bits).items():
-            self.register_buffer(f"plane{width}", words, persistent=False)
+        self.register_buffer("streams", streams, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("offset", offset, persistent=False)
 
+    def _pack(self, unsigned: Tensor) -> None:
+        for width, words in pack_codes(unsigned, self.bits).items():
+            self.register_buffer(f"plane{width}", words, persistent=False)
+
     def weight(self, start: int, stop: int) -> Tensor:
-        """Return some output channels' weights [stop - start, in], dequantized."""
+        """Return some output channels' weights [stop - start, in], dequantized; see ``ROWS_AT_ONCE``."""
+        if self.streams is not None:
+            words = self.streams[start // TILE_ROWS : -(-stop // TILE_ROWS)]
+            return TrellisCodes(words, self.scale[start:stop]).read().to(self.dtype)
         codes = unpack_codes({w: getattr(self, f"plane{w}")[start:stop] for w in PLANES[self.bits]}, self.bits)
         if self.table is not None:
             return self.table[start:stop].gather(1, codes.long()).to(self.dtype)
@@ -56,9 +67,8 @@ class LowBitLinear(nn.Module):
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the product [..., out] with inputs [..., in], both in ``dtype``."""
-        rows = getattr(self, f"plane{PLANES[self.bits][0]}").shape[0]
         parts = [
-            functional.linear(x, self.weight(start, min(start + ROWS_AT_ONCE, rows)))
-            for start in range(0, rows, ROWS_AT_ONCE)
+            functional.linear(x, self.weight(start, min(start + ROWS_AT_ONCE, self.rows)))
+            for start in range(0, self.rows, ROWS_AT_ONCE)
         ]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]

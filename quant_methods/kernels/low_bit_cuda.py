@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kv_cache.doors import expect
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.table_codes import TableCodes
@@ -13,7 +14,7 @@ from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
 from quant_methods.kernels.beside_cuda import add_on_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, pack, pack_trellis
+from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, by_group, pack, pack_trellis
 from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
 
 GROUPS = (32, 64, 128)
@@ -24,12 +25,22 @@ EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
 
 
+WIDTHS = {"grid": range(2, 8), "table": (3, 4), "trellis": (2, 3, 4)}
+"""Bits of a weight that the kernel serves, by kind of bulk."""
+
+LowBitPart = GridCodes | TableCodes | TrellisCodes
+
+
+class _NotServedError(ParetoError):
+    """The kernel is not for such weights."""
+
+
 class LowBitCUDA(nn.Module):
     """A layer's bulk on a CUDA device; its specification is :class:`quant_methods.kernels.low_bit.LowBitLinear`.
 
     Args:
-        part: codes of 2 to 7 bits on a grid, in groups of 32, 64 or 128 channels or whole rows, streams of a trellis
-            code in such groups, or codes of 3 or 4 bits with tables; 8 divides the input channels.
+        part: codes of 2 to 7 bits on a grid or 2 to 4 bits of a trellis, with one scale for a row or in groups of which
+            32 divides the channels, or codes of 3 or 4 bits with tables; 8 divides the input channels.
         dtype: bfloat16 or float16, of activations and results.
 
     Raises:
@@ -37,61 +48,59 @@ class LowBitCUDA(nn.Module):
 
     """
 
-    def __init__(self, part: GridCodes | TableCodes | TrellisCodes, dtype: torch.dtype) -> None:
+    def __init__(self, part: LowBitPart, dtype: torch.dtype) -> None:
         super().__init__()
-        table, self.trellis = isinstance(part, TableCodes), isinstance(part, TrellisCodes)
-        (self.rows, self.channels), self.bits, self.dtype = part.shape, part.bits, dtype
-        widths = (3, 4) if table else range(2, 8)
-        if self.bits not in widths or dtype not in (torch.bfloat16, torch.float16) or self.channels % 8:
-            what = "tables of 3 or 4 bits" if table else "codes of 2 to 7 bits"
-            raise ParetoError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
-        self.units, self.tiles = -(-self.channels // CHANNELS), -(-self.rows // ROWS)
-        groups, entries, self.group_steps = None, None, CHANNELS // 16
+        self.kind, self.bits, self.dtype, (self.rows, self.channels) = part.kind, part.bits, dtype, part.shape
+        if self.bits not in WIDTHS[self.kind] or dtype not in (torch.bfloat16, torch.float16) or self.channels % 8:
+            widths = WIDTHS[self.kind]
+            what = f"{part.what} of {widths[0]} to {widths[-1]} bits"
+            raise _NotServedError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
+        self.units, self.tiles, self.group_steps = -(-self.channels // CHANNELS), -(-self.rows // ROWS), CHANNELS // 16
         if isinstance(part, TrellisCodes):
-            words, groups = pack_trellis(part.words), self._groups(part.scale, torch.zeros_like(part.scale))
+            expect(
+                "the low-bit kernel",
+                (
+                    (part.words.dtype == torch.int32 and len(part.words) == self.tiles, f"{self.tiles} tiles of words"),
+                    (part.words.shape[2] == 8 * self.bits, "tiles of as many words as 8 weights have bits"),
+                    (part.scale.device == part.words.device, "words and scales on one device"),
+                ),
+            )
+            words = pack_trellis(part.words)
+            side = self._groups(part.scale.to(dtype))
         elif isinstance(part, GridCodes):
             half = 1 << (self.bits - 1)
             words = pack((part.codes.to(torch.int16) + half).to(torch.uint8), self.bits)
             magic = (128 if dtype == torch.bfloat16 else 1024) + half
-            groups = self._groups(part.scale, -magic - part.zero_point.float())
+            offset = -magic - part.zero_point.float()
+            side = self._groups(torch.stack([part.scale.to(dtype), offset.to(dtype)], 2))
         else:
             words = pack(part.codes.to(torch.uint8), self.bits, table=True)
-            entries = self._entries(part.table)
+            padded = torch.zeros(self.tiles * ROWS, 1 << self.bits, dtype=dtype, device=part.device)
+            padded[: self.rows] = part.table
+            # Axes: tile, row g, row r, low bytes and high bytes, entry.
+            both = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
+            side = both.unflatten(0, (self.tiles, 4, 8)).transpose(1, 2).contiguous()
         self.register_buffer("words", words, persistent=False)
-        self.register_buffer("groups", groups, persistent=False)
-        self.register_buffer("table", entries, persistent=False)
+        self.register_buffer("side", side, persistent=False)
 
-    def _entries(self, table: Tensor) -> Tensor:
-        """Return the bytes of tables."""
-        padded = torch.zeros(self.tiles * ROWS, table.shape[1], dtype=self.dtype, device=table.device)
-        padded[: self.rows] = table
-        # Axes: tile, row g, row r, low bytes and high bytes, entry.
-        both = padded.view(torch.uint8).unflatten(1, (-1, 2)).transpose(1, 2)
-        return both.unflatten(0, (self.tiles, 4, 8)).transpose(1, 2).contiguous()
-
-    def _groups(self, scale: Tensor, added: Tensor) -> Tensor:
-        """Return scales and what is to be added to codes, [row tiles, groups, row g, row r, 2]."""
-        groups = scale.shape[1]
+    def _groups(self, values: Tensor) -> Tensor:
+        """Return what the groups [rows, groups, ...] have, laid out; wider ones become several of the same values."""
+        groups = values.shape[1]
         width = self.channels // groups
         if groups == 1:  # One scale for the whole row: every unit has it.
             groups, width = self.units, CHANNELS
-            scale, added = scale.expand(-1, groups), added.expand(-1, groups)
-        if width not in GROUPS or width * groups < self.channels:
-            raise ParetoError(f"the low-bit kernel serves groups of 32, 64 or 128 channels, not of {width}")
-        self.group_steps = width // 16
-        both = torch.stack([scale.to(self.dtype), added.to(self.dtype)], 2)
-        padded = both.new_zeros(self.tiles * ROWS, self.units * CHANNELS // width, 2)
-        padded[: self.rows, :groups] = both
-        # A lane's rows are neighbours in a trellis, whose tile is one stream.
-        split = padded.unflatten(0, (self.tiles, 8, 4) if self.trellis else (self.tiles, 4, 8))
-        return split.permute(*((0, 3, 1, 2, 4) if self.trellis else (0, 3, 2, 1, 4))).contiguous()
+            values = values.expand(-1, groups, *values.shape[2:])
+        served = next((size for size in reversed(GROUPS) if width % size == 0), None)
+        if served is None or width * groups < self.channels:
+            raise _NotServedError(f"the low-bit kernel serves groups of which 32 divides the channels, not of {width}")
+        self.group_steps = served // 16
+        return by_group(values.repeat_interleave(width // served, 1), served, self.kind == "trellis")
 
     def apply(self, x: Tensor, beside: Beside | None = None) -> Tensor:
         """Return the product [..., out] with inputs [..., in], both in ``dtype``, of the bulk and what lies beside."""
         x, shape = x.reshape(-1, self.channels), x.shape[:-1]
         parts = list(BesideParts() if beside is None else beside.parts(x))
-        how = self.rows, self.bits, self.group_steps, self.trellis
-        y = low_bit_linear(x, self.words, self.groups, self.table, parts, *how)
+        y = low_bit_linear(x, self.words, self.side, self.kind, parts, self.rows, self.bits, self.group_steps)
         return y.reshape(*shape, self.rows)
 
     def weight(self) -> Tensor:
@@ -104,11 +113,10 @@ class LowBitCUDA(nn.Module):
 
     def matrix(self) -> PackedMatrix:
         """Return what the kernels are launched on."""
-        how = self.rows, self.channels, self.bits, self.group_steps, self.trellis
-        return PackedMatrix(self.words, self.groups, self.table, *how)
+        return PackedMatrix(self.words, self.side, self.kind, self.rows, self.channels, self.bits, self.group_steps)
 
 
-def low_bit_module(part: GridCodes | TableCodes, dtype: torch.dtype) -> LowBitCUDA | LowBitLinear:
+def low_bit_module(part: LowBitPart, dtype: torch.dtype) -> LowBitCUDA | LowBitLinear:
     """Return what multiplies by a layer's bulk on a CUDA device: the kernel where it serves it, else PyTorch.
 
     Takes the arguments of :class:`LowBitCUDA`, and tables of 2 bits besides: to the kernel these are tables of 3 bits
@@ -119,7 +127,7 @@ def low_bit_module(part: GridCodes | TableCodes, dtype: torch.dtype) -> LowBitCU
         padded = TableCodes(part.codes, functional.pad(part.table, (0, 4)))
     try:
         return LowBitCUDA(padded, dtype)
-    except ParetoError:
+    except _NotServedError:
         return LowBitLinear(part, dtype)
 
 
@@ -127,13 +135,12 @@ def low_bit_module(part: GridCodes | TableCodes, dtype: torch.dtype) -> LowBitCU
 def low_bit_linear(
     x: Tensor,
     words: Tensor,
-    groups: Tensor | None,
-    table: Tensor | None,
+    side: Tensor,
+    kind: str,
     beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,
-    trellis: bool,
 ) -> Tensor:
     """Return x W^T and what lies beside, by the kernels or, with many rows of x, by a dense product.
 
@@ -141,20 +148,19 @@ def low_bit_linear(
 
     Args:
         x: [tokens, in] bfloat16 or float16.
-        words: as ``pack`` returns them.
-        groups: scales and offsets as :class:`LowBitCUDA` lays them out, in the dtype of x, or None.
-        table: bytes of the look-up tables, or None.
+        words: as ``pack`` or ``pack_trellis`` returns them.
+        side: as :class:`LowBitCUDA` lays them out, scales (and offsets) in the dtype of x, or bytes of the tables.
+        kind: of the bulk, as in ``WIDTHS``.
         beside: what lies beside, the fields of :class:`quant_methods.kernels.beside.BesideParts`.
         rows: output channels.
         bits: of a code.
         group_steps: channels of a group, in sixteens.
-        trellis: whether the words are streams of a trellis code.
 
     Returns:
         [tokens, rows] in the dtype of x.
 
     """
-    matrix = PackedMatrix(words, groups, table, rows, x.shape[1], bits, group_steps, trellis)
+    matrix = PackedMatrix(words, side, kind, rows, x.shape[1], bits, group_steps)
     parts = BesideParts(*beside)
     if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
         return _dense(matrix, x, parts)
@@ -189,12 +195,11 @@ def _dense(matrix: PackedMatrix, x: Tensor, beside: BesideParts) -> Tensor:
 def _(
     x: Tensor,
     words: Tensor,
-    groups: Tensor | None,
-    table: Tensor | None,
+    side: Tensor,
+    kind: str,
     beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,
-    trellis: bool,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows)

@@ -1,4 +1,4 @@
-"""How codes of 2 to 7 bits, and streams of a trellis code, lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
+"""How codes of 2 to 7 bits and what goes with them lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 ROWS, CHANNELS = 32, 128
-"""Of a unit; see ``csrc/low_bit_codes.cuh``."""
+"""Of a unit; see ``csrc/low_bit_unit.cuh``."""
 _AT_ONCE = 1 << 24
 """Codes that are packed at once."""
 
@@ -70,19 +70,38 @@ def pack(codes: Tensor, bits: int, table: bool = False) -> Tensor:
     return words.flatten(2)
 
 
-def pack_trellis(streams: Tensor) -> Tensor:
-    """Lay the streams of a trellis code out as the kernel reads them.
+def pack_trellis(words: Tensor) -> Tensor:
+    """Lay a trellis code's streams out as the kernel reads them: words change places, and tiles of zeros fill units.
 
     Args:
-        streams: int32 [rows / 32, channels / 8, 8 * bits].
+        words: int32 [row tiles, channels / 8, 8 * bits], see ``quant_methods/formats/parts/trellis.py``.
 
     Returns:
         int32 [row tiles, units, 128 * bits].
 
     """
-    tiles, along, words = streams.shape
-    units = -(-along // (CHANNELS // 8))
-    padded = functional.pad(streams, (0, 0, 0, units * (CHANNELS // 8) - along))
+    tiles, across, bits = words.shape[0], words.shape[1], words.shape[2] // 8
+    padded = functional.pad(words, (0, 0, 0, -across % (CHANNELS // 8)))
     # Axes: tile, unit, 32 channels j, t, g, word; then tile, unit, word, lane (g, t), j.
-    split = padded.reshape(tiles, units, 4, 4, 8, words // 8)
-    return split.permute(0, 1, 5, 4, 3, 2).flatten(2).contiguous()
+    return padded.reshape(tiles, -1, 4, 4, 8, bits).permute(0, 1, 5, 4, 3, 2).flatten(2)
+
+
+def by_group(values: Tensor, width: int, trellis: bool) -> Tensor:
+    """Lay out what the groups of the rows have, with zeros in the rows and groups that fill units.
+
+    Args:
+        values: [rows, groups, ...].
+        width: of a group, in channels.
+        trellis: whether lanes have the rows that they have of a trellis code.
+
+    Returns:
+        [row tiles, groups, 8 lanes g, 4 rows r, ...].
+
+    """
+    rows, groups = values.shape[:2]
+    each = CHANNELS // width
+    padded = values.new_zeros(-(-rows // ROWS) * ROWS, -(-groups // each) * each, *values.shape[2:])
+    padded[:rows, :groups] = values
+    if trellis:
+        return padded.unflatten(0, (-1, 8, 4)).movedim(3, 1).contiguous()
+    return padded.unflatten(0, (-1, 4, 8)).transpose(1, 2).movedim(3, 1).contiguous()

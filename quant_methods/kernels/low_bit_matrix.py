@@ -21,13 +21,6 @@ from quant_methods.formats.parts.trellis import FLIP, INCREMENTS, KEEP, MULTIPLI
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
 
 FOLDER = Path(__file__).parent / "csrc"
-PAIR_MACROS = {
-    **{f"MULTIPLIER_{i}": number for i, number in enumerate(MULTIPLIERS)},
-    **{f"INCREMENT_{i}": number for i, number in enumerate(INCREMENTS)},
-    "KEEP": KEEP,
-    "FLIP": FLIP,
-}
-"""Of ``csrc/trellis_pair.cuh``."""
 MAX_TOKENS = 64
 """Of a launch of the kernel."""
 COLUMN_TILES = (1, 2, 3, 4, 6, 8)
@@ -36,6 +29,13 @@ BOUNDS = (1, 2, 4, *(8 * tiles for tiles in COLUMN_TILES))
 """Numbers of tokens that work is arranged for; others are arranged as the next larger one."""
 MOST_BLOCKS = 3
 """Thread blocks of a multiprocessor."""
+PAIR_MACROS = {
+    **{f"MULTIPLIER_{i}": number for i, number in enumerate(MULTIPLIERS)},
+    **{f"INCREMENT_{i}": number for i, number in enumerate(INCREMENTS)},
+    "KEEP": KEEP,
+    "FLIP": FLIP,
+}
+"""Of ``csrc/trellis_pair.cuh``."""
 _EVEN_ENOUGH = 0.7
 """Share of the multiprocessors that are busy while whole tiles are dealt out, from which no tile is shared."""
 
@@ -107,13 +107,12 @@ class PackedMatrix:
     """Arguments of the kernels: see :func:`quant_methods.kernels.low_bit_cuda.low_bit_linear`."""
 
     words: Tensor
-    groups: Tensor | None
-    table: Tensor | None
+    side: Tensor
+    kind: str
     rows: int
     channels: int
     bits: int
     group_steps: int
-    trellis: bool
 
     @property
     def tiles(self) -> int:
@@ -127,8 +126,9 @@ class PackedMatrix:
 
     @property
     def side_bytes(self) -> int:
-        """What goes with a unit's codes: groups or tables."""
-        return ROWS * (4 << (self.bits - 1) if self.groups is None else 4 * CHANNELS // (16 * self.group_steps))
+        """What goes with a unit's codes: scales with or without offsets, or tables."""
+        groups = CHANNELS // (16 * self.group_steps)
+        return ROWS * {"grid": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}[self.kind]
 
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
@@ -141,9 +141,11 @@ class PackedMatrix:
         )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
-        macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "TABLE": int(self.table is not None)}
-        macros |= {"GROUP_STEPS": self.group_steps, "BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
-        macros |= {"TRELLIS": int(self.trellis)} | (PAIR_MACROS if self.trellis else {})
+        macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "GROUP_STEPS": self.group_steps}
+        macros |= {"TABLE": int(self.kind == "table"), "TRELLIS": int(self.kind == "trellis")}
+        macros |= {"BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
+        if self.kind == "trellis":
+            macros |= PAIR_MACROS
         return tuple(macros.items())
 
     def arrangement(self, tokens: int) -> Arrangement:
@@ -177,13 +179,16 @@ class PackedMatrix:
             ParetoError: shapes, strides or dtypes do not fit: the kernel sees addresses alone.
 
         """
-        side = self.groups if self.table is None else self.table
+        words, side = self.words, self.side
         expect(
             "the low-bit kernel",
             (
+                (words.dtype == torch.int32 and words.is_contiguous(), "codes that lie as they were packed"),
+                (words.dim() == 3 and words.shape[2] == CHANNELS * self.bits, f"codes of {self.bits} bits"),
+                (side.is_contiguous() and side.device == words.device, "scales or tables as they were packed"),
                 (x.dtype in (torch.bfloat16, torch.float16), f"16-bit inputs, not {x.dtype}"),
                 (x.dim() == 2 and x.shape[1] == self.channels, f"inputs [tokens, {self.channels}]"),
-                (side is None or self.table is not None or side.dtype == x.dtype, "scales in the inputs' dtype"),
+                (self.kind == "table" or side.dtype == x.dtype, "scales in the inputs' dtype"),
                 (y.dtype == x.dtype and tuple(y.shape) == (len(x), self.rows), f"as many outputs, {self.rows} wide"),
                 (in_line(y), "outputs whose rows have no gaps"),
                 (x.device == y.device == self.words.device, f"tensors on {self.words.device}"),
@@ -204,8 +209,8 @@ class PackedMatrix:
             parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
             arrivals = _arrivals(self.words.data_ptr(), device)
         params = _Params(
-            self.words.data_ptr(), _pointer(self.groups if self.table is None else self.table), x.data_ptr(),
-            y.data_ptr(), _pointer(parts), _pointer(arrivals), x.stride(0), y.stride(0), tokens, self.channels,
+            words.data_ptr(), side.data_ptr(), x.data_ptr(), y.data_ptr(), _pointer(parts), _pointer(arrivals),
+            x.stride(0), y.stride(0), tokens, self.channels,
             self.rows, self.units, self.tiles, steps, grain, *divmod(dealt, blocks),
         )  # fmt: skip
         kernel.launch((blocks, 1, 1), 32 * a.warps, params, device, overlap=overlap)
@@ -216,10 +221,8 @@ class PackedMatrix:
         y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
         kernel = load_kernel("low_bit.cu", "expand", self._expanding(dtype), device, folder=FOLDER)
         # The part looks like a matrix of its own.
-        side = self.groups if self.table is None else self.table
-        assert side is not None
         params = _Params(
-            self.words[first].data_ptr(), side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
+            self.words[first].data_ptr(), self.side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
             self.channels, len(y), self.units, last - first,
         )  # fmt: skip
         kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)

@@ -129,13 +129,18 @@ def test_decode_attention_on_a_gpu_asks_for_both_of_its_steps():
 
 
 def test_the_low_bit_kernels():
-    words = torch.zeros(1, 4, dtype=torch.int32)
-    matrix = PackedMatrix(words, torch.zeros(1, dtype=torch.bfloat16), None, 32, 64, 4, 2, trellis=False)
+    words, scales = torch.zeros(1, 1, 512, dtype=torch.int32), torch.zeros(1, 4, 8, 4, 2, dtype=torch.bfloat16)
+    matrix = PackedMatrix(words, scales, "grid", 32, 64, 4, 2)
     x, y = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(2, 32, dtype=torch.bfloat16)
     for wrong_x, wrong_y in ((x.float(), y), (x[:, :32], y), (x, y[:1]), (x, y.half()), (x.half(), y.half()),
                              (x, torch.zeros(32, 2, dtype=torch.bfloat16).T)):  # fmt: skip
         with pytest.raises(ParetoError, match="the low-bit kernel expects"):
             matrix.multiply(wrong_x, wrong_y)
+    for kind in ("grid", "trellis"):
+        for wrong_words, wrong_side in ((words.long(), scales), (words[..., :384], scales), (words, scales.half()),
+                                        (words, scales.transpose(1, 2)), (words, scales.to("meta"))):  # fmt: skip
+            with pytest.raises(ParetoError, match="the low-bit kernel expects"):
+                PackedMatrix(wrong_words, wrong_side, kind, 32, 64, 4, 2).multiply(x, y)
     starts, inputs = torch.zeros(33, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     values, one = torch.zeros(0, dtype=torch.bfloat16), y[:1]
     for wrong in ((starts.long(), inputs, values), (starts[:-1], inputs, values), (starts, inputs.long(), values),

@@ -13,6 +13,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.form import Form
+from quant_methods.formats.parts.columns import ColumnsForm
+from quant_methods.formats.parts.trellis_codes import TrellisForm
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA
@@ -77,6 +79,11 @@ def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
         (flat_form(5, table=True), "5-bit look-up weights have no CUDA kernel", "tables of 3 or 4 bits"),
         (flat_form(7, table=True), "7-bit look-up weights have no CUDA kernel", "round to a grid"),
         (flat_form(3, 16), "3-bit weights of this layout have no CUDA kernel", "in groups of 32, 64 or 128 channels"),
+        (
+            Form((TrellisForm(3, 16),)),
+            "3-bit trellis codes in groups of 16 have no CUDA kernel",
+            "use groups of 32, 64 or 128",
+        ),
     ],
     ids=str,
 )
@@ -91,9 +98,22 @@ def test_what_no_kernel_takes_is_said_once(log: list[str], form: Form, what: str
 
 @pytest.mark.parametrize(
     "form",
-    [flat_form(2, table=True), flat_form(3, table=True), flat_form(4, table=True), flat_form(6, 64, symmetric=False)],
+    [
+        *(flat_form(bits, table=True) for bits in (2, 3, 4)),
+        flat_form(6, 64, symmetric=False),
+        *(Form((TrellisForm(bits, size),)) for bits, size in ((2, -1), (3, 32), (4, 64))),
+    ],
     ids=str,
 )
 def test_of_what_a_kernel_takes_nothing_is_said(log: list[str], form: Form) -> None:
     assert all(isinstance(layer, LowBitCUDA) for layer in load(form))
     assert log == []
+
+
+def test_what_a_model_multiplies_by_a_trellis_code_is_its_weight(log: list[str]) -> None:
+    form = Form((TrellisForm(3, 64), ColumnsForm(3)))
+    linear = random_layer(form, 64, 128, 0)
+    (layer,) = serve([linear], [form.activations], torch.bfloat16)
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    expected = x.double() @ linear.read().double().T
+    assert (layer(x).double() - expected).norm() < 8e-3 * expected.norm()

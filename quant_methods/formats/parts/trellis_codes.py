@@ -15,7 +15,17 @@ from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import expand
-from quant_methods.formats.parts.part import Bulk, BulkForm, Draw, Part, Range, Shapes, Stored, expect_one_of
+from quant_methods.formats.parts.part import (
+    Bulk,
+    BulkForm,
+    Draw,
+    Part,
+    Range,
+    Shapes,
+    Stored,
+    expect_one_of,
+    slow_on_cuda,
+)
 from quant_methods.formats.parts.trellis import TILE_CHANNELS, TILE_ROWS, matrix_of, pair_values, states_of
 
 if TYPE_CHECKING:
@@ -175,5 +185,9 @@ class TrellisForm(BulkForm):
         )
 
     def slow_on_cuda(self) -> str | None:
-        """Say nothing: there is a CUDA kernel for all of them; see :class:`BulkForm`."""
+        """Say that groups of which 32 does not divide the channels have no CUDA kernel; see :class:`BulkForm`."""
+        if self.group_size > 0 and self.group_size % 32:
+            return slow_on_cuda(
+                f"trellis codes in groups of {self.group_size}", self.bits, "use groups of 32, 64 or 128"
+            )
         return None

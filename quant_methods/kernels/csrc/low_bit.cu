@@ -10,9 +10,9 @@
 // tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
 // order. Sums are float32; those of a group are scaled once.
 //
-// Macros: TRELLIS (0 or 1), those of low_bit_trellis.cuh or low_bit_codes.cuh, TABLE (0 with TRELLIS), WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES,
-// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the
-// host takes `Params` to be).
+// Macros: TRELLIS (0 or 1), those of low_bit_codes.cuh or low_bit_trellis.cuh (with it, TABLE is 0), WARPS of a thread
+// block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a
+// multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
 #else
@@ -141,7 +141,7 @@ DEVICE void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     else mma(c, a, b0, b1);
 }
 
-// A lane's sums: [rows g and g + 8, the same 16 further on][columns 8 c + 2 t and the next].
+// A lane's sums: [its first two rows, the others][columns 8 c + 2 t and the next].
 struct Sums {
     float of[2][COLUMN_TILES][4];
 
@@ -204,7 +204,7 @@ struct Sums {
 #pragma unroll
         for (int i = 0; i < 8 * COLUMN_TILES; ++i) {
             const int rows = i / 4 / COLUMN_TILES, c = i / 4 % COLUMN_TILES, j = i % 4;
-            const int row = row_tile * ROWS + row_in_tile(g, 2 * rows + j / 2), column = 8 * c + 2 * t + j % 2;
+            const int row = row_tile * ROWS + Unit::row(g, 2 * rows + j / 2), column = 8 * c + 2 * t + j % 2;
             if (row < p.rows && column < p.columns) p.y[column * p.y_stride + row] = from_float(of[rows][c][j]);
         }
     }
@@ -325,7 +325,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void expand(const __grid_consta
                 pairs[h] = IN_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high);
             }
 #endif
-            const int row = tile * ROWS + row_in_tile(g, r), channel = at * CHANNELS + 32 * j + 8 * t;
+            const int row = tile * ROWS + Unit::row(g, r), channel = at * CHANNELS + 32 * j + 8 * t;
             if (row < p.rows && channel < p.channels)
                 *reinterpret_cast<uint4*>(p.y + row * p.y_stride + channel) = {pairs[0], pairs[1], pairs[2], pairs[3]};
         }

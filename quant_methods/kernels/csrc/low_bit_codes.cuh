@@ -4,24 +4,19 @@
 // higher ones of it, and one instruction takes the zero-point and undoes the place. With TABLE, bytes of each row's
 // look-up table are permuted into place instead.
 //
-// A unit is 32 rows by 128 channels, a warp's work at a time. Of 32 channels from 32 j, lane 4 g + t holds the eight from
-// 32 j + 8 t, of the rows g + 8 r (r = 0 to 3). They are its 16 pairs of the row, pair 4 j to 4 j + 3 from this j, in BITS
-// words: a word's two halves hold the pairs' first and second codes, 16 / BITS of them, and the bits left over above these
+// Of a unit's channels (low_bit_unit.cuh), lane 4 g + t holds rows g + 8 r (r = 0 to 3). A row's are 16 pairs, pair 4 j to
+// 4 j + 3 from each j, in BITS words: a word's two halves hold the pairs' first and second codes, 16 / BITS of them, and the bits left over above these
 // hold the last pairs, a bit at a time. A lane's words i of its four rows are one vector. runs() in low_bit_cuda.py writes
 // this layout.
 //
 // Macros: BITS (2 to 7), IN_BFLOAT, TABLE (0 or 1; BITS 3 or 4), GROUP_STEPS (2, 4 or 8: groups of 32, 64 or 128 channels).
 #pragma once
-#include "numbers.cuh"
+#include "low_bit_unit.cuh"
 
-constexpr int ROWS = 32, CHANNELS = 128, GROUPS = 8 / GROUP_STEPS;
 constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes, then high bytes, of 2^BITS entries.
-// Words of a unit's codes, [word][lane][row r], and of what goes with them: for each group [g][row r] (a scale and, above
-// it, -(128 or 1,024) - zero-point, in the type of x), or the rows' tables, [g][row r][ROW_TABLE].
-constexpr int UNIT_WORDS = 128 * BITS, SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
-
-// The row of a tile that is a lane's r-th.
-DEVICE int row_in_tile(int g, int r) { return g + 8 * r; }
+// Words of what goes with a unit's codes: for each group [g][row r] (a scale and, above it, -(128 or 1,024) - zero-point, in
+// the type of x), or the rows' tables, [g][row r][ROW_TABLE].
+constexpr int SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
 
 DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }
 
@@ -105,7 +100,7 @@ struct Row {
 struct Unit {
     Row rows[4];
 
-    // The four pairs of row r from 32 j.
+    static DEVICE int row(int g, int r) { return g + 8 * r; }
     DEVICE void pairs(int r, int j, u32 (&out)[4]) const { rows[r].pairs(j, out); }
 
     // From a unit's words and, with TABLE, the rows' tables.

@@ -62,6 +62,14 @@ DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     return y;
 }
 
+// The sum of a pair of bfloat16, rounded to bfloat16.
+DEVICE u16 add_bfloats(u32 pair) {
+    u16 y;
+    asm("{.reg .b16 low, high, one;\nmov.b32 {low, high}, %1;\nmov.b16 one, 0x3f80;\nfma.rn.bf16 %0, low, one, high;\n}"
+        : "=h"(y) : "r"(pair));
+    return y;
+}
+
 // The same of float16.
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     u32 y;
@@ -110,6 +118,13 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 b) {
 DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
     u32 y;
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+    return y;
+}
+
+// (a & mask) ^ b in one instruction.
+DEVICE u32 and_xor(u32 a, u32 mask, u32 b) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(a), "r"(mask), "r"(b));
     return y;
 }
 

@@ -200,6 +200,7 @@ DEVICE u32 fma_bfloat2(u32 a, u32 b, u32 c) {
     const auto part = [](u32 x, int i) { return __uint_as_float((x >> 16 * i) << 16); };
     return pack_bfloat2(fmaf(part(a, 0), part(b, 0), part(c, 0)), fmaf(part(a, 1), part(b, 1), part(c, 1)));
 }
+DEVICE u16 add_bfloats(u32 pair) { return to_bfloat(__uint_as_float(pair << 16) + __uint_as_float(pair & 0xffff0000)); }
 DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
     const auto part = [](u32 x, int i) { return from_half(static_cast<u16>(x >> 16 * i)); };
     return pack_half2(fmaf(part(a, 0), part(b, 0), part(c, 0)), fmaf(part(a, 1), part(b, 1), part(c, 1)));
@@ -207,6 +208,7 @@ DEVICE u32 fma_half2(u32 a, u32 b, u32 c) {
 DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
+DEVICE u32 and_xor(u32 a, u32 mask, u32 b) { return (a & mask) ^ b; }
 DEVICE u32 select_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 
 // mma.m16n8k16: lane 4g + t holds of A rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of B those rows of column
