@@ -98,6 +98,7 @@ class PruneStep(Step):
         sparsity: fraction of the weights that become zero, ``LEAST_SPARSITY`` to ``MOST_SPARSITY``.
         pattern: where they lie: ``any`` place, or ``N:M``, where N of M neighbouring input channels keep their weight.
         targets: globs over module names; the first step that matches a layer prunes it.
+        refit: the weights that are left are fitted to what the layer put out before (``refit.py``).
 
     """
 
@@ -106,6 +107,7 @@ class PruneStep(Step):
     sparsity: float = 0.5
     pattern: str = "any"
     targets: tuple[str, ...] = ("*",)
+    refit: bool = False
 
     @property
     def rounding(self) -> RoundStep | None:

@@ -57,8 +57,13 @@ def test_pruned_weights_are_stored_densely_with_their_zeros(
 
 @pytest.mark.parametrize(
     "steps",
-    [(Magnitude(),), (SparseGPT(), W4), (SparseGPT(bits=4, group_size=64, pattern="2:4"),)],
-    ids=["pruned", "then rounded", "in one pass"],
+    [
+        (Magnitude(),),
+        (Magnitude(refit=True),),
+        (SparseGPT(), W4),
+        (SparseGPT(bits=4, group_size=64, pattern="2:4", refit=True),),
+    ],
+    ids=["pruned", "fitted", "then rounded", "with bits"],
 )
 @pytest.mark.parametrize("moment", ["block 2/3", "writing the checkpoint"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
@@ -114,6 +119,7 @@ def test_the_kind_of_weights_is_that_of_the_original(tiny_model: Path, text_file
         (SparseGPT(pattern="2:4"), W4),
         (SparseGPT(pattern="2:4"), RTN(bits=4, group_size=64, symmetric=False)),
         (SparseGPT(pattern="2:4", bits=4, group_size=128, symmetric=False),),
+        (SparseGPT(pattern="2:4", bits=4, group_size=128, symmetric=False, refit=True),),
     ],
     ids=lambda steps: "-".join(step.method for step in steps),
 )
