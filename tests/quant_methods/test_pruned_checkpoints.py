@@ -16,8 +16,6 @@ from quant_methods.methods.pruning import Magnitude, Wanda
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
-from quant_methods.mixed_precision.budget import Budget
-from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.overrides import override
 from quant_methods.steps import PruneStep, Step
 from tests.quant_methods.test_compress import W4, Interrupted, contents, recipe
@@ -165,8 +163,6 @@ def test_what_does_not_go_together_is_one_clear_line(tiny_model: Path, tmp_path:
         SparseGPT(bits=9).check()
     with pytest.raises(ParetoError, match=r"damping: 2 is not in \(0, 1\]"):
         SparseGPT(damping=2).check()
-    with pytest.raises(ParetoError, match="magnitude prunes weights, and a budget measures rounding alone; leave"):
-        compress_to_budget(tiny_model, recipe(Magnitude(), W4), Budget.parse("4.5bits"), tmp_path / "out")
 
 
 def test_a_rotated_model_can_be_pruned(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_numbers_of_marks_close_together_share_a_place() -> None:
         ("variants: [{recipe: rtn-w4, act_order: true}]", "--act-order: no step of recipe rtn-w4 has it"),
         ("variants: [rtn-w4]", "variants: expected a list of points"),
         ("variants: [{recipe: rtn-w5}]", "unknown recipe 'rtn-w5'"),
-        ("variants: [{budget: lots}]", "expected bits a weight or a size"),
+        ("variants: [{budget: lots}]", "expected bits a weight, a size, or a share of zeros"),
         ("variants: [{exempt: [middle]}]", "exempt: 'middle' is unknown"),
         ("grid: {bits: [4, 4]}", "bits=4 is the same as gptq-w4 bits=4; leave one out"),
         ("grid: {bits: [4]}\nevaluation: {text: nowhere.txt}", "evaluation: text: .*nowhere.txt: no such file"),
