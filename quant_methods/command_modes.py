@@ -229,6 +229,10 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
     if given or args.statistics:
         flag = given[0] if given else "statistics"
         raise ParetoError(f"--{flag.replace('_', '-')} does not go with --sweep; put it under grid or variants instead")
+    if args.sensitivity == "owl":
+        raise ParetoError(
+            "--sensitivity owl does not go with --sweep, whose budgets are measured; compress with it alone"
+        )
     sweep = load_sweep(args.sweep, args.recipe or "gptq-w4")
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

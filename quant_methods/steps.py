@@ -13,7 +13,7 @@ A recipe's steps come in the order of their kinds:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from kv_cache.errors import ParetoError
@@ -158,10 +158,11 @@ class PruneStep(Step):
                 f"{step.method} rounds to tables, which need not hold a zero, so that {self.method}'s zeros would be "
                 "lost; round to a grid instead, e.g. {method: gptq}"
             )
-        if not step.plain:
-            what, setting = ("outlier channels", "outliers") if step.outliers else ("a low-rank product", "rank")
+        # A product beside the codes leaves the codes' zeros what they are, and makes up for them.
+        if not replace(step, rank=0).plain:
             raise ParetoError(
-                f"{step.method} adds {what} to its codes, which would fill {self.method}'s zeros; leave {setting} out"
+                f"{step.method} adds outlier channels to its codes, which would fill {self.method}'s zeros; leave "
+                "outliers out"
             )
 
 

@@ -113,6 +113,7 @@ def test_finds_widths_for_a_budget(
         (["--no-outlier-handling", "--out", "x"], "recipe gptq-w4 does nothing about outliers"),
         (["--exempt", "middle", "--out", "x"], "exempt: 'middle' is unknown; names: embeddings, first, last"),
         (["--exempt", "mlp", "attention", "--out", "x"], "attention and mlp together leave nothing to compress"),
+        (["--sweep", "x.yaml", "--sensitivity", "owl", "--out", "x"], "--sensitivity owl does not go with --sweep"),
         (["--budget", "4.25", "--out", "x"], "budget '4.25': expected bits a weight, a size, or a share of zeros"),
         (["--budget", "2bits", "--out", "x"], "less than the narrowest widths take (3.188bits); raise it"),
         (["--budget", "20bits", "--out", "x"], "leaves every layer at 16 bits"),

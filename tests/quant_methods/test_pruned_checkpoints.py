@@ -141,6 +141,17 @@ def test_what_was_pruned_and_rounded_reads_back_with_its_zeros(
     assert told == {"all": report.sparsity, **{x.name: x.zeros / (x.shape[0] * x.shape[1]) for x in report.layers}}
 
 
+def test_a_product_beside_the_codes_leaves_their_zeros(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = Wanda(pattern="2:4"), dataclasses.replace(W4, rank=4)
+    report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
+    assert report.serving.plugin
+    assert report.sparsity >= 0.5
+    plain = compress(tiny_model, recipe(steps[0], W4), tmp_path / "plain", text=text_file)
+    assert report.layers[0].relative_error < 0.95 * plain.layers[0].relative_error
+    model = load_reference(tmp_path / "out")
+    assert all((model.get_submodule(layer.name).weight == 0).float().mean() < 0.01 for layer in report.layers)
+
+
 def test_bits_go_to_the_step_that_rounds() -> None:
     assert override(recipe(SparseGPT(), W4), {"bits": 3, "damping": 0.2}).steps == (
         SparseGPT(damping=0.2),
