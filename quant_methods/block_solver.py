@@ -28,6 +28,7 @@ from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
 from quant_methods.handlers import HANDLERS, PRUNERS, LinearProblem
 from quant_methods.methods.gptq import relative_error
 from quant_methods.methods.outlier_split import split
+from quant_methods.methods.pruning import pruned
 from quant_methods.methods.scaling import Learned, ScaledBlock, scale_block
 from quant_methods.methods.zeroquant import compensate
 from quant_methods.plan import Plan
@@ -204,8 +205,8 @@ class BlockSolver:
             if prune.rounding is not None and step is not None:
                 assert pruner.and_round is not None
                 return pruner.and_round(prune, step, problem)
-            pruned = pruner.prune(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
-            problem.weight, problem.dense = pruned, problem.weight
+            found = pruned(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
+            problem.weight, problem.dense = found, problem.weight
         if step is None:
             return DenseLinear(problem.weight.to(self.decoder.source.dtype(f"{name}.weight")))
         return solve(step, _upstream(problem, wanted=HANDLERS[type(step)].needs_upstream(step)))

@@ -34,19 +34,23 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         "pareto_sensitivity.json and .png.",
     )
     budget.add_argument(
-        "--budget", metavar="B", help="4.25bits (a weight of the linear layers, scales included), or a size: 3.9GB"
+        "--budget",
+        metavar="B",
+        help="4.25bits (a weight of the linear layers, scales included), or a size: 3.9GB; with a recipe that prunes, "
+        "also a share of zeros: 50%%",
     )
     budget.add_argument(
         "--widths",
         nargs="+",
         metavar="W",
-        help="to choose from: bits, or bits and group size (default: 3 4 5 6 8 16; e.g. 4g32)",
+        help="to choose from: bits, or bits and group size (default: 3 4 5 6 8 16; e.g. 4g32); "
+        "4s50, 16s50: with 50%% zeros (default with a recipe that prunes: 0, 20, 40, 50, 60, 70%% at its bits)",
     )
     budget.add_argument(
-        "--sensitivity", choices=("kl", "scaled", "hessian"), default="kl",
+        "--sensitivity", choices=("kl", "scaled", "hessian", "owl"), default="kl",
         help="kl: divergence of the model's output with this layer alone quantized (default); scaled: the same at one "
         "width, scaled to the others by the layer's output error, several times faster; hessian: that error alone, "
-        "which says little of what the model loses",
+        "which says little of what the model loses; owl: blocks with more outliers get fewer zeros, for --budget 50%%",
     )  # fmt: skip
     budget.add_argument(
         "--sensitivity-rounding", choices=("nearest", "recipe"), default="nearest",
@@ -182,7 +186,7 @@ def run_budget(
         budget,
         args.out,
         settings=settings_of(args),
-        loss="hessian" if args.sensitivity == "hessian" else "kl",
+        loss=args.sensitivity if args.sensitivity in ("hessian", "owl") else "kl",
         measured=args.sensitivity_file,
         chosen=lambda assignment: _print_assignment(console, assignment, budget),
         **common,
@@ -201,9 +205,14 @@ def _print_assignment(console: Console, assignment: Assignment, budget: Budget) 
     console.print(table)
     counts = ", ".join(f"{count} at {width}" for width, count in assignment.counts().items())
     what = "KL divergence, nats a token" if assignment.loss == "kl" else "sum of relative output errors, squared"
+    zeros = f", {assignment.sparsity:.2%} of them zero, if zeros are left out" if assignment.sparsity else ""
+    takes = f"takes        {assignment.bits_per_weight:.3f} bits a weight{zeros}, {assignment.size / 1e6:,.1f} MB"
+    if assignment.loss == "owl":
+        console.print(f"chosen       {counts}\n{takes}", highlight=False, soft_wrap=True)
+        return
     console.print(
         f"chosen       {counts} bits\n"
-        f"takes        {assignment.bits_per_weight:.3f} bits a weight, {assignment.size / 1e6:,.1f} MB\n"
+        f"{takes}\n"
         f"predicted    {total:.4f} ({what}, if losses add up and layers round no better than while measuring)",
         highlight=False,
         soft_wrap=True,
@@ -220,6 +229,10 @@ def run_sweep(args: argparse.Namespace, console: Console) -> int:
     if given or args.statistics:
         flag = given[0] if given else "statistics"
         raise ParetoError(f"--{flag.replace('_', '-')} does not go with --sweep; put it under grid or variants instead")
+    if args.sensitivity == "owl":
+        raise ParetoError(
+            "--sensitivity owl does not go with --sweep, whose budgets are measured; compress with it alone"
+        )
     sweep = load_sweep(args.sweep, args.recipe or "gptq-w4")
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

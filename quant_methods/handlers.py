@@ -213,7 +213,12 @@ def prunes(
     """Register the function that performs a prune step; see :class:`Pruner`."""
 
     def decorate(function: Prune) -> Prune:
-        PRUNERS[step_type] = Pruner(function, needs_hessian, needs_upstream, and_round)
+        PRUNERS[step_type] = Pruner(
+            function,
+            lambda step: step.refit or needs_hessian(step),
+            lambda step: needs_upstream(step) or (step.refit and getattr(step, "upstream", True)),
+            and_round,
+        )
         return function
 
     return decorate

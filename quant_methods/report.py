@@ -21,7 +21,7 @@ class LayerReport:
         relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
             that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
             tuning, which has the whole model's error in view.
-        zeros: of a pruned layer, the weights that read back as zero, counted in the tensors that are written.
+        zeros: of a pruned layer, the weights that read back as zero, counted in the weights or codes that are written.
 
     """
 

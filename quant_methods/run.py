@@ -303,7 +303,8 @@ class Run:
             bits = self.solver.storage.bits_per_weight(name, tensors, step, (rows, columns))
         zeros = None
         if name in self.plan.prunes:
-            stored = self.solver.storage.unpack(name, tensors, step).read() if step else tensors[f"{name}.weight"]
+            # Of the codes: a low-rank product beside them is dense.
+            stored = self.solver.storage.unpack(name, tensors, step).read_bulk() if step else tensors[f"{name}.weight"]
             zeros = int((stored == 0).sum())
         return LayerReport(name, (rows, columns), bits, errors[name], zeros)
 

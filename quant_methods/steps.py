@@ -13,7 +13,7 @@ A recipe's steps come in the order of their kinds:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from kv_cache.errors import ParetoError
@@ -98,6 +98,7 @@ class PruneStep(Step):
         sparsity: fraction of the weights that become zero, ``LEAST_SPARSITY`` to ``MOST_SPARSITY``.
         pattern: where they lie: ``any`` place, or ``N:M``, where N of M neighbouring input channels keep their weight.
         targets: globs over module names; the first step that matches a layer prunes it.
+        refit: the weights that are left are fitted to what the layer put out before (``refit.py``).
 
     """
 
@@ -106,6 +107,7 @@ class PruneStep(Step):
     sparsity: float = 0.5
     pattern: str = "any"
     targets: tuple[str, ...] = ("*",)
+    refit: bool = False
 
     @property
     def rounding(self) -> RoundStep | None:
@@ -156,10 +158,11 @@ class PruneStep(Step):
                 f"{step.method} rounds to {step.bulk_form.part.what}, which need not hold a zero, so that "
                 f"{self.method}'s zeros would be lost; round to a grid instead, e.g. {{method: gptq}}"
             )
-        if not step.plain:
-            what, setting = ("outlier channels", "outliers") if step.outliers else ("a low-rank product", "rank")
+        # A product beside the codes leaves the codes' zeros what they are, and makes up for them.
+        if not replace(step, rank=0).plain:
             raise ParetoError(
-                f"{step.method} adds {what} to its codes, which would fill {self.method}'s zeros; leave {setting} out"
+                f"{step.method} adds outlier channels to its codes, which would fill {self.method}'s zeros; leave "
+                "outliers out"
             )
 
 

@@ -34,6 +34,7 @@ from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.methods.feedback import Groups, Kept, feed_back
+from quant_methods.methods.refit import refit
 from quant_methods.steps import RoundStep
 from quant_methods.symmetric import mean_square
 
@@ -208,11 +209,8 @@ def solve(
     else:
         order = torch.arange(weight.shape[1], device=weight.device)
     if kept is not None:
-        # First without rounding, so that the channels that come early know of zeros in those that come late.
-        pruning = Kept(kept.T[order], weight.dtype)
-        feed_back(weight, hessian, order, pruning)
-        assert pruning.weight is not None
-        weight = torch.empty_like(weight).index_copy_(1, order, pruning.weight.T)
+        # Of what codes on the support lose, the distance to the best weights there is all that they can help.
+        weight = refit(weight, weight * kept, kept, hessian)
     if act_order:
         ranges = ranges or fit(weight, grid, hessian, search, scale_dtype)
     if ranges is not None:

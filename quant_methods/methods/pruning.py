@@ -15,9 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_methods.handlers import LinearProblem, prunes, register
-from quant_methods.methods.gptq import finite
+from quant_methods.handlers import PRUNERS, LinearProblem, prunes, register
+from quant_methods.methods.gptq import GPTQ, UPSTREAM_DAMPING, aim, factorize, finite
+from quant_methods.methods.refit import refit
 from quant_methods.steps import PruneStep
+
+
+def pruned(step: PruneStep, problem: LinearProblem) -> Tensor:
+    """Return a layer's weight as any prune step leaves it, what is left fitted if the step says so.
+
+    Raises:
+        ParetoError: the Hessian is not finite.
+
+    """
+    found = PRUNERS[type(step)].prune(step, problem)
+    if not step.refit:
+        return found
+    hessian = factorize(finite(problem), getattr(step, "damping", GPTQ.damping))[0]
+    target = aim(problem, getattr(step, "upstream_damping", UPSTREAM_DAMPING))
+    return refit(target, found, found != 0, hessian)
 
 
 @register("magnitude")

@@ -10,6 +10,7 @@ reached, on weights that have absorbed the error so far.
 
 With ``bits`` the same pass rounds the weights that stay (section 3.5): later channels absorb both errors at once. A
 group's grid is fitted when its first channel is reached, on its weights with the zeros that they would have by then.
+With ``refit`` too, that pass only chooses the zeros; what is left is then fitted to them and rounded in a second pass.
 
 ``upstream`` is as in ``gptq.py``: it goes beyond the paper.
 """
@@ -34,6 +35,7 @@ from quant_methods.methods.gptq import (
     factorize,
     finite,
     layer_of,
+    solve,
 )
 from quant_methods.methods.pruning import least
 from quant_methods.steps import PruneStep
@@ -102,8 +104,21 @@ def prune_and_round(step: SparseGPT, rounding: GPTQ, problem: LinearProblem) -> 
     weight, hessian = _prepared(step, problem)
     order = torch.arange(weight.shape[1], device=weight.device)
     groups = Groups.unfitted(weight, rounding.grid, order, (hessian, rounding.search, problem.scale_dtype))
-    feed_back(weight, hessian, order, Choosing(step, weight, finite(problem).diagonal() <= 0, groups))
-    return layer_of(*groups.result(), rounding, problem.scale_dtype)
+    choosing = Choosing(step, weight, finite(problem).diagonal() <= 0, groups)
+    feed_back(weight, hessian, order, choosing)
+    found = groups.result()
+    if step.refit:
+        # The zeros are known now, so that channels can come in any order.
+        found = solve(
+            weight,
+            hessian,
+            rounding.grid,
+            act_order=True,
+            search=rounding.search,
+            scale_dtype=problem.scale_dtype,
+            kept=choosing.kept.T,
+        )
+    return layer_of(*found, rounding, problem.scale_dtype)
 
 
 @prunes(

@@ -9,7 +9,11 @@ other ingredients are settings of a weight step: groups of weights, and 8-bit ac
 The paper's decomposition finds the least ``||E - L||^2`` (``rank_metric: weights``). ``rank_metric: activations``
 differs: it finds the least error of the layer's output, ``||(E - L) X||^2``, from the decomposition of ``E C`` with
 ``H = C C^T``, as ``L = (E C)_m C^-1`` (Saha et al., "Compressing Large Language Models using Low Rank and Low Precision
-Decomposition", 2024, https://arxiv.org/abs/2405.18886, section 4, have the like).
+Decomposition", 2024, https://arxiv.org/abs/2405.18886, section 4, have the like). After a prune step E is what pruning
+and rounding took together: EoRA (Liu et al., "EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace
+Low-Rank Approximation", 2024, https://arxiv.org/abs/2410.21271) projects with the eigenvectors of H where this takes C,
+which finds the same product, since ``||M C|| = ||M H^1/2||``. SLiM (Mozaffari et al., 2024,
+https://arxiv.org/abs/2410.09615) weighs with the mean size of each input alone.
 """
 
 from __future__ import annotations
@@ -37,12 +41,18 @@ def compensate(
     step: RoundStep, problem: LinearProblem, solve: Callable[[Any, LinearProblem], QuantizedLinear]
 ) -> QuantizedLinear:
     """Let ``solve`` quantize one layer, and add what makes up for its error; see ``handlers.LinearProblem``."""
+    # Of a pruned layer the error is all that pruning and rounding took.
+    whole = problem.weight if problem.dense is None else problem.dense
     if problem.hessian is not None:
         # The error is what is missing from the weight that the step really aims at.
-        problem = dataclasses.replace(
-            problem, weight=aim(problem, getattr(step, "upstream_damping", UPSTREAM_DAMPING)), cross=None, residual=None
-        )
-    target = problem.weight.clone()
+        given = dataclasses.replace(problem, weight=whole)
+        whole = aim(given, getattr(step, "upstream_damping", UPSTREAM_DAMPING))
+        problem = dataclasses.replace(problem, cross=None, residual=None)
+    if problem.dense is None:
+        problem = dataclasses.replace(problem, weight=whole)
+    else:
+        problem = dataclasses.replace(problem, dense=whole)
+    target = whole.clone()
     linear = solve(step, problem)
     metric: Tensor | None = None
     if problem.hessian is not None and step.rank_metric == "activations":

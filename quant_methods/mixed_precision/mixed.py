@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import Decoder
@@ -18,15 +20,16 @@ from quant_methods.checkpoints.checkpoint import full_disk_explained
 from quant_methods.compress import compress, prepare, work_of
 from quant_methods.fused import is_expert
 from quant_methods.mixed_precision.budget import Assignment, Budget, Loss, assign, mixed_recipe
+from quant_methods.mixed_precision.owl import by_outliers, check_owl
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings, read_units
 from quant_methods.mixed_precision.sensitivity_plot import plot
-from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
+from quant_methods.mixed_precision.units import PERCENTS, WIDTHS, Unit, Width, unmeasured
 from quant_methods.model_source import digest, fingerprint
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.report import Report
 from quant_methods.run import MEASURES, KVBits, Progress
-from quant_methods.steps import TransformStep
+from quant_methods.steps import PruneStep, TransformStep
 from quant_methods.stock_vllm import Serving
 from quant_methods.work_folder import locked
 
@@ -84,10 +87,15 @@ def compress_to_budget(
         kv_bits.check(decoder, recipe)
     for line in plan.notes:
         say(line)
-    units, key = _measures(
-        model_dir, decoder, plan, recipe, settings, measured=measured, text=text, out=out, progress=progress
-    )
-    assignment = assign(units, plan, decoder.source, budget, loss)
+    sequences = functools.partial(_sequences, model_dir, decoder, recipe, settings, text, progress)
+    if loss == "owl":
+        key, assignment = "", by_outliers(decoder, plan, sequences(), budget, progress)
+    else:
+        units, key = _measures(
+            model_dir, decoder, plan, recipe, settings, measured=measured, tokens=sequences(), out=out,
+            progress=progress,
+        )  # fmt: skip
+        assignment = assign(units, plan, decoder.source, budget, loss)
     chosen(assignment)
     mixed = mixed_recipe(recipe, plan, assignment, budget)
     document = {
@@ -101,8 +109,9 @@ def compress_to_budget(
     }
     attachments = {
         JSON_FILE: (json.dumps(document, indent=2) + "\n").encode(),
-        PLOT_FILE: plot(assignment, f"{model_dir.name}, {recipe.name}, budget {budget.text}"),
     }
+    if loss != "owl":
+        attachments[PLOT_FILE] = plot(assignment, f"{model_dir.name}, {recipe.name}, budget {budget.text}")
     report = compress(
         model,
         mixed,
@@ -139,13 +148,21 @@ def check_budget(
 
     """
     model_dir, decoder, plan = prepare(model, recipe, out, device=device, overwrite=overwrite)
-    if not plan.steps:
-        raise ParetoError(f"recipe {recipe.name} has no step that rounds weights, so a budget has nothing to choose")
-    if plan.prunes:
-        method = next(iter(plan.prunes.values())).method
+    if not plan.changed:
         raise ParetoError(
-            f"recipe {recipe.name}: {method} prunes weights, and a budget measures rounding alone; leave --budget or "
-            f"{method} out"
+            f"recipe {recipe.name} has no step that rounds or prunes weights, so a budget has nothing to choose"
+        )
+    if plan.prunes and plan.steps and set(plan.prunes) != set(plan.steps):
+        odd = min(set(plan.prunes) ^ set(plan.steps))
+        raise ParetoError(
+            f"recipe {recipe.name}: {odd} is pruned or rounded and not both, and a budget chooses for layers that are "
+            "changed alike; give the steps the same targets, and ignore layers that no group size fits"
+        )
+    if not plan.prunes and (budget.sparsity is not None or loss == "owl"):
+        what = "owl" if loss == "owl" else f"budget {budget.text}"
+        raise ParetoError(
+            f"recipe {recipe.name} prunes nothing, and {what} says where "
+            "zeros go; add a prune step, e.g. {method: sparsegpt}, or give bits such as 4.25bits"
         )
     if (step := next((step for step in plan.steps.values() if not step.plain), None)) is not None:
         raise ParetoError(
@@ -153,6 +170,9 @@ def check_budget(
             "alone; use a recipe that rounds to a grid and nothing else"
         )
     settings = dataclasses.replace(settings, kl=settings.kl and loss == "kl", widths=usable(settings, plan))
+    if loss == "owl":
+        check_owl(plan, budget)
+        return model_dir, decoder, plan, settings
     blank = [unit for index in range(len(decoder.blocks)) for unit in unmeasured(decoder, plan, index, settings.widths)]
     assign(blank, plan, decoder.source, budget, loss)
     return model_dir, decoder, plan, settings
@@ -167,8 +187,21 @@ def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:
     """
     widths = set()
     experts = any(map(is_expert, plan.steps))
-    for width in settings.widths:
+    asked = settings.widths
+    if plan.prunes and asked == WIDTHS:
+        bits = {step.bits for step in plan.steps.values()} or {16}
+        asked = tuple(Width(each, None, percent) for each in bits for percent in PERCENTS)
+    if plan.prunes and not any(width.percent for width in asked):
+        method = next(iter(plan.prunes.values())).method
+        raise ParetoError(f"{method} prunes weights, and no width of --widths has zeros, such as 4s50; add some")
+    for width in asked:
         try:
+            if width.percent:
+                pruning: list[PruneStep | None] = [*plan.prunes.values()]
+                for prune in pruning or [None]:
+                    width.prune(prune)
+            if width.bits != 16 and not plan.steps:
+                raise ParetoError("the recipe has no step that rounds; use 16 bits, such as 16s50, or add one")
             steps = [width.step(step) for step in set(plan.steps.values())] if width.bits != 16 else []
             if experts and Serving.of(steps).plugin:
                 raise ParetoError(
@@ -177,9 +210,32 @@ def usable(settings: Settings, plan: Plan) -> tuple[Width, ...]:
                 )
             widths.add(width)
         except ParetoError as error:
-            if settings.widths != WIDTHS:
+            if asked != WIDTHS:
                 raise ParetoError(f"width {width}: {error}") from error
-    return tuple(sorted(widths, key=lambda width: (width.bits, -(width.group_size or 10**6))))
+    return tuple(sorted(widths, key=lambda width: width.rank))
+
+
+def _sequences(
+    model_dir: Path,
+    decoder: Decoder,
+    recipe: Recipe,
+    settings: Settings,
+    text: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Tensor:
+    """Return the sequences [number, length] that measuring takes of those that the compression will use."""
+    data = recipe.calibration
+    needed = min(data.num_samples, settings.hessian_sequences + settings.kl_sequences)
+    return load_sequences(
+        model_dir,
+        None if text is None else Path(text),
+        # Samples depend on how many there are.
+        data.num_samples if text is None else needed,
+        data.length,
+        data.seed,
+        device=str(decoder.device),
+        progress=lambda done, steps: progress(0, len(decoder.blocks), f"sampling text, {100 * done // steps}%"),
+    )[:needed]
 
 
 def _measures(
@@ -190,24 +246,16 @@ def _measures(
     settings: Settings,
     *,
     measured: Path | None,
-    text: str | os.PathLike[str] | None,
+    tokens: Tensor,
     out: Path,
     progress: Progress,
 ) -> tuple[list[Unit], str]:
     """Return every unit's measures, taken from a file, from the state directory or now; and their key."""
-    data = recipe.calibration
-    total = len(decoder.blocks)
-    needed = min(data.num_samples, settings.hessian_sequences + settings.kl_sequences)
-    tokens = load_sequences(
-        model_dir,
-        None if text is None else Path(text),
-        # Samples depend on how many there are: take the first of those that the compression will use.
-        data.num_samples if text is None else needed,
-        data.length,
-        data.seed,
-        device=str(decoder.device),
-        progress=lambda done, steps: progress(0, total, f"sampling text, {100 * done // steps}%"),
-    )[:needed]
+    pruning: dict[str, dict[str, object]] = {
+        name: {"method": step.method, **dataclasses.asdict(step)} for name, step in plan.prunes.items()
+    }
+    for values in pruning.values():
+        del values["targets"], values["sparsity"]
     steps = {name: {"method": step.method, **dataclasses.asdict(step)} for name, step in plan.steps.items()}
     for values in steps.values():
         del values["targets"], values["bits"]
@@ -216,6 +264,7 @@ def _measures(
             "model": fingerprint(model_dir),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "steps": steps,
+            **({"pruning": pruning} if pruning else {}),
             # What happens to the rounded model later changes no measure.
             "before": [
                 data

@@ -17,7 +17,7 @@ the state directory, which an interrupted run takes up.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,10 +33,11 @@ from quant_methods.checkpoints.checkpoint import write_json
 from quant_methods.checkpoints.quality import divergence
 from quant_methods.formats.grid import Search, dequantize, expand, fit, round_to_grid
 from quant_methods.handlers import HANDLERS, LinearProblem
+from quant_methods.methods.pruning import Wanda, pruned
 from quant_methods.methods.scaling import ScaledBlock, scale_block
 from quant_methods.mixed_precision.units import WIDTHS, Unit, Width, unmeasured
 from quant_methods.plan import Plan
-from quant_methods.steps import RoundStep
+from quant_methods.steps import PruneStep, RoundStep
 from quant_methods.symmetric import mean_square
 
 Rounding = Literal["nearest", "recipe"]
@@ -57,8 +58,8 @@ class Settings:
             quadratic in the error, whose direction differs little between widths.
         kl_sequences: calibration sequences for it.
         hessian_sequences: calibration sequences for H; other ones, if there are enough.
-        rounding: ``nearest`` rounds every layer to nearest, ranges clipped for the least weighted error; ``recipe`` as
-            the recipe's step does, which costs as much as a compression for each width.
+        rounding: ``nearest`` rounds every layer to nearest, ranges clipped for the least weighted error, and prunes by
+            Wanda; ``recipe`` as the recipe's steps do, which costs as much as a compression for each width.
 
     """
 
@@ -106,7 +107,7 @@ class Sensitivity:
         assert total, "calibration data is never empty"
         self.total = len(decoder.blocks)
         self.progress = progress
-        self.measured = [width for width in settings.widths if width.bits != 16]
+        self.measured = [width for width in settings.widths if not width.whole]
         # Scaled from few bits, where the divergence is large against the arithmetic's rounding, but still quadratic.
         self.heard_at = self.measured
         if settings.scaled:
@@ -190,18 +191,21 @@ class Sensitivity:
                     raise ParetoError(f"{self.decoder.name(index, local)} never runs on the calibration set; ignore it")
                 place = position[local]
                 if place not in known:
-                    known |= self._statistics(index, block, seen, stages, place)
+                    known |= statistics_of(self.decoder, index, block, seen, stages, place)
             for width in self.measured:
                 self.progress(index, self.total, f"block {index + 1}/{self.total}: {group[0]} in {width} bits")
                 lost, whole = 0.0, 0.0
                 inputs = [weight.shape[1] for weight in original.values()]
-                steps = width.steps_of(self.plan.steps[unit.layers[0]], unit.layers, inputs)
+                steps: Sequence[RoundStep | None] = [None] * len(group)
+                if width.bits != 16:
+                    steps = width.steps_of(self.plan.steps[unit.layers[0]], unit.layers, inputs)
+                prune = width.prune(self.plan.prunes.get(unit.layers[0])) if width.percent else None
                 for name, step, (local, weight) in zip(unit.layers, steps, original.items(), strict=True):
                     statistics = known[position[local]]
                     # An expert that no token was sent to: all its inputs count alike, and its error does not.
                     hessian = torch.eye(weight.shape[1]).to(weight) if statistics is None else statistics.hessian
                     share = 0.0 if statistics is None else statistics.share
-                    rounded = self._rounded(name, step, weight, hessian)
+                    rounded = self._stored(name, prune, step, weight, hessian)
                     weights[local].copy_(rounded)
                     lost += share * mean_square(rounded - weight, hessian)
                     whole += share * mean_square(weight, hessian)
@@ -214,20 +218,22 @@ class Sensitivity:
                 weights[local].copy_(weight)
         return errors, variants
 
-    def _statistics(
-        self, index: int, block: nn.Module, seen: Tensor, stages: list[Stage], place: int
-    ) -> dict[int, Statistics | None]:
-        """Return the statistics of a stage's inputs by its position; of an expert's stage, those of the whole wave."""
-        wave = stages[place].wave
-        if wave is not None:
-            return expert_statistics(self.decoder, index, block, seen, stages=stages, wave=wave)
-        return {place: stage_statistics(self.decoder, index, block, seen, stages=stages, position=place)}
-
-    def _rounded(self, name: str, step: RoundStep, weight: Tensor, hessian: Tensor) -> Tensor:
+    def _stored(
+        self, name: str, prune: PruneStep | None, step: RoundStep | None, weight: Tensor, hessian: Tensor
+    ) -> Tensor:
+        """Return a layer's weight as it would read back."""
         dtype = torch.float16 if self.decoder.source.dtype(f"{name}.weight") == torch.float16 else torch.bfloat16
-        if self.settings.rounding == "recipe":
-            problem = LinearProblem(name, weight.clone(), hessian, None, None, dtype)
+        recipe = self.settings.rounding == "recipe"
+        problem = LinearProblem(name, weight.clone(), hessian, None, None, dtype)
+        if prune is not None:
+            # As rounding to nearest stands for any rounding, Wanda does for any pruning.
+            quick = prune if recipe else Wanda(sparsity=prune.sparsity)
+            problem.weight, problem.dense = pruned(quick, problem), problem.weight
+        if step is None:
+            return problem.weight
+        if recipe:
             return HANDLERS[type(step)].quantize(step, problem).read()
+        weight = problem.weight
         # Clipping gains little where codes are many, and its search is most of the time here.
         search: Search = "mse" if step.bits < CLIPPED_BELOW else "minmax"
         scale, zero = fit(weight, step.grid, hessian, search, dtype)
@@ -274,6 +280,16 @@ class Sensitivity:
             ]
             units.append(replace(unit, choices=tuple(choices)))
         return units
+
+
+def statistics_of(
+    decoder: Decoder, index: int, block: nn.Module, seen: Tensor, stages: list[Stage], place: int
+) -> dict[int, Statistics | None]:
+    """Return the statistics of a stage's inputs by its position; of an expert's stage, those of the whole wave."""
+    wave = stages[place].wave
+    if wave is not None:
+        return expert_statistics(decoder, index, block, seen, stages=stages, wave=wave)
+    return {place: stage_statistics(decoder, index, block, seen, stages=stages, position=place)}
 
 
 def read_units(path: Path, key: str, settings: Settings) -> list[Unit] | None:

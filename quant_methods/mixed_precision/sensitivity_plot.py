@@ -17,7 +17,7 @@ def plot(assignment: Assignment, title: str) -> bytes:
     figure = Figure(figsize=(min(5 + 0.22 * len(units), 16), 6.4), layout="constrained", dpi=130)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     chosen = [choice.width for choice in assignment.chosen]
-    widths = [choice.width for choice in units[0].choices if Width.parse(choice.width).bits != 16]
+    widths = [choice.width for choice in units[0].choices if not Width.parse(choice.width).whole]
     colours = {width: COLOURS[i % len(COLOURS)] for i, width in enumerate(widths)}
     for i, width in enumerate(widths):
         losses = [_loss(unit, width, assignment.loss) for unit in units]

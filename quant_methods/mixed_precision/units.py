@@ -14,7 +14,7 @@ from quant_methods.calibration.calibrator import Decoder
 from quant_methods.fused import experts_of, families
 from quant_methods.group_sizes import fitted
 from quant_methods.plan import Plan
-from quant_methods.steps import RoundStep
+from quant_methods.steps import PruneStep, RoundStep
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,44 @@ class Width:
     Attributes:
         bits: a code's; 16 for a layer left alone.
         group_size: input channels that share a scale; None for the recipe's.
+        percent: of its weights that a prune step makes zero.
 
     """
 
     bits: int
     group_size: int | None = None
+    percent: float = 0
 
     def __str__(self) -> str:
         """Return what ``parse`` takes."""
-        return f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
+        text = f"{self.bits}" if self.group_size is None else f"{self.bits}g{self.group_size}"
+        return f"{text}s{self.percent:.10g}" if self.percent else text
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer is left alone."""
+        return self.bits == 16 and not self.percent
+
+    @property
+    def rank(self) -> tuple[int, int, float]:
+        """What widths are sorted by: few bits first, large groups first, many zeros first."""
+        return self.bits, -(self.group_size or 10**6), -self.percent
 
     @staticmethod
     def parse(text: str) -> Width:
-        """Return the width that ``4`` or ``4g32`` (4 bits in groups of 32) means.
+        """Return the width that ``4``, ``4g32`` (4 bits in groups of 32) or ``4s50`` (half of the weights zero) means.
 
         Raises:
             ParetoError: it means none.
 
         """
-        match = re.fullmatch(r"(\d+)(?:g(\d+))?", text)
+        match = re.fullmatch(r"(\d+)(?:g(\d+))?(?:s(\d+(?:\.\d+)?))?", text)
         if not match or (int(match[1]) == 16 and match[2]):
-            raise ParetoError(f"width {text!r}: expected bits, or bits and a group size, such as 4 or 4g32; or 16")
-        return Width(int(match[1]), int(match[2]) if match[2] else None)
+            raise ParetoError(
+                f"width {text!r}: expected bits, or bits and a group size, such as 4 or 4g32; or 16; each also with "
+                "the percentage of zeros, such as 4s50"
+            )
+        return Width(int(match[1]), int(match[2]) if match[2] else None, float(match[3] or 0))
 
     def step(self, base: RoundStep) -> RoundStep:
         """Return a recipe's step at this width.
@@ -60,6 +76,42 @@ class Width:
             changed = replace(changed, group_size=self.group_size)
         changed.check()
         return changed
+
+    def prune(self, base: PruneStep | None) -> PruneStep:
+        """Return a recipe's prune step at this share of zeros.
+
+        Raises:
+            ParetoError: there is no such step, or it cannot have it.
+
+        """
+        if base is None:
+            raise ParetoError(
+                f"width {self} has zeros, and the recipe has no step that prunes; put one before the step that rounds, "
+                "e.g. {method: sparsegpt}"
+            )
+        if base.pattern != "any" or base.rounding is not None:
+            given, instead = ("bits", "let gptq follow") if base.rounding else ("pattern", "leave it out")
+            raise ParetoError(
+                f"{base.method}: a budget chooses how many zeros a layer has; {given} fixes it: {instead}"
+            )
+        changed = replace(base, sparsity=self.percent / 100)
+        changed.check()
+        return changed
+
+    def stored(self, dense: int, weights: int, bits: int) -> int:
+        """Return the bits that a layer takes where zeros are left out: those there are, and a bitmap of their places.
+
+        Args:
+            dense: bits that it takes with all weights stored.
+            weights: how many these are.
+            bits: that each takes, scales aside.
+
+        """
+        return dense if not self.percent else dense + weights - self.zeros(weights) * bits
+
+    def zeros(self, weights: int) -> int:
+        """Return how many of some weights are zero."""
+        return round(weights * self.percent / 100)
 
     def steps_of(self, base: RoundStep, names: Sequence[str], inputs: Sequence[int]) -> list[RoundStep]:
         """Return the steps of a unit's layers at this width, their group size fitted to all of them.
@@ -88,6 +140,8 @@ class Width:
 
 
 WIDTHS = tuple(map(Width, (3, 4, 5, 6, 8, 16)))
+PERCENTS = (0, 20, 40, 50, 60, 70)
+"""Zeros that a layer of a recipe that prunes may have, unless widths are named."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +150,7 @@ class Choice:
 
     Attributes:
         width: the width, as ``Width.parse`` takes it.
-        stored: bits of storage, scales and zero-points included.
+        stored: bits of storage, scales, zero-points and the places of zeros included.
         error: relative output error, squared: ``tr(E H E^T) / tr(W H W^T)`` summed over the unit's layers.
         kl: KL divergence of the model's output, nats a token; None if not measured.
 
@@ -141,20 +195,23 @@ def unmeasured(decoder: Decoder, plan: Plan, index: int, widths: tuple[Width, ..
         names = tuple(decoder.name(index, local) for local in group)
         shapes = [linears[local].weight.shape for local in group]
         choices = []
+        weights = sum(shape.numel() for shape in shapes)
         for width in widths:
             if width.bits == 16:
                 stored = 8 * sum(decoder.source.size_of(f"{name}.weight") for name in names)
+                each = stored // weights
             else:
                 steps = width.steps_of(plan.steps[names[0]], names, [shape[1] for shape in shapes])
                 stored = sum(stored_bits(step, shape) for step, shape in zip(steps, shapes, strict=True))
-            choices.append(Choice(str(width), stored, 0.0, 0.0))
-        units.append(Unit(common_name(names), names, sum(shape.numel() for shape in shapes), tuple(choices)))
+                each = width.bits
+            choices.append(Choice(str(width), width.stored(stored, weights, each), 0.0, 0.0))
+        units.append(Unit(common_name(names), names, weights, tuple(choices)))
     return units
 
 
 def units_of(decoder: Decoder, plan: Plan, index: int) -> list[list[str]]:
-    """Return the local names of a block's quantized layers, those that vLLM merges together."""
-    return families(name for name in decoder.linears(index) if decoder.name(index, name) in plan.steps)
+    """Return the local names of a block's layers that the plan changes, those that vLLM merges together."""
+    return families(name for name in decoder.linears(index) if decoder.name(index, name) in plan.changed)
 
 
 def stored_bits(step: RoundStep, shape: torch.Size) -> int:

@@ -16,8 +16,6 @@ from quant_methods.methods.pruning import Magnitude, Wanda
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
-from quant_methods.mixed_precision.budget import Budget
-from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.overrides import override
 from quant_methods.steps import PruneStep, Step
 from tests.quant_methods.test_compress import W4, Interrupted, contents, recipe
@@ -57,8 +55,13 @@ def test_pruned_weights_are_stored_densely_with_their_zeros(
 
 @pytest.mark.parametrize(
     "steps",
-    [(Magnitude(),), (SparseGPT(), W4), (SparseGPT(bits=4, group_size=64, pattern="2:4"),)],
-    ids=["pruned", "then rounded", "in one pass"],
+    [
+        (Magnitude(),),
+        (Magnitude(refit=True),),
+        (SparseGPT(), W4),
+        (SparseGPT(bits=4, group_size=64, pattern="2:4", refit=True),),
+    ],
+    ids=["pruned", "fitted", "then rounded", "with bits"],
 )
 @pytest.mark.parametrize("moment", ["block 2/3", "writing the checkpoint"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
@@ -114,6 +117,7 @@ def test_the_kind_of_weights_is_that_of_the_original(tiny_model: Path, text_file
         (SparseGPT(pattern="2:4"), W4),
         (SparseGPT(pattern="2:4"), RTN(bits=4, group_size=64, symmetric=False)),
         (SparseGPT(pattern="2:4", bits=4, group_size=128, symmetric=False),),
+        (SparseGPT(pattern="2:4", bits=4, group_size=128, symmetric=False, refit=True),),
     ],
     ids=lambda steps: "-".join(step.method for step in steps),
 )
@@ -135,6 +139,17 @@ def test_what_was_pruned_and_rounded_reads_back_with_its_zeros(
     # What is stored travels with the checkpoint.
     told = json.loads((tmp_path / "out" / RECIPE_FILE).read_text())["sparsity"]
     assert told == {"all": report.sparsity, **{x.name: x.zeros / (x.shape[0] * x.shape[1]) for x in report.layers}}
+
+
+def test_a_product_beside_the_codes_leaves_their_zeros(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    steps = Wanda(pattern="2:4"), dataclasses.replace(W4, rank=4)
+    report = compress(tiny_model, recipe(*steps), tmp_path / "out", text=text_file)
+    assert report.serving.plugin
+    assert report.sparsity >= 0.5
+    plain = compress(tiny_model, recipe(steps[0], W4), tmp_path / "plain", text=text_file)
+    assert report.layers[0].relative_error < 0.95 * plain.layers[0].relative_error
+    model = load_reference(tmp_path / "out")
+    assert all((model.get_submodule(layer.name).weight == 0).float().mean() < 0.01 for layer in report.layers)
 
 
 def test_bits_go_to_the_step_that_rounds() -> None:
@@ -159,8 +174,6 @@ def test_what_does_not_go_together_is_one_clear_line(tiny_model: Path, tmp_path:
         SparseGPT(bits=9).check()
     with pytest.raises(ParetoError, match=r"damping: 2 is not in \(0, 1\]"):
         SparseGPT(damping=2).check()
-    with pytest.raises(ParetoError, match="magnitude prunes weights, and a budget measures rounding alone; leave"):
-        compress_to_budget(tiny_model, recipe(Magnitude(), W4), Budget.parse("4.5bits"), tmp_path / "out")
 
 
 def test_a_rotated_model_can_be_pruned(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from quant_methods.block_solver import solve
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.low_rank import LowRank
 from quant_methods.handlers import LinearProblem
-from quant_methods.methods.gptq import GPTQ, relative_error
+from quant_methods.methods.gptq import GPTQ, aim, factorize, relative_error
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.zeroquant import low_rank
 from quant_methods.steps import RoundStep
@@ -102,3 +102,25 @@ def test_it_goes_with_outlier_channels() -> None:
     assert relative_error(problem.weight, both, problem.hessian) < 0.95 * relative_error(
         problem.weight, plain, problem.hessian
     )
+
+
+@pytest.mark.parametrize("step", [RTN(bits=4, symmetric=False), GPTQ(bits=4, symmetric=False)], ids=["rtn", "gptq"])
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_after_pruning_it_makes_up_for_zeros_too(step: RoundStep, shift: float) -> None:
+    problem = given()
+    assert problem.hessian is not None
+    zeros = torch.zeros(64, 128, dtype=torch.bool)
+    zeros[:, ::2] = True
+    dense = problem.weight.clone()
+    cross = shift * problem.hessian
+    layer = dataclasses.replace(problem, weight=dense.masked_fill(zeros, 0), dense=dense, cross=cross)
+    result = solve(dataclasses.replace(step, rank=16), layer)
+    assert (result.read_bulk()[zeros] == 0).all()
+    # What is left is the rest of the decomposition of E H^1/2, as EoRA has it, up to 16-bit factors.
+    hessian = factorize(problem.hessian, 0.01)[0]
+    error = (aim(dataclasses.replace(problem, cross=cross)) - result.bulk.read()).double()
+    values, vectors = torch.linalg.eigh(hessian)
+    rest = torch.linalg.svdvals(error @ (vectors * values.sqrt()))[16:].square().sum().item()
+    left = error - (result.read() - result.bulk.read()).double()
+    assert ((left @ hessian) * left).sum().item() == pytest.approx(rest, rel=0.01)
+    assert torch.equal(problem.weight, dense)

@@ -209,9 +209,9 @@ def test_the_hessian_measure_needs_no_model_runs(tiny_model: Path, text_file: Pa
         ("4.1bits", r"less than the narrowest widths take \(4.250bits\)"),
         ("1MB", r"less than the narrowest widths take \(0.00\d+GB\)"),
         ("16bits", "leaves every layer at 16 bits"),
-        ("4.25", "expected bits a weight or a size"),
-        ("0bits", "expected bits a weight or a size"),
-        ("5 GBit", "expected bits a weight or a size"),
+        ("4.25", "expected bits a weight, a size, or a share of zeros"),
+        ("0bits", "expected bits a weight, a size, or a share of zeros"),
+        ("5 GBit", "expected bits a weight, a size, or a share of zeros"),
     ],
 )
 def test_budgets_that_cannot_be(

@@ -25,6 +25,7 @@ from quant_methods.sweeps.plot import family, frontier, labels
 from quant_methods.sweeps.sweep import SweepRun, markdown
 
 SMALL = "num_calibration_samples: [4], calibration_length: [32], kv_scales: [false]"
+SHIPPED = Path(__file__).parents[3] / "bench" / "sweeps"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,7 +175,7 @@ def test_numbers_of_marks_close_together_share_a_place() -> None:
         ("variants: [{recipe: rtn-w4, act_order: true}]", "--act-order: no step of recipe rtn-w4 has it"),
         ("variants: [rtn-w4]", "variants: expected a list of points"),
         ("variants: [{recipe: rtn-w5}]", "unknown recipe 'rtn-w5'"),
-        ("variants: [{budget: lots}]", "expected bits a weight or a size"),
+        ("variants: [{budget: lots}]", "expected bits a weight, a size, or a share of zeros"),
         ("variants: [{exempt: [middle]}]", "exempt: 'middle' is unknown"),
         ("grid: {bits: [4, 4]}", "bits=4 is the same as gptq-w4 bits=4; leave one out"),
         ("grid: {bits: [4]}\nevaluation: {text: nowhere.txt}", "evaluation: text: .*nowhere.txt: no such file"),
@@ -229,3 +230,9 @@ def test_points_name_what_they_change(tmp_path: Path) -> None:
     assert point.name == "gptq-w4 budget=4.25bits exempt=first+last"
     assert point.budget == Budget("4.25bits", bits=4.25)
     assert point.recipe.exempt == ("first", "last")
+
+
+@pytest.mark.parametrize("shipped", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_grids_that_ship_are_read(tmp_path: Path, shipped: Path) -> None:
+    written(tmp_path / "heldout.jsonl", "")
+    assert len(load_sweep(written(tmp_path / shipped.name, shipped.read_text()), "gptq-w4").points) > 5
