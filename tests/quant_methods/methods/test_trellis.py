@@ -102,7 +102,7 @@ def test_first_scales_make_room_for_large_weights_and_are_never_zero() -> None:
     weight[1, 5] = 8.0
     usual, wide = (float(scale) for scale in first_scales(weight, 4, 64)[:, 0])
     values = pair_values()
-    assert 1.0 <= usual * float(values.std() / weight[0].square().mean().sqrt()) / trellis.SPREAD < 1.5
+    assert 0.999 <= usual * float(values.std() / weight[0].square().mean().sqrt()) / trellis.SPREAD < 1.5
     assert wide * float(values.max()) > 0.8 * 8.0
     assert first_scales(torch.zeros(1, 64), 4, 64) > 0
 
