@@ -89,8 +89,9 @@ static inline factors factors_of(const pareto_trellis_search *a, int64_t pair) {
 }
 
 // The least costs of the overlaps of some vectors of branches and one rest, from `first` on.
-static inline __attribute__((always_inline)) void some(const pareto_trellis_search *a, const factors *f, int i, scratch *s, int first,
-                                                       floats *smallest, const int rest, const int wide, const int shared) {
+static inline __attribute__((always_inline)) void some(const pareto_trellis_search *a, const factors *f, int i,
+                                                       scratch *s, int first, floats *smallest, const int rest,
+                                                       const int wide, const int shared) {
     const int branches = 1 << 2 * a->bits;
     const floats zero = {0};
     floats best[SIDE][WIDE];
@@ -136,12 +137,13 @@ static void step(const pareto_trellis_search *a, const int64_t *pairs, const int
         shared &= f[t].w[1] == 1 && apart <= most && apart >= -most;
     }
     for (int rest = 0; rest < overlaps / branches; rest++) {
-        if (branches < WIDE * LANES)
-            for (int first = 0; first < branches; first += LANES)
-                shared ? some(a, f, i, s, first, smallest, rest, 1, 1) : some(a, f, i, s, first, smallest, rest, 1, 0);
-        else
-            for (int first = 0; first < branches; first += WIDE * LANES)
-                shared ? some(a, f, i, s, first, smallest, rest, WIDE, 1) : some(a, f, i, s, first, smallest, rest, WIDE, 0);
+        const int wide = branches < WIDE * LANES ? 1 : WIDE;
+        for (int first = 0; first < branches; first += wide * LANES) {
+            if (shared)
+                wide == 1 ? some(a, f, i, s, first, smallest, rest, 1, 1) : some(a, f, i, s, first, smallest, rest, WIDE, 1);
+            else
+                wide == 1 ? some(a, f, i, s, first, smallest, rest, 1, 0) : some(a, f, i, s, first, smallest, rest, WIDE, 0);
+        }
     }
     // Differences count alone, and small numbers have them exactly. In the next pair's units.
     for (int t = 0; t < SIDE; t++) {
