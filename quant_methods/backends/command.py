@@ -25,7 +25,7 @@ it (nothing is installed without that flag); later runs use it again.
   pareto compress ref-7m --backend autoawq --backend-python ~/awq/bin/python --out ref-7m-autoawq
 """
 # Flags for what only this package does.
-OWN_FLAGS = ("search", "upstream", "kv_scales", "budget", "kv_budget", "sweep", "statistics")
+OWN_FLAGS = ("search", "upstream", "refit", "kv_scales", "budget", "kv_budget", "sweep", "statistics")
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

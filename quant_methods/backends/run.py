@@ -106,7 +106,7 @@ def compress_with(
     Args:
         backend: the tool.
         model: an embedded model's name, a directory, or a hub name.
-        recipe: what to do; ``search``, ``upstream`` and ``kv_scales`` are this package's own and are left out.
+        recipe: what to do; ``search``, ``upstream``, ``refit`` and ``kv_scales`` are ours alone and are left out.
         out: directory of the checkpoint.
         text: calibration text (.txt or .jsonl); None lets the model write its own.
         device: torch device for the arithmetic.

@@ -50,8 +50,6 @@ def tool_settings(backend: Backend, recipe: Recipe) -> dict[str, Any]:
 def _pruning(step: PruneStep, where: str) -> dict[str, Any]:
     if step.rounding is not None:
         raise ParetoError(f"{where} does not round while it prunes; leave bits out and let gptq follow")
-    if step.refit:
-        raise ParetoError(f"{where} does not fit what pruning leaves; leave refit out")
     own = step if isinstance(step, SparseGPT) else None
     return {
         "prune": step.method,

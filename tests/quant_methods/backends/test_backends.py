@@ -334,6 +334,7 @@ def test_runners_and_locks_stand_alone() -> None:
     ("words", "message"),
     [
         (["--create-environment"], "--create-environment is for --backend, one of llm-compressor"),
+        (["--backend", "autoawq", "--refit"], "--refit: autoawq has no such thing"),
         (["--backend", "autoawq", "--search", "mse"], "--search: autoawq has no such thing"),
         (["--backend", "autoawq", "--kv-scales"], "--kv-scales: autoawq has no such thing"),
         (["--backend", "autoawq", "--symmetric"], "autoawq writes 4-bit codes with zero-points only"),
