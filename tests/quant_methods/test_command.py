@@ -118,7 +118,7 @@ def test_finds_widths_for_a_budget(
         (["--budget", "2bits", "--out", "x"], "less than the narrowest widths take (3.188bits); raise it"),
         (["--budget", "20bits", "--out", "x"], "leaves every layer at 16 bits"),
         (["--budget", "4bits", "--widths", "3", "9", "--out", "x"], "width 9: bits: 9 is not served"),
-        (["--budget", "4bits", "--recipe", "kv-scales", "--out", "x"], "has no step that rounds weights"),
+        (["--budget", "4bits", "--recipe", "kv-scales", "--out", "x"], "has no step that rounds or prunes weights"),
         (["--widths", "3", "--out", "x"], "--widths is for --budget; give both or neither"),
         (["--sweep", "missing.yaml", "--out", "x"], "sweep missing.yaml: No such file or directory"),
         (["--sweep", "g.yaml", "--bits", "4", "--out", "x"], "--bits does not go with --sweep; put it under grid"),
