@@ -66,9 +66,7 @@ class GPTQ(RoundStep):
     def check(self) -> None:
         """Refuse a damping that is no positive fraction, and what vLLM cannot serve."""
         super().check()
-        if not 0 < self.damping <= 1:
-            raise ParetoError(f"damping: {self.damping} is not in (0, 1]; the paper's value is 0.01")
-        check_upstream_damping(self.upstream_damping)
+        check_dampings(self.damping, self.upstream_damping, "the paper's value is 0.01")
 
 
 @handles(GPTQ, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
@@ -116,10 +114,17 @@ def finite(problem: LinearProblem) -> Tensor:
     return problem.hessian
 
 
-def check_upstream_damping(damping: float) -> None:
-    """Refuse a damping that is no sensible fraction."""
-    if not 0 < damping <= 100:
-        raise ParetoError(f"upstream_damping: {damping} is not in (0, 100]; {UPSTREAM_DAMPING:g} is good")
+def check_dampings(damping: float, upstream_damping: float, usual: str) -> None:
+    """Refuse dampings that are no sensible fractions; ``usual`` says what a good one is.
+
+    Raises:
+        ParetoError: one of them is not.
+
+    """
+    if not 0 < damping <= 1:
+        raise ParetoError(f"damping: {damping} is not in (0, 1]; {usual}")
+    if not 0 < upstream_damping <= 100:
+        raise ParetoError(f"upstream_damping: {upstream_damping} is not in (0, 100]; {UPSTREAM_DAMPING:g} is good")
 
 
 def aim(problem: LinearProblem, damping: float = UPSTREAM_DAMPING) -> Tensor:

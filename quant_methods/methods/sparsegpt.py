@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Search
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, prunes, register
@@ -31,7 +30,7 @@ from quant_methods.methods.gptq import (
     GPTQ,
     UPSTREAM_DAMPING,
     aim,
-    check_upstream_damping,
+    check_dampings,
     factorize,
     finite,
     layer_of,
@@ -89,9 +88,7 @@ class SparseGPT(PruneStep):
         super().check()
         if self.rounding is not None:
             self.rounding.check()
-        if not 0 < self.damping <= 1:
-            raise ParetoError(f"damping: {self.damping} is not in (0, 1]; the paper's value is 0.01")
-        check_upstream_damping(self.upstream_damping)
+        check_dampings(self.damping, self.upstream_damping, "the paper's value is 0.01")
 
 
 def prune_and_round(step: SparseGPT, rounding: GPTQ, problem: LinearProblem) -> QuantizedLinear:

@@ -32,7 +32,7 @@ from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.methods.feedback import feed_back
-from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, finite
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_dampings, factorize, finite
 from quant_methods.methods.kmeans import kmeans, nearest
 from quant_methods.steps import RoundStep
 
@@ -86,9 +86,7 @@ class SqueezeLLM(RoundStep):
             raise ParetoError(f"sparse: {self.sparse} is not in [0, 0.1); the paper's value is 0.0045")
         if self.refits < 0:
             raise ParetoError(f"refits: {self.refits} is negative; 2 is usual, and 0 keeps the tables of the k-means")
-        if not 0 < self.damping <= 1:
-            raise ParetoError(f"damping: {self.damping} is not in (0, 1]; 0.01 is usual")
-        check_upstream_damping(self.upstream_damping)
+        check_dampings(self.damping, self.upstream_damping, "0.01 is usual")
 
 
 @handles(SqueezeLLM, needs_hessian=lambda step: True, needs_upstream=lambda step: step.feedback and step.upstream)

@@ -30,7 +30,7 @@ from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, handles, register
 from quant_methods.kernels.trellis_search import search
 from quant_methods.methods.feedback import inverse_factor
-from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_upstream_damping, factorize, finite
+from quant_methods.methods.gptq import UPSTREAM_DAMPING, aim, check_dampings, factorize, finite
 from quant_methods.steps import RoundStep
 
 SPREAD = 1.1
@@ -87,9 +87,7 @@ class Trellis(RoundStep):
             raise ParetoError("trellis: weights are read as 16-bit numbers; leave activations at none")
         if self.outliers or self.rank:
             raise ParetoError("trellis: nothing lies beside the streams; leave outliers and rank out")
-        if not 0 < self.damping <= 1:
-            raise ParetoError(f"damping: {self.damping} is not in (0, 1]; 0.1 is usual")
-        check_upstream_damping(self.upstream_damping)
+        check_dampings(self.damping, self.upstream_damping, "0.1 is usual")
 
 
 @handles(Trellis, needs_hessian=lambda step: True, needs_upstream=lambda step: step.upstream)
@@ -133,6 +131,8 @@ def solve(
     width = columns if group_size == -1 else group_size
     scale = first_scales(weight, bits, width).to(scale_dtype).to(weight.dtype)
     order = _order(hessian)
+    # In one copy: each number asked of a GPU would wait for all of its work.
+    blocks = order[::TILE_CHANNELS].tolist()
     upper = inverse_factor(hessian, order).to(weight.dtype)
     work = weight[:, order].T.contiguous()
     streams = torch.empty(
@@ -145,7 +145,7 @@ def solve(
         stop = min(start + LATER, columns)
         for j in range(start, stop, TILE_CHANNELS):
             own = slice(j, j + TILE_CHANNELS)
-            channel = int(order[j])
+            channel = blocks[j // TILE_CHANNELS]
             by = scale[:, channel // width, None]
             current = work[own].T
             inverse = torch.linalg.solve_triangular(
