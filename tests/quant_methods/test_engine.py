@@ -6,9 +6,11 @@ On a CPU; where there is a CUDA device, on that instead, recipes that are for CU
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,8 +106,8 @@ def serving(recipe: Recipe) -> Serving:
 CUDA = torch.cuda.is_available()
 on_cpu = pytest.mark.skipif(CUDA, reason="vLLM serves on the CUDA device here")
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-PROCESSES = 4 if CUDA else 1
-"""That serve at once, with the plugin and without."""
+PROCESSES = max(4, len(os.sched_getaffinity(0)) // 3) if CUDA else 1
+"""That compress at once, and that serve at once, with the plugin and without."""
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
 STATIC = [name for name in CASES if any(step.static for step in CASES[name].rounding)]
@@ -152,15 +154,22 @@ def compressed(
 ) -> dict[str, Compressed]:
     """Compress by every recipe two blocks of ref-7m, and by layouts all six."""
     folder = tmp_path_factory.mktemp("compressed")
-    found: dict[str, Compressed] = {}
-    models = dict.fromkeys(LAYOUTS, resolve_model("ref-7m")) | dict.fromkeys(ON_OUTLIERS, planted)
+    models = dict.fromkeys(CASES, two_blocks) | dict.fromkeys(LAYOUTS, resolve_model("ref-7m"))
+    models |= dict.fromkeys(ON_OUTLIERS, planted)
+    jobs = [(models[name], recipe, folder / name, text_file) for name, recipe in CASES.items()]
+    if PROCESSES == 1:
+        return dict(zip(CASES, map(compress_case, jobs), strict=True))
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compress_case, jobs), strict=True))
+
+
+def compress_case(job: tuple[Path, Recipe, Path, Path]) -> Compressed:
+    """Compress a model by a recipe into a folder, with a text; in a process of its own, if need be, on one thread."""
+    model, recipe, out, text = job
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(HANDLERS, Parts, Handler(quantize))
-        for name, recipe in CASES.items():
-            model = models.get(name, two_blocks)
-            report = compress(model, recipe, folder / name, text=text_file)
-            found[name] = Compressed(model, recipe, folder / name, report)
-    return found
+        return Compressed(model, recipe, out, compress(model, recipe, out, text=text))
 
 
 @pytest.fixture(scope="module")
