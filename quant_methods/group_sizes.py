@@ -7,7 +7,7 @@ largest size that divides its width (``lower``), it stays at 16 bits (``skip``),
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kv_cache.errors import ParetoError
@@ -18,6 +18,8 @@ from quant_methods.stock_vllm import Serving
 
 KERNEL_MULTIPLE = 32
 """Both of vLLM's 4-bit families want multiples of this: its CPU kernel refuses others, Marlin's tiles need them."""
+
+ONE_GROUP = "vLLM serves experts wrongly of which some layers are one group wide and others are wider"
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,41 @@ def fit_groups(steps: Mapping[str, RoundStep], shapes: Mapping[str, tuple[int, i
     alone: dict[str, str] = {}
     for family in families(steps):
         # A layer goes with those that vLLM merges with it, and for the reason of the first that has one.
-        if reason := next((reasons[member] for member in family if member in reasons), None):
-            alone |= dict.fromkeys(family, reason)
+        reason = next((reasons[member] for member in family if member in reasons), None)
+        # Only experts differ in width; vLLM wants all of a block's in groups of one size.
+        size = None if reason else _common_size(family, found, [shapes[member][1] for member in family])
+        if size is None:
+            alone |= dict.fromkeys(family, reason or f"{ONE_GROUP}, and their widths have no smaller groups")
         else:
-            # Only experts differ in width; vLLM wants all of a block's in groups of one size.
-            size = min(found[member].group_size for member in family)
             found |= {member: replace(found[member], group_size=size) for member in family}
     kept = {name: step for name, step in found.items() if name not in alone}
     if alone and kept and Serving.of(kept.values()).plugin != native:
         again = fit_groups({name: steps[name] for name in kept}, shapes)
         return Fitted(again.steps, (*_alone_notes(alone), *again.notes))
     return Fitted(kept, (*_lowered_notes(steps, kept, shapes), *_alone_notes(alone)))
+
+
+def _common_size(family: Sequence[str], steps: Mapping[str, RoundStep], widths: Sequence[int]) -> int | None:
+    """Return the group size of layers that vLLM merges, or None if there is none that it serves.
+
+    Marlin orders the scales of experts differently where all input channels are one group, and vLLM 0.32 and 0.33
+    decide which order the first layers of an expert have by the width of its last one (vLLM's pull request 50196).
+
+    Raises:
+        ParetoError: a smaller size is needed, and the step says ``refuse``.
+
+    """
+    size = min(steps[member].group_size for member in family)
+    if not size == min(widths) < max(widths):
+        return size
+    smaller = next((other for other in GROUP_SIZES if 0 < other < size and size % other == 0), None)
+    fallback = steps[family[0]].group_size_fallback
+    if fallback == "refuse":
+        raise ParetoError(
+            f"group size {size}: {ONE_GROUP} (see {family[0]}); use {smaller or 'another format'}, or let "
+            "--group-size-fallback lower it"
+        )
+    return smaller if fallback == "lower" else None
 
 
 def _obstacle(step: RoundStep, shape: tuple[int, int], *, native: bool) -> str | None:
@@ -120,7 +146,9 @@ def _lowered_notes(
         asked, width = steps[name].group_size, shapes[name][1]
         reason = f"{asked} does not divide their {width} input channels"
         if fitted(steps[name], width) != step:
-            reason = "vLLM wants all experts of a block in groups of one size"
+            sizes = {fit.group_size for other in kept if (fit := fitted(steps[other], shapes[other][1]))}
+            same = step.group_size in sizes
+            reason = "vLLM wants all experts of a block in groups of one size" if same else ONE_GROUP
         if step.group_size != asked:
             changes.setdefault((asked, step.group_size, reason), []).append(name)
     return [

@@ -48,12 +48,12 @@ from vllm_ext.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 8192, "max_position_embeddings": 256,
     "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True,
 }  # fmt: skip
 CONFIGS: dict[str, Any] = {
-    "qwen3_moe": Qwen3MoeConfig(**SHAPE, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, moe_intermediate_size=192, num_experts=4, num_experts_per_tok=2),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None),
 }
 # Where a checkpoint has experts, what it calls their layers, and what chooses them.
@@ -228,7 +228,7 @@ def test_a_budget_gives_all_experts_of_a_block_one_width(
     mixture: Path, text_file: Path, tmp_path: Path, loss: Loss
 ) -> None:
     where, names, _ = STORED[mixture.name]
-    # Groups of 128 do not fit the 64 input channels of the last layers; then none has them.
+    # Groups of 128 do not fit the 192 input channels of the last layers; then none has them.
     step = RTN(bits=4, group_size=128, symmetric=False)
     settings = Settings(kl_sequences=1, hessian_sequences=2)
     report, mixed = compress_to_budget(
@@ -250,14 +250,14 @@ def test_a_budget_gives_all_experts_of_a_block_one_width(
         scales = [
             stored[f"{name.removesuffix('*')}{index}.{local}.weight_scale"] for index in range(4) for local in names
         ]
-        assert [scale.shape[1] for scale in scales] == [128 // 64, 128 // 64, 1] * 4
+        assert [scale.shape[1] for scale in scales] == [128 // 64, 128 // 64, 192 // 64] * 4
     bits = stored_bits(tmp_path / "out", load_reference(tmp_path / "out"))
     # The budget counts 8 bits for a zero-point, of which this format stores 4.
     assert document["bits_per_weight"] - 4 / 64 <= bits <= document["bits_per_weight"] <= 6
 
 
 def test_an_expert_without_tokens_loses_nothing(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    many = Qwen3MoeConfig(**SHAPE | {"num_hidden_layers": 1}, moe_intermediate_size=64, num_experts=64)
+    many = Qwen3MoeConfig(**SHAPE | {"num_hidden_layers": 1}, moe_intermediate_size=192, num_experts=64)
     model = write(many, tiny_model, tmp_path / "model")
     decoder = Decoder(model, Source(model))
     plan = make_plan(decoder, recipe(W4), model)
@@ -285,7 +285,7 @@ def loaded(checkpoint: Path) -> Any:
 
 
 def test_experts_without_a_token_are_said(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    many = Qwen3MoeConfig(**SHAPE, moe_intermediate_size=64, num_experts=64, num_experts_per_tok=1)
+    many = Qwen3MoeConfig(**SHAPE, moe_intermediate_size=192, num_experts=64, num_experts_per_tok=1)
     model = write(many, tiny_model, tmp_path / "model")
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten")
     words = ["compress", str(model), "--recipe", "gptq-w4", "--group-size", "64", "--text", str(tmp_path / "text.txt")]
@@ -350,6 +350,33 @@ def test_all_experts_of_a_block_are_stored_alike(mixture: Path, text_file: Path,
         "vLLM wants all experts of a block in groups of one size",
         "128 does not divide their 192 input channels",
     ]
+
+
+@pytest.mark.parametrize(
+    ("widths", "asked", "fitted"), [((128, 64), 64, 32), ((128, 64), 128, 32), ((64, 192), 64, 32), ((64, 64), 64, 64)]
+)
+def test_experts_have_more_groups_than_one_if_any_has(widths: tuple[int, int], asked: int, fitted: int) -> None:
+    """vLLM answered with a KL of 0.5 instead of 0.1: it orders the first layers' scales by the last one's width."""
+    hidden, inner = widths
+    local = ("gate_proj", "up_proj", "down_proj")
+    shapes = {
+        f"model.layers.0.mlp.experts.{index}.{name}": (hidden, inner) if name == local[2] else (inner, hidden)
+        for index in range(2)
+        for name in local
+    }
+    fit = fit_groups(dict.fromkeys(shapes, RTN(group_size=asked)), shapes)
+    assert {step.group_size for step in fit.steps.values()} == {fitted}
+    assert bool(fit.notes) == (asked != fitted)
+    assert all("one group wide" in note for note in fit.notes)
+    if asked == inner:
+        refusing = dict.fromkeys(shapes, RTN(group_size=asked, group_size_fallback="refuse"))
+        if asked == fitted:
+            assert fit_groups(refusing, shapes).steps == refusing
+        else:
+            with pytest.raises(ParetoError, match=f"use {fitted}, or let --group-size-fallback lower it"):
+                fit_groups(refusing, shapes)
+        skipped = fit_groups(dict.fromkeys(shapes, RTN(group_size=asked, group_size_fallback="skip")), shapes)
+        assert bool(skipped.steps) == (asked == fitted)
 
 
 def test_experts_that_are_stored_in_one_are_refused_in_one_line(mixture: Path, tmp_path: Path) -> None:
