@@ -91,7 +91,7 @@ class Arrangement:
         """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
 
         Args:
-            bits: of a code.
+            bits: of a weight in memory.
             side_bytes: that go with a unit's codes.
             columns: of activations.
 
@@ -128,7 +128,8 @@ class PackedMatrix:
     def side_bytes(self) -> int:
         """What goes with a unit's codes: scales with or without offsets, or tables."""
         groups = CHANNELS // (16 * self.group_steps)
-        return ROWS * {"grid": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}[self.kind]
+        of_row = {"grid": 4 * groups, "semi_sparse": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}
+        return ROWS * of_row[self.kind]
 
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
@@ -142,7 +143,7 @@ class PackedMatrix:
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
         macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "GROUP_STEPS": self.group_steps}
-        macros |= {"TABLE": int(self.kind == "table"), "TRELLIS": int(self.kind == "trellis")}
+        macros |= {name.upper(): int(self.kind == name) for name in ("table", "trellis", "semi_sparse")}
         macros |= {"BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
         if self.kind == "trellis":
             macros |= PAIR_MACROS

@@ -4,9 +4,9 @@ Of each four neighbouring input channels a row keeps two weights, as codes on a 
 places; the two others are zero. So four weights take two codes and two places of 2 bits: 3 bits a weight, and scales.
 
 Stored as ``weight_kept`` int32 [rows, inputs / 16], the kept codes plus 8, eight in a word, and ``weight_place`` int32
-[rows, inputs / 32], a nibble for each four channels: the place of the first kept weight in its lower two bits, and above
-that of the second, which is larger. In both the first ones have the lowest bits. The nibbles are the metadata that sparse
-tensor cores take (PTX ISA, ``mma.sp``). Scales and zero-points are those of a grid: groups count all channels.
+[rows, inputs / 32], a nibble for each four channels: the place of the first kept weight in its lower two bits, above it
+that of the second, which is larger. In both the first ones have the lowest bits. The nibbles are the metadata that
+sparse tensor cores take (PTX ISA, ``mma.sp``). Scales and zero-points are those of a grid: groups count all channels.
 """
 
 from __future__ import annotations

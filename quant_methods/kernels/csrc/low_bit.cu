@@ -10,11 +10,14 @@
 // tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
 // order. Sums are float32; those of a group are scaled once.
 //
-// Macros: TRELLIS (0 or 1), those of low_bit_codes.cuh or low_bit_trellis.cuh (with it, TABLE is 0), WARPS of a thread
-// block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a
-// multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
+// Macros: TRELLIS and SEMI_SPARSE (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh or low_bit_semi_sparse.cuh
+// (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES, ALONE (0
+// or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes
+// `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
+#elif SEMI_SPARSE
+#include "low_bit_semi_sparse.cuh"
 #else
 #include "low_bit_codes.cuh"
 #endif
@@ -22,7 +25,8 @@
 constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
 constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
 constexpr int X_CHUNKS = CHANNELS * (ALONE ? 1 : DEPTH_WARPS) / 8;       // Of 16 bytes in a row of a step's activations.
-constexpr int X_STRIDE = 16 * X_CHUNKS + 64;  // Bytes: neighbouring rows begin in different halves of the banks.
+// Bytes: two neighbouring rows begin in different halves of the banks, or eight in different eighths.
+constexpr int X_STRIDE = 16 * X_CHUNKS + (SEMI_SPARSE ? 16 : 64);
 constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
 
 struct Params {
@@ -136,6 +140,14 @@ struct Fetcher {
     }
 };
 
+#if SEMI_SPARSE
+template <int PAIR>
+DEVICE void sparse_product(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    if constexpr (IN_BFLOAT) mma_sparse_bfloat<PAIR>(c, a, b, places);
+    else mma_sparse<PAIR>(c, a, b, places);
+}
+#endif
+
 DEVICE void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if constexpr (IN_BFLOAT) mma_bfloat(c, a, b0, b1);
     else mma(c, a, b0, b1);
@@ -155,6 +167,23 @@ struct Sums {
     }
 
     // The products of steps of 32 channels; x is where the lane's first column's are of the unit's first.
+#if SEMI_SPARSE
+    DEVICE void add_products(const Unit& unit, int from, int to, const u8* x, const int (&columns)[COLUMN_TILES]) {
+#pragma unroll
+        for (int j = from; j < to; ++j) {
+            u32 a[2][4];  // Of 16 rows each.
+#pragma unroll
+            for (int i = 0; i < 2; ++i) unit.operand(i, j, a[i]);
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c) {
+                u32 b[4];
+                load_matrices(b, x + columns[c] + 64 * j);
+                sparse_product<0>(of[0][c], a[0], b, unit.places[j]);
+                sparse_product<1>(of[1][c], a[1], b, unit.places[j]);
+            }
+        }
+    }
+#else
     DEVICE void add_products(const Unit& unit, int from, int to, const u8* x, const int (&columns)[COLUMN_TILES]) {
 #pragma unroll
         for (int j = from; j < to; ++j) {
@@ -176,6 +205,7 @@ struct Sums {
             }
         }
     }
+#endif
 
     DEVICE void add_unit(const u32* words, const u8* x, const int (&columns)[COLUMN_TILES]) {
         const u32* side = words + UNIT_WORDS;
@@ -273,11 +303,13 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
         if (begin + i < end) ahead.fetch_activations(p);
         copy_commit();
     }
-    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums.
+    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums. It loads
+    // eight channels of a column for itself, or for the lanes that the sparse tensor cores want them in.
     int columns[COLUMN_TILES];
+    const int column = SEMI_SPARSE ? lane % 8 : lane / 4, chunk = SEMI_SPARSE ? lane / 8 : lane % 4;
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + lane / 4, p.columns - 1) * X_STRIDE;
-    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + lane % 4 * 16;
+    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + column, p.columns - 1) * X_STRIDE;
+    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + chunk * 16;
     Sums sums = {};
     for (int at = begin; at < end; ++at) {
         copy_wait<STAGES - 2>();
@@ -325,9 +357,15 @@ extern "C" __global__ __launch_bounds__(THREADS) void expand(const __grid_consta
                 pairs[h] = IN_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high);
             }
 #endif
-            const int row = tile * ROWS + Unit::row(g, r), channel = at * CHANNELS + 32 * j + 8 * t;
-            if (row < p.rows && channel < p.channels)
-                *reinterpret_cast<uint4*>(p.y + row * p.y_stride + channel) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+            const int row = tile * ROWS + Unit::row(g, r), channel = at * CHANNELS + 32 * j + (SEMI_SPARSE ? 4 : 8) * t;
+            u16* y = p.y + row * p.y_stride + channel;
+            if (row >= p.rows) continue;
+#if SEMI_SPARSE
+            if (channel < p.channels) *reinterpret_cast<uint2*>(y) = {pairs[0], pairs[1]};
+            if (channel + 16 < p.channels) *reinterpret_cast<uint2*>(y + 16) = {pairs[2], pairs[3]};
+#else
+            if (channel < p.channels) *reinterpret_cast<uint4*>(y) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+#endif
         }
     }
 }

@@ -280,12 +280,12 @@ def test_codes_of_which_two_in_four_are_kept_mean_what_the_grid_means(symmetric:
 
 
 def test_what_is_not_two_of_four_is_one_line() -> None:
-    with pytest.raises(ParetoError, match="^448 of 1792 fours of neighbouring weights hold more than two"):
+    with pytest.raises(ParetoError, match=r"^448 of 1792 fours of neighbouring weights hold more than two"):
         SemiSparseCodes.of(pruned_grid((2, 3, 1, 0), symmetric=True))
     grid = pruned_grid((2, 1), symmetric=False)
     off = dataclasses.replace(grid, zero_point=grid.zero_point + 20)
     off.codes = torch.where(grid.codes == grid.zero_point.repeat_interleave(32, 1), grid.codes + 20, grid.codes)
-    with pytest.raises(ParetoError, match="are kept, the grid has no code for zero$"):
+    with pytest.raises(ParetoError, match=r"are kept, the grid has no code for zero$"):
         SemiSparseCodes.of(off)
     odd = dataclasses.replace(grid, codes=grid.codes[:, :6], scale=grid.scale[:, :1], zero_point=grid.zero_point[:, :1])
     with pytest.raises(ParetoError, match=r"^6 input channels, which are not whole fours"):
@@ -302,7 +302,7 @@ def test_places_that_are_not_two_in_order_are_a_damaged_checkpoint(nibble: int) 
     form = Form((SemiSparseForm(4, 32),))
     tensors = local_tensors("a", pack("a", layer(SemiSparseForm(4, 32))))
     tensors["weight_place"][3, 2] = tensors["weight_place"][3, 2] & ~0xF0 | nibble << 4
-    with pytest.raises(ParetoError, match="^a: weight_place holds places that are not two of four"):
+    with pytest.raises(ParetoError, match=r"^a: weight_place holds places that are not two of four"):
         unpack("a", tensors, form)
 
 
