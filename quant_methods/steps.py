@@ -265,8 +265,8 @@ class RoundStep(Step):
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
         if self.store != "dense" and (self.bits != 4 or not isinstance(self.bulk_form, SemiSparseForm)):
             raise ParetoError(
-                f"store: {self.store} holds codes of 4 bits on a grid, not {self.bits}-bit {self.method}; leave store "
-                "out, or round to 4 bits on a grid, e.g. with gptq"
+                f"store: {self.store} holds codes of 4 bits on a grid, not {self.bits}-bit {self.method}; give store: "
+                "dense, or round to 4 bits on a grid, e.g. with gptq"
             )
         if self.static and not (self.bits == 8 and self.group_size == -1 and self.symmetric and self.plain):
             raise ParetoError(

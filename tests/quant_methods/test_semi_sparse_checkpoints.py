@@ -108,7 +108,7 @@ def test_layers_without_the_pattern_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (GPTQ, {"bits": 3}, "store: 2:4 holds codes of 4 bits on a grid, not 3-bit gptq; leave store out, or"),
+        (GPTQ, {"bits": 3}, "store: 2:4 holds codes of 4 bits on a grid, not 3-bit gptq; give store: dense, or"),
         (SparseGPT, {"bits": 8, "pattern": "2:4"}, "store: 2:4 holds codes of 4 bits on a grid, not 8-bit gptq"),
         (SqueezeLLM, {"bits": 4}, "store: 2:4 holds codes of 4 bits on a grid, not 4-bit squeezellm"),
         (Trellis, {"bits": 4}, "store: 2:4 holds codes of 4 bits on a grid, not 4-bit trellis"),
