@@ -1,7 +1,7 @@
 // Products of activations with weights of 2 to 7 bits: y[column, row] = sum over channels of x[column, channel] *
 // weight[row, channel], for up to 64 columns, where reading the codes is most of the work (while decoding).
 //
-// A thread block's step is ROW_WARPS units of rows by WARPS / ROW_WARPS of channels, one for each warp. Codes, scales and
+// A thread block's step is ROW_WARPS units of rows by UNITS * WARPS / ROW_WARPS of channels, UNITS for each warp. Codes, scales and
 // activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's activations are for
 // all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those that it needs, and
 // goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
@@ -11,8 +11,8 @@
 // order. Sums are float32; those of a group are scaled once.
 //
 // Macros: TRELLIS and SEMI_SPARSE (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh or low_bit_semi_sparse.cuh
-// (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES, ALONE (0
-// or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes
+// (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), UNITS (1 or 2: of channels, that a warp has
+// in a step), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes
 // `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
@@ -22,9 +22,10 @@
 #include "low_bit_codes.cuh"
 #endif
 
-constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
+constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, DEPTH_UNITS = DEPTH_WARPS * UNITS;
+constexpr int SLOT_WORDS = UNITS * UNIT_WORDS + (TABLE ? 1 : UNITS) * SIDE_WORDS;
 constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
-constexpr int X_CHUNKS = CHANNELS * (ALONE ? 1 : DEPTH_WARPS) / 8;       // Of 16 bytes in a row of a step's activations.
+constexpr int X_CHUNKS = CHANNELS * (ALONE ? UNITS : DEPTH_UNITS) / 8;   // Of 16 bytes in a row of a step's activations.
 // Bytes: two neighbouring rows begin in different halves of the banks, or eight in different eighths.
 constexpr int X_STRIDE = 16 * X_CHUNKS + (SEMI_SPARSE ? 16 : 64);
 constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
@@ -43,7 +44,7 @@ struct Params {
     int rows;
     int units;         // Of a row tile: ceil(channels / CHANNELS).
     int tiles;         // Of ROWS rows.
-    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_WARPS).
+    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_UNITS).
     int grain;         // Steps that are dealt out together: 1, or those of a tile.
     int share;         // What each block gets at least, in grains.
     int larger;        // Blocks that get one more; the first ones.
@@ -68,22 +69,22 @@ DEVICE int x_begin(const Params& p) {
 // A thread's place in a run of steps.
 struct Place {
     int tile, step, stage;
-    int unit, units;  // The warp's in the step, and how many there are of its rows.
+    int unit, units;  // The warp's first in the step, and how many there are of its rows.
 
     DEVICE Place(const Params& p, int at) : tile(at / p.steps), step(at % p.steps), stage(0) { seek(p); }
     DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
-    DEVICE bool has_unit() const { return unit < units; }
-    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_WARPS) + threadIdx.x % X_CHUNKS * 8; }
+    DEVICE bool has_unit(int u) const { return unit + u < units; }
+    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_UNITS) + threadIdx.x % X_CHUNKS * 8; }
 
     DEVICE void seek(const Params& p) {
-        unit = step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS;
+        unit = step * DEPTH_UNITS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS * UNITS;
         units = row_tile() < p.tiles ? p.units : 0;
     }
 
     // Returns whether the tile is another one now.
     DEVICE bool next(const Params& p) {
         if (++stage == STAGES) stage = 0;
-        unit += DEPTH_WARPS;
+        unit += DEPTH_UNITS;
         if (++step < p.steps) return false;
         step = 0, ++tile;
         seek(p);
@@ -109,19 +110,22 @@ struct Fetcher {
 
     DEVICE void next(const Params& p) {
         if (place.next(p)) return seek(p);
-        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS;
-        x += CHANNELS * DEPTH_WARPS;
+        words += DEPTH_UNITS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_UNITS * SIDE_WORDS;
+        x += CHANNELS * DEPTH_UNITS;
     }
 
     DEVICE void fetch_codes(const Params& p) const {
-        if (!place.has_unit()) return;
+        if (!place.has_unit(0)) return;
         const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 +
                        threadIdx.x % 32 * 16;
 #pragma unroll
-        for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
+        for (int i = 0; i < UNITS * UNIT_WORDS; i += 128) {
+            if (i < UNIT_WORDS || place.has_unit(i / UNIT_WORDS)) copy_16(to + 4 * i, words + i, policy);
+        }
+        const int side_words = SIDE_WORDS * (TABLE || !place.has_unit(UNITS - 1) ? 1 : UNITS);
 #pragma unroll
-        for (int i = 0; i < SIDE_WORDS; i += 128) {
-            if (i + threadIdx.x % 32 * 4 < SIDE_WORDS) copy_16(to + 4 * (UNIT_WORDS + i), side + i, policy);
+        for (int i = 0; i < (TABLE ? 1 : UNITS) * SIDE_WORDS; i += 128) {
+            if (i + threadIdx.x % 32 * 4 < side_words) copy_16(to + 4 * (UNITS * UNIT_WORDS + i), side + i, policy);
         }
     }
 
@@ -207,8 +211,7 @@ struct Sums {
     }
 #endif
 
-    DEVICE void add_unit(const u32* words, const u8* x, const int (&columns)[COLUMN_TILES]) {
-        const u32* side = words + UNIT_WORDS;
+    DEVICE void add_unit(const u32* words, const u32* side, const u8* x, const int (&columns)[COLUMN_TILES]) {
         Unit unit;
         unit.load(words, side);
 #if TABLE
@@ -309,7 +312,7 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
     const int column = SEMI_SPARSE ? lane % 8 : lane / 4, chunk = SEMI_SPARSE ? lane / 8 : lane % 4;
 #pragma unroll
     for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + column, p.columns - 1) * X_STRIDE;
-    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + chunk * 16;
+    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * UNITS * depth) + chunk * 16;
     Sums sums = {};
     for (int at = begin; at < end; ++at) {
         copy_wait<STAGES - 2>();
@@ -320,7 +323,12 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
         copy_commit();
         ahead.next(p);
         const u8* stage = shared + now.stage * stage_bytes(p);
-        if (now.has_unit()) sums.add_unit(reinterpret_cast<const u32*>(stage + codes), stage + x, columns);
+        const u32* slot = reinterpret_cast<const u32*>(stage + codes);
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+            const u32* side = slot + UNITS * UNIT_WORDS + (TABLE ? 0 : u * SIDE_WORDS);
+            if (now.has_unit(u)) sums.add_unit(slot + u * UNIT_WORDS, side, stage + x + 2 * CHANNELS * u, columns);
+        }
         const int tile = now.tile, row_tile = now.row_tile();
         const bool ended = now.next(p);
         if (!ended && at + 1 < end) continue;

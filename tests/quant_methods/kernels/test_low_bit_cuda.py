@@ -84,7 +84,7 @@ def test_emulated_products(shape, emulated):
 
 
 ARRANGEMENTS = [
-    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone
+    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone, units
     (100, 1160, 1, Arrangement(4, 1, 2, 3, False)),  # A tile of 3 steps between several blocks.
     (100, 1160, 9, Arrangement(4, 2, 3, 2, False)),
     (300, 520, 17, Arrangement(4, 4, 4, 1, True)),
@@ -92,6 +92,8 @@ ARRANGEMENTS = [
     (100, 1160, 3, Arrangement(4, 1, 3, 2, False, alone=True)),
     (70, 520, 9, Arrangement(4, 4, 2, 1, True, alone=True)),
     (40, 2056, 2, Arrangement(2, 2, 6, 4, False)),  # One tile between all blocks.
+    (100, 1160, 1, Arrangement(4, 1, 2, 3, False, alone=True, units=2)),
+    (70, 1400, 9, Arrangement(4, 2, 3, 1, True, units=2)),  # Of the last two units there is one.
 ]
 
 
@@ -112,7 +114,7 @@ def check_arrangement(bits, rows, channels, columns, arrangement, device, kind="
         assert around.isnan().sum() == around.numel() - y.numel()
 
 
-@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
 def test_emulated_arrangements(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, kind="table" if bits == 4 else "grid")
 
@@ -140,7 +142,7 @@ def test_emulated_trellis(shape, emulated):
     check(*shape, emulated, kind="trellis")
 
 
-@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 4, 3, 2, 4, 3), ARRANGEMENTS, strict=True)), ids=str)
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 4, 3, 2, 4, 3, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
 def test_emulated_arrangements_of_trellis(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, kind="trellis")
 
