@@ -1,10 +1,10 @@
 // Products of activations with weights of 2 to 7 bits: y[column, row] = sum over channels of x[column, channel] *
 // weight[row, channel], for up to 64 columns, where reading the codes is most of the work (while decoding).
 //
-// A thread block's step is ROW_WARPS units of rows by UNITS * WARPS / ROW_WARPS of channels, UNITS for each warp. Codes, scales and
-// activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's activations are for
-// all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those that it needs, and
-// goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
+// A thread block's step is ROW_WARPS units of rows by UNITS * WARPS / ROW_WARPS of channels, UNITS for each warp. Codes,
+// scales and activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's
+// activations are for all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those
+// that it needs, and goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
 //
 // The steps of all tiles, one tile after the other, are dealt out in equal runs to the blocks (or whole tiles are); of a
 // tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
@@ -12,8 +12,8 @@
 //
 // Macros: TRELLIS and SEMI_SPARSE (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh or low_bit_semi_sparse.cuh
 // (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), UNITS (1 or 2: of channels, that a warp has
-// in a step), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes
-// `Params` to be).
+// in a step), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers
+// are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
 #elif SEMI_SPARSE

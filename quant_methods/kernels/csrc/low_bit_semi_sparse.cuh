@@ -3,10 +3,10 @@
 //
 // Of 32 channels from 32 j, lane 4 g + t holds fours t and 4 + t, of rows g + 8 r. A word is one operand's: rows from 16 i,
 // pair h + 2 s being row g + 8 h of four t + 4 s, the first code of pair p from bit 4 p and the second from bit 16 + 4 p.
-// The eight words [j][i] of a unit are two vectors of a lane. Its third one are the places of channels 16 * (t % 2) from
-// 32 j on, of rows from 16 * (t / 2): a word for each j, in which nibble n of row g lies below that of row g + 8, in the
-// upper half. So a lane gives the sparse tensor cores the places of rows from 0 or of rows from 16, and both without a copy.
-// pack_semi_sparse() in low_bit_layout.py writes this layout.
+// The eight words [j][i] of a unit are two vectors of a lane. Its third one are the places of 16 channels from
+// 32 j + 16 * (t % 2), of rows from 16 * (t / 2): a word for each j, with nibbles of row g in the lower half and of row
+// g + 8 in the upper. So of each four lanes two have the places of rows 0 to 15 and two those of rows 16 to 31: the
+// instruction's selector says which. pack_semi_sparse() in low_bit_layout.py writes this layout.
 //
 // Macros: those of low_bit_unit.cuh, BITS being 3, those that two codes and their places are of four weights.
 #pragma once
