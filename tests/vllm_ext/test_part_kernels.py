@@ -25,6 +25,7 @@ from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
 from tests.vllm_ext.test_weights import close, config_of, engine, finished, load, on_rank  # noqa: F401  # a fixture
+from vllm_ext import bulk
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -85,6 +86,15 @@ def test_a_trellis_code_is_dequantized_on_a_cpu_and_stacked_if_its_tiles_are_ful
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     found = torch.cat([part(x) for part in parts], 1)
     assert close(found, x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
+
+
+def test_2_of_4_codes_are_dequantized_on_a_cpu_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(bulk.logger, "warning_once", lambda line, *values: said.append(line % values))
+    linear = Form((SemiSparseForm(4, 32, symmetric=False),)).random(64, 128, DRAW)
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    assert close(served(linear)(x), x.double() @ linear.read().double().T)
+    assert said == ["4-bit 2:4 weights have no CPU kernel: dequantized to torch.bfloat16 at load"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
