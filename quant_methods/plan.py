@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kv_cache.errors import ParetoError
@@ -130,7 +130,9 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             if prune is not None:
                 _check_pattern(name, prune, linear.in_features)
                 prunes[name] = prune
+            _check_store(name, step, prune)
         _check_fused(decoder.name(index, ""), chosen)
+    steps, stored = _storable(steps)
     fit = fit_groups(steps, shapes)
     transforms = tuple(step for step in recipe.steps if isinstance(step, ScaleStep))
     _check_experts(recipe, fit)
@@ -165,7 +167,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         raise ParetoError(f"recipe {recipe.name}: nothing to do: it has no steps and kv_scales is off")
     outside, kv_scales = _outside(decoder), recipe.kv_scales
     slow = {step.bulk_form.slow_on_cuda(): None for step in fit.steps.values()}
-    notes = (*fit.notes, *(line for line in slow if line is not None))
+    notes = (*stored, *fit.notes, *(line for line in slow if line is not None))
     if kv_scales and (reason := unserved_kv(decoder.base, decoder.config)):
         if not rounding and not pruning:
             raise ParetoError(
@@ -235,6 +237,25 @@ def _check_pattern(name: str, step: PruneStep, width: int) -> None:
             f"{name} has {width} input channels, which are not whole groups of {step.kept_among[1]} as pattern "
             f"{step.pattern} wants them; leave it out with ignore: ['{name.rsplit('.', 1)[-1]}'], or take pattern any"
         )
+
+
+def _check_store(name: str, step: RoundStep | None, prune: PruneStep | None) -> None:
+    """Refuse to leave zeros out of a layer that does not get them where they can be left out."""
+    if step is not None and step.store == "2:4" and (prune is None or not prune.fits_2_of_4):
+        found = "is not pruned" if prune is None else f"is pruned with pattern {prune.pattern}"
+        raise ParetoError(
+            f"{name} {found}, and {step.method} is to store two of four weights; prune it with pattern '2:4', or give "
+            "store: dense"
+        )
+
+
+def _storable(steps: dict[str, RoundStep]) -> tuple[dict[str, RoundStep], tuple[str, ...]]:
+    """Return the steps as layers of this model can be stored, and a line for what is stored otherwise than asked."""
+    sparse = any(step.store != "dense" for step in steps.values())
+    if not sparse or not any(map(is_expert, steps)):
+        return steps, ()
+    note = "zeros are stored as codes too: vLLM has no kernel of experts that leaves them out"
+    return {name: replace(step, store="dense") for name, step in steps.items()}, (note,)
 
 
 def _check_experts(recipe: Recipe, fit: Fitted) -> None:

@@ -17,7 +17,8 @@ class LayerReport:
     Attributes:
         name: the module's name.
         shape: [out, in].
-        bits_per_weight: storage, scales and zero-points included; zeros of a pruned layer are stored like all others.
+        bits_per_weight: storage, scales and zero-points included; zeros of a pruned layer are stored like all
+            others unless its step leaves them out (``store``).
         relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
             that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
             tuning, which has the whole model's error in view.

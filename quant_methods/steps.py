@@ -20,6 +20,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.part import BulkForm
+from quant_methods.formats.parts.semi_sparse import AMONG, SemiSparseForm
 from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.handlers import HANDLERS
 
@@ -122,6 +123,12 @@ class PruneStep(Step):
         kept, among = self.pattern.split(":")
         return int(kept), int(among)
 
+    @property
+    def fits_2_of_4(self) -> bool:
+        """Whether the pattern keeps at most two of each four neighbours."""
+        kept, among = self.kept_among or (1, 1)
+        return AMONG % among == 0 and 2 * kept <= among
+
     def check(self) -> None:
         """Refuse a fraction that is none, and one that is not that of the pattern."""
         if not LEAST_SPARSITY <= self.sparsity <= MOST_SPARSITY:
@@ -153,13 +160,13 @@ class PruneStep(Step):
                 f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
                 f"again; leave either bits or {step.method} out"
             )
-        if not isinstance(step.bulk_form, GridForm):
+        if not isinstance(step.bulk_form, GridForm | SemiSparseForm):
             raise ParetoError(
                 f"{step.method} rounds to {step.bulk_form.part.what}, which need not hold a zero, so that "
                 f"{self.method}'s zeros would be lost; round to a grid instead, e.g. {{method: gptq}}"
             )
         # A product beside the codes leaves the codes' zeros what they are, and makes up for them.
-        if not replace(step, rank=0).plain:
+        if not replace(step, rank=0, store="dense").plain:
             raise ParetoError(
                 f"{step.method} adds outlier channels to its codes, which would fill {self.method}'s zeros; leave "
                 "outliers out"
@@ -187,6 +194,8 @@ class RoundStep(Step):
         group_size_fallback: what becomes of a layer whose input channels the group size does not divide: ``lower``
             takes the largest size that does, ``skip`` leaves the layer at 16 bits, ``refuse`` refuses the recipe. A
             layer that no size fits stays at 16 bits unless the recipe is to be refused (``group_sizes.py``).
+        store: ``2:4`` leaves the zeros of layers out that were pruned to two of four neighbours (codes of 4 bits,
+            ``formats/parts/semi_sparse.py``); ``dense`` stores them as codes.
 
     """
 
@@ -204,6 +213,7 @@ class RoundStep(Step):
     rank_metric: Literal["activations", "weights"] = "activations"
     per_tensor: bool = False
     group_size_fallback: Literal["lower", "skip", "refuse"] = "lower"
+    store: Literal["dense", "2:4"] = "dense"
 
     table: ClassVar[bool] = False
     """Whether codes are indices into a table of each output channel."""
@@ -211,7 +221,7 @@ class RoundStep(Step):
     @property
     def plain(self) -> bool:
         """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
-        return not self.outliers and not self.rank
+        return not self.outliers and not self.rank and self.store == "dense"
 
     @property
     def needs_data(self) -> bool:
@@ -232,7 +242,10 @@ class RoundStep(Step):
     @property
     def bulk_form(self) -> BulkForm:
         """How the format of ours stores the codes."""
-        return TableForm(self.bits) if self.table else GridForm(self.bits, self.group_size, self.symmetric)
+        if self.table:
+            return TableForm(self.bits)
+        form = GridForm if self.store == "dense" else SemiSparseForm
+        return form(self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
         """Refuse what neither vLLM 0.32 nor this plugin serves."""
@@ -250,6 +263,11 @@ class RoundStep(Step):
             raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
         if self.rank < 0:
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
+        if self.store != "dense" and (self.bits != 4 or not isinstance(self.bulk_form, SemiSparseForm)):
+            raise ParetoError(
+                f"store: {self.store} holds codes of 4 bits on a grid, not {self.bits}-bit {self.method}; give store: "
+                "dense, or round to 4 bits on a grid, e.g. with gptq"
+            )
         if self.static and not (self.bits == 8 and self.group_size == -1 and self.symmetric and self.plain):
             raise ParetoError(
                 "activations: int8_static goes with 8-bit weights, group_size -1, symmetric, nothing beside them: "

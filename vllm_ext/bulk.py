@@ -7,7 +7,7 @@
 | 2 and 3 bits on a grid | vLLM's 4-bit kernel | ours, ``quant_methods/kernels/low_bit_cuda.py`` |
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
 | 2 to 4 bits in a table, 5 to 7 bits on a grid | dequantized once at load | ours |
-| 2 to 4 bits of a trellis | dequantized once at load | ours |
+| 2 to 4 bits of a trellis, 2:4 codes of 4 bits | dequantized once at load | ours |
 | everything else | dequantized once at load | expanded by PyTorch at every step |
 
 The ways of the last row are slow: a line of the log says so.
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
-from quant_methods.formats.parts.part import Bulk, slow_on_cuda
+from quant_methods.formats.parts.part import Bulk, BulkForm, slow_on_cuda
 from quant_methods.formats.parts.planes import pack_codes
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes, SemiSparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.kernels.low_bit import LowBitLinear
@@ -104,6 +105,18 @@ def trellis_on_cuda(codes: TrellisCodes, activations: str, dtype: torch.dtype) -
     return _low_bit(low_bit_module(codes, dtype), form)
 
 
+def semi_sparse_on_cpu(codes: SemiSparseCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by 2:4 codes on a CPU; see :func:`grid_on_cpu`."""
+    return _dense(codes, "2:4", dtype)
+
+
+def semi_sparse_on_cuda(codes: SemiSparseCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by 2:4 codes on a CUDA device; see :func:`grid_on_cpu`."""
+    groups = codes.scale.shape[1]
+    form = SemiSparseForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
+    return _low_bit(low_bit_module(codes, dtype), form)
+
+
 def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:
     """Return vLLM's kernel for int8 activations and weights, None if the codes are not for it."""
     fits = activations == "int8" and codes.bits == 8 and codes.scale.shape[1] == 1
@@ -124,7 +137,7 @@ def _mixed(codes: GridCodes, dtype: torch.dtype) -> BulkKernel | None:
     return MixedBulk(codes, config, kernel)
 
 
-def _low_bit(module: nn.Module, form: GridForm | TableForm | TrellisForm) -> BulkKernel:
+def _low_bit(module: nn.Module, form: BulkForm) -> BulkKernel:
     """Return our kernel, or what PyTorch does in its place, which is said."""
     if isinstance(module, LowBitLinear):
         logger.warning_once(form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA))

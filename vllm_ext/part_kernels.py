@@ -17,6 +17,7 @@ from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.low_rank import LowRank
 from quant_methods.formats.parts.part import Addition, Bulk, Part
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
@@ -25,6 +26,8 @@ from vllm_ext.bulk import (
     BulkKernel,
     grid_on_cpu,
     grid_on_cuda,
+    semi_sparse_on_cpu,
+    semi_sparse_on_cuda,
     table_on_cpu,
     table_on_cuda,
     trellis_on_cpu,
@@ -53,6 +56,7 @@ KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     GridCodes: {"cpu": grid_on_cpu, "cuda": grid_on_cuda},
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
     TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
+    SemiSparseCodes: {"cpu": semi_sparse_on_cpu, "cuda": semi_sparse_on_cuda},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

@@ -1,7 +1,8 @@
 """Time of a decoding step's products with quantized weights on a GPU, without an engine: ours, vLLM's Marlin, bfloat16.
 
 ``4+columns``, ``3-table+sparse`` and ``4-table+sparse`` are ours with what lies beside the bulk: 1% of the input
-channels kept apart, 0.45% of the weights stored singly. The rows without it say what that costs.
+channels kept apart, 0.45% of the weights stored singly. The rows without it say what that costs. ``4-2of4`` is 4-bit
+codes of which two in four are kept, on the sparse tensor cores.
 
 The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs over
 enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored bytes, beside
@@ -29,15 +30,16 @@ from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.part import Draw
+from quant_methods.formats.parts.semi_sparse import SemiSparseForm
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
-from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
+from quant_methods.formats.parts.trellis_codes import TrellisForm
 from quant_methods.kernels.beside import Beside
-from quant_methods.kernels.low_bit_cuda import LowBitCUDA
+from quant_methods.kernels.low_bit_cuda import LowBitCUDA, LowBitPart
 
 SCHEMA = "vllm-pareto/gpu-weight-kernel/1"
 MISTRAL = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
-OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table", "2-trellis", "3-trellis", "4-trellis")
+OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table", "2-trellis", "3-trellis", "4-trellis", "4-2of4")
 BESIDE = ("4+columns", "3-table+sparse", "4-table+sparse")
 KEPT_SHARE = 0.01
 """Of input channels: LLM.int8's outliers."""
@@ -64,9 +66,12 @@ def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCU
     low = 0 if kind == "table" else -(1 << (bits - 1))
     codes = torch.randint(low, low + (1 << bits), (rows, channels), device="cuda", dtype=torch.int8)
     groups = torch.rand(rows, channels // GROUP, device="cuda", dtype=torch.bfloat16)
-    part: GridCodes | TableCodes | TrellisCodes
+    draw = Draw(1.0, torch.bfloat16, torch.device("cuda"))
+    part: LowBitPart
     if kind == "trellis":
-        part = TrellisForm(bits, GROUP).random(rows, channels, Draw(1.0, torch.bfloat16, torch.device("cuda")))
+        part = TrellisForm(bits, GROUP).random(rows, channels, draw)
+    elif kind == "2of4":
+        part = SemiSparseForm(bits, GROUP, symmetric=False).random(rows, channels, draw)
     elif kind == "table":
         part = TableCodes(codes, torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16))
     else:

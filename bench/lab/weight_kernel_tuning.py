@@ -34,7 +34,7 @@ MOST_ERROR = 4e-3
 """Of a result against bfloat16 weights' product in float32, relative, by norms: both are rounded to 8 bits."""
 
 
-def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[Arrangement]:
+def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int], units: list[int]) -> list[Arrangement]:
     """Return the arrangements in question that fit into the device's shared memory."""
     _, shared, _ = device_limits(matrix.words.device)
     tiles = column_tiles(tokens)
@@ -45,13 +45,14 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[A
     else:
         warps = [(8, 4), (8, 8), (4, 2), (4, 4)]
     found = []
-    for (count, rows), depth, whole, alone in itertools.product(warps, stages, (False, True), (False, True)):
+    each = itertools.product(warps, stages, (False, True), (False, True), units)
+    for (count, rows), depth, whole, alone, wide in each:
         if alone and rows * tokens > 8:  # Too many copies of the activations.
             continue
         for blocks in {4: (2, 3), 8: (1, 2, 3) if tiles == 1 else (1, 2), 16: (1,)}[count]:
             if tiles > 4 and blocks * count > 8:  # Registers.
                 continue
-            one = Arrangement(count, rows, depth, blocks, whole, alone)
+            one = Arrangement(count, rows, depth, blocks, whole, alone, wide)
             bytes_ = one.shared_bytes(matrix.bits, matrix.side_bytes, tokens)
             if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 found.append(one)
@@ -59,7 +60,7 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int]) -> list[A
 
 
 def measure(
-    what: str, shapes: list[tuple[int, int]], columns: list[int], stages: list[int], repeats: int
+    what: str, shapes: list[tuple[int, int]], columns: list[int], stages: list[int], units: list[int], repeats: int
 ) -> list[dict[str, Any]]:
     """Return the time of every arrangement on every matrix with every number of columns."""
     rows = []
@@ -71,7 +72,7 @@ def measure(
             x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
             expected = x.float() @ weight.float().T
             y = torch.empty(tokens, out_rows, device="cuda", dtype=torch.bfloat16)
-            tried = arrangements(first, tokens, stages)
+            tried = arrangements(first, tokens, stages, units)
             chosen = first.arrangement(tokens)
             if chosen not in tried:
                 tried.append(chosen)
@@ -116,7 +117,7 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Return lines: for each width and number of columns, the best for each matrix and the best one for all."""
-    lines = ["(warps/row_warps/stages/blocks/whole/alone)"]
+    lines = ["(warps/row_warps/stages/blocks/whole/alone/units)"]
     wrong = [row for row in rows if not row["right"]]
     lines += [f"WRONG: {row}" for row in wrong[:20]]
     for what, tokens in sorted({(row["weights"], row["columns"]) for row in rows}):
@@ -153,6 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 8, 16, 32, 64], metavar="N", help="batch sizes")
     parser.add_argument("--ours", nargs="+", default=["3", "4"], choices=OURS, help="widths (default: 3 4)")
     parser.add_argument("--stages", nargs="+", type=int, default=[3, 4, 6], metavar="N", help="(default: 3 4 6)")
+    parser.add_argument(
+        "--units", nargs="+", type=int, default=[1, 2], choices=(1, 2), help="of a warp in a step (default: 1 2)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="replays (default: %(default)s)")
     parser.add_argument("--keep", type=int, default=6, metavar="N", help="fastest to keep of each (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
@@ -163,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         shapes = sizes(args.matrices)
         rows = []
         for what in args.ours:
-            rows += measure(what, shapes, args.columns, args.stages, args.repeats)
+            rows += measure(what, shapes, args.columns, args.stages, args.units, args.repeats)
             document = {"schema": SCHEMA, "environment": environment(), "measured": len(rows)}
             write_json(args.out, document | {"rows": fastest(rows, args.keep)})
             print(f"{what} bits: measured", file=sys.stderr, flush=True)

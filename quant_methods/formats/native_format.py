@@ -68,7 +68,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], form: Form) -> QuantizedLin
         form: how it is stored.
 
     Raises:
-        ParetoError: a tensor is missing, too many, or of another shape or dtype than the form says.
+        ParetoError: a tensor is missing, too many, of another shape or dtype than the form says, or holds what its part
+            does not know.
 
     """
     check_complete(name, tensors, form)
@@ -81,7 +82,10 @@ def unpack(name: str, tensors: Mapping[str, Tensor], form: Form) -> QuantizedLin
         if not (tensor.is_floating_point() if wanted.dtype is None else tensor.dtype == wanted.dtype):
             expected = "floating point" if wanted.dtype is None else wanted.dtype
             raise ParetoError(f"{name}.{local} is {tensor.dtype}, expected {expected}; {damaged}")
-    return QuantizedLinear(*(part.unpack(tensors) for part in form.parts))
+    try:
+        return QuantizedLinear(*(part.unpack(tensors) for part in form.parts))
+    except ParetoError as error:
+        raise ParetoError(f"{name}: {error}") from error
 
 
 def check_complete(name: str, found: Iterable[str], form: Form) -> None:

@@ -1,4 +1,4 @@
-"""Products with weights of 2 to 8 bits in plain PyTorch, on a grid, in a table or of a trellis: a kernel has to agree.
+"""Products with weights of 2 to 8 bits in plain PyTorch, whatever their codes mean: a kernel has to agree.
 
 The codes stay packed on the device. A product dequantizes some output channels at a time, so that no whole weight in
 16 bits ever exists. Nothing in :meth:`LowBitLinear.apply` depends on values, so that CUDA graphs can capture it.
@@ -13,6 +13,7 @@ from torch.nn import functional
 from quant_methods.formats.grid import expand
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.planes import PLANES, pack_codes, unpack_codes
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes, unpacked
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis import TILE_ROWS
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
@@ -25,16 +26,21 @@ class LowBitLinear(nn.Module):
     """A layer's bulk.
 
     Args:
-        part: codes on a grid or with tables, of which 32 divides the input channels, or of a trellis.
+        part: codes on a grid, with tables or 2:4 ones, of which 32 divides the input channels, or of a trellis.
         dtype: 16-bit dtype of the arithmetic: a weight is rounded to it once.
 
     """
 
-    def __init__(self, part: GridCodes | TableCodes | TrellisCodes, dtype: torch.dtype) -> None:
+    def __init__(self, part: GridCodes | TableCodes | TrellisCodes | SemiSparseCodes, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.bits, self.rows = dtype, part.bits, part.shape[0]
         streams = scale = table = offset = None
-        if isinstance(part, TrellisCodes):
+        self.stored: tuple[str, ...] = ()
+        if isinstance(part, SemiSparseCodes):
+            for name, tensor in part.pack().items():
+                self.register_buffer(name, tensor, persistent=False)
+                self.stored += (name,)
+        elif isinstance(part, TrellisCodes):
             streams, scale = part.words, part.scale
         elif isinstance(part, TableCodes):
             self._pack(part.codes.int())
@@ -55,6 +61,9 @@ class LowBitLinear(nn.Module):
 
     def weight(self, start: int, stop: int) -> Tensor:
         """Return some output channels' weights [stop - start, in], dequantized; see ``ROWS_AT_ONCE``."""
+        if self.stored:
+            tensors = {name: getattr(self, name)[start:stop] for name in self.stored}
+            return unpacked(tensors, self.bits, "weight_zero_point" not in tensors).read().to(self.dtype)
         if self.streams is not None:
             words = self.streams[start // TILE_ROWS : -(-stop // TILE_ROWS)]
             return TrellisCodes(words, self.scale[start:stop]).read().to(self.dtype)

@@ -9,12 +9,13 @@ from torch.nn import functional
 from kv_cache.doors import expect
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
 from quant_methods.kernels.beside_cuda import add_on_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, by_group, pack, pack_trellis
+from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, by_group, pack, pack_semi_sparse, pack_trellis
 from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
 
 GROUPS = (32, 64, 128)
@@ -25,10 +26,12 @@ EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
 
 
-WIDTHS = {"grid": range(2, 8), "table": (3, 4), "trellis": (2, 3, 4)}
-"""Bits of a weight that the kernel serves, by kind of bulk."""
+WIDTHS = {"grid": range(2, 8), "table": (3, 4), "trellis": (2, 3, 4), "semi_sparse": (4,)}
+"""Bits of a code that the kernel serves, by kind of bulk."""
+SEMI_SPARSE_BITS = 3
+"""That a weight takes of 2:4 codes: two of 4 bits and a nibble of places for four."""
 
-LowBitPart = GridCodes | TableCodes | TrellisCodes
+LowBitPart = GridCodes | TableCodes | TrellisCodes | SemiSparseCodes
 
 
 class _NotServedError(ParetoError):
@@ -39,8 +42,9 @@ class LowBitCUDA(nn.Module):
     """A layer's bulk on a CUDA device; its specification is :class:`quant_methods.kernels.low_bit.LowBitLinear`.
 
     Args:
-        part: codes of 2 to 7 bits on a grid or 2 to 4 bits of a trellis, with one scale for a row or in groups of which
-            32 divides the channels, or codes of 3 or 4 bits with tables; 8 divides the input channels.
+        part: codes of 2 to 7 bits on a grid, 2 to 4 bits of a trellis or 2:4 ones of 4 bits, with one scale for a row
+            or in groups of which 32 divides the channels, or codes of 3 or 4 bits with tables; 8 divides the input
+            channels.
         dtype: bfloat16 or float16, of activations and results.
 
     Raises:
@@ -53,7 +57,7 @@ class LowBitCUDA(nn.Module):
         self.kind, self.bits, self.dtype, (self.rows, self.channels) = part.kind, part.bits, dtype, part.shape
         if self.bits not in WIDTHS[self.kind] or dtype not in (torch.bfloat16, torch.float16) or self.channels % 8:
             widths = WIDTHS[self.kind]
-            what = f"{part.what} of {widths[0]} to {widths[-1]} bits"
+            what = f"{part.what} of {' to '.join(dict.fromkeys(map(str, (widths[0], widths[-1]))))} bits"
             raise _NotServedError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
         self.units, self.tiles, self.group_steps = -(-self.channels // CHANNELS), -(-self.rows // ROWS), CHANNELS // 16
         if isinstance(part, TrellisCodes):
@@ -67,9 +71,14 @@ class LowBitCUDA(nn.Module):
             )
             words = pack_trellis(part.words)
             side = self._groups(part.scale.to(dtype))
-        elif isinstance(part, GridCodes):
+        elif isinstance(part, GridCodes | SemiSparseCodes):
             half = 1 << (self.bits - 1)
-            words = pack((part.codes.to(torch.int16) + half).to(torch.uint8), self.bits)
+            unsigned = (part.codes.to(torch.int16) + half).to(torch.uint8)
+            if isinstance(part, SemiSparseCodes):
+                self.bits = SEMI_SPARSE_BITS
+                words = pack_semi_sparse(unsigned, part.places)
+            else:
+                words = pack(unsigned, self.bits)
             magic = (128 if dtype == torch.bfloat16 else 1024) + half
             offset = -magic - part.zero_point.float()
             side = self._groups(torch.stack([part.scale.to(dtype), offset.to(dtype)], 2))
@@ -148,12 +157,12 @@ def low_bit_linear(
 
     Args:
         x: [tokens, in] bfloat16 or float16.
-        words: as ``pack`` or ``pack_trellis`` returns them.
+        words: as ``pack``, ``pack_trellis`` or ``pack_semi_sparse`` returns them.
         side: as :class:`LowBitCUDA` lays them out, scales (and offsets) in the dtype of x, or bytes of the tables.
         kind: of the bulk, as in ``WIDTHS``.
         beside: what lies beside, the fields of :class:`quant_methods.kernels.beside.BesideParts`.
         rows: output channels.
-        bits: of a code.
+        bits: of a weight in ``words``.
         group_steps: channels of a group, in sixteens.
 
     Returns:

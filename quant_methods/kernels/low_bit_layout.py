@@ -86,6 +86,40 @@ def pack_trellis(words: Tensor) -> Tensor:
     return padded.reshape(tiles, -1, 4, 4, 8, bits).permute(0, 1, 5, 4, 3, 2).flatten(2)
 
 
+def pack_semi_sparse(codes: Tensor, places: Tensor) -> Tensor:
+    """Lay 2:4 codes out as the kernel reads them; what fills units has the first two places of four.
+
+    Args:
+        codes: uint8 [rows, channels / 2] from 0 to 15, the kept ones.
+        places: uint8 [rows, channels / 4], see ``quant_methods/formats/parts/semi_sparse.py``.
+
+    Returns:
+        int32 [row tiles, units, 384].
+
+    """
+    rows, fours = places.shape
+    tiles, units = -(-rows // ROWS), -(-fours // (CHANNELS // 4))
+    words = torch.empty(tiles, units, 3, 32, 4, dtype=torch.int32, device=codes.device)
+    at_once = max(_AT_ONCE // (units * CHANNELS * ROWS), 1)
+    for start in range(0, tiles, at_once):
+        stop = min(start + at_once, tiles)
+        size, some = ((stop - start) * ROWS, units * CHANNELS // 4), slice(start * ROWS, stop * ROWS)
+        kept = codes.new_zeros(size[0], 2 * size[1])
+        where = places.new_full(size, 0b0100)
+        kept[: len(codes[some]), : 2 * fours], where[: len(places[some]), :fours] = codes[some], places[some]
+        # Axes: tile, rows from 16 i, from 8 h, row g, unit, 32 channels (j in two numbers), 16 channels s, four t, kept
+        # one; then those that share a word (s, h, kept one), and tile, unit, j's first, lane (g, t), j's second, i.
+        each = kept.reshape(stop - start, 2, 2, 8, units, 2, 2, 2, 4, 2).permute(7, 2, 9, 0, 4, 5, 3, 8, 6, 1).int()
+        # The words that they make do not overlap, so that sums set their bits; int32 wraps around into the sign bit.
+        parts = [each[s, h, k] << 4 * (h + 2 * s) + 16 * k for s in range(2) for h in range(2) for k in range(2)]
+        words[start:stop, :, :2] = sum(parts[1:], parts[0]).reshape(stop - start, units, 2, 32, 4)
+        # Axes: tile, i, h, g, unit, 32 channels j, 16 channels s, four n; then (h, n), tile, unit, lane (g, i, s), j.
+        nibbles = where.reshape(stop - start, 2, 2, 8, units, 4, 2, 4).permute(2, 7, 0, 4, 3, 1, 6, 5).int()
+        parts = [nibbles[h, n] << 16 * h + 4 * n for h in range(2) for n in range(4)]
+        words[start:stop, :, 2] = sum(parts[1:], parts[0]).reshape(stop - start, units, 32, 4)
+    return words.flatten(2)
+
+
 def by_group(values: Tensor, width: int, trellis: bool) -> Tensor:
     """Lay out what the groups of the rows have, with zeros in the rows and groups that fill units.
 

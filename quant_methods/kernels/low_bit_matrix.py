@@ -77,6 +77,7 @@ class Arrangement:
         blocks: thread blocks of a multiprocessor.
         whole: whether a thread block takes whole tiles of rows only.
         alone: whether each warp has activations of its own in shared memory.
+        units: of 128 channels, that a warp has in a step: 1 or 2.
 
     """
 
@@ -86,19 +87,21 @@ class Arrangement:
     blocks: int
     whole: bool
     alone: bool = False
+    units: int = 1
 
     def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
         """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
 
         Args:
-            bits: of a code.
+            bits: of a weight in memory.
             side_bytes: that go with a unit's codes.
             columns: of activations.
 
         """
         depth = self.warps // self.row_warps
-        activations = self.warps * (2 * CHANNELS + 64) if self.alone else 2 * CHANNELS * depth + 64
-        stage = self.warps * (512 * bits + side_bytes) + columns * activations
+        wide = 2 * CHANNELS * self.units
+        activations = self.warps * (wide + 64) if self.alone else wide * depth + 64
+        stage = self.warps * self.units * (512 * bits + side_bytes) + columns * activations
         return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024
 
 
@@ -128,7 +131,8 @@ class PackedMatrix:
     def side_bytes(self) -> int:
         """What goes with a unit's codes: scales with or without offsets, or tables."""
         groups = CHANNELS // (16 * self.group_steps)
-        return ROWS * {"grid": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}[self.kind]
+        of_row = {"grid": 4 * groups, "semi_sparse": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}
+        return ROWS * of_row[self.kind]
 
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
@@ -136,13 +140,13 @@ class PackedMatrix:
         # With few columns there is room for the next kernel's blocks, which begin to fetch before this one's end.
         resident = max(a.blocks, 16 // a.warps if tiles <= 2 else 8 // a.warps, 1)
         return self._macros(
-            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, COLUMN_TILES=tiles, STAGES=a.stages, ALONE=int(a.alone),
-            RESIDENT=resident,
+            dtype, WARPS=a.warps, ROW_WARPS=a.row_warps, UNITS=a.units, COLUMN_TILES=tiles, STAGES=a.stages,
+            ALONE=int(a.alone), RESIDENT=resident,
         )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
         macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "GROUP_STEPS": self.group_steps}
-        macros |= {"TABLE": int(self.kind == "table"), "TRELLIS": int(self.kind == "trellis")}
+        macros |= {name.upper(): int(self.kind == name) for name in ("table", "trellis", "semi_sparse")}
         macros |= {"BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
         if self.kind == "trellis":
             macros |= PAIR_MACROS
@@ -169,7 +173,7 @@ class PackedMatrix:
 
     def _expanding(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         return self._macros(
-            dtype, WARPS=_EXPANDING_WARPS, ROW_WARPS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0
+            dtype, WARPS=_EXPANDING_WARPS, ROW_WARPS=1, UNITS=1, COLUMN_TILES=1, STAGES=2, RESIDENT=1, ALONE=0
         )  # fmt: skip
 
     def multiply(self, x: Tensor, y: Tensor, arrangement: Arrangement | None = None) -> None:
@@ -199,7 +203,7 @@ class PackedMatrix:
             x = x.clone(memory_format=torch.contiguous_format)
         a = arrangement or self.arrangement(tokens)
         kernel = self._multiplying(x.dtype, tokens, a)
-        steps, tiles = -(-self.units // (a.warps // a.row_warps)), -(-self.tiles // a.row_warps)
+        steps, tiles = -(-self.units // (a.warps // a.row_warps * a.units)), -(-self.tiles // a.row_warps)
         processors, _, overlap = device_limits(device)
         grain = steps if a.whole else 1
         dealt = tiles * steps // grain
@@ -254,7 +258,7 @@ def _arrangement(
     warps, rows = (wanted.warps, 4), (wanted.row_warps, 8, 4, 2, 1)
     for alone, count, blocks, own in itertools.product((wanted.alone, False), warps, range(wanted.blocks, 0, -1), rows):
         for stages in range(wanted.stages, 1, -1):
-            found = Arrangement(count, min(own, count), stages, blocks, wanted.whole, alone)
+            found = Arrangement(count, min(own, count), stages, blocks, wanted.whole, alone, wanted.units)
             bytes_ = found.shared_bytes(bits, side_bytes, tokens)
             if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 return found

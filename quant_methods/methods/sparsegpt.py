@@ -18,10 +18,12 @@ With ``refit`` too, that pass only chooses the zeros; what is left is then fitte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Search
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, prunes, register
@@ -41,6 +43,8 @@ from quant_methods.steps import PruneStep
 
 CHOSEN_TOGETHER = 128
 """The channels among whose weights those to prune are chosen, without a pattern: the paper's blocks."""
+OF_ROUNDING = ("bits", "group_size", "symmetric", "search", "store", "targets")
+"""The settings that what rounds in the same pass has too."""
 NOT_ROUNDED = 16
 """What ``bits`` is where weights keep 16 bits."""
 
@@ -58,6 +62,7 @@ class SparseGPT(PruneStep):
         group_size: see ``RoundStep``, as are those that follow; without ``bits`` they mean nothing.
         symmetric: without zero-points.
         search: how each group's range is chosen.
+        store: whether zeros are stored; ``2:4``, as the pattern, leaves them out.
 
     """
 
@@ -68,13 +73,14 @@ class SparseGPT(PruneStep):
     group_size: int = 128
     symmetric: bool = True
     search: Search = "mse"
+    store: Literal["dense", "2:4"] = "dense"
 
     @property
     def rounding(self) -> GPTQ | None:
         """What rounds in the same pass; None: nothing does."""
         if self.bits == NOT_ROUNDED:
             return None
-        own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "search", "targets")}
+        own: dict[str, Any] = {name: getattr(self, name) for name in OF_ROUNDING}
         return GPTQ(
             **own,
             act_order=False,
@@ -88,6 +94,11 @@ class SparseGPT(PruneStep):
         super().check()
         if self.rounding is not None:
             self.rounding.check()
+        elif self.store != "dense":
+            raise ParetoError(
+                f"sparsegpt: store: {self.store} is for weights that are rounded; give bits: 4, or store to the step "
+                "that rounds after it"
+            )
         check_dampings(self.damping, self.upstream_damping, "the paper's value is 0.01")
 
 

@@ -164,6 +164,11 @@ def check_budget(
             f"recipe {recipe.name} prunes nothing, and {what} says where "
             "zeros go; add a prune step, e.g. {method: sparsegpt}, or give bits such as 4.25bits"
         )
+    if (step := next((step for step in plan.steps.values() if step.store != "dense"), None)) is not None:
+        raise ParetoError(
+            f"recipe {recipe.name}: {step.method} with store: {step.store} has 4 bits alone, and a budget chooses "
+            "bits; give store: dense with it"
+        )
     if (step := next((step for step in plan.steps.values() if not step.plain), None)) is not None:
         raise ParetoError(
             f"recipe {recipe.name}: {step.method} keeps parts beside its codes, and a budget counts codes and scales "

@@ -136,7 +136,7 @@ def test_the_low_bit_kernels():
                              (x, torch.zeros(32, 2, dtype=torch.bfloat16).T)):  # fmt: skip
         with pytest.raises(ParetoError, match="the low-bit kernel expects"):
             matrix.multiply(wrong_x, wrong_y)
-    for kind in ("grid", "trellis"):
+    for kind in ("grid", "trellis", "semi_sparse"):
         for wrong_words, wrong_side in ((words.long(), scales), (words[..., :384], scales), (words, scales.half()),
                                         (words, scales.transpose(1, 2)), (words, scales.to("meta"))):  # fmt: skip
             with pytest.raises(ParetoError, match="the low-bit kernel expects"):

@@ -10,6 +10,7 @@ from quant_methods.formats.parts.columns import Columns, ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.low_rank import LowRank, LowRankForm
 from quant_methods.formats.parts.part import Part
+from quant_methods.formats.parts.semi_sparse import NIBBLES, SemiSparseCodes, SemiSparseForm
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
@@ -43,6 +44,14 @@ def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch
             words = part.tensors(rows, inputs)["weight_trellis"].shape
             streams = integers(-(1 << 31), 1 << 31, *words, dtype=torch.int32)
             parts.append(TrellisCodes(streams, uniform(rows, part.groups(inputs)).to(dtype)))
+        elif isinstance(part, SemiSparseForm):
+            groups = part.groups(inputs)
+            codes, scale = integers(-half, half, rows, inputs // 2), (uniform(rows, groups) / half).to(dtype)
+            places = torch.tensor(NIBBLES, dtype=torch.uint8)[integers(0, len(NIBBLES), rows, inputs // 4).int()]
+            zero = torch.zeros((rows, groups), dtype=torch.int8)
+            if not part.symmetric:
+                zero = integers(-half, half, rows, groups)
+            parts.append(SemiSparseCodes(codes, places, scale, zero, part.bits, part.symmetric))
         elif isinstance(part, ColumnsForm):
             index = torch.randperm(inputs, generator=generator)[: part.count].sort().values.int()
             if part.bits == 8:

@@ -160,14 +160,18 @@ def test_checkpoints_read_back(mixture: Path, text_file: Path, tmp_path: Path, s
         (SparseGPT(pattern="2:4"),),
         (Wanda(pattern="2:4"), GPTQ(bits=4, group_size=64)),
         (SparseGPT(pattern="2:4", bits=4, group_size=64),),
+        (SparseGPT(pattern="2:4", bits=4, group_size=64, store="2:4"),),
     ],
-    ids=["pruned", "then rounded", "in one pass"],
+    ids=["pruned", "then rounded", "in one pass", "with zeros left out"],
 )
 def test_experts_are_pruned_like_other_layers(
     mixture: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...]
 ) -> None:
-    report = compress(mixture, recipe(*steps), tmp_path / "out", text=text_file)
+    said: list[str] = []
+    report = compress(mixture, recipe(*steps), tmp_path / "out", text=text_file, say=said.append)
     assert len(report.layers) == LAYERS
+    left_out = getattr(steps[0], "store", "dense") == "2:4"
+    assert left_out == ("zeros are stored as codes too: vLLM has no kernel of experts that leaves them out" in said)
     assert sum(is_expert(layer.name) for layer in report.layers) == 2 * 4 * 3
     assert all(0.5 <= layer.sparsity < 0.6 for layer in report.layers)
     source = Source(tmp_path / "out")

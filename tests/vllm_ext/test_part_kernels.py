@@ -17,6 +17,7 @@ from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.low_rank import LowRankForm
 from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.registry import FORMS
+from quant_methods.formats.parts.semi_sparse import SemiSparseForm
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.formats.parts.trellis_codes import TrellisForm
@@ -24,6 +25,7 @@ from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
 from tests.vllm_ext.test_weights import close, config_of, engine, finished, load, on_rank  # noqa: F401  # a fixture
+from vllm_ext import bulk
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -59,7 +61,9 @@ def test_an_unknown_part_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [GridForm(4), TableForm(3), ColumnsForm(2), SparseForm(), LowRankForm(1)], ids=lambda part: part.part.kind
+    "part",
+    [GridForm(4), TableForm(3), SemiSparseForm(4), ColumnsForm(2), SparseForm(), LowRankForm(1)],
+    ids=lambda part: part.part.kind,
 )
 def test_a_device_without_kernels_is_one_line(part: Any) -> None:
     own = part.random(8, 64, DRAW)
@@ -82,6 +86,40 @@ def test_a_trellis_code_is_dequantized_on_a_cpu_and_stacked_if_its_tiles_are_ful
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     found = torch.cat([part(x) for part in parts], 1)
     assert close(found, x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
+
+
+def test_2_of_4_codes_are_dequantized_on_a_cpu_and_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(bulk.logger, "warning_once", lambda line, *values: said.append(line % values))
+    linear = Form((SemiSparseForm(4, 32, symmetric=False),)).random(64, 128, DRAW)
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    assert close(served(linear)(x), x.double() @ linear.read().double().T)
+    assert said == ["4-bit 2:4 weights have no CPU kernel: dequantized to torch.bfloat16 at load"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_2_of_4_codes_are_loaded_cut_and_merged_by_vllm(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = Form((SemiSparseForm(4, 32, symmetric=False), LowRankForm(2)))
+    layers, x = [form.random(64, 128, DRAW) for _ in range(2)], torch.randn(5, 128, dtype=torch.bfloat16)
+    config = config_of({"mlp.gate_proj": form, "mlp.up_proj": form, "mlp.down_proj": form})
+    wanted = [x.double() @ layer.read().double().T for layer in layers]
+    added = 0
+    for rank in range(ranks):
+        on_rank(monkeypatch, rank, ranks)
+        merged = vllm_linear.MergedColumnParallelLinear(
+            128, [64, 64], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        )
+        for shard, layer in enumerate(layers):
+            load(merged, shard, layer)
+        y = finished(merged).quant_method.apply(merged, x)
+        assert close(y, torch.cat([part.chunk(ranks, 1)[rank] for part in wanted], 1))
+        # Of a layer that is cut along its inputs, what the ranks find is added up.
+        row = vllm_linear.RowParallelLinear(
+            128, 64, bias=False, quant_config=config, prefix="mlp.down_proj", reduce_results=False
+        )
+        load(row, None, layers[0])
+        added = added + finished(row).quant_method.apply(row, x.chunk(ranks, 1)[rank].contiguous()).double()
+    assert close(added, wanted[0])
 
 
 @pytest.mark.parametrize("others", [(), (ColumnsForm(3), SparseForm(), LowRankForm(2))], ids=["alone", "with others"])

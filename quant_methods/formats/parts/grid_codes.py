@@ -102,20 +102,11 @@ class GridCodes(Bulk):
 
         """
         (top, bottom), (left, right) = rows, inputs
-        groups, width = self.scale.shape[1], self.codes.shape[1]
-        group_range = slice(0, groups)
-        if groups > 1:
-            size = width // groups
-            if left % size or right % size:
-                raise ParetoError(
-                    f"tensor parallelism would cut a layer of {width} input channels inside its groups of {size}; use "
-                    "fewer ranks, or a checkpoint with smaller groups"
-                )
-            group_range = slice(left // size, right // size)
+        groups = group_range(self.scale.shape[1], self.codes.shape[1], inputs)
         return GridCodes(
             self.codes[top:bottom, left:right],
-            self.scale[top:bottom, group_range],
-            self.zero_point[top:bottom, group_range],
+            self.scale[top:bottom, groups],
+            self.zero_point[top:bottom, groups],
             self.bits,
             self.symmetric,
         )
@@ -131,6 +122,29 @@ class GridCodes(Bulk):
             grids[0].bits,
             all(grid.symmetric for grid in grids),
         )
+
+
+def group_range(groups: int, width: int, inputs: Range) -> slice:
+    """Return the groups of some of a row's input channels.
+
+    Args:
+        groups: of a row.
+        width: input channels of a row.
+        inputs: those that are wanted.
+
+    Raises:
+        ParetoError: they begin or end inside a group.
+
+    """
+    (left, right), size = inputs, width // groups
+    if groups == 1:
+        return slice(0, 1)
+    if left % size or right % size:
+        raise ParetoError(
+            f"tensor parallelism would cut a layer of {width} input channels inside its groups of {size}; use "
+            "fewer ranks, or a checkpoint with smaller groups"
+        )
+    return slice(left // size, right // size)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from quant_methods.formats.parts.columns import ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.low_rank import LowRankForm
 from quant_methods.formats.parts.part import Part, PartForm
+from quant_methods.formats.parts.semi_sparse import SemiSparseForm
 from quant_methods.formats.parts.single_weights import SparseForm
 from quant_methods.formats.parts.table_codes import TableForm
 from quant_methods.formats.parts.trellis_codes import TrellisForm
@@ -17,6 +18,7 @@ FORMS: dict[str, type[PartForm]] = {
         GridForm,
         TableForm,
         TrellisForm,
+        SemiSparseForm,
         ColumnsForm,
         SparseForm,
         LowRankForm,

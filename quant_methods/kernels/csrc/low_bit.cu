@@ -1,28 +1,33 @@
 // Products of activations with weights of 2 to 7 bits: y[column, row] = sum over channels of x[column, channel] *
 // weight[row, channel], for up to 64 columns, where reading the codes is most of the work (while decoding).
 //
-// A thread block's step is ROW_WARPS units of rows by WARPS / ROW_WARPS of channels, one for each warp. Codes, scales and
-// activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's activations are for
-// all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those that it needs, and
-// goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
+// A thread block's step is ROW_WARPS units of rows by UNITS * WARPS / ROW_WARPS of channels, UNITS for each warp. Codes,
+// scales and activations of the STAGES - 1 steps ahead are on their way into a ring in shared memory. The block's
+// activations are for all of its warps, which wait for each other at every step; with ALONE each warp has a copy of those
+// that it needs, and goes on by itself. Warps of the same rows add up their sums when a tile of rows is complete.
 //
 // The steps of all tiles, one tile after the other, are dealt out in equal runs to the blocks (or whole tiles are); of a
 // tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
 // order. Sums are float32; those of a group are scaled once.
 //
-// Macros: TRELLIS (0 or 1), those of low_bit_codes.cuh or low_bit_trellis.cuh (with it, TABLE is 0), WARPS of a thread
-// block, ROW_WARPS (divides WARPS), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a
-// multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
+// Macros: TRELLIS and SEMI_SPARSE (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh or low_bit_semi_sparse.cuh
+// (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), UNITS (1 or 2: of channels, that a warp has
+// in a step), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers
+// are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
+#elif SEMI_SPARSE
+#include "low_bit_semi_sparse.cuh"
 #else
 #include "low_bit_codes.cuh"
 #endif
 
-constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, SLOT_WORDS = UNIT_WORDS + SIDE_WORDS;
+constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, DEPTH_UNITS = DEPTH_WARPS * UNITS;
+constexpr int SLOT_WORDS = UNITS * UNIT_WORDS + (TABLE ? 1 : UNITS) * SIDE_WORDS;
 constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
-constexpr int X_CHUNKS = CHANNELS * (ALONE ? 1 : DEPTH_WARPS) / 8;       // Of 16 bytes in a row of a step's activations.
-constexpr int X_STRIDE = 16 * X_CHUNKS + 64;  // Bytes: neighbouring rows begin in different halves of the banks.
+constexpr int X_CHUNKS = CHANNELS * (ALONE ? UNITS : DEPTH_UNITS) / 8;   // Of 16 bytes in a row of a step's activations.
+// Bytes: two neighbouring rows begin in different halves of the banks, or eight in different eighths.
+constexpr int X_STRIDE = 16 * X_CHUNKS + (SEMI_SPARSE ? 16 : 64);
 constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
 
 struct Params {
@@ -39,7 +44,7 @@ struct Params {
     int rows;
     int units;         // Of a row tile: ceil(channels / CHANNELS).
     int tiles;         // Of ROWS rows.
-    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_WARPS).
+    int steps;         // Of a tile of ROW_WARPS row tiles: ceil(units / DEPTH_UNITS).
     int grain;         // Steps that are dealt out together: 1, or those of a tile.
     int share;         // What each block gets at least, in grains.
     int larger;        // Blocks that get one more; the first ones.
@@ -64,22 +69,22 @@ DEVICE int x_begin(const Params& p) {
 // A thread's place in a run of steps.
 struct Place {
     int tile, step, stage;
-    int unit, units;  // The warp's in the step, and how many there are of its rows.
+    int unit, units;  // The warp's first in the step, and how many there are of its rows.
 
     DEVICE Place(const Params& p, int at) : tile(at / p.steps), step(at % p.steps), stage(0) { seek(p); }
     DEVICE int row_tile() const { return tile * ROW_WARPS + static_cast<int>(threadIdx.x) / 32 / DEPTH_WARPS; }
-    DEVICE bool has_unit() const { return unit < units; }
-    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_WARPS) + threadIdx.x % X_CHUNKS * 8; }
+    DEVICE bool has_unit(int u) const { return unit + u < units; }
+    DEVICE int x_channel() const { return CHANNELS * (ALONE ? unit : step * DEPTH_UNITS) + threadIdx.x % X_CHUNKS * 8; }
 
     DEVICE void seek(const Params& p) {
-        unit = step * DEPTH_WARPS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS;
+        unit = step * DEPTH_UNITS + static_cast<int>(threadIdx.x) / 32 % DEPTH_WARPS * UNITS;
         units = row_tile() < p.tiles ? p.units : 0;
     }
 
     // Returns whether the tile is another one now.
     DEVICE bool next(const Params& p) {
         if (++stage == STAGES) stage = 0;
-        unit += DEPTH_WARPS;
+        unit += DEPTH_UNITS;
         if (++step < p.steps) return false;
         step = 0, ++tile;
         seek(p);
@@ -105,19 +110,22 @@ struct Fetcher {
 
     DEVICE void next(const Params& p) {
         if (place.next(p)) return seek(p);
-        words += DEPTH_WARPS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_WARPS * SIDE_WORDS;
-        x += CHANNELS * DEPTH_WARPS;
+        words += DEPTH_UNITS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_UNITS * SIDE_WORDS;
+        x += CHANNELS * DEPTH_UNITS;
     }
 
     DEVICE void fetch_codes(const Params& p) const {
-        if (!place.has_unit()) return;
+        if (!place.has_unit(0)) return;
         const u32 to = shared_address(shared) + place.stage * stage_bytes(p) + threadIdx.x / 32 * SLOT_WORDS * 4 +
                        threadIdx.x % 32 * 16;
 #pragma unroll
-        for (int i = 0; i < UNIT_WORDS; i += 128) copy_16(to + 4 * i, words + i, policy);
+        for (int i = 0; i < UNITS * UNIT_WORDS; i += 128) {
+            if (i < UNIT_WORDS || place.has_unit(i / UNIT_WORDS)) copy_16(to + 4 * i, words + i, policy);
+        }
+        const int side_words = SIDE_WORDS * (TABLE || !place.has_unit(UNITS - 1) ? 1 : UNITS);
 #pragma unroll
-        for (int i = 0; i < SIDE_WORDS; i += 128) {
-            if (i + threadIdx.x % 32 * 4 < SIDE_WORDS) copy_16(to + 4 * (UNIT_WORDS + i), side + i, policy);
+        for (int i = 0; i < (TABLE ? 1 : UNITS) * SIDE_WORDS; i += 128) {
+            if (i + threadIdx.x % 32 * 4 < side_words) copy_16(to + 4 * (UNITS * UNIT_WORDS + i), side + i, policy);
         }
     }
 
@@ -135,6 +143,14 @@ struct Fetcher {
         }
     }
 };
+
+#if SEMI_SPARSE
+template <int PAIR>
+DEVICE void sparse_product(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    if constexpr (IN_BFLOAT) mma_sparse_bfloat<PAIR>(c, a, b, places);
+    else mma_sparse<PAIR>(c, a, b, places);
+}
+#endif
 
 DEVICE void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if constexpr (IN_BFLOAT) mma_bfloat(c, a, b0, b1);
@@ -155,6 +171,23 @@ struct Sums {
     }
 
     // The products of steps of 32 channels; x is where the lane's first column's are of the unit's first.
+#if SEMI_SPARSE
+    DEVICE void add_products(const Unit& unit, int from, int to, const u8* x, const int (&columns)[COLUMN_TILES]) {
+#pragma unroll
+        for (int j = from; j < to; ++j) {
+            u32 a[2][4];  // Of 16 rows each.
+#pragma unroll
+            for (int i = 0; i < 2; ++i) unit.operand(i, j, a[i]);
+#pragma unroll
+            for (int c = 0; c < COLUMN_TILES; ++c) {
+                u32 b[4];
+                load_matrices(b, x + columns[c] + 64 * j);
+                sparse_product<0>(of[0][c], a[0], b, unit.places[j]);
+                sparse_product<1>(of[1][c], a[1], b, unit.places[j]);
+            }
+        }
+    }
+#else
     DEVICE void add_products(const Unit& unit, int from, int to, const u8* x, const int (&columns)[COLUMN_TILES]) {
 #pragma unroll
         for (int j = from; j < to; ++j) {
@@ -176,9 +209,9 @@ struct Sums {
             }
         }
     }
+#endif
 
-    DEVICE void add_unit(const u32* words, const u8* x, const int (&columns)[COLUMN_TILES]) {
-        const u32* side = words + UNIT_WORDS;
+    DEVICE void add_unit(const u32* words, const u32* side, const u8* x, const int (&columns)[COLUMN_TILES]) {
         Unit unit;
         unit.load(words, side);
 #if TABLE
@@ -273,11 +306,13 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
         if (begin + i < end) ahead.fetch_activations(p);
         copy_commit();
     }
-    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums.
+    // Where a lane's columns are in a stage; those past the last one are like it, and nobody reads their sums. It loads
+    // eight channels of a column for itself, or for the lanes that the sparse tensor cores want them in.
     int columns[COLUMN_TILES];
+    const int column = SEMI_SPARSE ? lane % 8 : lane / 4, chunk = SEMI_SPARSE ? lane / 8 : lane % 4;
 #pragma unroll
-    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + lane / 4, p.columns - 1) * X_STRIDE;
-    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * depth) + lane % 4 * 16;
+    for (int c = 0; c < COLUMN_TILES; ++c) columns[c] = min(8 * c + column, p.columns - 1) * X_STRIDE;
+    const int codes = 4 * SLOT_WORDS * warp, x = x_begin(p) + (ALONE ? 0 : 2 * CHANNELS * UNITS * depth) + chunk * 16;
     Sums sums = {};
     for (int at = begin; at < end; ++at) {
         copy_wait<STAGES - 2>();
@@ -288,7 +323,12 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
         copy_commit();
         ahead.next(p);
         const u8* stage = shared + now.stage * stage_bytes(p);
-        if (now.has_unit()) sums.add_unit(reinterpret_cast<const u32*>(stage + codes), stage + x, columns);
+        const u32* slot = reinterpret_cast<const u32*>(stage + codes);
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+            const u32* side = slot + UNITS * UNIT_WORDS + (TABLE ? 0 : u * SIDE_WORDS);
+            if (now.has_unit(u)) sums.add_unit(slot + u * UNIT_WORDS, side, stage + x + 2 * CHANNELS * u, columns);
+        }
         const int tile = now.tile, row_tile = now.row_tile();
         const bool ended = now.next(p);
         if (!ended && at + 1 < end) continue;
@@ -325,9 +365,15 @@ extern "C" __global__ __launch_bounds__(THREADS) void expand(const __grid_consta
                 pairs[h] = IN_BFLOAT ? pack_bfloat2(low, high) : pack_half2(low, high);
             }
 #endif
-            const int row = tile * ROWS + Unit::row(g, r), channel = at * CHANNELS + 32 * j + 8 * t;
-            if (row < p.rows && channel < p.channels)
-                *reinterpret_cast<uint4*>(p.y + row * p.y_stride + channel) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+            const int row = tile * ROWS + Unit::row(g, r), channel = at * CHANNELS + 32 * j + (SEMI_SPARSE ? 4 : 8) * t;
+            u16* y = p.y + row * p.y_stride + channel;
+            if (row >= p.rows) continue;
+#if SEMI_SPARSE
+            if (channel < p.channels) *reinterpret_cast<uint2*>(y) = {pairs[0], pairs[1]};
+            if (channel + 16 < p.channels) *reinterpret_cast<uint2*>(y + 16) = {pairs[2], pairs[3]};
+#else
+            if (channel < p.channels) *reinterpret_cast<uint4*>(y) = {pairs[0], pairs[1], pairs[2], pairs[3]};
+#endif
         }
     }
 }

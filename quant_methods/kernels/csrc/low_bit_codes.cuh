@@ -18,8 +18,6 @@ constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes
 // the type of x), or the rows' tables, [g][row r][ROW_TABLE].
 constexpr int SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
 
-DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }
-
 // A lane's codes of a row of a unit.
 struct Row {
     u32 words[BITS];
@@ -56,7 +54,6 @@ struct Row {
     static constexpr int FIELDS = 16 / BITS;                         // Codes of half a word.
     static constexpr int WHOLE = FIELDS * BITS, LEFT = 16 - WHOLE;   // Pairs in whole fields; bits that are left over.
     static constexpr int IN_PLACE = (IN_BFLOAT ? 7 : 10) / BITS;     // Fields that a mantissa has room for.
-    static constexpr u32 MAGIC = IN_BFLOAT ? 0x43004300u : 0x64006400u;
 
     u32 offsets[IN_PLACE];  // -(128 or 1,024) / 2^place - zero-point for the places 0, BITS, ...
 

@@ -3,6 +3,7 @@
 One that only the tests know shows that a new part needs nothing but its file and an entry in the registry.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.low_rank import LowRank, LowRankForm
 from quant_methods.formats.parts.part import Addition, BulkForm, Draw, Part, PartForm
 from quant_methods.formats.parts.registry import FORMS
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes, SemiSparseForm
 from quant_methods.formats.parts.single_weights import Sparse, SparseForm
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.parts.trellis import pair_values
@@ -68,10 +70,25 @@ def trellis_means(part: TrellisCodes) -> Tensor:
     return weight[:ROWS] * spread(part.scale)
 
 
+def semi_sparse_means(part: SemiSparseCodes) -> Tensor:
+    weight = torch.zeros(ROWS, INPUTS, dtype=torch.float64)
+    zero, scale = spread(part.zero_point), spread(part.scale)
+    for row in range(ROWS):
+        for four in range(INPUTS // 4):
+            nibble = int(part.places[row, four])
+            first, second = 4 * four + nibble % 4, 4 * four + nibble // 4
+            assert first < second
+            for nth, channel in enumerate((first, second)):
+                code = float(part.codes[row, 2 * four + nth])
+                weight[row, channel] = (code - zero[row, channel]) * scale[row, channel]
+    return weight
+
+
 MEANING: dict[type[Part], Callable[..., Tensor]] = {
     GridCodes: lambda part: (part.codes.double() - spread(part.zero_point)) * spread(part.scale),
     TableCodes: lambda part: torch.stack([t[c.long()] for t, c in zip(part.table.double(), part.codes, strict=True)]),
     TrellisCodes: trellis_means,
+    SemiSparseCodes: semi_sparse_means,
     Columns: columns_mean,
     Sparse: sparse_means,
     LowRank: lambda part: part.up.double() @ part.down.double(),
@@ -84,6 +101,8 @@ CASES = [
     TrellisForm(2),
     TrellisForm(3, 32),
     TrellisForm(4, 64),
+    SemiSparseForm(4),
+    SemiSparseForm(4, 32, symmetric=False),
     ColumnsForm(5),
     ColumnsForm(7, 8),
     SparseForm(),
@@ -228,11 +247,63 @@ def test_rows_that_do_not_fill_a_tile_are_not_stacked() -> None:
     [
         (TrellisForm(5), "a: bits is 5, expected one of 2, 3, 4"),
         (TrellisForm(3, 20), "a: group_size is 20, expected -1 or a multiple of 8"),
+        (SemiSparseForm(3), "a: bits is 3, expected one of 4"),
+        (SemiSparseForm(4, 6), "a: group_size is 6, expected -1 or a multiple of 4"),
     ],
 )
-def test_settings_that_a_trellis_has_not_are_one_line(form: TrellisForm, wrong: str) -> None:
+def test_settings_that_a_form_has_not_are_one_line(form: PartForm, wrong: str) -> None:
     with pytest.raises(ParetoError, match=f"^{wrong}$"):
         form.check("a")
+
+
+def pruned_grid(kept: tuple[int, ...], symmetric: bool) -> GridCodes:
+    """Codes on a grid of which in each four neighbours as many are not zero as ``kept`` says, in turn."""
+    grid = GridForm(4, 32, symmetric=symmetric).random(ROWS, INPUTS, Draw(0.1, torch.bfloat16, torch.device("cpu")))
+    zero = grid.zero_point.repeat_interleave(32, 1)
+    assert isinstance(grid, GridCodes)
+    held = torch.tensor(kept).repeat(ROWS * INPUTS // 4 // len(kept) + 1)[: ROWS * INPUTS // 4].view(ROWS, -1, 1)
+    order = torch.rand(ROWS, INPUTS // 4, 4).argsort(-1).argsort(-1)
+    other = torch.where(grid.codes == zero, zero + torch.where(zero < 7, 1, -1), grid.codes).to(torch.int8)
+    return dataclasses.replace(grid, codes=torch.where((order < held).flatten(1), other, zero))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_of_which_two_in_four_are_kept_mean_what_the_grid_means(symmetric: bool) -> None:
+    grid = pruned_grid((2, 2, 1, 2, 0), symmetric)
+    part = SemiSparseCodes.of(grid)
+    assert part.codes.shape == (ROWS, INPUTS // 2)
+    assert torch.equal(part.read(), grid.read())
+    assert torch.equal(semi_sparse_means(part), MEANING[GridCodes](grid))
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in part.pack().values())
+    dense = sum(tensor.numel() * tensor.element_size() for tensor in grid.pack().values())
+    assert 8 * (dense - stored) == ROWS * INPUTS, "a bit a weight less"
+
+
+def test_what_is_not_two_of_four_is_one_line() -> None:
+    with pytest.raises(ParetoError, match=r"^448 of 1792 fours of neighbouring weights hold more than two"):
+        SemiSparseCodes.of(pruned_grid((2, 3, 1, 0), symmetric=True))
+    grid = pruned_grid((2, 1), symmetric=False)
+    off = dataclasses.replace(grid, zero_point=grid.zero_point + 20)
+    off.codes = torch.where(grid.codes == grid.zero_point.repeat_interleave(32, 1), grid.codes + 20, grid.codes)
+    with pytest.raises(ParetoError, match=r"are kept, the grid has no code for zero$"):
+        SemiSparseCodes.of(off)
+    odd = dataclasses.replace(grid, codes=grid.codes[:, :6], scale=grid.scale[:, :1], zero_point=grid.zero_point[:, :1])
+    with pytest.raises(ParetoError, match=r"^6 input channels, which are not whole fours"):
+        SemiSparseCodes.of(odd)
+    part = layer(SemiSparseForm(4)).bulk
+    with pytest.raises(ParetoError, match="inside the four neighbours of 2:4 codes; use fewer ranks, or"):
+        part.cut((0, ROWS), (0, 66))
+    with pytest.raises(ParetoError, match="inside its groups of 32; use fewer ranks, or"):
+        layer(SemiSparseForm(4, 32)).bulk.cut((0, ROWS), (0, 48))
+
+
+@pytest.mark.parametrize("nibble", [0, 5, 6])
+def test_places_that_are_not_two_in_order_are_a_damaged_checkpoint(nibble: int) -> None:
+    form = Form((SemiSparseForm(4, 32),))
+    tensors = local_tensors("a", pack("a", layer(SemiSparseForm(4, 32))))
+    tensors["weight_place"][3, 2] = tensors["weight_place"][3, 2] & ~0xF0 | nibble << 4
+    with pytest.raises(ParetoError, match=r"^a: weight_place holds places that are not two of four"):
+        unpack("a", tensors, form)
 
 
 def test_a_part_that_is_not_registered_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import torch
 from kv_cache.cuda.runtime import nvrtc
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.grid_codes import GridCodes
+from quant_methods.formats.parts.semi_sparse import NIBBLES, SemiSparseCodes
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis import pair_values, states_of
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
@@ -15,7 +16,6 @@ from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from quant_methods.kernels.low_bit_layout import pack, pack_trellis
 from quant_methods.kernels.low_bit_matrix import Arrangement
 from tests.kv_cache.cuda.devices import SHARED
-from tests.kv_cache.cuda.emulator import EmulatedKernel
 from tests.quant_methods.kernels.graphs import check_layers_in_a_graph
 from tests.quant_methods.kernels.test_beside import apart
 from tests.quant_methods.kernels.test_beside import expected as expected_beside
@@ -37,18 +37,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    monkeypatch.setattr(low_bit_matrix, "load_kernel", EmulatedKernel)
-    monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (3, 227 << 10, True))
-    caches = low_bit_matrix._arrivals, low_bit_matrix._arrangement
-    for cache in caches:
-        cache.cache_clear()
-    yield CPU
-    for cache in caches:
-        cache.cache_clear()
-
-
 def random_layer(bits, rows, channels, group_size, dtype, device, kind="grid", seed=0):
     generator = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == -1 else channels // group_size
@@ -57,11 +45,16 @@ def random_layer(bits, rows, channels, group_size, dtype, device, kind="grid", s
         scale = torch.rand(rows, groups, generator=generator) + 0.5
         return TrellisCodes(words.int(), scale.to(dtype)).to(device)
     low = 0 if kind == "table" else -(1 << (bits - 1))
-    codes = torch.randint(low, low + (1 << bits), (rows, channels), generator=generator, dtype=torch.int8)
+    kept = channels // 2 if kind == "semi_sparse" else channels
+    codes = torch.randint(low, low + (1 << bits), (rows, kept), generator=generator, dtype=torch.int8)
     scale = (torch.rand(rows, groups, generator=generator) + 0.5).to(dtype)
     zero = torch.randint(low, low + (1 << bits), (rows, groups), generator=generator, dtype=torch.int8)
     if kind == "table":
         return TableCodes(codes, torch.randn(rows, 1 << bits, generator=generator).to(dtype)).to(device)
+    if kind == "semi_sparse":
+        drawn = torch.randint(len(NIBBLES), (rows, channels // 4), generator=generator)
+        places = torch.tensor(NIBBLES, dtype=torch.uint8)[drawn]
+        return SemiSparseCodes(codes, places, scale, zero, bits).to(device)
     return GridCodes(codes, scale, zero, bits).to(device)
 
 
@@ -91,7 +84,7 @@ def test_emulated_products(shape, emulated):
 
 
 ARRANGEMENTS = [
-    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone
+    # rows, channels, columns, and how: warps, row warps, stages, blocks, whole, alone, units
     (100, 1160, 1, Arrangement(4, 1, 2, 3, False)),  # A tile of 3 steps between several blocks.
     (100, 1160, 9, Arrangement(4, 2, 3, 2, False)),
     (300, 520, 17, Arrangement(4, 4, 4, 1, True)),
@@ -99,6 +92,8 @@ ARRANGEMENTS = [
     (100, 1160, 3, Arrangement(4, 1, 3, 2, False, alone=True)),
     (70, 520, 9, Arrangement(4, 4, 2, 1, True, alone=True)),
     (40, 2056, 2, Arrangement(2, 2, 6, 4, False)),  # One tile between all blocks.
+    (100, 1160, 1, Arrangement(4, 1, 2, 3, False, alone=True, units=2)),
+    (70, 1400, 9, Arrangement(4, 2, 3, 1, True, units=2)),  # Of the last two units there is one.
 ]
 
 
@@ -119,7 +114,7 @@ def check_arrangement(bits, rows, channels, columns, arrangement, device, kind="
         assert around.isnan().sum() == around.numel() - y.numel()
 
 
-@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 5, 7, 6, 3, 4, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
 def test_emulated_arrangements(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, kind="table" if bits == 4 else "grid")
 
@@ -147,7 +142,7 @@ def test_emulated_trellis(shape, emulated):
     check(*shape, emulated, kind="trellis")
 
 
-@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 4, 3, 2, 4, 3), ARRANGEMENTS, strict=True)), ids=str)
+@pytest.mark.parametrize(("bits", "shape"), list(zip((3, 2, 4, 3, 2, 4, 3, 3, 4), ARRANGEMENTS, strict=True)), ids=str)
 def test_emulated_arrangements_of_trellis(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, kind="trellis")
 
@@ -218,8 +213,8 @@ def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypa
         for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
             chosen = low_bit_matrix._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
             assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
-    for kind in ("grid", "trellis"):
-        matrix = LowBitCUDA(random_layer(3, 32, 128, 128, torch.bfloat16, CPU, kind), torch.bfloat16).matrix()
+    for kind, bits in (("grid", 3), ("trellis", 3), ("semi_sparse", 4)):
+        matrix = LowBitCUDA(random_layer(bits, 32, 128, 128, torch.bfloat16, CPU, kind), torch.bfloat16).matrix()
         macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
         assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_matrix.FOLDER)
 
@@ -257,7 +252,7 @@ BESIDE = [(9, 0, False), (0, 3, False), (0, 0, True), (17, 20, True)]
 @pytest.mark.parametrize("parts", BESIDE, ids=str)
 def test_emulated_with_what_lies_beside(tokens, parts, emulated, monkeypatch):
     monkeypatch.setattr(low_bit_cuda, "EXPANDED_BYTES", 2 * 256 * 32)  # A tile of rows at once.
-    check_with_beside(tokens, *parts, emulated, kind={9: "table", 70: "trellis"}.get(tokens, "grid"))
+    check_with_beside(tokens, *parts, emulated, kind={9: "table", 70: "trellis", 1: "semi_sparse"}.get(tokens, "grid"))
 
 
 @gpu
@@ -266,7 +261,9 @@ def test_emulated_with_what_lies_beside(tokens, parts, emulated, monkeypatch):
 @pytest.mark.parametrize("parts", BESIDE, ids=str)
 def test_with_what_lies_beside(tokens, parts):
     device = torch.device("cuda", 0)
-    check_with_beside(tokens, *parts, device, kind={16: "table", 17: "trellis", 300: "trellis"}.get(tokens, "grid"))
+    check_with_beside(
+        tokens, *parts, device, kind={8: "semi_sparse", 16: "table", 17: "trellis", 300: "trellis"}.get(tokens, "grid")
+    )
     check_with_beside(tokens, *parts, device, rows=4100, channels=2048)
 
 

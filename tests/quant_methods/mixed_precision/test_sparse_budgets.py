@@ -154,6 +154,13 @@ def test_what_cannot_be_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> N
         ((Wanda(),), "75%", SETTINGS, "kl", "asks for more zeros than the widths have; lower it"),
         ((Wanda(),), "20%", SETTINGS, "owl", "owl shares out a mean sparsity of 36% to 64%"),
         ((Wanda(),), "1GB", SETTINGS, "kl", "they save no bytes; give the bits a weight"),
+        (
+            (Wanda(pattern="2:4"), dataclasses.replace(W4, store="2:4")),
+            "4.5bits",
+            SETTINGS,
+            "kl",
+            "rtn with store: 2:4 has 4 bits alone, and a budget chooses bits; give store: dense with it",
+        ),
         ((Wanda(targets=("*.up_proj",)), W4), "50%", SETTINGS, "kl", "is pruned or rounded and not both"),
     ):
         with pytest.raises(ParetoError, match=message):

@@ -36,6 +36,34 @@ DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a * b on the tensor cores' sparse side: a is 16 x 32, of which each row holds two of every four neighbours, b is
+// 32 x 8, both float16; c is 16 x 8 float32. `places` are a nibble for each four, the first one's place in the lower two
+// bits and the second's, which is larger, above: lane 4 g + 2 * PAIR has those of columns 0 to 15, row g below row g + 8,
+// and the lane after it those of columns 16 to 31.
+template <int PAIR>
+DEVICE void mma_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places), "n"(PAIR));
+}
+
+// The same of bfloat16 operands.
+template <int PAIR>
+DEVICE void mma_sparse_bfloat(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places), "n"(PAIR));
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory: `row` is where lane 8 i + j finds row j of matrix i, 16
+// bytes, and of matrix i lane 4 g + t gets elements 2 t and 2 t + 1 of row g.
+DEVICE void load_matrices(u32 (&y)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(shared_address(row)));
+}
+
 // Transpose an 8 x 8 matrix of 16-bit elements held by the warp, one row to each four lanes.
 DEVICE u32 transpose(u32 x) {
     u32 y;

@@ -243,6 +243,55 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 DEVICE void mma_bfloat(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     emulated_mma(c, a, b0, b1, [](u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); });
 }
+
+// mma.sp.m16n8k32 (PTX ISA): lane 4g + t holds of A two of each four columns, those of columns 4t to 4t + 3 and 4t + 16 to
+// 4t + 19 of rows g, g + 8, g (the second), g + 8 (the second); of B rows 2t, 2t + 1 and these plus 8, 16, 24 of column g;
+// of C what m16n8k16 has. Metadata are indices of 2 bits: of the lanes that the selector picks, 2 * selector and the one
+// behind in each four, the first has columns 0 to 15 and the second 16 to 31, row g in the lower half, g + 8 in the upper.
+template <class Convert>
+void emulated_mma_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 metadata, int selector, Convert convert) {
+    const u64 words[5] = {a[0] | static_cast<u64>(a[1]) << 32, a[2] | static_cast<u64>(a[3]) << 32,
+                          b[0] | static_cast<u64>(b[1]) << 32, b[2] | static_cast<u64>(b[3]) << 32, metadata};
+    const auto all = emulator::show(words, 5);
+    const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row_half = i / 2, column = 2 * t + i % 2;
+        float dense[32] = {}, sum = c[i];
+        for (int four = 0; four < 8; ++four) {
+            const u32 of_lane = static_cast<u32>(all[4 * g + 2 * selector + four / 4][4]) >> 16 * row_half;
+            const int first = of_lane >> 4 * (four % 4) & 3, second = of_lane >> 4 * (four % 4) + 2 & 3;
+            const u32 pair = static_cast<u32>(all[4 * g + four % 4][four / 4] >> 32 * row_half);
+            // Indices that do not rise are undefined.
+            const float poison = first < second ? 0.0f : NAN;
+            dense[4 * four + first] = convert(static_cast<u16>(pair)) + poison;
+            dense[4 * four + second] = convert(static_cast<u16>(pair >> 16)) + poison;
+        }
+        for (int k = 0; k < 32; ++k) {
+            const u32 pair = static_cast<u32>(all[4 * column + k % 8 / 2][2 + k / 16] >> 32 * (k / 8 % 2));
+            sum += dense[k] * convert(static_cast<u16>(pair >> 16 * (k % 2)));
+        }
+        c[i] = sum;
+    }
+    emulator::seen();
+}
+template <int PAIR>
+void mma_sparse(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    emulated_mma_sparse(c, a, b, places, PAIR, [](u16 x) { return from_half(x); });
+}
+template <int PAIR>
+void mma_sparse_bfloat(float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 places) {
+    emulated_mma_sparse(c, a, b, places, PAIR, [](u16 x) { return __uint_as_float(static_cast<u32>(x) << 16); });
+}
+// ldmatrix.x4: lane 8i + j has the address of row j of matrix i; of each matrix lane 4g + t gets columns 2t, 2t + 1 of row g.
+DEVICE void load_matrices(u32 (&y)[4], const void* row) {
+    const u64 address = reinterpret_cast<u64>(row);
+    if (address % 16) emulator::wait_in_vain();
+    const auto all = emulator::show(&address, 1);
+    for (int i = 0; i < 4; ++i) {
+        y[i] = reinterpret_cast<const u32*>(all[8 * i + emulator::lane() / 4][0])[emulator::lane() % 4];
+    }
+    emulator::seen();
+}
 // Lane 4g + t holds columns 2t and 2t + 1 of row g.
 DEVICE u32 transpose(u32 x) {
     const u64 word = x;
