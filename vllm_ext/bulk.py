@@ -8,6 +8,7 @@
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
 | 2 to 4 bits in a table, 5 to 7 bits on a grid | dequantized once at load | ours |
 | 2 to 4 bits of a trellis | dequantized once at load | ours |
+| 4 bits with a bitmap | as 4 bits on a grid, the zeros too | ours |
 | everything else | dequantized once at load | expanded by PyTorch at every step |
 
 The ways of the last row are slow: a line of the log says so.
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.part import Bulk, slow_on_cuda
 from quant_methods.formats.parts.planes import pack_codes
@@ -102,6 +104,12 @@ def trellis_on_cuda(codes: TrellisCodes, activations: str, dtype: torch.dtype) -
     groups = codes.scale.shape[1]
     form = TrellisForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups)
     return _low_bit(low_bit_module(codes, dtype), form)
+
+
+def bitmap_on_cpu(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with a bitmap on a CPU; see :func:`grid_on_cpu`."""
+    logger.warning_once("%d-bit codes with a bitmap have no CPU kernel: zeros are codes too, once loaded", codes.bits)
+    return grid_on_cpu(codes.grid(), activations, dtype)
 
 
 def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.low_rank import LowRank
@@ -23,6 +24,7 @@ from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside
 from vllm_ext.bulk import (
     BulkKernel,
+    bitmap_on_cpu,
     grid_on_cpu,
     grid_on_cuda,
     table_on_cpu,
@@ -53,6 +55,7 @@ KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     GridCodes: {"cpu": grid_on_cpu, "cuda": grid_on_cuda},
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
     TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
+    BitmapCodes: {"cpu": bitmap_on_cpu},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

@@ -102,20 +102,11 @@ class GridCodes(Bulk):
 
         """
         (top, bottom), (left, right) = rows, inputs
-        groups, width = self.scale.shape[1], self.codes.shape[1]
-        group_range = slice(0, groups)
-        if groups > 1:
-            size = width // groups
-            if left % size or right % size:
-                raise ParetoError(
-                    f"tensor parallelism would cut a layer of {width} input channels inside its groups of {size}; use "
-                    "fewer ranks, or a checkpoint with smaller groups"
-                )
-            group_range = slice(left // size, right // size)
+        groups = group_range(self.codes.shape[1], self.scale.shape[1], inputs)
         return GridCodes(
             self.codes[top:bottom, left:right],
-            self.scale[top:bottom, group_range],
-            self.zero_point[top:bottom, group_range],
+            self.scale[top:bottom, groups],
+            self.zero_point[top:bottom, groups],
             self.bits,
             self.symmetric,
         )
@@ -131,6 +122,29 @@ class GridCodes(Bulk):
             grids[0].bits,
             all(grid.symmetric for grid in grids),
         )
+
+
+def group_range(width: int, groups: int, inputs: Range) -> slice:
+    """Return the groups that some of a row's input channels have.
+
+    Args:
+        width: all input channels.
+        groups: of all of them.
+        inputs: those.
+
+    Raises:
+        ParetoError: they begin or end inside a group.
+
+    """
+    if groups == 1:
+        return slice(0, 1)
+    size, (left, right) = width // groups, inputs
+    if left % size or right % size:
+        raise ParetoError(
+            f"tensor parallelism would cut a layer of {width} input channels inside its groups of {size}; use fewer "
+            "ranks, or a checkpoint with smaller groups"
+        )
+    return slice(left // size, right // size)
 
 
 @dataclass(frozen=True)
