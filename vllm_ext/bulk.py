@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant_methods.formats.parts.bitmap_codes import BitmapCodes
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes, BitmapForm
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
-from quant_methods.formats.parts.part import Bulk, slow_on_cuda
+from quant_methods.formats.parts.part import Bulk, BulkForm, slow_on_cuda
 from quant_methods.formats.parts.planes import pack_codes
 from quant_methods.formats.parts.table_codes import TableCodes, TableForm
 from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
@@ -112,6 +112,13 @@ def bitmap_on_cpu(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> B
     return grid_on_cpu(codes.grid(), activations, dtype)
 
 
+def bitmap_on_cuda(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with a bitmap on a CUDA device; see :func:`grid_on_cpu`."""
+    groups = codes.scale.shape[1]
+    form = BitmapForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
+    return _low_bit(low_bit_module(codes, dtype), form)
+
+
 def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:
     """Return vLLM's kernel for int8 activations and weights, None if the codes are not for it."""
     fits = activations == "int8" and codes.bits == 8 and codes.scale.shape[1] == 1
@@ -132,7 +139,7 @@ def _mixed(codes: GridCodes, dtype: torch.dtype) -> BulkKernel | None:
     return MixedBulk(codes, config, kernel)
 
 
-def _low_bit(module: nn.Module, form: GridForm | TableForm | TrellisForm) -> BulkKernel:
+def _low_bit(module: nn.Module, form: BulkForm) -> BulkKernel:
     """Return our kernel, or what PyTorch does in its place, which is said."""
     if isinstance(module, LowBitLinear):
         logger.warning_once(form.slow_on_cuda() or slow_on_cuda("weights of this layout", form.bits, SERVED_ON_CUDA))

@@ -25,6 +25,7 @@ from quant_methods.kernels.beside import Beside
 from vllm_ext.bulk import (
     BulkKernel,
     bitmap_on_cpu,
+    bitmap_on_cuda,
     grid_on_cpu,
     grid_on_cuda,
     table_on_cpu,
@@ -55,7 +56,7 @@ KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     GridCodes: {"cpu": grid_on_cpu, "cuda": grid_on_cuda},
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
     TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
-    BitmapCodes: {"cpu": bitmap_on_cpu},
+    BitmapCodes: {"cpu": bitmap_on_cpu, "cuda": bitmap_on_cuda},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

@@ -1,4 +1,7 @@
-"""How codes of 2 to 7 bits and what goes with them lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
+"""How codes, and what goes with them, lie in memory for the CUDA kernel ``csrc/low_bit.cu``.
+
+Codes of 2 to 7 bits, trellis codes, and codes with a bitmap.
+"""
 
 from __future__ import annotations
 
@@ -84,6 +87,20 @@ def pack_trellis(words: Tensor) -> Tensor:
     padded = functional.pad(words, (0, 0, 0, -across % (CHANNELS // 8)))
     # Axes: tile, unit, 32 channels j, t, g, word; then tile, unit, word, lane (g, t), j.
     return padded.reshape(tiles, -1, 4, 4, 8, bits).permute(0, 1, 5, 4, 3, 2).flatten(2)
+
+
+def pack_bitmap(bitmap: Tensor) -> Tensor:
+    """Lay a bitmap out as the kernel reads it: a lane's words of a unit lie together, and zeros fill units.
+
+    Args:
+        bitmap: int32 [row tiles, channels / 32, 32], see ``quant_methods/formats/parts/bitmap_codes.py``.
+
+    Returns:
+        int32 [row tiles, units, 128].
+
+    """
+    padded = functional.pad(bitmap, (0, 0, 0, -bitmap.shape[1] % 4))
+    return padded.unflatten(1, (-1, 4)).transpose(2, 3).flatten(2)
 
 
 def by_group(values: Tensor, width: int, trellis: bool) -> Tensor:

@@ -13,7 +13,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.form import Form
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import ColumnsForm
+from quant_methods.formats.parts.part import BulkForm
 from quant_methods.formats.parts.trellis_codes import TrellisForm
 from quant_methods.kernels import low_bit_cuda, low_bit_matrix
 from quant_methods.kernels.low_bit import LowBitLinear
@@ -84,6 +86,11 @@ def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
             "3-bit trellis codes in groups of 16 have no CUDA kernel",
             "use groups of 32, 64 or 128",
         ),
+        (
+            Form((BitmapForm(4, 8),)),
+            "4-bit codes with a bitmap in groups of 8 have no CUDA kernel",
+            "use groups of 32, 64 or 128",
+        ),
     ],
     ids=str,
 )
@@ -102,6 +109,7 @@ def test_what_no_kernel_takes_is_said_once(log: list[str], form: Form, what: str
         *(flat_form(bits, table=True) for bits in (2, 3, 4)),
         flat_form(6, 64, symmetric=False),
         *(Form((TrellisForm(bits, size),)) for bits, size in ((2, -1), (3, 32), (4, 64))),
+        *(Form((BitmapForm(4, size, symmetric=size == 64),)) for size in (-1, 32, 64)),
     ],
     ids=str,
 )
@@ -110,8 +118,9 @@ def test_of_what_a_kernel_takes_nothing_is_said(log: list[str], form: Form) -> N
     assert log == []
 
 
-def test_what_a_model_multiplies_by_a_trellis_code_is_its_weight(log: list[str]) -> None:
-    form = Form((TrellisForm(3, 64), ColumnsForm(3)))
+@pytest.mark.parametrize("bulk", [TrellisForm(3, 64), BitmapForm(4, 64, symmetric=False)], ids=str)
+def test_what_a_model_multiplies_by_is_the_weight(bulk: BulkForm, log: list[str]) -> None:
+    form = Form((bulk, ColumnsForm(3)))
     linear = random_layer(form, 64, 128, 0)
     (layer,) = serve([linear], [form.activations], torch.bfloat16)
     x = torch.randn(5, 128, dtype=torch.bfloat16)

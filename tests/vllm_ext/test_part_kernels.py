@@ -12,6 +12,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.form import Form
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.low_rank import LowRankForm
@@ -24,6 +25,7 @@ from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
 from tests.vllm_ext.test_weights import close, config_of, engine, finished, load, on_rank  # noqa: F401  # a fixture
+from vllm_ext.bulk import MixedBulk
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -82,6 +84,15 @@ def test_a_trellis_code_is_dequantized_on_a_cpu_and_stacked_if_its_tiles_are_ful
     x = torch.randn(5, 128, dtype=torch.bfloat16)
     found = torch.cat([part(x) for part in parts], 1)
     assert close(found, x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
+
+
+def test_on_a_cpu_codes_with_a_bitmap_are_codes_on_a_grid() -> None:
+    form = Form((BitmapForm(4, 64, symmetric=False), LowRankForm(2)))
+    layers = [form.random(rows, 128, DRAW) for rows in (64, 32)]
+    (part,) = serve(layers, ["none"] * 2, torch.bfloat16)
+    assert isinstance(part.bulk, MixedBulk), "what vLLM serves dense 4 bits with"
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    assert close(part(x), x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
 
 
 @pytest.mark.parametrize("others", [(), (ColumnsForm(3), SparseForm(), LowRankForm(2))], ids=["alone", "with others"])

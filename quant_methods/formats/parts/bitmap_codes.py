@@ -1,14 +1,14 @@
 """4-bit codes on a grid of the weights that are not zero alone, and a bit for each weight that says whether it is.
 
 The grid is that of ``grid_codes.py``, ``(code - zero_point) * scale``, so that a weight is zero where its code is the
-zero-point, and nowhere else. Blocks of 32 output by 128 input channels lie one after the other, as the CUDA kernel reads
-them (``kernels/csrc/low_bit_bitmap.cuh``). Lane ``4 g + t`` has of each step of 32 channels a word of the bitmap: bit
-``8 r + i`` is the weight of output channel ``g + 8 r`` and input channel ``8 t + i``. The codes that are left follow each
-other in the order of these bits, steps first, then lanes; so the codes before a weight's are as many as bits are set
-before its own (Fan et al.: "SpInfer", EuroSys 2025, section 4.2, has that idea for 16-bit weights).
+zero-point, and nowhere else. Blocks of 32 output by 128 input channels lie one after the other, as the CUDA kernel
+reads them (``kernels/csrc/low_bit_bitmap.cuh``). Lane ``4 g + t`` has of each step of 32 channels a word of the bitmap:
+bit ``8 r + i`` is the weight of output channel ``g + 8 r`` and input channel ``8 t + i``. The codes that are left
+follow each other in the order of steps, lanes and bits; so the codes before a weight's are as many as bits are set
+before its own (Fan et al.: "SpInfer", EuroSys 2025, has that idea for 16-bit weights).
 
-A code is stored as its lower 4 bits, exclusive or those of its group's zero-point: what is not there is a zero then, and
-what is there is none.
+A code is stored as its lower 4 bits, exclusive or those of its group's zero-point: what is not there is a zero then,
+and what is there is none.
 
 Stored as ``weight_bitmap`` int32 [row tiles, inputs / 32, 32], ``weight_kept`` int32 [lines, 4] (each block's codes
 begin a line of 16 bytes, the first code in the lowest bits), ``weight_starts`` int32 [row tiles * blocks + 1] (the line
@@ -226,7 +226,7 @@ def _some_tiles(tiles: int, width: int) -> Iterator[slice]:
 
 
 def _in_order(values: Tensor) -> Tensor:
-    """Return [rows, inputs] as the bitmap has them, [row tiles, steps, lanes, bits], rows that fill tiles being zeros."""
+    """Return [rows, inputs] in the bitmap's order, [row tiles, steps, lanes, bits]; rows that fill tiles are zeros."""
     padded = functional.pad(values, (0, 0, 0, -len(values) % TILE_ROWS))
     # Axes: tile, r, g, step, t, i.
     split = padded.reshape(-1, 4, 8, padded.shape[1] // STEP, 4, 8)
@@ -331,8 +331,9 @@ class BitmapForm(BulkForm):
         if zero is None:
             zero = torch.zeros(scale.shape, dtype=torch.int8, device=scale.device)
         found = BitmapCodes(bitmap, kept, starts, scale, zero, self.symmetric)
-        if len(bitmap) and not torch.equal(_starts(bitmap), starts) or int(starts[-1]) != len(kept):
-            raise ParetoError("weight_starts and weight_kept are not what weight_bitmap counts; the checkpoint is damaged")
+        if not torch.equal(_starts(bitmap), starts) or int(starts[-1]) != len(kept):
+            counted = "weight_starts and weight_kept are not what weight_bitmap counts"
+            raise ParetoError(f"{counted}; the checkpoint is damaged")
         return found
 
     def random(self, rows: int, inputs: int, draw: Draw) -> BitmapCodes:

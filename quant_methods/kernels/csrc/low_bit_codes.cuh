@@ -18,8 +18,6 @@ constexpr int ROW_TABLE = 2 << (BITS - 2);  // Words of a row's table: low bytes
 // the type of x), or the rows' tables, [g][row r][ROW_TABLE].
 constexpr int SIDE_WORDS = TABLE ? 32 * ROW_TABLE : 32 * GROUPS;
 
-DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }
-
 // A lane's codes of a row of a unit.
 struct Row {
     u32 words[BITS];

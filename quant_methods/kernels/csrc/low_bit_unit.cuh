@@ -6,3 +6,5 @@
 #include "numbers.cuh"
 
 constexpr int ROWS = 32, CHANNELS = 128, GROUPS = 8 / GROUP_STEPS, UNIT_WORDS = 128 * BITS;
+
+DEVICE u32 multiply_add(u32 a, u32 b, u32 c) { return IN_BFLOAT ? fma_bfloat2(a, b, c) : fma_half2(a, b, c); }

@@ -128,6 +128,13 @@ DEVICE u32 and_xor(u32 a, u32 mask, u32 b) {
     return y;
 }
 
+// Four of the bytes of a and b, by the selector's nibbles: 0 to 7 a byte, 8 to 15 eight times the highest bit of one.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u32 y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
+    return y;
+}
+
 // A load of what no kernel writes while a model runs: the compiler may move it past stores and waits.
 DEVICE float load_constant(const float* p) {
     float v;
