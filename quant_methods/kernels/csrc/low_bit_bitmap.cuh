@@ -45,7 +45,8 @@ struct Unit {
     u32 bitmap[4];
     u32 begin[4];                // The bit of the unit's codes where the lane's of each step begin.
     u32 offsets[4];              // Of the rows: -(128 or 1,024) - zero-point, twice.
-    const u32 *codes, *selectors;
+    const u32* codes;
+    u32 selectors;               // The address in shared memory of the lane's copy.
     mutable u32 next[2];         // The codes of two rows of a step, from the first one's on.
 
     static DEVICE int row(int g, int r) { return g + 8 * r; }
@@ -53,7 +54,7 @@ struct Unit {
     // From a unit's bitmap, its codes, of which two words more than there are may be read, and the table.
     DEVICE void load(const u32* words, const u32* its_codes, const u32* table) {
         const int lane = threadIdx.x % 32;
-        codes = its_codes, selectors = table + lane % COPIES;
+        codes = its_codes, selectors = shared_address(table + lane % COPIES);
         const uint4 v = reinterpret_cast<const uint4*>(words)[lane];
         bitmap[0] = v.x, bitmap[1] = v.y, bitmap[2] = v.z, bitmap[3] = v.w;
         // Two steps to a word: all lanes together have at most 4,096 bits of codes in a step.
@@ -76,6 +77,9 @@ struct Unit {
         }
     }
 
+    // The bits of row r's eight weights from 32 j.
+    DEVICE u32 present(int r, int j) const { return __byte_perm(bitmap[j], 0, 0x4440 + r); }
+
     // Two weights less the zero-point, from two codes in the lowest bits of either half.
     DEVICE u32 weights(int r, u32 pair) const {
         constexpr u32 ONE = IN_BFLOAT ? 0x3f803f80u : 0x3c003c00u;
@@ -92,9 +96,9 @@ struct Unit {
             const u32 a = from[0], b = from[1], c = from[2];
             next[0] = eight = __funnelshift_r(a, b, at), next[1] = __funnelshift_r(b, c, at);
         } else {
-            eight = __funnelshift_rc(next[0], next[1], 4 * __popc(bitmap[j] >> 8 * (r - 1) & 0xff));
+            eight = __funnelshift_rc(next[0], next[1], 4 * __popc(present(r - 1, j)));
         }
-        const u32 found = selectors[(bitmap[j] >> 8 * r & 0xff) * COPIES], odd = eight >> 4;
+        const u32 found = load_shared(selectors + present(r, j) * (4 * COPIES)), odd = eight >> 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const u32 four = permute_bytes(eight, odd, found >> 16 * i);

@@ -264,6 +264,7 @@ DEVICE u64 evict_first() { return 0; }
 
 // Addresses in shared memory count from its start.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const u8*>(p) - shared); }
+DEVICE u32 load_shared(u32 address) { return *reinterpret_cast<const u32*>(shared + address); }
 DEVICE void barrier_init(u32 barrier) { emulator::transfers[barrier] = {}; }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) { emulator::transfers[barrier].expected += bytes; }
 DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
