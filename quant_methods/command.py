@@ -116,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--sparsity", type=float, metavar="FRACTION", help="of weights to prune, in recipes that prune")
     recipe.add_argument("--pattern", metavar="P", help="which: any, or N:M (2:4), to keep N of M neighbouring inputs'")
     recipe.add_argument("--refit", action=switch, default=None, help="after pruning, fit the weights that are left")
+    recipe.add_argument("--bitmap", action=switch, default=None, help="store zeros as bits, not as codes, with 4 bits")
     recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--exempt", nargs="+", metavar="PART", help=f"parts to leave alone: {', '.join(NAMES)}")

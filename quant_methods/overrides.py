@@ -17,10 +17,10 @@ from quant_methods.steps import RoundStep, Step
 OF_STEPS = (
     "bits", "group_size", "group_size_fallback", "per_tensor", "symmetric", "activations", "search", "act_order",
     "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs", "sparsity", "pattern",
-    "refit",
+    "refit", "bitmap",
 )  # fmt: skip
 # Of these, what says how weights are rounded.
-OF_ROUNDING = ("bits", "group_size", "symmetric", "search")
+OF_ROUNDING = ("bits", "group_size", "symmetric", "search", "bitmap")
 # Settings of the calibration, and their names there.
 OF_CALIBRATION = {"num_calibration_samples": "num_samples", "calibration_length": "length", "seed": "seed"}
 OF_RECIPES = ("ignore", "exempt", "kv_scales")

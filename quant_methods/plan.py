@@ -132,6 +132,11 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
                 prunes[name] = prune
         _check_fused(decoder.name(index, ""), chosen)
     fit = fit_groups(steps, shapes)
+    if dense := next((name for name, step in fit.steps.items() if step.bitmap and name not in prunes), None):
+        raise ParetoError(
+            f"recipe {recipe.name}: {dense} would get a bitmap of its zeros, and no step makes any; add a step that "
+            "prunes, e.g. {method: sparsegpt}, or leave bitmap out"
+        )
     transforms = tuple(step for step in recipe.steps if isinstance(step, ScaleStep))
     _check_experts(recipe, fit)
     if steps and not fit.steps and not prunes:

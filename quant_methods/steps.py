@@ -18,6 +18,8 @@ from typing import ClassVar, Literal
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid
+from quant_methods.formats.parts.bitmap_codes import BITS as BITMAP_BITS
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.part import BulkForm
 from quant_methods.formats.parts.table_codes import TableForm
@@ -153,13 +155,13 @@ class PruneStep(Step):
                 f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
                 f"again; leave either bits or {step.method} out"
             )
-        if not isinstance(step.bulk_form, GridForm):
+        if not isinstance(step.bulk_form, GridForm | BitmapForm):
             raise ParetoError(
                 f"{step.method} rounds to {step.bulk_form.part.what}, which need not hold a zero, so that "
                 f"{self.method}'s zeros would be lost; round to a grid instead, e.g. {{method: gptq}}"
             )
         # A product beside the codes leaves the codes' zeros what they are, and makes up for them.
-        if not replace(step, rank=0).plain:
+        if not replace(step, rank=0, bitmap=False).plain:
             raise ParetoError(
                 f"{step.method} adds outlier channels to its codes, which would fill {self.method}'s zeros; leave "
                 "outliers out"
@@ -187,6 +189,8 @@ class RoundStep(Step):
         group_size_fallback: what becomes of a layer whose input channels the group size does not divide: ``lower``
             takes the largest size that does, ``skip`` leaves the layer at 16 bits, ``refuse`` refuses the recipe. A
             layer that no size fits stays at 16 bits unless the recipe is to be refused (``group_sizes.py``).
+        bitmap: zeros, of which a prune step has to have made some, are stored as a bit of a bitmap instead of as codes;
+            with 4 bits.
 
     """
 
@@ -204,6 +208,7 @@ class RoundStep(Step):
     rank_metric: Literal["activations", "weights"] = "activations"
     per_tensor: bool = False
     group_size_fallback: Literal["lower", "skip", "refuse"] = "lower"
+    bitmap: bool = False
 
     table: ClassVar[bool] = False
     """Whether codes are indices into a table of each output channel."""
@@ -211,7 +216,7 @@ class RoundStep(Step):
     @property
     def plain(self) -> bool:
         """Whether the result is codes on a grid and nothing else; steps that make other parts say no."""
-        return not self.outliers and not self.rank
+        return not self.outliers and not self.rank and not self.bitmap
 
     @property
     def needs_data(self) -> bool:
@@ -232,7 +237,9 @@ class RoundStep(Step):
     @property
     def bulk_form(self) -> BulkForm:
         """How the format of ours stores the codes."""
-        return TableForm(self.bits) if self.table else GridForm(self.bits, self.group_size, self.symmetric)
+        if self.table:
+            return TableForm(self.bits)
+        return (BitmapForm if self.bitmap else GridForm)(self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
         """Refuse what neither vLLM 0.32 nor this plugin serves."""
@@ -250,6 +257,11 @@ class RoundStep(Step):
             raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
         if self.rank < 0:
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
+        if self.bitmap and (self.bits != BITMAP_BITS or not isinstance(self.bulk_form, BitmapForm)):
+            raise ParetoError(
+                f"bitmap: a bitmap goes with codes of {BITMAP_BITS} bits on a grid, not with {self.method} of "
+                f"{self.bits} bits; leave it out, and zeros are stored as codes"
+            )
         if self.static and not (self.bits == 8 and self.group_size == -1 and self.symmetric and self.plain):
             raise ParetoError(
                 "activations: int8_static goes with 8-bit weights, group_size -1, symmetric, nothing beside them: "

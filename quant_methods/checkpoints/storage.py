@@ -16,6 +16,7 @@ from quant_methods.checkpoints import checkpoint
 from quant_methods.formats import native_format
 from quant_methods.formats.form import Form, form_of
 from quant_methods.formats.native_format import NativeConfig, local_tensors
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.part import Shapes
 from quant_methods.formats.quantized import QuantizedLinear
@@ -95,6 +96,9 @@ class Native:
 
     def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
+        if step.bitmap:
+            parts = (BitmapCodes.of(part) if isinstance(part, GridCodes) else part for part in linear.parts)
+            linear = QuantizedLinear(*parts, input_scale=linear.input_scale)
         return native_format.pack(name, linear)
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:

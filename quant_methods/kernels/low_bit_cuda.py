@@ -206,7 +206,8 @@ def low_bit_linear(
         [tokens, rows] in the dtype of x.
 
     """
-    matrix = PackedMatrix(words, side, kind, rows, x.shape[1], bits, group_steps, *(codes or (None, None)), most_lines)
+    kept, starts = codes or (None, None)
+    matrix = PackedMatrix(words, side, kind, rows, x.shape[1], bits, group_steps, kept, starts, most_lines)
     parts = BesideParts(*beside)
     if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
         return _dense(matrix, x, parts)

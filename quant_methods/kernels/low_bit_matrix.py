@@ -156,6 +156,10 @@ class PackedMatrix:
         """Of what a thread block has in shared memory for all of its units."""
         return SELECTOR_BYTES if self.kind == "bitmap" else 0
 
+    def shared_bytes(self, arrangement: Arrangement, columns: int) -> int:
+        """Return what a thread block needs; see :meth:`Arrangement.shared_bytes`."""
+        return arrangement.shared_bytes(self.unit_bits, self.side_bytes, columns, self.table_bytes)
+
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
         a, tiles = arrangement, column_tiles(tokens)
@@ -192,7 +196,7 @@ class PackedMatrix:
         _arrivals(self.words.data_ptr(), self.words.device)
 
     def _multiplying(self, dtype: torch.dtype, tokens: int, a: Arrangement) -> Kernel:
-        shared = a.shared_bytes(self.unit_bits, self.side_bytes, bound(tokens), self.table_bytes)
+        shared = self.shared_bytes(a, bound(tokens))
         macros = self.macros(dtype, tokens, a)
         return load_kernel("low_bit.cu", "multiply", macros, self.words.device, shared, folder=FOLDER)
 

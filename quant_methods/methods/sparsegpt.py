@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Search
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.handlers import LinearProblem, prunes, register
@@ -58,6 +59,7 @@ class SparseGPT(PruneStep):
         group_size: see ``RoundStep``, as are those that follow; without ``bits`` they mean nothing.
         symmetric: without zero-points.
         search: how each group's range is chosen.
+        bitmap: zeros are stored as a bit of a bitmap instead of as codes.
 
     """
 
@@ -68,13 +70,14 @@ class SparseGPT(PruneStep):
     group_size: int = 128
     symmetric: bool = True
     search: Search = "mse"
+    bitmap: bool = False
 
     @property
     def rounding(self) -> GPTQ | None:
         """What rounds in the same pass; None: nothing does."""
         if self.bits == NOT_ROUNDED:
             return None
-        own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "search", "targets")}
+        own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric", "search", "bitmap", "targets")}
         return GPTQ(
             **own,
             act_order=False,
@@ -88,6 +91,8 @@ class SparseGPT(PruneStep):
         super().check()
         if self.rounding is not None:
             self.rounding.check()
+        elif self.bitmap:
+            raise ParetoError(f"bitmap: {self.method} without bits leaves 16-bit weights, zeros too; give bits: 4")
         check_dampings(self.damping, self.upstream_damping, "the paper's value is 0.01")
 
 

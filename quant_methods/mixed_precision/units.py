@@ -70,6 +70,8 @@ class Width:
             ParetoError: the step cannot have it.
 
         """
+        if base.bitmap:
+            raise ParetoError(f"{base.method}: a budget chooses bits, bitmap fixes them at {base.bits}: leave it out")
         # 8-bit weights with zero-points have no kernel.
         changed = replace(base, bits=self.bits, symmetric=base.symmetric or self.bits == 8)
         if self.group_size is not None:
