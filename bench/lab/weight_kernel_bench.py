@@ -43,7 +43,8 @@ OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table", "2-trellis", "3-trel
 BITMAPS = {"bitmap50": 0.5, "bitmap60": 0.6}
 """Shares of zeros."""
 BESIDE = ("4+columns", "3-table+sparse", "4-table+sparse")
-ALL = (*OURS, *(f"4-{kind}" for kind in BITMAPS), *BESIDE)
+ALONE = (*OURS, *(f"4-{kind}" for kind in BITMAPS))
+ALL = (*ALONE, *BESIDE)
 KEPT_SHARE = 0.01
 """Of input channels: LLM.int8's outliers."""
 SPARSE_SHARE = 0.0045

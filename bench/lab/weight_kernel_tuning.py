@@ -23,7 +23,7 @@ import torch
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import graph_seconds
-from bench.lab.weight_kernel_bench import ALL, BESIDE, MISTRAL, low_bit_matrices, sizes
+from bench.lab.weight_kernel_bench import ALONE, MISTRAL, low_bit_matrices, sizes
 from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import compile_ahead
 from kv_cache.errors import ParetoError
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         "--ours",
         nargs="+",
         default=["3", "4"],
-        choices=[w for w in ALL if w not in BESIDE],
+        choices=ALONE,
         help="widths (default: 3 4)",
     )
     parser.add_argument("--stages", nargs="+", type=int, default=[3, 4, 6], metavar="N", help="(default: 3 4 6)")
