@@ -24,6 +24,7 @@ from quant_methods.calibration.stages import (
 )
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
@@ -223,7 +224,7 @@ def stored_as(step: RoundStep, linear: QuantizedLinear) -> QuantizedLinear:
     """Return a layer with its zeros left out, if the step wants them to be; its weight is the same."""
     if step.store == "dense":
         return linear
-    bulk = SemiSparseCodes.of(linear.part(GridCodes))
+    bulk = (SemiSparseCodes if step.store == "2:4" else BitmapCodes).of(linear.part(GridCodes))
     return QuantizedLinear(bulk, *linear.additions, input_scale=linear.input_scale)
 
 

@@ -117,7 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--pattern", metavar="P", help="which: any, or N:M (2:4), to keep N of M neighbouring inputs'")
     recipe.add_argument("--refit", action=switch, default=None, help="after pruning, fit the weights that are left")
     recipe.add_argument(
-        "--store", choices=("dense", "2:4"), help="of 4-bit codes pruned to 2:4: leave zeros out, or store them too"
+        "--store",
+        choices=("dense", "2:4", "bitmap"),
+        help="of pruned weights in 4 bits: zeros are codes too, or left out (2:4 for that pattern, bitmap for any)",
     )
     recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")

@@ -241,11 +241,18 @@ def _check_pattern(name: str, step: PruneStep, width: int) -> None:
 
 def _check_store(name: str, step: RoundStep | None, prune: PruneStep | None) -> None:
     """Refuse to leave zeros out of a layer that does not get them where they can be left out."""
-    if step is not None and step.store == "2:4" and (prune is None or not prune.fits_2_of_4):
-        found = "is not pruned" if prune is None else f"is pruned with pattern {prune.pattern}"
+    if step is None or step.store == "dense":
+        return
+    if prune is None:
+        pruned = "pattern '2:4'" if step.store == "2:4" else "e.g. {method: sparsegpt}"
         raise ParetoError(
-            f"{name} {found}, and {step.method} is to store two of four weights; prune it with pattern '2:4', or give "
+            f"{name} is not pruned, and {step.method} is to leave zeros out; prune it with {pruned}, or give "
             "store: dense"
+        )
+    if step.store == "2:4" and not prune.fits_2_of_4:
+        raise ParetoError(
+            f"{name} is pruned with pattern {prune.pattern}, and {step.method} is to store two of four weights; prune "
+            "it with pattern '2:4', or give store: bitmap or dense"
         )
 
 

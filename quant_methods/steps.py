@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.grid import Grid
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.part import BulkForm
 from quant_methods.formats.parts.semi_sparse import AMONG, SemiSparseForm
@@ -29,6 +30,12 @@ GROUP_SIZES = (128, 64, 32)
 
 LEAST_SPARSITY, MOST_SPARSITY = 0.2, 0.8
 """Below, nothing is gained by leaving weights out; above, no method here leaves a model of use."""
+
+Store = Literal["dense", "2:4", "bitmap"]
+STORED: dict[str, type[GridForm] | type[SemiSparseForm] | type[BitmapForm]] = {
+    "dense": GridForm, "2:4": SemiSparseForm, "bitmap": BitmapForm,
+}  # fmt: skip
+"""How codes on a grid are stored, with their zeros or without: the part's form."""
 
 KINDS = ("transform", "prune", "round", "whole-model")
 """The kinds of steps, in the order in which a recipe has them."""
@@ -160,7 +167,7 @@ class PruneStep(Step):
                 f"{self.method} with bits: {self.rounding.bits} rounds what it leaves, and {step.method} would do so "
                 f"again; leave either bits or {step.method} out"
             )
-        if not isinstance(step.bulk_form, GridForm | SemiSparseForm):
+        if not isinstance(step.bulk_form, tuple(STORED.values())):
             raise ParetoError(
                 f"{step.method} rounds to {step.bulk_form.part.what}, which need not hold a zero, so that "
                 f"{self.method}'s zeros would be lost; round to a grid instead, e.g. {{method: gptq}}"
@@ -194,8 +201,9 @@ class RoundStep(Step):
         group_size_fallback: what becomes of a layer whose input channels the group size does not divide: ``lower``
             takes the largest size that does, ``skip`` leaves the layer at 16 bits, ``refuse`` refuses the recipe. A
             layer that no size fits stays at 16 bits unless the recipe is to be refused (``group_sizes.py``).
-        store: ``2:4`` leaves the zeros of layers out that were pruned to two of four neighbours (codes of 4 bits,
-            ``formats/parts/semi_sparse.py``); ``dense`` stores them as codes.
+        store: ``2:4`` leaves the zeros of layers out that were pruned to two of four neighbours
+            (``formats/parts/semi_sparse.py``), ``bitmap`` those of any pattern (``bitmap_codes.py`` there), both with
+            codes of 4 bits; ``dense`` stores them as codes.
 
     """
 
@@ -213,7 +221,7 @@ class RoundStep(Step):
     rank_metric: Literal["activations", "weights"] = "activations"
     per_tensor: bool = False
     group_size_fallback: Literal["lower", "skip", "refuse"] = "lower"
-    store: Literal["dense", "2:4"] = "dense"
+    store: Store = "dense"
 
     table: ClassVar[bool] = False
     """Whether codes are indices into a table of each output channel."""
@@ -244,8 +252,7 @@ class RoundStep(Step):
         """How the format of ours stores the codes."""
         if self.table:
             return TableForm(self.bits)
-        form = GridForm if self.store == "dense" else SemiSparseForm
-        return form(self.bits, self.group_size, self.symmetric)
+        return STORED[self.store](self.bits, self.group_size, self.symmetric)
 
     def check(self) -> None:
         """Refuse what neither vLLM 0.32 nor this plugin serves."""
@@ -263,7 +270,7 @@ class RoundStep(Step):
             raise ParetoError(f"outlier_bits: {self.outlier_bits} is neither 8 nor 16")
         if self.rank < 0:
             raise ParetoError(f"rank: {self.rank} is negative; 8 is usual, and 0 adds nothing")
-        if self.store != "dense" and (self.bits != 4 or not isinstance(self.bulk_form, SemiSparseForm)):
+        if self.store != "dense" and (self.bits != 4 or not isinstance(self.bulk_form, STORED[self.store])):
             raise ParetoError(
                 f"store: {self.store} holds codes of 4 bits on a grid, not {self.bits}-bit {self.method}; give store: "
                 "dense, or round to 4 bits on a grid, e.g. with gptq"

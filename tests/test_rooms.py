@@ -27,7 +27,7 @@ QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
     "formats.grid_search", "formats.shards", "formats.sparse_formats", "formats.parts.part", "formats.parts.planes",
     "formats.parts.registry", "formats.parts.grid_codes", "formats.parts.table_codes", "formats.parts.columns",
     "formats.parts.single_weights", "formats.parts.low_rank", "formats.parts.trellis", "formats.parts.trellis_codes",
-    "formats.parts.semi_sparse",
+    "formats.parts.semi_sparse", "formats.parts.bitmap_codes",
     "kernels.beside", "kernels.beside_cuda", "kernels.beside_triton", "kernels.low_bit",
     "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.sparse", "kernels.sparse_cuda",
 )}  # fmt: skip

@@ -8,6 +8,7 @@
 | 8 bits, symmetric | dequantized once at load | vLLM's 8-bit kernel (Machete, Marlin) |
 | 2 to 4 bits in a table, 5 to 7 bits on a grid | dequantized once at load | ours |
 | 2 to 4 bits of a trellis, 2:4 codes of 4 bits | dequantized once at load | ours |
+| 4 bits with a bitmap | as 4 bits on a grid, the zeros too | ours |
 | everything else | dequantized once at load | expanded by PyTorch at every step |
 
 The ways of the last row are slow: a line of the log says so.
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes, BitmapForm
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.part import Bulk, BulkForm, slow_on_cuda
 from quant_methods.formats.parts.planes import pack_codes
@@ -114,6 +116,19 @@ def semi_sparse_on_cuda(codes: SemiSparseCodes, activations: str, dtype: torch.d
     """Return what multiplies by 2:4 codes on a CUDA device; see :func:`grid_on_cpu`."""
     groups = codes.scale.shape[1]
     form = SemiSparseForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
+    return _low_bit(low_bit_module(codes, dtype), form)
+
+
+def bitmap_on_cpu(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with a bitmap on a CPU; see :func:`grid_on_cpu`."""
+    logger.warning_once("%d-bit codes with a bitmap have no CPU kernel: zeros are codes too, once loaded", codes.bits)
+    return grid_on_cpu(codes.grid(), activations, dtype)
+
+
+def bitmap_on_cuda(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
+    """Return what multiplies by codes with a bitmap on a CUDA device; see :func:`grid_on_cpu`."""
+    groups = codes.scale.shape[1]
+    form = BitmapForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
     return _low_bit(low_bit_module(codes, dtype), form)
 
 

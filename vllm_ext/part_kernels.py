@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.low_rank import LowRank
@@ -24,6 +25,8 @@ from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside
 from vllm_ext.bulk import (
     BulkKernel,
+    bitmap_on_cpu,
+    bitmap_on_cuda,
     grid_on_cpu,
     grid_on_cuda,
     semi_sparse_on_cpu,
@@ -57,6 +60,7 @@ KERNELS: dict[type[Part], dict[str, BulkKernels | AdditionKernels]] = {
     TableCodes: {"cpu": table_on_cpu, "cuda": table_on_cuda},
     TrellisCodes: {"cpu": trellis_on_cpu, "cuda": trellis_on_cuda},
     SemiSparseCodes: {"cpu": semi_sparse_on_cpu, "cuda": semi_sparse_on_cuda},
+    BitmapCodes: {"cpu": bitmap_on_cpu, "cuda": bitmap_on_cuda},
     Columns: {"cpu": Beside, "cuda": Beside},
     Sparse: {"cpu": Beside, "cuda": Beside},
     LowRank: {"cpu": Beside, "cuda": Beside},

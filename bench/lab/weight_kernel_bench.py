@@ -2,7 +2,8 @@
 
 ``4+columns``, ``3-table+sparse`` and ``4-table+sparse`` are ours with what lies beside the bulk: 1% of the input
 channels kept apart, 0.45% of the weights stored singly. The rows without it say what that costs. ``4-2of4`` is 4-bit
-codes of which two in four are kept, on the sparse tensor cores.
+codes of which two in four are kept, on the sparse tensor cores. ``4-bitmap50`` and ``4-bitmap60`` store a bit for each
+weight and the codes of those that are not zero: 50 or 60% are, by chance.
 
 The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs over
 enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored bytes, beside
@@ -27,6 +28,7 @@ from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import copy_rate, graph_seconds
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.columns import Columns
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.part import Draw
@@ -40,7 +42,11 @@ from quant_methods.kernels.low_bit_cuda import LowBitCUDA, LowBitPart
 SCHEMA = "vllm-pareto/gpu-weight-kernel/1"
 MISTRAL = ("6144x4096", "4096x4096", "28672x4096", "4096x14336")
 OURS = ("2", "3", "4", "5", "6", "7", "3-table", "4-table", "2-trellis", "3-trellis", "4-trellis", "4-2of4")
+BITMAPS = {"bitmap50": 0.5, "bitmap60": 0.6}
+"""Shares of zeros."""
 BESIDE = ("4+columns", "3-table+sparse", "4-table+sparse")
+ALONE = (*OURS, *(f"4-{kind}" for kind in BITMAPS))
+ALL = (*ALONE, *BESIDE)
 KEPT_SHARE = 0.01
 """Of input channels: LLM.int8's outliers."""
 SPARSE_SHARE = 0.0045
@@ -75,9 +81,15 @@ def low_bit_matrices(what: str, rows: int, channels: int) -> tuple[list[LowBitCU
     elif kind == "table":
         part = TableCodes(codes, torch.randn(rows, 1 << bits, device="cuda", dtype=torch.bfloat16))
     else:
-        part = GridCodes(codes, groups, groups.round(), bits)
+        part = grid = GridCodes(codes, groups, groups.round().to(torch.int8), bits)
+        if kind in BITMAPS:
+            zero = grid.zero_point.repeat_interleave(GROUP, 1)
+            # What is left is not zero, so that the share of zeros is what the name says.
+            codes = torch.where(codes == zero, zero ^ 1, codes)
+            grid.codes = torch.where(torch.rand(rows, channels, device="cuda") < BITMAPS[kind], zero, codes)
+            part = BitmapCodes.of(grid)
     first = LowBitCUDA(part, torch.bfloat16)
-    stored = sum(t.numel() * t.element_size() for t in (first.words, first.side))
+    stored = sum(t.numel() * t.element_size() for t in first.buffers())
     matrices = [first]
     for _ in range(_copies(stored) - 1):
         matrices.append(copy.deepcopy(first))
@@ -212,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrices", nargs="+", default=list(MISTRAL), metavar="ROWSxCHANNELS", help="of a layer")
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 8, 16, 32, 64], metavar="N", help="batch sizes")
-    parser.add_argument(
-        "--ours", nargs="+", default=[*OURS, *BESIDE], choices=(*OURS, *BESIDE), help="ours (default: all)"
-    )
+    parser.add_argument("--ours", nargs="+", default=list(ALL), choices=ALL, help="ours (default: all)")
     parser.add_argument("--repeats", type=int, default=15, help="replays (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
     args = parser.parse_args(argv)

@@ -23,7 +23,7 @@ import torch
 from bench.environment import environment
 from bench.files import write_json
 from bench.gpu_timer import graph_seconds
-from bench.lab.weight_kernel_bench import MISTRAL, OURS, low_bit_matrices, sizes
+from bench.lab.weight_kernel_bench import ALONE, MISTRAL, low_bit_matrices, sizes
 from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import compile_ahead
 from kv_cache.errors import ParetoError
@@ -52,8 +52,10 @@ def arrangements(matrix: PackedMatrix, tokens: int, stages: list[int], units: li
         for blocks in {4: (2, 3), 8: (1, 2, 3) if tiles == 1 else (1, 2), 16: (1,)}[count]:
             if tiles > 4 and blocks * count > 8:  # Registers.
                 continue
+            if wide > 1 and matrix.kind == "bitmap":  # Which has no kernel for it.
+                continue
             one = Arrangement(count, rows, depth, blocks, whole, alone, wide)
-            bytes_ = one.shared_bytes(matrix.bits, matrix.side_bytes, tokens)
+            bytes_ = matrix.shared_bytes(one, tokens)
             if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 found.append(one)
     return found
@@ -152,7 +154,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--matrices", nargs="+", default=list(MISTRAL), metavar="ROWSxCHANNELS", help="of a layer")
     parser.add_argument("--columns", nargs="+", type=int, default=[1, 8, 16, 32, 64], metavar="N", help="batch sizes")
-    parser.add_argument("--ours", nargs="+", default=["3", "4"], choices=OURS, help="widths (default: 3 4)")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        default=["3", "4"],
+        choices=ALONE,
+        help="widths (default: 3 4)",
+    )
     parser.add_argument("--stages", nargs="+", type=int, default=[3, 4, 6], metavar="N", help="(default: 3 4 6)")
     parser.add_argument(
         "--units", nargs="+", type=int, default=[1, 2], choices=(1, 2), help="of a warp in a step (default: 1 2)"

@@ -1,4 +1,4 @@
-"""Products with weights of 2 to 8 bits in plain PyTorch, whatever their codes mean: a kernel has to agree.
+"""Products with weights of 2 to 8 bits in plain PyTorch, whatever the bulk: a kernel has to agree.
 
 The codes stay packed on the device. A product dequantizes some output channels at a time, so that no whole weight in
 16 bits ever exists. Nothing in :meth:`LowBitLinear.apply` depends on values, so that CUDA graphs can capture it.
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quant_methods.formats.grid import expand
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.planes import PLANES, pack_codes, unpack_codes
 from quant_methods.formats.parts.semi_sparse import SemiSparseCodes, unpacked
@@ -19,23 +20,28 @@ from quant_methods.formats.parts.trellis import TILE_ROWS
 from quant_methods.formats.parts.trellis_codes import TrellisCodes
 
 ROWS_AT_ONCE = 1024
-"""Output channels dequantized at a time; whole tiles of a trellis code."""
+"""Output channels dequantized at a time; whole tiles of a trellis code, and of a bitmap."""
 
 
 class LowBitLinear(nn.Module):
     """A layer's bulk.
 
     Args:
-        part: codes on a grid, with tables or 2:4 ones, of which 32 divides the input channels, or of a trellis.
+        part: codes on a grid, with tables or 2:4 ones, of which 32 divides the input channels, of a trellis, or with a
+            bitmap, which become codes on a grid.
         dtype: 16-bit dtype of the arithmetic: a weight is rounded to it once.
 
     """
 
-    def __init__(self, part: GridCodes | TableCodes | TrellisCodes | SemiSparseCodes, dtype: torch.dtype) -> None:
+    def __init__(
+        self, part: GridCodes | TableCodes | TrellisCodes | SemiSparseCodes | BitmapCodes, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.dtype, self.bits, self.rows = dtype, part.bits, part.shape[0]
         streams = scale = table = offset = None
         self.stored: tuple[str, ...] = ()
+        if isinstance(part, BitmapCodes):
+            part = part.grid()
         if isinstance(part, SemiSparseCodes):
             for name, tensor in part.pack().items():
                 self.register_buffer(name, tensor, persistent=False)

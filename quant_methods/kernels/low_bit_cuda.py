@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from kv_cache.doors import expect
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.parts.table_codes import TableCodes
@@ -15,7 +16,15 @@ from quant_methods.formats.parts.trellis_codes import TrellisCodes
 from quant_methods.kernels.beside import Beside, BesideParts, add_beside_in_torch, add_to_weight
 from quant_methods.kernels.beside_cuda import add_on_cuda
 from quant_methods.kernels.low_bit import LowBitLinear
-from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS, by_group, pack, pack_semi_sparse, pack_trellis
+from quant_methods.kernels.low_bit_layout import (
+    CHANNELS,
+    ROWS,
+    by_group,
+    pack,
+    pack_bitmap,
+    pack_semi_sparse,
+    pack_trellis,
+)
 from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
 
 GROUPS = (32, 64, 128)
@@ -26,12 +35,12 @@ EXPANDED_BYTES = 256 << 20
 """Of weights that are expanded at once."""
 
 
-WIDTHS = {"grid": range(2, 8), "table": (3, 4), "trellis": (2, 3, 4), "semi_sparse": (4,)}
+WIDTHS = {"grid": range(2, 8), "table": (3, 4), "trellis": (2, 3, 4), "semi_sparse": (4,), "bitmap": (4,)}
 """Bits of a code that the kernel serves, by kind of bulk."""
 SEMI_SPARSE_BITS = 3
 """That a weight takes of 2:4 codes: two of 4 bits and a nibble of places for four."""
 
-LowBitPart = GridCodes | TableCodes | TrellisCodes | SemiSparseCodes
+LowBitPart = GridCodes | TableCodes | TrellisCodes | SemiSparseCodes | BitmapCodes
 
 
 class _NotServedError(ParetoError):
@@ -42,9 +51,9 @@ class LowBitCUDA(nn.Module):
     """A layer's bulk on a CUDA device; its specification is :class:`quant_methods.kernels.low_bit.LowBitLinear`.
 
     Args:
-        part: codes of 2 to 7 bits on a grid, 2 to 4 bits of a trellis or 2:4 ones of 4 bits, with one scale for a row
-            or in groups of which 32 divides the channels, or codes of 3 or 4 bits with tables; 8 divides the input
-            channels.
+        part: codes of 2 to 7 bits on a grid, 2 to 4 bits of a trellis, or 4 bits, 2:4 or with a bitmap, with a scale
+            of a row or of groups of which 32 divides the channels, or codes of 3 or 4 bits with tables; 8 divides the
+            input channels.
         dtype: bfloat16 or float16, of activations and results.
 
     Raises:
@@ -60,6 +69,8 @@ class LowBitCUDA(nn.Module):
             what = f"{part.what} of {' to '.join(dict.fromkeys(map(str, (widths[0], widths[-1]))))} bits"
             raise _NotServedError(f"the low-bit kernel serves {what}, 16-bit activations and channels in eights")
         self.units, self.tiles, self.group_steps = -(-self.channels // CHANNELS), -(-self.rows // ROWS), CHANNELS // 16
+        kept = starts = None
+        self.most_lines = 0
         if isinstance(part, TrellisCodes):
             expect(
                 "the low-bit kernel",
@@ -79,9 +90,24 @@ class LowBitCUDA(nn.Module):
                 words = pack_semi_sparse(unsigned, part.places)
             else:
                 words = pack(unsigned, self.bits)
-            magic = (128 if dtype == torch.bfloat16 else 1024) + half
-            offset = -magic - part.zero_point.float()
-            side = self._groups(torch.stack([part.scale.to(dtype), offset.to(dtype)], 2))
+            side = self._scales(part.scale, part.zero_point, half)
+        elif isinstance(part, BitmapCodes):
+            blocks = self.tiles * self.units
+            expect(
+                "the low-bit kernel",
+                (
+                    (part.bitmap.dtype == torch.int32, "a bitmap in int32"),
+                    (len(part.bitmap) == self.tiles, f"{self.tiles} tiles of a bitmap"),
+                    (part.kept.dtype == part.starts.dtype == torch.int32, "codes and their starts in int32"),
+                    (len(part.starts) == blocks + 1, f"{blocks + 1} starts of codes"),
+                    (part.scale.device == part.bitmap.device, "bitmap and scales on one device"),
+                ),
+            )
+            words = pack_bitmap(part.bitmap)
+            side = self._scales(part.scale, part.zero_point, 1 << (part.bits - 1))
+            # The kernel may read two words more than there are codes.
+            kept, starts = functional.pad(part.kept, (0, 0, 0, 1)), part.starts.contiguous()
+            self.most_lines = int(starts.diff().max())
         else:
             words = pack(part.codes.to(torch.uint8), self.bits, table=True)
             padded = torch.zeros(self.tiles * ROWS, 1 << self.bits, dtype=dtype, device=part.device)
@@ -91,6 +117,14 @@ class LowBitCUDA(nn.Module):
             side = both.unflatten(0, (self.tiles, 4, 8)).transpose(1, 2).contiguous()
         self.register_buffer("words", words, persistent=False)
         self.register_buffer("side", side, persistent=False)
+        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("starts", starts, persistent=False)
+
+    def _scales(self, scale: Tensor, zero_point: Tensor, half: int) -> Tensor:
+        """Return the groups' scales and, beside them, what a code's 16-bit float is above its weight without scale."""
+        magic = (128 if self.dtype == torch.bfloat16 else 1024) + half
+        offset = -magic - zero_point.float()
+        return self._groups(torch.stack([scale.to(self.dtype), offset.to(self.dtype)], 2))
 
     def _groups(self, values: Tensor) -> Tensor:
         """Return what the groups [rows, groups, ...] have, laid out; wider ones become several of the same values."""
@@ -109,7 +143,10 @@ class LowBitCUDA(nn.Module):
         """Return the product [..., out] with inputs [..., in], both in ``dtype``, of the bulk and what lies beside."""
         x, shape = x.reshape(-1, self.channels), x.shape[:-1]
         parts = list(BesideParts() if beside is None else beside.parts(x))
-        y = low_bit_linear(x, self.words, self.side, self.kind, parts, self.rows, self.bits, self.group_steps)
+        codes = [] if self.kept is None else [self.kept, self.starts]
+        y = low_bit_linear(
+            x, self.words, self.side, codes, self.kind, parts, self.rows, self.bits, self.group_steps, self.most_lines
+        )
         return y.reshape(*shape, self.rows)
 
     def weight(self) -> Tensor:
@@ -122,7 +159,18 @@ class LowBitCUDA(nn.Module):
 
     def matrix(self) -> PackedMatrix:
         """Return what the kernels are launched on."""
-        return PackedMatrix(self.words, self.side, self.kind, self.rows, self.channels, self.bits, self.group_steps)
+        return PackedMatrix(
+            self.words,
+            self.side,
+            self.kind,
+            self.rows,
+            self.channels,
+            self.bits,
+            self.group_steps,
+            self.kept,
+            self.starts,
+            self.most_lines,
+        )
 
 
 def low_bit_module(part: LowBitPart, dtype: torch.dtype) -> LowBitCUDA | LowBitLinear:
@@ -145,11 +193,13 @@ def low_bit_linear(
     x: Tensor,
     words: Tensor,
     side: Tensor,
+    codes: list[Tensor],
     kind: str,
     beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,
+    most_lines: int,
 ) -> Tensor:
     """Return x W^T and what lies beside, by the kernels or, with many rows of x, by a dense product.
 
@@ -157,19 +207,23 @@ def low_bit_linear(
 
     Args:
         x: [tokens, in] bfloat16 or float16.
-        words: as ``pack``, ``pack_trellis`` or ``pack_semi_sparse`` returns them.
+        words: as ``pack``, ``pack_trellis``, ``pack_semi_sparse`` or ``pack_bitmap`` returns them.
         side: as :class:`LowBitCUDA` lays them out, scales (and offsets) in the dtype of x, or bytes of the tables.
+        codes: with a bitmap, the lines of codes, int32 [lines + 1, 4], and where each unit's begin, int32 [units + 1];
+            else none.
         kind: of the bulk, as in ``WIDTHS``.
         beside: what lies beside, the fields of :class:`quant_methods.kernels.beside.BesideParts`.
         rows: output channels.
         bits: of a weight in ``words``.
         group_steps: channels of a group, in sixteens.
+        most_lines: that a unit's codes have.
 
     Returns:
         [tokens, rows] in the dtype of x.
 
     """
-    matrix = PackedMatrix(words, side, kind, rows, x.shape[1], bits, group_steps)
+    kept, starts = codes or (None, None)
+    matrix = PackedMatrix(words, side, kind, rows, x.shape[1], bits, group_steps, kept, starts, most_lines)
     parts = BesideParts(*beside)
     if x.shape[0] > MAX_LAUNCHES * MAX_TOKENS:
         return _dense(matrix, x, parts)
@@ -205,10 +259,12 @@ def _(
     x: Tensor,
     words: Tensor,
     side: Tensor,
+    codes: list[Tensor],
     kind: str,
     beside: list[Tensor | None],
     rows: int,
     bits: int,
     group_steps: int,
+    most_lines: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows)

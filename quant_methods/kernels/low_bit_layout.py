@@ -1,4 +1,7 @@
-"""How codes of 2 to 7 bits and what goes with them lie in memory for the CUDA kernel ``csrc/low_bit.cu``."""
+"""How codes, and what goes with them, lie in memory for the CUDA kernel ``csrc/low_bit.cu``.
+
+Codes of 2 to 7 bits, trellis codes, and codes with a bitmap.
+"""
 
 from __future__ import annotations
 
@@ -118,6 +121,20 @@ def pack_semi_sparse(codes: Tensor, places: Tensor) -> Tensor:
         parts = [nibbles[h, n] << 16 * h + 4 * n for h in range(2) for n in range(4)]
         words[start:stop, :, 2] = sum(parts[1:], parts[0]).reshape(stop - start, units, 32, 4)
     return words.flatten(2)
+
+
+def pack_bitmap(bitmap: Tensor) -> Tensor:
+    """Lay a bitmap out as the kernel reads it: a lane's words of a unit lie together, and zeros fill units.
+
+    Args:
+        bitmap: int32 [row tiles, channels / 32, 32], see ``quant_methods/formats/parts/bitmap_codes.py``.
+
+    Returns:
+        int32 [row tiles, units, 128].
+
+    """
+    padded = functional.pad(bitmap, (0, 0, 0, -bitmap.shape[1] % 4))
+    return padded.unflatten(1, (-1, 4)).transpose(2, 3).flatten(2)
 
 
 def by_group(values: Tensor, width: int, trellis: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kv_cache.cuda.runtime.device import RESERVED_SHARED, device_limits
 from kv_cache.cuda.runtime.launch import Kernel, compile_ahead, load_kernel
-from kv_cache.doors import expect, in_line
+from kv_cache.doors import expect, in_line, is_vector
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.trellis import FLIP, INCREMENTS, KEEP, MULTIPLIERS
 from quant_methods.kernels.low_bit_layout import CHANNELS, ROWS
@@ -40,6 +40,10 @@ _EVEN_ENOUGH = 0.7
 """Share of the multiprocessors that are busy while whole tiles are dealt out, from which no tile is shared."""
 
 _EXPANDING_WARPS = 8
+SELECTOR_BYTES = 16 << 10
+"""Of a thread block's table for bitmaps: ``SELECTOR_WORDS`` in ``csrc/low_bit_bitmap.cuh``."""
+_CODE_LINES = 16
+"""Lines of 16 bytes, of which multiples are kept free for a unit's codes, so that few kernels are compiled."""
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -48,6 +52,8 @@ class _Params(ctypes.Structure):
     _fields_ = (
         ("words", _ptr),
         ("side", _ptr),
+        ("kept", _ptr),
+        ("starts", _ptr),
         ("x", _ptr),
         ("y", _ptr),
         ("parts", _ptr),
@@ -89,20 +95,21 @@ class Arrangement:
     alone: bool = False
     units: int = 1
 
-    def shared_bytes(self, bits: int, side_bytes: int, columns: int) -> int:
+    def shared_bytes(self, bits: int, side_bytes: int, columns: int, more: int = 0) -> int:
         """Return what a thread block needs: the ring, and a place for sums (``SLOT_WORDS`` etc. in the source).
 
         Args:
             bits: of a weight in memory.
             side_bytes: that go with a unit's codes.
             columns: of activations.
+            more: bytes that it needs besides.
 
         """
         depth = self.warps // self.row_warps
         wide = 2 * CHANNELS * self.units
         activations = self.warps * (wide + 64) if self.alone else wide * depth + 64
         stage = self.warps * self.units * (512 * bits + side_bytes) + columns * activations
-        return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024
+        return self.stages * stage + (self.warps - self.row_warps) * column_tiles(columns) * 1024 + more
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,9 @@ class PackedMatrix:
     channels: int
     bits: int
     group_steps: int
+    kept: Tensor | None = None
+    starts: Tensor | None = None
+    most_lines: int = 0
 
     @property
     def tiles(self) -> int:
@@ -128,11 +138,31 @@ class PackedMatrix:
         return self.words.shape[1]
 
     @property
+    def unit_bits(self) -> int:
+        """What each weight has in the words of its unit: a code, or a bit of the bitmap."""
+        return 1 if self.kind == "bitmap" else self.bits
+
+    @property
+    def code_bytes(self) -> int:
+        """Room for the codes of a unit with a bitmap, whose number differs."""
+        return 16 * _CODE_LINES * -(-self.most_lines // _CODE_LINES)
+
+    @property
     def side_bytes(self) -> int:
-        """What goes with a unit's codes: scales with or without offsets, or tables."""
+        """What goes with a unit's words: scales with or without offsets, or tables, and codes with a bitmap."""
         groups = CHANNELS // (16 * self.group_steps)
-        of_row = {"grid": 4 * groups, "semi_sparse": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}
-        return ROWS * of_row[self.kind]
+        of_row = {"grid": 4 * groups, "table": 2 << self.bits, "trellis": 2 * groups}
+        of_row |= dict.fromkeys(("semi_sparse", "bitmap"), 4 * groups)
+        return ROWS * of_row[self.kind] + self.code_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Of what a thread block has in shared memory for all of its units."""
+        return SELECTOR_BYTES if self.kind == "bitmap" else 0
+
+    def shared_bytes(self, arrangement: Arrangement, columns: int) -> int:
+        """Return what a thread block needs; see :meth:`Arrangement.shared_bytes`."""
+        return arrangement.shared_bytes(self.unit_bits, self.side_bytes, columns, self.table_bytes)
 
     def macros(self, dtype: torch.dtype, tokens: int, arrangement: Arrangement) -> tuple[tuple[str, int], ...]:
         """Return what ``multiply`` is compiled with."""
@@ -145,8 +175,9 @@ class PackedMatrix:
         )  # fmt: skip
 
     def _macros(self, dtype: torch.dtype, **others: int) -> tuple[tuple[str, int], ...]:
-        macros = {"BITS": self.bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "GROUP_STEPS": self.group_steps}
-        macros |= {name.upper(): int(self.kind == name) for name in ("table", "trellis", "semi_sparse")}
+        macros = {"BITS": self.unit_bits, "IN_BFLOAT": int(dtype == torch.bfloat16), "GROUP_STEPS": self.group_steps}
+        macros |= {kind.upper(): int(self.kind == kind) for kind in ("table", "trellis", "semi_sparse", "bitmap")}
+        macros |= {"CODE_WORDS": self.code_bytes // 4}
         macros |= {"BULK_COPY": 0, "PARAMS_BYTES": ctypes.sizeof(_Params)} | others
         if self.kind == "trellis":
             macros |= PAIR_MACROS
@@ -154,7 +185,9 @@ class PackedMatrix:
 
     def arrangement(self, tokens: int) -> Arrangement:
         """Return how to arrange a product with that many tokens."""
-        return _arrangement(self.tiles, self.units, self.bits, self.side_bytes, bound(tokens), self.words.device)
+        return _arrangement(
+            self.tiles, self.units, self.unit_bits, self.side_bytes, bound(tokens), self.words.device, self.table_bytes
+        )  # fmt: skip
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile and load what products need, so that none waits for it, or does it while a graph is captured."""
@@ -163,13 +196,17 @@ class PackedMatrix:
         compile_ahead("low_bit.cu", macros, self.words.device, FOLDER)
         for tokens in BOUNDS:
             self._multiplying(dtype, tokens, self.arrangement(tokens))
-        load_kernel("low_bit.cu", "expand", self._expanding(dtype), self.words.device, folder=FOLDER)
+        self._expander(dtype)
         _arrivals(self.words.data_ptr(), self.words.device)
 
     def _multiplying(self, dtype: torch.dtype, tokens: int, a: Arrangement) -> Kernel:
-        shared = a.shared_bytes(self.bits, self.side_bytes, bound(tokens))
+        shared = self.shared_bytes(a, bound(tokens))
         macros = self.macros(dtype, tokens, a)
         return load_kernel("low_bit.cu", "multiply", macros, self.words.device, shared, folder=FOLDER)
+
+    def _expander(self, dtype: torch.dtype) -> Kernel:
+        macros, device = self._expanding(dtype), self.words.device
+        return load_kernel("low_bit.cu", "expand", macros, device, self.table_bytes, folder=FOLDER)
 
     def _expanding(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         return self._macros(
@@ -188,7 +225,7 @@ class PackedMatrix:
             "the low-bit kernel",
             (
                 (words.dtype == torch.int32 and words.is_contiguous(), "codes that lie as they were packed"),
-                (words.dim() == 3 and words.shape[2] == CHANNELS * self.bits, f"codes of {self.bits} bits"),
+                (words.dim() == 3 and words.shape[2] == CHANNELS * self.unit_bits, f"codes of {self.unit_bits} bits"),
                 (side.is_contiguous() and side.device == words.device, "scales or tables as they were packed"),
                 (x.dtype in (torch.bfloat16, torch.float16), f"16-bit inputs, not {x.dtype}"),
                 (x.dim() == 2 and x.shape[1] == self.channels, f"inputs [tokens, {self.channels}]"),
@@ -196,6 +233,7 @@ class PackedMatrix:
                 (y.dtype == x.dtype and tuple(y.shape) == (len(x), self.rows), f"as many outputs, {self.rows} wide"),
                 (in_line(y), "outputs whose rows have no gaps"),
                 (x.device == y.device == self.words.device, f"tensors on {self.words.device}"),
+                *self._asked_of_codes(),
             ),
         )
         tokens, device = x.shape[0], self.words.device
@@ -213,20 +251,38 @@ class PackedMatrix:
             parts = y.new_empty(blocks * 2 * a.row_warps * ROWS * 8 * column_tiles(tokens), dtype=torch.float32)
             arrivals = _arrivals(self.words.data_ptr(), device)
         params = _Params(
-            words.data_ptr(), side.data_ptr(), x.data_ptr(), y.data_ptr(), _pointer(parts), _pointer(arrivals),
+            words.data_ptr(), side.data_ptr(), _pointer(self.kept), _pointer(self.starts),
+            x.data_ptr(), y.data_ptr(), _pointer(parts), _pointer(arrivals),
             x.stride(0), y.stride(0), tokens, self.channels,
             self.rows, self.units, self.tiles, steps, grain, *divmod(dealt, blocks),
         )  # fmt: skip
         kernel.launch((blocks, 1, 1), 32 * a.warps, params, device, overlap=overlap)
 
+    def _asked_of_codes(self) -> list[tuple[bool, str]]:
+        """Return what the kernel asks of the codes with a bitmap; see :func:`kv_cache.doors.expect`."""
+        kept, starts = self.kept, self.starts
+        if self.kind != "bitmap":
+            return [(kept is None and starts is None, "codes and their starts with a bitmap alone")]
+        if kept is None or starts is None:
+            return [(False, "codes and their starts with a bitmap")]
+        count = self.tiles * self.units + 1
+        return [
+            (kept.dtype == torch.int32 and kept.is_contiguous(), "codes as they were packed"),
+            (kept.shape[1:] == (4,), "codes in lines of 4 words"),
+            (is_vector(starts, torch.int32) and len(starts) == count, f"{count} starts of codes"),
+            (kept.device == starts.device == self.words.device, f"tensors on {self.words.device}"),
+        ]
+
     def expand(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         """Return the weight of the row tiles from first to before last, [rows, channels]."""
         warps, device = _EXPANDING_WARPS, self.words.device
         y = torch.empty(min(last * ROWS, self.rows) - first * ROWS, self.channels, dtype=dtype, device=device)
-        kernel = load_kernel("low_bit.cu", "expand", self._expanding(dtype), device, folder=FOLDER)
+        kernel = self._expander(dtype)
+        starts = None if self.starts is None else self.starts[first * self.units :]
         # The part looks like a matrix of its own.
         params = _Params(
-            self.words[first].data_ptr(), self.side[first].data_ptr(), 0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
+            self.words[first].data_ptr(), self.side[first].data_ptr(), _pointer(self.kept), _pointer(starts),
+            0, y.data_ptr(), 0, 0, 0, y.stride(0), 0,
             self.channels, len(y), self.units, last - first,
         )  # fmt: skip
         kernel.launch((last - first, -(-self.units // warps), 1), 32 * warps, params, device)
@@ -235,7 +291,7 @@ class PackedMatrix:
 
 @functools.cache
 def _arrangement(
-    row_tiles: int, units: int, bits: int, side_bytes: int, tokens: int, device: torch.device
+    row_tiles: int, units: int, bits: int, side_bytes: int, tokens: int, device: torch.device, more: int = 0
 ) -> Arrangement:
     """Return what was fastest or nearly so on an H100 (bench/lab/weight_kernel_tuning.py), or what next to it fits."""
     processors, shared, _ = device_limits(device)
@@ -259,7 +315,7 @@ def _arrangement(
     for alone, count, blocks, own in itertools.product((wanted.alone, False), warps, range(wanted.blocks, 0, -1), rows):
         for stages in range(wanted.stages, 1, -1):
             found = Arrangement(count, min(own, count), stages, blocks, wanted.whole, alone, wanted.units)
-            bytes_ = found.shared_bytes(bits, side_bytes, tokens)
+            bytes_ = found.shared_bytes(bits, side_bytes, tokens, more)
             if blocks * (bytes_ + RESERVED_SHARED) <= shared + RESERVED_SHARED:
                 return found
     raise ParetoError(f"{bits} bits and {tokens} tokens need more than the device's {shared} bytes of shared memory")

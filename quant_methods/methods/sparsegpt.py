@@ -18,7 +18,7 @@ With ``refit`` too, that pass only chooses the zeros; what is left is then fitte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from quant_methods.methods.gptq import (
     solve,
 )
 from quant_methods.methods.pruning import least
-from quant_methods.steps import PruneStep
+from quant_methods.steps import PruneStep, Store
 
 CHOSEN_TOGETHER = 128
 """The channels among whose weights those to prune are chosen, without a pattern: the paper's blocks."""
@@ -62,7 +62,7 @@ class SparseGPT(PruneStep):
         group_size: see ``RoundStep``, as are those that follow; without ``bits`` they mean nothing.
         symmetric: without zero-points.
         search: how each group's range is chosen.
-        store: whether zeros are stored; ``2:4``, as the pattern, leaves them out.
+        store: whether zeros are stored; ``2:4``, as the pattern, and ``bitmap`` leave them out.
 
     """
 
@@ -73,7 +73,7 @@ class SparseGPT(PruneStep):
     group_size: int = 128
     symmetric: bool = True
     search: Search = "mse"
-    store: Literal["dense", "2:4"] = "dense"
+    store: Store = "dense"
 
     @property
     def rounding(self) -> GPTQ | None:

@@ -6,6 +6,7 @@ import torch
 
 from quant_methods.formats.form import Form
 from quant_methods.formats.grid import expand, fit, round_to_grid
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes, BitmapForm
 from quant_methods.formats.parts.columns import Columns, ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.low_rank import LowRank, LowRankForm
@@ -31,13 +32,17 @@ def random_layer(form: Form, rows: int, inputs: int, seed: int = 0, dtype: torch
 
     half, parts = 1 << (form.bulk.bits - 1), []
     for part in form.parts:
-        if isinstance(part, GridForm):
-            groups = part.groups(inputs)
+        if isinstance(part, GridForm | BitmapForm):
+            groups = GridForm(part.bits, part.group_size).groups(inputs)
             codes, scale = integers(-half, half, rows, inputs), (uniform(rows, groups) / half).to(dtype)
             zero = torch.zeros((rows, groups), dtype=torch.int8)
             if not part.symmetric:
                 zero = integers(-half, half, rows, groups)
-            parts.append(GridCodes(codes, scale, zero, part.bits, part.symmetric))
+            if isinstance(part, BitmapForm):
+                zeros = torch.rand((rows, inputs), generator=generator) < 0.6
+                codes = torch.where(zeros, zero.repeat_interleave(inputs // groups, 1), codes)
+            grid = GridCodes(codes, scale, zero, part.bits, part.symmetric)
+            parts.append(BitmapCodes.of(grid) if isinstance(part, BitmapForm) else grid)
         elif isinstance(part, TableForm):
             parts.append(TableCodes(integers(0, 2 * half, rows, inputs), uniform(rows, 2 * half).to(dtype)))
         elif isinstance(part, TrellisForm):

@@ -91,7 +91,7 @@ def test_the_recipe_leaves_zeros_out_and_a_flag_keeps_them() -> None:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ((W4,), "q_proj is not pruned, and gptq is to store two of four weights; prune it with pattern '2:4', or"),
+        ((W4,), "q_proj is not pruned, and gptq is to leave zeros out; prune it with pattern '2:4', or"),
         ((Wanda(), W4), "q_proj is pruned with pattern any, and gptq is to store two of four weights"),
         ((Wanda(pattern="4:8"), W4), "q_proj is pruned with pattern 4:8, and gptq is to store"),
         ((Wanda(pattern="2:4", targets=("*.k_proj",)), W4), "q_proj is not pruned"),

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.form import Form
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import ColumnsForm
 from quant_methods.formats.parts.part import BulkForm
 from quant_methods.formats.parts.semi_sparse import SemiSparseForm
@@ -91,6 +92,11 @@ def load(form: Form, layers: int = 3) -> list[torch.nn.Module]:
             "4-bit 2:4 codes in groups of 16 have no CUDA kernel",
             "use groups of 32, 64 or 128",
         ),
+        (
+            Form((BitmapForm(4, 8),)),
+            "4-bit codes with a bitmap in groups of 8 have no CUDA kernel",
+            "use groups of 32, 64 or 128",
+        ),
     ],
     ids=str,
 )
@@ -110,6 +116,7 @@ def test_what_no_kernel_takes_is_said_once(log: list[str], form: Form, what: str
         flat_form(6, 64, symmetric=False),
         *(Form((TrellisForm(bits, size),)) for bits, size in ((2, -1), (3, 32), (4, 64))),
         *(Form((SemiSparseForm(4, size, size > 0),)) for size in (-1, 32, 128)),
+        *(Form((BitmapForm(4, size, symmetric=size == 64),)) for size in (-1, 32, 64)),
     ],
     ids=str,
 )
@@ -118,7 +125,11 @@ def test_of_what_a_kernel_takes_nothing_is_said(log: list[str], form: Form) -> N
     assert log == []
 
 
-@pytest.mark.parametrize("bulk", [TrellisForm(3, 64), SemiSparseForm(4, 64, symmetric=False)], ids=str)
+@pytest.mark.parametrize(
+    "bulk",
+    [TrellisForm(3, 64), SemiSparseForm(4, 64, symmetric=False), BitmapForm(4, 64, symmetric=False)],
+    ids=str,
+)
 def test_what_a_model_multiplies_by_codes_is_their_weight(log: list[str], bulk: BulkForm) -> None:
     form = Form((bulk, ColumnsForm(3)))
     linear = random_layer(form, 64, 128, 0)

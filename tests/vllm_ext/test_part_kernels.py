@@ -12,6 +12,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 
 from kv_cache.errors import ParetoError
 from quant_methods.formats.form import Form
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.low_rank import LowRankForm
@@ -26,6 +27,7 @@ from quant_methods.kernels.beside import Beside
 from tests.quant_methods.toy_part import AddOffsets, Offsets, OffsetsForm
 from tests.vllm_ext.test_weights import close, config_of, engine, finished, load, on_rank  # noqa: F401  # a fixture
 from vllm_ext import bulk
+from vllm_ext.bulk import MixedBulk
 from vllm_ext.part_kernels import KERNELS, kernels_for
 from vllm_ext.served_linear import ServedLinear, serve
 
@@ -120,6 +122,15 @@ def test_2_of_4_codes_are_loaded_cut_and_merged_by_vllm(ranks: int, monkeypatch:
         load(row, None, layers[0])
         added = added + finished(row).quant_method.apply(row, x.chunk(ranks, 1)[rank].contiguous()).double()
     assert close(added, wanted[0])
+
+
+def test_on_a_cpu_codes_with_a_bitmap_are_codes_on_a_grid() -> None:
+    form = Form((BitmapForm(4, 64, symmetric=False), LowRankForm(2)))
+    layers = [form.random(rows, 128, DRAW) for rows in (64, 32)]
+    (part,) = serve(layers, ["none"] * 2, torch.bfloat16)
+    assert isinstance(part.bulk, MixedBulk), "what vLLM serves dense 4 bits with"
+    x = torch.randn(5, 128, dtype=torch.bfloat16)
+    assert close(part(x), x.double() @ torch.cat([layer.read() for layer in layers]).double().T)
 
 
 @pytest.mark.parametrize("others", [(), (ColumnsForm(3), SparseForm(), LowRankForm(2))], ids=["alone", "with others"])

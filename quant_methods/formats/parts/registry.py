@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kv_cache.errors import ParetoError
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridForm
 from quant_methods.formats.parts.low_rank import LowRankForm
@@ -19,6 +20,7 @@ FORMS: dict[str, type[PartForm]] = {
         TableForm,
         TrellisForm,
         SemiSparseForm,
+        BitmapForm,
         ColumnsForm,
         SparseForm,
         LowRankForm,

@@ -10,20 +10,24 @@
 // tile that several blocks worked on, the last one to finish adds up what all have left in p.parts, always in the same
 // order. Sums are float32; those of a group are scaled once.
 //
-// Macros: TRELLIS and SEMI_SPARSE (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh or low_bit_semi_sparse.cuh
-// (with these, TABLE is 0), WARPS of a thread block, ROW_WARPS (divides WARPS), UNITS (1 or 2: of channels, that a warp has
-// in a step), COLUMN_TILES of 8 columns, STAGES, ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers
-// are to suffice for), PARAMS_BYTES (what the host takes `Params` to be).
+// Macros: TRELLIS, SEMI_SPARSE and BITMAP (0 or 1), those of low_bit_codes.cuh, low_bit_trellis.cuh, low_bit_semi_sparse.cuh or
+// low_bit_bitmap.cuh (for these three TABLE is 0, for others than the last CODE_WORDS is), WARPS of a thread block, ROW_WARPS
+// (divides WARPS), UNITS (1 or, without a bitmap, 2: of channels, that a warp has in a step), COLUMN_TILES of 8 columns, STAGES,
+// ALONE (0 or 1), RESIDENT (thread blocks of a multiprocessor that registers are to suffice for), PARAMS_BYTES (what the host
+// takes `Params` to be).
 #if TRELLIS
 #include "low_bit_trellis.cuh"
 #elif SEMI_SPARSE
 #include "low_bit_semi_sparse.cuh"
+#elif BITMAP
+#include "low_bit_bitmap.cuh"
 #else
 #include "low_bit_codes.cuh"
 #endif
 
+static_assert(!BITMAP || UNITS == 1, "a unit's codes have the end of its slot");
 constexpr int DEPTH_WARPS = WARPS / ROW_WARPS, THREADS = 32 * WARPS, DEPTH_UNITS = DEPTH_WARPS * UNITS;
-constexpr int SLOT_WORDS = UNITS * UNIT_WORDS + (TABLE ? 1 : UNITS) * SIDE_WORDS;
+constexpr int SLOT_WORDS = UNITS * UNIT_WORDS + (TABLE ? 1 : UNITS) * SIDE_WORDS + CODE_WORDS;
 constexpr int X_THREADS = ALONE ? 32 : THREADS;                          // That share activations.
 constexpr int X_CHUNKS = CHANNELS * (ALONE ? UNITS : DEPTH_UNITS) / 8;   // Of 16 bytes in a row of a step's activations.
 // Bytes: two neighbouring rows begin in different halves of the banks, or eight in different eighths.
@@ -33,6 +37,8 @@ constexpr int VECTORS = 2 * COLUMN_TILES;     // Of a lane's sums.
 struct Params {
     const u32* words;  // [row tiles][units][UNIT_WORDS]
     const u32* side;   // [row tiles][units][SIDE_WORDS], or with TABLE [row tiles][SIDE_WORDS].
+    const u32* kept;   // With BITMAP, lines of 4 words: codes.
+    const int* starts; // With BITMAP, [row tiles * units + 1], the line where each unit's codes begin.
     const u16* x;      // [columns, channels], rows of 16 bytes' alignment.
     u16* y;            // [columns, rows]
     float4* parts;     // [blocks][a run's first tile, its last][ROW_WARPS][VECTORS][lane]; unused where tiles are whole.
@@ -66,6 +72,13 @@ DEVICE int x_begin(const Params& p) {
     return 4 * WARPS * SLOT_WORDS + p.columns * X_STRIDE * (static_cast<int>(threadIdx.x) / X_THREADS);
 }
 
+#if BITMAP
+// The table of selectors, behind the ring and the warps' sums.
+DEVICE u32* selectors(const Params& p) {
+    return reinterpret_cast<u32*>(shared + STAGES * stage_bytes(p) + 1024 * COLUMN_TILES * (WARPS - ROW_WARPS));
+}
+#endif
+
 // A thread's place in a run of steps.
 struct Place {
     int tile, step, stage;
@@ -97,6 +110,7 @@ struct Fetcher {
     Place place;
     u64 policy;
     const u32 *words, *side;  // The lane's of the place.
+    int line, line_end;       // With BITMAP, where the place's codes are.
     const u16* x;             // The thread's first, in the place's step.
 
     DEVICE Fetcher(const Params& p, int begin) : place(p, begin), policy(evict_first()) { seek(p); }
@@ -106,12 +120,23 @@ struct Fetcher {
         words = p.words + unit * UNIT_WORDS + threadIdx.x % 32 * 4;
         side = p.side + (TABLE ? place.row_tile() : unit) * SIDE_WORDS + threadIdx.x % 32 * 4;
         x = p.x + threadIdx.x % X_THREADS / X_CHUNKS * p.x_stride + place.x_channel();
+        find_lines(p);
+    }
+
+    // A step ahead of the copies that need to know.
+    DEVICE void find_lines(const Params& p) {
+#if BITMAP
+        if (!place.has_unit(0)) return;
+        const int* at = p.starts + static_cast<i64>(place.row_tile()) * p.units + place.unit;
+        line = at[0], line_end = at[1];
+#endif
     }
 
     DEVICE void next(const Params& p) {
         if (place.next(p)) return seek(p);
         words += DEPTH_UNITS * UNIT_WORDS, side += TABLE ? 0 : DEPTH_UNITS * SIDE_WORDS;
         x += CHANNELS * DEPTH_UNITS;
+        find_lines(p);
     }
 
     DEVICE void fetch_codes(const Params& p) const {
@@ -127,6 +152,14 @@ struct Fetcher {
         for (int i = 0; i < (TABLE ? 1 : UNITS) * SIDE_WORDS; i += 128) {
             if (i + threadIdx.x % 32 * 4 < side_words) copy_16(to + 4 * (UNITS * UNIT_WORDS + i), side + i, policy);
         }
+#if BITMAP
+        const int own = line + static_cast<int>(threadIdx.x) % 32;
+        const u32* from = p.kept + 4 * static_cast<i64>(own);
+#pragma unroll
+        for (int i = 0; i < CODE_WORDS; i += 128) {
+            if (own + i / 4 < line_end) copy_16(to + 4 * (UNIT_WORDS + SIDE_WORDS + i), from + i, policy);
+        }
+#endif
     }
 
     // Past the last channel there are zeros.
@@ -211,9 +244,13 @@ struct Sums {
     }
 #endif
 
-    DEVICE void add_unit(const u32* words, const u32* side, const u8* x, const int (&columns)[COLUMN_TILES]) {
+    DEVICE void add_unit(const Params& p, const u32* words, const u32* side, const u8* x, const int (&columns)[COLUMN_TILES]) {
         Unit unit;
+#if BITMAP
+        unit.load(words, side + SIDE_WORDS, selectors(p));
+#else
         unit.load(words, side);
+#endif
 #if TABLE
         add_products(unit, 0, 4, x, columns);
 #else
@@ -299,6 +336,10 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
     Place now = ahead.place;
     // Codes are constants of the model: there is no need to wait for them.
     Fetcher first = ahead;
+#if BITMAP
+    fill_selectors(selectors(p), THREADS);
+    __syncthreads();
+#endif
     for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p)) first.fetch_codes(p);
     wait_for_previous_kernel();
     let_next_kernel_start();
@@ -327,7 +368,7 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
             const u32* side = slot + UNITS * UNIT_WORDS + (TABLE ? 0 : u * SIDE_WORDS);
-            if (now.has_unit(u)) sums.add_unit(slot + u * UNIT_WORDS, side, stage + x + 2 * CHANNELS * u, columns);
+            if (now.has_unit(u)) sums.add_unit(p, slot + u * UNIT_WORDS, side, stage + x + 2 * CHANNELS * u, columns);
         }
         const int tile = now.tile, row_tile = now.row_tile();
         const bool ended = now.next(p);
@@ -343,11 +384,20 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
 extern "C" __global__ __launch_bounds__(THREADS) void expand(const __grid_constant__ Params p) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile = blockIdx.x, at = blockIdx.y * WARPS + threadIdx.x / 32;
+#if BITMAP
+    u32* table = reinterpret_cast<u32*>(shared);
+    fill_selectors(table, THREADS);
+    __syncthreads();
+#endif
     if (at >= p.units) return;
     const i64 index = static_cast<i64>(tile) * p.units + at;
     const u32* side = p.side + (TABLE ? tile : index) * SIDE_WORDS;
     Unit unit;
+#if BITMAP
+    unit.load(p.words + index * UNIT_WORDS, p.kept + 4 * static_cast<i64>(p.starts[index]), table);
+#else
     unit.load(p.words + index * UNIT_WORDS, side);
+#endif
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
 #if !TABLE

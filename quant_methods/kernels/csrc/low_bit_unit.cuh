@@ -6,3 +6,4 @@
 #include "numbers.cuh"
 
 constexpr int ROWS = 32, CHANNELS = 128, GROUPS = 8 / GROUP_STEPS, UNIT_WORDS = 128 * BITS;
+

@@ -151,7 +151,7 @@ def of(*parts: dict, **others: object) -> dict:
             "group 0: part 'masks' is unknown .* knows grid, table, .*; install the vllm-pareto that",
         ),
         (of({"part": ["grid"]}), r"part \['grid'\] is unknown"),
-        (of(), r"group 0: parts are none; expected exactly one that covers the whole weight \(grid, table, .*semi.*\)"),
+        (of(), r"group 0: parts are none; expected exactly one .* whole weight \(grid, table, .*semi.*, bitmap\)"),
         (of(G, {"part": "table", "bits": 3}), "parts are grid, table; expected exactly one"),
         (of(G, {"part": "sparse"}, {"part": "sparse"}), "part 'sparse' is there twice"),
         (of({"part": "grid"}), "group 0: grid: bits is missing"),

@@ -17,6 +17,7 @@ from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.formats.form import Form, form_of
 from quant_methods.formats.native_format import NativeConfig, local_tensors, pack, unpack
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes, BitmapForm
 from quant_methods.formats.parts.columns import Columns, ColumnsForm
 from quant_methods.formats.parts.grid_codes import GridCodes, GridForm
 from quant_methods.formats.parts.low_rank import LowRank, LowRankForm
@@ -84,11 +85,31 @@ def semi_sparse_means(part: SemiSparseCodes) -> Tensor:
     return weight
 
 
+def bitmap_means(part: BitmapCodes) -> Tensor:
+    weight, zero = torch.zeros(64, INPUTS, dtype=torch.float64), part.zero_point.double()
+    for tile, steps in enumerate(part.bitmap.tolist()):
+        # INPUTS channels are a block.
+        words = part.kept[part.starts[tile] : part.starts[tile + 1]].flatten().tolist()
+        stream = sum((word & 0xFFFFFFFF) << 32 * place for place, word in enumerate(words))
+        for step, lanes in enumerate(steps):
+            for lane, word in enumerate(lanes):
+                for bit in range(32):
+                    if word >> bit & 1:
+                        row, channel = 32 * tile + lane // 4 + bit // 8 * 8, 32 * step + lane % 4 * 8 + bit % 8
+                        z = int(zero[row, channel * zero.shape[1] // INPUTS])
+                        code = (stream & 15) ^ (z & 15)
+                        weight[row, channel] = (code - 16 if code >= 8 else code) - z
+                        stream >>= 4
+        assert not stream
+    return weight[:ROWS] * spread(part.scale)
+
+
 MEANING: dict[type[Part], Callable[..., Tensor]] = {
     GridCodes: lambda part: (part.codes.double() - spread(part.zero_point)) * spread(part.scale),
     TableCodes: lambda part: torch.stack([t[c.long()] for t, c in zip(part.table.double(), part.codes, strict=True)]),
     TrellisCodes: trellis_means,
     SemiSparseCodes: semi_sparse_means,
+    BitmapCodes: bitmap_means,
     Columns: columns_mean,
     Sparse: sparse_means,
     LowRank: lambda part: part.up.double() @ part.down.double(),
@@ -103,6 +124,8 @@ CASES = [
     TrellisForm(4, 64),
     SemiSparseForm(4),
     SemiSparseForm(4, 32, symmetric=False),
+    BitmapForm(4),
+    BitmapForm(4, 32, symmetric=False),
     ColumnsForm(5),
     ColumnsForm(7, 8),
     SparseForm(),

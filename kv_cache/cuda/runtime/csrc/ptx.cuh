@@ -22,6 +22,14 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #ifndef EMULATED
 DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 
+// A load of what the block has written once and for all, behind a barrier. The address is computed as it is written:
+// of a pointer, the compiler may take apart what was added before.
+DEVICE u32 load_shared(u32 address) {
+    u32 v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 // c += a * b on the tensor cores: a is 16 x 16, b is 16 x 8, both float16; c is 16 x 8 float32.
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -153,6 +161,13 @@ DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
 DEVICE u32 and_xor(u32 a, u32 mask, u32 b) {
     u32 y;
     asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(a), "r"(mask), "r"(b));
+    return y;
+}
+
+// Four of the bytes of a and b, by the selector's nibbles: 0 to 7 a byte, 8 to 15 eight times the highest bit of one.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
+    u32 y;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
     return y;
 }
 

@@ -158,6 +158,8 @@ DEVICE float __frcp_rn(float x) { return 1.0f / x; }
 DEVICE u32 __funnelshift_r(u32 low, u32 high, u32 by) {
     return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by & 31));
 }
+DEVICE u32 __funnelshift_rc(u32 low, u32 high, u32 by) { return by < 32 ? __funnelshift_r(low, high, by) : high; }
+DEVICE int __popc(u32 x) { return __builtin_popcount(x); }
 DEVICE u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 bytes = a | static_cast<u64>(b) << 32;
     u32 y = 0;
@@ -209,6 +211,7 @@ DEVICE float exp2_fast(float x) { return exp2f(x); }
 DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE u32 and_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }
 DEVICE u32 and_xor(u32 a, u32 mask, u32 b) { return (a & mask) ^ b; }
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 DEVICE u32 select_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 
 // mma.m16n8k16: lane 4g + t holds of A rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of B those rows of column
@@ -310,6 +313,7 @@ DEVICE u64 evict_first() { return 0; }
 
 // Addresses in shared memory count from its start.
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const u8*>(p) - shared); }
+DEVICE u32 load_shared(u32 address) { return *reinterpret_cast<const u32*>(shared + address); }
 DEVICE void barrier_init(u32 barrier) { emulator::transfers[barrier] = {}; }
 DEVICE void barrier_expect(u32 barrier, u32 bytes) { emulator::transfers[barrier].expected += bytes; }
 DEVICE void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
