@@ -219,10 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     except ParetoError as error:
         print(f"bitmap_on_cpu: error: {error}", file=sys.stderr)
         return 2
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
     from vllm_ext.bulk import grid_on_cpu
+    from vllm_ext.compat import (
+        VllmConfig,
+        init_distributed_environment,
+        initialize_model_parallel,
+        set_current_vllm_config,
+    )
 
     torch.set_num_threads(1)
     # Linux lets a process use AMX's tiles once it has asked; vLLM's kernels rely on that.
