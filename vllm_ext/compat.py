@@ -222,6 +222,14 @@ NAMES: dict[str, Name] = {
         "vllm.distributed", "get_tensor_model_parallel_world_size", calls={"": ""}
     ),
     "get_pp_group": Name("vllm.distributed", "get_pp_group", calls={"": ""}),
+    # What a bench without an engine sets up around a layer (bench/lab/bitmap_on_cpu.py).
+    "set_current_vllm_config": Name("vllm.config", "set_current_vllm_config", calls={"": "vllm_config"}),
+    "init_distributed_environment": Name(
+        "vllm.distributed",
+        "init_distributed_environment",
+        calls={"": "world_size rank distributed_init_method local_rank backend"},
+    ),
+    "initialize_model_parallel": Name("vllm.distributed", "initialize_model_parallel", calls={"": ""}),
     # The checkpoint format of ours (weights_config.py, weights_method.py).
     "QUANTIZATION_METHODS": Name(f"{_LAYERS}.quantization", "QUANTIZATION_METHODS"),
     "register_quantization_config": Name(
