@@ -234,12 +234,13 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
         own = sorted((layer.sparsity, layer.name) for layer in report.layers if layer.sparsity is not None)
         ends = " to ".join(f"{sparsity:.2%} ({name})" for sparsity, name in (own[0], own[-1]))
         lines.append(f"zeros        {report.sparsity:.2%} of the pruned layers' weights, as they are stored; {ends}")
-    if report.tuned is not None:
-        tuned = report.tuned
-        lines.append(
-            f"tuned        KL to the original on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after "
-            f"{tuned.kept} steps"
-        )
+    for name, tuned in (("trained", report.trained), ("tuned", report.tuned)):
+        if tuned is not None:
+            what = "loss" if tuned.on_text else "KL to the original"
+            lines.append(
+                f"{name:<13}{what} on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after {tuned.kept} "
+                "steps"
+            )
     lines.append(
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"

@@ -4,8 +4,9 @@ A recipe's steps come in the order of their kinds:
 
 1. A :class:`TransformStep` changes the model without changing what it computes, so that it is compressed better.
 2. A :class:`PruneStep` makes weights zero.
-3. A :class:`RoundStep` rounds weights.
-4. A :class:`ModelStep` has the whole compressed model in view.
+3. A :class:`TrainStep` trains the weights that are left.
+4. A :class:`RoundStep` rounds weights.
+5. A :class:`ModelStep` has the whole compressed model in view.
 
 ``handlers.py`` has the registry from a step's type to what performs it.
 """
@@ -29,7 +30,7 @@ GROUP_SIZES = (128, 64, 32)
 LEAST_SPARSITY, MOST_SPARSITY = 0.2, 0.8
 """Below, nothing is gained by leaving weights out; above, no method here leaves a model of use."""
 
-KINDS = ("transform", "prune", "round", "whole-model")
+KINDS = ("transform", "prune", "train", "round", "whole-model")
 """The kinds of steps, in the order in which a recipe has them."""
 
 
@@ -267,3 +268,13 @@ class ModelStep(Step):
     def text(self) -> tuple[int, int]:
         """How many sequences it runs on, and the tokens of each."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainStep(ModelStep):
+    """A step that trains a whole model's weights in 16 bits, after they were pruned or while they are. It comes once.
+
+    Steps that round come after it, and work on what it made, with its zeros.
+    """
+
+    kind: ClassVar[str] = "train"

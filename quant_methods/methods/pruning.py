@@ -51,22 +51,23 @@ def by_magnitude(step: Magnitude, problem: LinearProblem) -> Tensor:
     return problem.weight.masked_fill(least(scores, step).view_as(problem.weight), 0)
 
 
-def least(scores: Tensor, step: PruneStep) -> Tensor:
+def least(scores: Tensor, step: PruneStep, share: float = 1.0) -> Tensor:
     """Return which weights a step makes zero: those with the least scores, of equal ones the first.
 
     Args:
         scores: [rows, n] floating point; with a pattern N:M, M divides n.
         step: without a pattern it takes its share of each row's weights, rounded to a whole number; with N:M all but N
             of each M neighbours.
+        share: of the weights that the step makes zero, what fraction; a whole number for each row or M neighbours.
 
     Returns:
         bool [rows, n].
 
     """
     if step.kept_among is None:
-        return _least(scores, round(scores.shape[1] * step.sparsity))
+        return _least(scores, round(scores.shape[1] * step.sparsity * share))
     kept, among = step.kept_among
-    return _least(scores.unflatten(1, (-1, among)), among - kept).flatten(1)
+    return _least(scores.unflatten(1, (-1, among)), round((among - kept) * share)).flatten(1)
 
 
 def _least(scores: Tensor, count: int) -> Tensor:
