@@ -238,7 +238,7 @@ def _check_training(recipe: Recipe, training: TrainStep, pruning: list[PruneStep
     where, others = f"recipe {recipe.name}: {training.method}", [step for step in pruning if step is not training]
     if not pruning:
         raise ParetoError(
-            f"{where} trains what prune steps left, and there is none; add one, e.g. {{method: sparsegpt}}"
+            f"{where} trains what a prune step left, and there is none; add one, e.g. {{method: sparsegpt}}"
         )
     if isinstance(training, PruneStep) and others:
         raise ParetoError(f"{where} chooses zeros itself; leave {others[0].method} out, or take recover in its place")
