@@ -17,7 +17,7 @@ from quant_methods.steps import RoundStep, Step
 OF_STEPS = (
     "bits", "group_size", "group_size_fallback", "per_tensor", "symmetric", "activations", "search", "act_order",
     "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs", "sparsity", "pattern",
-    "refit",
+    "refit", "train_steps", "lora", "loss", "learning_rate",
 )  # fmt: skip
 # Of these, what says how weights are rounded.
 OF_ROUNDING = ("bits", "group_size", "symmetric", "search")

@@ -93,7 +93,7 @@ class WeightTraining(Training, TrainStep):
     """
 
     num_samples: int = 512
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     bfloat16: bool = True
     train_steps: int = 1000
     loss: Literal["kl", "text"] = "kl"

@@ -247,7 +247,7 @@ def test_steps_out_of_place_are_refused_before_any_work(
     [
         ("recover", {"held_out": 0}, "recover needs at least 1 sequence and 1 held out"),
         ("recover", {"batch": 600}, r"recover: batch 600 is not between 1 and num_samples \(512\)"),
-        ("recover", {"train_steps": 0}, "recover: learning_rate and train_steps are positive, got 0.005 and 0"),
+        ("recover", {"train_steps": 0}, "recover: learning_rate and train_steps are positive, got 0.01 and 0"),
         ("recover", {"lora": -1}, "recover: lora -1 is negative; 16 is usual"),
         ("recover", {"loss": "mse"}, "'mse' is not one of kl, text"),
         ("movement", {"warm": 0.5, "cool": 0.5}, "warm 0.5 and cool 0.5 leave no step to prune in"),
