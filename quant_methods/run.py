@@ -10,7 +10,6 @@ where it was interrupted.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -45,6 +44,7 @@ from quant_methods.report import LayerReport, Report
 from quant_methods.steps import TrainStep
 from quant_methods.trained_first import Origin
 from quant_methods.work_folder import empty, locked, put_in_place
+from quant_methods.zeros import recounted, zeros
 
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
@@ -321,43 +321,32 @@ class Run:
             bits = 8.0 * tensors[f"{name}.weight"].element_size()
         else:
             bits = self.solver.storage.bits_per_weight(name, tensors, step, (rows, columns))
-        zeros = int(self._zeros(name, tensors).sum()) if name in self.plan.prunes else None
-        return LayerReport(name, (rows, columns), bits, errors[name], zeros)
-
-    def _zeros(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """Return which weights of a layer read back as zero, bool [out, in]."""
-        step = self.plan.steps.get(name)
-        # Of the codes: a low-rank product beside them is dense.
-        stored = self.solver.storage.unpack(name, tensors, step).read_bulk() if step else tensors[f"{name}.weight"]
-        return stored == 0
+        count = None
+        if name in self.plan.prunes:
+            count = int(zeros(name, tensors, step, self.solver.storage).sum())
+        return LayerReport(name, (rows, columns), bits, errors[name], count)
 
     def _recount(self, report: Report) -> None:
-        """Count the zeros again now that the model has learned.
-
-        Raises:
-            ParetoError: some were lost, or those that training was to choose are not there.
-
-        """
+        """Count the zeros of the pruned layers again now that the model has learned; see ``zeros.recounted``."""
         assert self.final is not None
         for index in range(self.total):
-            own = [self.decoder.name(index, local) for local in self.decoder.linears(index)]
-            if not any(name in self.plan.prunes for name in own):
+            own = {self.decoder.name(index, local) for local in self.decoder.linears(index)} & self.plan.prunes.keys()
+            if not own:
                 continue
             before, after = (read_tensors(path(index))[0] for path in (self._block_file, self.final.block_result))
-            for at, layer in enumerate(report.layers):
-                step = self.plan.prunes.get(layer.name)
-                if step is None or layer.name not in own:
-                    continue
-                zeros = self._zeros(layer.name, after)
-                lost, count = int((self._zeros(layer.name, before) & ~zeros).sum()), int(zeros.sum())
-                changes: dict[str, Any] = {"zeros": count}
-                if isinstance(step, TrainStep):
-                    lost += max(0, int(step.sparsity * zeros.numel()) - count)
-                    old, new = (tensors[f"{layer.name}.weight"].float() for tensors in (before, after))
-                    changes["relative_error"] = float((old - new).norm() / old.norm())
-                if lost:
-                    raise ParetoError(f"no-op: {layer.name} lacks {lost} zeros after it learned; nothing was kept")
-                report.layers[at] = dataclasses.replace(layer, **changes)
+            report.layers = [
+                recounted(
+                    layer,
+                    self.plan.prunes[layer.name],
+                    before,
+                    after,
+                    step=self.plan.steps.get(layer.name),
+                    storage=self.solver.storage,
+                )
+                if layer.name in own
+                else layer
+                for layer in report.layers
+            ]
 
     def _changed(self, names: set[str]) -> Path:
         """Write tensors as the source gives them, in the dtype that they are stored in, and return the file."""

@@ -20,6 +20,9 @@ from quant_methods.methods.gptq import GPTQ, UPSTREAM_DAMPING, aim, factorize, f
 from quant_methods.methods.refit import refit
 from quant_methods.steps import PruneStep
 
+LONG = 1 << 15
+"""Scores in a row from which a GPU sorts them: there ``kthvalue`` gives a row to a single block of threads."""
+
 
 def pruned(step: PruneStep, problem: LinearProblem) -> Tensor:
     """Return a layer's weight as any prune step leaves it, what is left fitted if the step says so.
@@ -74,7 +77,10 @@ def _least(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the ``count`` least scores along the last dimension, of equal ones the first."""
     if not count:
         return torch.zeros_like(scores, dtype=torch.bool)
-    bound = scores.kthvalue(count, -1, keepdim=True).values
+    if scores.is_cuda and scores.shape[-1] > LONG:
+        bound = scores.sort(-1).values[..., count - 1 : count]
+    else:
+        bound = scores.kthvalue(count, -1, keepdim=True).values
     below, tied = scores < bound, scores == bound
     return below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - below.sum(-1, keepdim=True)))
 

@@ -151,7 +151,7 @@ class Trainer:
         """
         if not self.result_file.is_file():
             common = outside.weights(self.teacher)
-            targets = self._targets(common)
+            targets = None if self.settings.on_text else self._targets(common)
             self._load_student(common)
             tuned = self._train(targets)
             self._write()
@@ -202,7 +202,7 @@ class Trainer:
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.student.model.named_parameters() if value.requires_grad}
 
-    def _train(self, targets: Tensor) -> Tuned:
+    def _train(self, targets: Tensor | None) -> Tuned:
         """Train, and leave the student in the best state seen."""
         step, parameters = self.settings, self._parameters()
         # Gradients of a mean over many tokens with respect to one code are tiny; Adam's usual eps would damp them.
@@ -247,12 +247,12 @@ class Trainer:
         self.prepare(state.kept)
         return Tuned(tuple(state.kl), state.kept, step.on_text)
 
-    def _loss(self, sequences: list[int], targets: Tensor, *, bfloat16: bool = False) -> Tensor:
+    def _loss(self, sequences: list[int], targets: Tensor | None, *, bfloat16: bool = False) -> Tensor:
         """Return the sum over sequences of their loss, the mean over their tokens, in nats."""
         tokens = self.tokens[sequences].to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             logits = self.student.model(input_ids=tokens, use_cache=False).logits
-        if self.settings.on_text:
+        if targets is None:
             lost = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
             return lost * len(sequences)
         with torch.no_grad():
@@ -261,7 +261,7 @@ class Trainer:
         return functional.kl_div(found, expected, log_target=True, reduction="sum") / tokens.shape[1]
 
     @torch.no_grad()
-    def _held_out(self, targets: Tensor) -> float:
+    def _held_out(self, targets: Tensor | None) -> float:
         """Return the mean loss of the held-out sequences, in float32 arithmetic whatever training uses."""
         chosen = list(range(self.settings.num_samples, len(self.tokens)))
         parts = [chosen[i : i + self.at_once] for i in range(0, len(chosen), self.at_once)]
