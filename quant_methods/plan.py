@@ -247,6 +247,11 @@ def _check_training(recipe: Recipe, training: TrainStep, pruning: list[PruneStep
             f"{where} trains weights in 16 bits, and {rounded.method} with bits has rounded them; leave bits out and "
             "add {method: gptq} after it"
         )
+    if not any(step.from_dense for step in pruning) and not training.on_text:
+        raise ParetoError(
+            f"{where} aims at what the dense model puts out, and {pruning[0].method} starts from one that was pruned; "
+            "give loss: text"
+        )
     if before := next((step for step in recipe.steps if step.kind == "transform"), None):
         raise ParetoError(f"{where} trains the model as it is stored; leave {before.method} out")
 

@@ -41,7 +41,6 @@ from quant_methods.model_source import digest, fingerprint, name_of, read_config
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.report import LayerReport, Report
-from quant_methods.steps import TrainStep
 from quant_methods.trained_first import Origin
 from quant_methods.work_folder import empty, locked, put_in_place
 from quant_methods.zeros import recounted, zeros
@@ -177,8 +176,11 @@ class Run:
                 self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.final is None)
             else:
                 self._calibrate()
-            learns_zeros = any(isinstance(step, TrainStep) for step in self.plan.prunes.values())
-            if report.layers and not learns_zeros and not any(layer.relative_error for layer in report.layers):
+            if (
+                report.layers
+                and self.plan.training is None
+                and not any(layer.relative_error for layer in report.layers)
+            ):
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
                     "rounded or pruned like this before: compress the original, or to fewer bits"

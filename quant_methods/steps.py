@@ -104,6 +104,8 @@ class PruneStep(Step):
     """
 
     kind: ClassVar[str] = "prune"
+    from_dense: ClassVar[bool] = True
+    """Whether the model that it gets has the weights still that are to become zero."""
 
     sparsity: float = 0.5
     pattern: str = "any"
@@ -268,6 +270,11 @@ class ModelStep(Step):
     def text(self) -> tuple[int, int]:
         """How many sequences it runs on, and the tokens of each."""
         raise NotImplementedError
+
+    @property
+    def on_text(self) -> bool:
+        """Whether the loss is the text's own instead of the divergence from the original."""
+        return False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ WITHIN = 0.01
 @dataclass(frozen=True)
 class KeepZeros(PruneStep):
     """No weight becomes zero that is not; a layer that lacks the zeros it should have is refused."""
+
+    from_dense: ClassVar[bool] = False
 
     def check(self) -> None:
         """Refuse a fraction or pattern that is none, and a fit, which would change the weights for nothing."""

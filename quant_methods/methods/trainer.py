@@ -100,7 +100,7 @@ class Trainer:
         self.student = Decoder(model_dir, source, str(device))
         self.state_file, self.result_file = work / "tuning.safetensors", work / "tuned.json"
         self.at_once = at_once(step.length, self.teacher.config.vocab_size, self.device)
-        self.quick = step.bfloat16 and (device.type != "cpu" or quick_dtype(device) == torch.bfloat16)
+        self.quick = step.bfloat16 and quick_dtype(device) == torch.bfloat16
 
     @property
     def layers(self) -> set[str]:

@@ -62,11 +62,6 @@ class Training(ModelStep):
         """Steps in all."""
         raise NotImplementedError
 
-    @property
-    def on_text(self) -> bool:
-        """Whether the loss is the text's own instead of the divergence from the original."""
-        return False
-
     def rate(self, step: int) -> float:
         """Return the learning rate of a step as a fraction of the given one."""
         warm = max(1, round(WARM_UP * self.steps))

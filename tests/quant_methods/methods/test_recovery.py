@@ -23,6 +23,7 @@ from quant_methods.methods.recovery import Recover
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.trainer import LOOKS
 from quant_methods.methods.tuning import Tune
+from quant_methods.overrides import override
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.steps import PruneStep, Step
@@ -213,6 +214,11 @@ def test_zeros_of_a_model_pruned_before_are_kept_or_missed(tiny_model: Path, tex
     model, zeros = load_reference(tmp_path / "out"), weights(tmp_path / "pruned")
     for layer in report.layers:
         assert (model.get_submodule(layer.name).weight[zeros[f"{layer.name}.weight"] == 0] == 0).all()
+    on_text = dataclasses.replace(RECOVER, loss="text")
+    compress(tmp_path / "pruned", recipe(KeepZeros(pattern="2:4"), on_text), tmp_path / "learned", text=text_file)
+    learned = weights(tmp_path / "learned")
+    assert all(torch.equal(learned[name] == 0, weight == 0) for name, weight in zeros.items())
+    assert not all(torch.equal(learned[name], weight) for name, weight in zeros.items())
     for step, message in (
         (KeepZeros(pattern="1:4", sparsity=0.75), "has 2 of 4 neighbours that are not zero"),
         (KeepZeros(sparsity=0.6), r"has 50.0% zeros, and the recipe says sparsity 0.6"),
@@ -230,6 +236,10 @@ def test_zeros_of_a_model_pruned_before_are_kept_or_missed(tiny_model: Path, tex
         ((PRUNED, RECOVER, RECOVER), "recover and recover both train the model; keep one"),
         ((PRUNED, MOVEMENT), "movement chooses zeros itself; leave magnitude out"),
         ((SparseGPT(bits=4), RECOVER), "recover trains weights in 16 bits, and sparsegpt with bits has rounded them"),
+        (
+            (KeepZeros(), RECOVER),
+            "aims at what the dense model puts out, and keep-zeros starts from one that was pruned",
+        ),
         ((AWQ(), PRUNED, RECOVER, W4), "recover trains the model as it is stored; leave awq out"),
         ((PRUNED, RECOVER, Tune()), "tune trains what a step that rounds weights made, and there is none"),
     ],
@@ -259,6 +269,22 @@ def test_steps_out_of_place_are_refused_before_any_work(
 def test_settings_that_make_no_sense_are_refused(method: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ParetoError, match=message):
         parse_recipe({"name": "r", "steps": [{"method": "wanda"}, {"method": method, **settings}]})
+
+
+def test_flags_change_what_trains() -> None:
+    given = override(
+        recipe(PRUNED, RECOVER, W4, TUNE),
+        {"train_steps": 3000, "lora": 8, "loss": "text", "train_samples": 99, "train_length": 77},
+    )
+    own = {"num_samples": 99, "length": 77}
+    assert given.steps == (
+        PRUNED,
+        dataclasses.replace(RECOVER, train_steps=3000, lora=8, loss="text", **own),
+        W4,
+        dataclasses.replace(TUNE, **own),
+    )
+    with pytest.raises(ParetoError, match="--train-samples: no step of recipe test has it"):
+        override(recipe(PRUNED), {"train_samples": 5})
 
 
 def test_an_unfinished_run_of_another_training_is_not_taken_up(
