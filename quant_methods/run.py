@@ -176,11 +176,8 @@ class Run:
                 self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.final is None)
             else:
                 self._calibrate()
-            if (
-                report.layers
-                and self.plan.training is None
-                and not any(layer.relative_error for layer in report.layers)
-            ):
+            changed = self.plan.training is not None or any(layer.relative_error for layer in report.layers)
+            if report.layers and not changed:
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
                     "rounded or pruned like this before: compress the original, or to fewer bits"
