@@ -117,10 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--pattern", metavar="P", help="which: any, or N:M (2:4), to keep N of M neighbouring inputs'")
     recipe.add_argument("--refit", action=switch, default=None, help="after pruning, fit the weights that are left")
     recipe.add_argument("--train-steps", type=int, metavar="N", help="of recover and movement, which train weights")
-    recipe.add_argument(
-        "--train-samples", type=int, metavar="N", help="sequences that recover, movement and tune learn"
-    )
+    recipe.add_argument("--train-samples", type=int, metavar="N", help="sequences that these and tune learn on")
     recipe.add_argument("--train-length", type=int, metavar="TOKENS", help="tokens in each of these")
+    recipe.add_argument("--learning-rate", type=float, help="of the steps that train a whole model, see their sections")
+    recipe.add_argument(
+        "--loss", choices=("kl", "text"), help="of recover and movement: the original's outputs, or text"
+    )
     recipe.add_argument("--lora", type=int, metavar="RANK", help="recover: train products of this rank; 0: all weights")
     recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
