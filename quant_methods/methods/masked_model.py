@@ -41,7 +41,9 @@ class LearnedProduct(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the weight, float32."""
-        whole = self.start.float() + self.unit * (self.up @ self.down)
+        # In bfloat16 the product would differ from what is stored at the end.
+        with torch.autocast(self.up.device.type, enabled=False):
+            whole = self.start.float() + self.unit * (self.up @ self.down)
         return straight(whole, lambda x: x.to(self.dtype).to(x.dtype))
 
 

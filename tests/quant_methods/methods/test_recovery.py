@@ -17,11 +17,13 @@ from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.kept import KeepZeros
+from quant_methods.methods.masked_model import LearnedProduct, MaskedLinear, ScoredLinear
 from quant_methods.methods.movement import Movement
 from quant_methods.methods.pruning import Magnitude, Wanda
 from quant_methods.methods.recovery import Recover
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.trainer import LOOKS
+from quant_methods.methods.tuned_model import Learned
 from quant_methods.methods.tuning import Tune
 from quant_methods.overrides import override
 from quant_methods.recipe import Recipe
@@ -269,6 +271,41 @@ def test_steps_out_of_place_are_refused_before_any_work(
 def test_settings_that_make_no_sense_are_refused(method: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ParetoError, match=message):
         parse_recipe({"name": "r", "steps": [{"method": "wanda"}, {"method": method, **settings}]})
+
+
+def test_a_product_is_the_same_in_training_as_when_it_is_stored() -> None:
+    start = torch.randn(12, 20).bfloat16() * (torch.rand(12, 20) > 0.5)
+    layer = MaskedLinear(LearnedProduct(start, 3, torch.Generator().manual_seed(0)), start != 0, None)
+    assert torch.equal(layer.stored(), start)
+    assert isinstance(layer.learned, LearnedProduct)
+    torch.nn.init.normal_(layer.learned.up)
+    expected = start.double() + start.double().abs().mean(1, keepdim=True) * (
+        layer.learned.up.double() @ layer.learned.down.double()
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight(), layer.stored().float())
+    assert torch.allclose(layer.stored().double(), expected * (start != 0), rtol=2**-8, atol=1e-6)
+    layer.weight().sum().backward()
+    assert layer.learned.down.grad is not None
+    unit = start.float().abs().mean(1, keepdim=True)
+    assert torch.allclose(layer.learned.down.grad, layer.learned.up.detach().T @ (unit * (start != 0)), rtol=1e-4)
+
+
+def test_scores_learn_by_what_their_weights_would_do() -> None:
+    start = torch.randn(6, 10)
+    layer, mask, x = ScoredLinear(Learned(start), None), torch.rand(6, 10) > 0.5, torch.randn(4, 10)
+    layer.mask.copy_(mask)
+    rising = torch.randn(4, 6)
+    out = layer(x)
+    assert torch.equal(out, x @ (start * mask).T)
+    (out * rising).sum().backward()
+    gradient = rising.T @ x
+    assert layer.scores.grad is not None
+    assert torch.allclose(layer.scores.grad, gradient * start, rtol=1e-4, atol=1e-5)
+    assert isinstance(layer.learned, Learned)
+    assert layer.learned.offset.grad is not None
+    unit = start.abs().mean(1, keepdim=True)
+    assert torch.allclose(layer.learned.offset.grad, gradient * mask * unit, rtol=1e-4, atol=1e-5)
 
 
 def test_flags_change_what_trains() -> None:
