@@ -121,6 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("dense", "2:4", "bitmap"),
         help="of pruned weights in 4 bits: zeros are codes too, or left out (2:4 for that pattern, bitmap for any)",
     )
+    recipe.add_argument("--train-steps", type=int, metavar="N", help="of recover and movement, which train weights")
+    recipe.add_argument("--train-samples", type=int, metavar="N", help="sequences that these and tune learn on")
+    recipe.add_argument("--train-length", type=int, metavar="TOKENS", help="tokens in each of these")
+    recipe.add_argument("--learning-rate", type=float, help="of the steps that train a whole model, see their sections")
+    recipe.add_argument(
+        "--loss", choices=("kl", "text"), help="of recover and movement: the original's outputs, or text"
+    )
+    recipe.add_argument("--lora", type=int, metavar="RANK", help="recover: train products of this rank; 0: all weights")
     recipe.add_argument("--epochs", type=int, help="OmniQuant: passes over the calibration set")
     recipe.add_argument("--ignore", nargs="+", metavar="GLOB", help="modules to leave alone")
     recipe.add_argument("--exempt", nargs="+", metavar="PART", help=f"parts to leave alone: {', '.join(NAMES)}")
@@ -239,12 +247,13 @@ def _print_report(console: Console, report: Report, recipe: Recipe, *, dtype: st
         own = sorted((layer.sparsity, layer.name) for layer in report.layers if layer.sparsity is not None)
         ends = " to ".join(f"{sparsity:.2%} ({name})" for sparsity, name in (own[0], own[-1]))
         lines.append(f"zeros        {report.sparsity:.2%} of the pruned layers' weights, as they are stored; {ends}")
-    if report.tuned is not None:
-        tuned = report.tuned
-        lines.append(
-            f"tuned        KL to the original on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after "
-            f"{tuned.kept} steps"
-        )
+    for name, tuned in (("trained", report.trained), ("tuned", report.tuned)):
+        if tuned is not None:
+            what = "loss" if tuned.on_text else "KL to the original"
+            lines.append(
+                f"{name:<13}{what} on held-out text {tuned.before:.4f} before, {tuned.after:.4f} after {tuned.kept} "
+                "steps"
+            )
     lines.append(
         f"size         {report.bytes_before / 1e6:,.1f} MB before, {report.bytes_after / 1e6:,.1f} MB after "
         f"({report.bytes_before / max(1, report.bytes_after):.2f}x)"

@@ -23,6 +23,7 @@ from quant_methods.recipe_file import load_recipe
 from quant_methods.report import Report
 from quant_methods.run import KVBits, Progress, Run
 from quant_methods.steps import SourceStep
+from quant_methods.trained_first import Origin, finished, folder_of, halves
 
 
 def compress(
@@ -67,8 +68,13 @@ def compress(
         kv_bits.check(decoder, recipe)
     for line in plan.notes:
         say(line)
-    work = work_of(out)
+    work, origin = work_of(out), None
     with full_disk_explained(work):
+        if (split := halves(recipe)) is not None:
+            folder = _trained(model, split[0], folder_of(work), text, device, overwrite=overwrite, progress=progress)
+            origin = Origin(model_dir, folder, recipe)
+            recipe = split[1]
+            model_dir, decoder, plan = prepare(folder, recipe, out, device=device, overwrite=overwrite, text=text)
         run = Run(
             model=model,
             model_dir=model_dir,
@@ -82,8 +88,39 @@ def compress(
             progress=progress,
             attachments=attachments or {},
             kv_bits=kv_bits,
+            origin=origin,
         )
         return run.finish(started)
+
+
+def _trained(
+    model: str | os.PathLike[str],
+    recipe: Recipe,
+    folder: Path,
+    text: str | os.PathLike[str] | None,
+    device: str,
+    *,
+    overwrite: bool,
+    progress: Progress,
+) -> Path:
+    """Carry out the first half of a recipe, unless that was done before, and return its checkpoint."""
+    model_dir, decoder, plan = prepare(model, recipe, folder, device=device, overwrite=True)
+    run = Run(
+        model=model,
+        model_dir=model_dir,
+        recipe=recipe,
+        out=folder,
+        work=work_of(folder),
+        text=text,
+        decoder=decoder,
+        plan=plan,
+        overwrite=overwrite,
+        progress=progress,
+        attachments={},
+    )
+    if not finished(run, overwrite=overwrite):
+        run.finish(time.monotonic())
+    return folder
 
 
 def work_of(out: Path) -> Path:
@@ -213,7 +250,7 @@ def _check_disk(out: Path, source: Source, plan: Plan) -> None:
     steps = {f"{name}.weight": step for name, step in plan.steps.items()}
     blocks = sum(int(steps[n].bits / 8 * size[n] / 2 * 1.1) if n in steps else size[n] for n in changed if n in size)
     kept = source.size() - sum(size.get(name, 0) for name in changed)
-    needed = (2 if plan.final is None else 3) * blocks + kept
+    needed = (2 + (plan.final is not None) + (plan.training is not None)) * blocks + kept
     parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

@@ -12,7 +12,7 @@ The module that implements a method declares its dataclass (``steps.py``) and re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -123,22 +123,29 @@ class Tuned:
     """What a whole-model step did.
 
     Attributes:
-        kl: KL(original || quantized) of the held-out sequences in nats a token: (step, value) of every look.
+        kl: KL(original || compressed) of the held-out sequences in nats a token: (step, value) of every look.
         kept: the step whose state was kept; 0 is the start.
+        on_text: the values are the text's own loss instead, as the step was told to lower that.
 
     """
 
     kl: tuple[tuple[int, float], ...]
     kept: int
+    on_text: bool = False
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Tuned:
+        """Return what was written of these fields as JSON."""
+        return cls(tuple((step, kl) for step, kl in told["kl"]), told["kept"], told.get("on_text", False))
 
     @property
     def before(self) -> float:
-        """KL before the first step."""
+        """The value before the first step."""
         return self.kl[0][1]
 
     @property
     def after(self) -> float:
-        """KL of the state that was kept."""
+        """The value of the state that was kept."""
         return dict(self.kl)[self.kept]
 
 
@@ -264,7 +271,7 @@ def wraps_source(step_type: type[Step]) -> Callable[[Made], Made]:
 
 
 def completes(step_type: type[Step]) -> Callable[[Made], Made]:
-    """Register what performs a whole-model step: it makes a :class:`ModelRun`, see ``methods.tuning.Tuner``."""
+    """Register what performs a whole-model step: it makes a :class:`ModelRun`, see ``methods.trainer.Trainer``."""
 
     def decorate(made: Made) -> Made:
         MODEL_STEPS[step_type] = made

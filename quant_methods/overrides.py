@@ -17,14 +17,16 @@ from quant_methods.steps import RoundStep, Step
 OF_STEPS = (
     "bits", "group_size", "group_size_fallback", "per_tensor", "symmetric", "activations", "search", "act_order",
     "damping", "upstream", "upstream_damping", "alpha", "outliers", "rank", "sparse", "epochs", "sparsity", "pattern",
-    "refit", "store",
+    "refit", "store", "train_steps", "lora", "loss", "learning_rate",
 )  # fmt: skip
 # Of these, what says how weights are rounded.
 OF_ROUNDING = ("bits", "group_size", "symmetric", "search", "store")
 # Settings of the calibration, and their names there.
 OF_CALIBRATION = {"num_calibration_samples": "num_samples", "calibration_length": "length", "seed": "seed"}
 OF_RECIPES = ("ignore", "exempt", "kv_scales")
-SETTINGS = (*OF_STEPS, *OF_CALIBRATION, *OF_RECIPES, "outlier_handling")
+# Settings of the steps that train a whole model, and their names there.
+OF_TRAINING = {"train_samples": "num_samples", "train_length": "length"}
+SETTINGS = (*OF_STEPS, *OF_TRAINING, *OF_CALIBRATION, *OF_RECIPES, "outlier_handling")
 
 # Steps that are there to tame outliers, and settings of other steps that are, with the value that turns them off.
 TAMING_STEPS = ("rotate", "smoothquant", "awq")
@@ -46,10 +48,11 @@ def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     steps = list(recipe.steps)
     if given.get("outlier_handling") is False:
         steps = _untamed(recipe)
-    for name in OF_STEPS:
+    for name in (*OF_STEPS, *OF_TRAINING):
         if name not in given:
             continue
-        having = [i for i, step in enumerate(steps) if _has(step, name)]
+        own = OF_TRAINING.get(name, name)
+        having = [i for i, step in enumerate(steps) if _has(step, own)]
         if name in OF_ROUNDING and (rounding := [i for i in having if isinstance(steps[i], RoundStep)]):
             # A prune step that could round as well leaves it to the step that does.
             having = rounding
@@ -57,7 +60,7 @@ def override(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
             methods = ", ".join(step.method for step in steps) or "none"
             raise ParetoError(f"--{name.replace('_', '-')}: no step of recipe {recipe.name} has it (steps: {methods})")
         for i in having:
-            steps[i] = _changed(steps[i], {name: given[name]})
+            steps[i] = _changed(steps[i], {own: given[name]})
     for step in steps:
         step.check()
     calibration = _changed(

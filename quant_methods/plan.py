@@ -15,7 +15,7 @@ from quant_methods.group_sizes import Fitted, fit_groups
 from quant_methods.handlers import HANDLERS, PRUNERS
 from quant_methods.patterns import check_patterns, matches
 from quant_methods.recipe import Recipe
-from quant_methods.steps import BlockStep, ModelStep, PruneStep, RoundStep, ScaleStep
+from quant_methods.steps import BlockStep, ModelStep, PruneStep, RoundStep, ScaleStep, TrainStep
 from quant_methods.stock_vllm import Serving
 
 
@@ -30,6 +30,7 @@ class Plan:
         outside: how many of the ignored, the last ones, are no linear layers inside blocks: the head, and what chooses
             experts, which vLLM has linear layers for.
         final: what is done at the end with the whole model in view, or None.
+        training: what trains the pruned weights before they are rounded, or None.
         notes: what is done otherwise than the recipe says, a line each.
         kv_scales: scales of a quantized KV cache are calibrated.
         prunes: full module name to the step that prunes it, before it is quantized if it is, in model order.
@@ -44,6 +45,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     kv_scales: bool = False
     prunes: dict[str, PruneStep] = field(default_factory=dict)
+    training: TrainStep | None = None
 
     @property
     def changed(self) -> set[str]:
@@ -105,10 +107,13 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
             KV scales are all that is wanted, and no quantized KV cache serves the model.
 
     """
-    final = next((step for step in recipe.steps if isinstance(step, ModelStep)), None)
+    training = next((step for step in recipe.steps if isinstance(step, TrainStep)), None)
+    final = next((step for step in recipe.steps if isinstance(step, ModelStep) and step is not training), None)
     rounding, round_steps = recipe.rounding, [step for step in recipe.steps if isinstance(step, RoundStep)]
     pruning = [step for step in recipe.steps if isinstance(step, PruneStep)]
     _check_pruning(recipe, pruning, round_steps)
+    if training is not None:
+        _check_training(recipe, training, pruning)
     steps: dict[str, RoundStep] = {}
     prunes: dict[str, PruneStep] = {}
     ignore = (*recipe.ignore, *globs(recipe.exempt, decoder))
@@ -135,7 +140,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
     steps, stored = _storable(steps)
     fit = fit_groups(steps, shapes)
     transforms = tuple(step for step in recipe.steps if isinstance(step, ScaleStep))
-    _check_experts(recipe, fit)
+    _check_experts(recipe, fit, prunes)
     if steps and not fit.steps and not prunes:
         raise ParetoError(f"recipe {recipe.name}: nothing to compress: {'; '.join(fit.notes)}")
     ignored = [name for name in shapes if name not in fit.steps]
@@ -178,7 +183,7 @@ def make_plan(decoder: Decoder, recipe: Recipe, model_dir: Path) -> Plan:
         notes += (
             f"no KV scales are made: a quantized KV cache does not serve {reason}; serve with --kv-cache-dtype auto",
         )
-    return Plan(fit.steps, ignored + outside, transforms, len(outside), final, notes, kv_scales, prunes)
+    return Plan(fit.steps, ignored + outside, transforms, len(outside), final, notes, kv_scales, prunes, training)
 
 
 def _outside(decoder: Decoder) -> list[str]:
@@ -223,11 +228,34 @@ def _check_pruning(recipe: Recipe, pruning: list[PruneStep], rounding: list[Roun
         for follower in rounding:
             step.check_next(follower)
         for other in recipe.steps:
-            if isinstance(other, BlockStep | ModelStep):
+            if isinstance(other, BlockStep):
                 raise ParetoError(
                     f"recipe {recipe.name}: {other.method} trains weights without regard to {step.method}'s zeros, "
                     f"which would be lost; leave {other.method} out"
                 )
+
+
+def _check_training(recipe: Recipe, training: TrainStep, pruning: list[PruneStep]) -> None:
+    """Refuse to train weights that are not pruned, that are rounded already, or that another step prepared."""
+    where, others = f"recipe {recipe.name}: {training.method}", [step for step in pruning if step is not training]
+    if not pruning:
+        raise ParetoError(
+            f"{where} trains what a prune step left, and there is none; add one, e.g. {{method: sparsegpt}}"
+        )
+    if isinstance(training, PruneStep) and others:
+        raise ParetoError(f"{where} chooses zeros itself; leave {others[0].method} out, or take recover in its place")
+    if rounded := next((step for step in others if step.rounding is not None), None):
+        raise ParetoError(
+            f"{where} trains weights in 16 bits, and {rounded.method} with bits has rounded them; leave bits out and "
+            "add {method: gptq} after it"
+        )
+    if not any(step.from_dense for step in pruning) and not training.on_text:
+        raise ParetoError(
+            f"{where} aims at what the dense model puts out, and {pruning[0].method} starts from one that was pruned; "
+            "give loss: text"
+        )
+    if before := next((step for step in recipe.steps if step.kind == "transform"), None):
+        raise ParetoError(f"{where} trains the model as it is stored; leave {before.method} out")
 
 
 def _check_pattern(name: str, step: PruneStep, width: int) -> None:
@@ -265,8 +293,14 @@ def _storable(steps: dict[str, RoundStep]) -> tuple[dict[str, RoundStep], tuple[
     return {name: replace(step, store="dense") for name, step in steps.items()}, (note,)
 
 
-def _check_experts(recipe: Recipe, fit: Fitted) -> None:
+def _check_experts(recipe: Recipe, fit: Fitted, prunes: dict[str, PruneStep]) -> None:
     """Refuse what is not there for experts: formats that vLLM has no kernel of experts for, and methods."""
+    training = next((step for step in recipe.steps if isinstance(step, TrainStep)), None)
+    if training is not None and (pruned := next((name for name in prunes if is_expert(name)), None)):
+        raise ParetoError(
+            f"recipe {recipe.name}: {pruned} is an expert's, and {training.method} does not know mixtures of experts; "
+            "leave experts out with --ignore '*.experts.*'"
+        )
     experts = [name for name in fit.steps if is_expert(name)]
     if not experts:
         return

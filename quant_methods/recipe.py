@@ -12,7 +12,7 @@ from typing import Any
 
 from kv_cache.errors import ParetoError
 from quant_methods.model_source import digest
-from quant_methods.steps import KINDS, ModelStep, PruneStep, RoundStep, SourceStep, Step
+from quant_methods.steps import KINDS, ModelStep, PruneStep, RoundStep, SourceStep, Step, TrainStep
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ class Recipe:
             if isinstance(step, SourceStep):
                 raise ParetoError(f"recipe {self.name}: {step.method} comes once, and first")
         for step in self.steps[:-1]:
-            if isinstance(step, ModelStep):
+            if isinstance(step, ModelStep) and not isinstance(step, TrainStep):
                 raise ParetoError(
                     f"recipe {self.name}: {step.method} comes once, and last: it works on what the other steps made"
                 )
+        if len(training := [step for step in self.steps if isinstance(step, TrainStep)]) > 1:
+            raise ParetoError(
+                f"recipe {self.name}: {training[0].method} and {training[1].method} both train the model; keep one"
+            )
         for before, after in itertools.pairwise(self.steps):
             if KINDS.index(before.kind) > KINDS.index(after.kind):
                 raise ParetoError(

@@ -18,8 +18,11 @@ import yaml
 # Importing a method's module registers it.
 import quant_methods.methods.awq
 import quant_methods.methods.gptq
+import quant_methods.methods.kept
+import quant_methods.methods.movement
 import quant_methods.methods.omniquant
 import quant_methods.methods.pruning
+import quant_methods.methods.recovery
 import quant_methods.methods.rotation
 import quant_methods.methods.rtn
 import quant_methods.methods.smoothquant

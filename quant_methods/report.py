@@ -21,7 +21,8 @@ class LayerReport:
             others unless its step leaves them out (``store``).
         relative_error: ``||W X - Q X|| / ||W X||`` over the calibration set; ``||W - Q|| / ||W||`` without data. A step
             that makes up for earlier layers' errors moves Q away from W on purpose, and that counts here too. Before
-            tuning, which has the whole model's error in view.
+            training and tuning, which have the whole model's error in view; where training chose the zeros,
+            ``||W - Q|| / ||W||`` after it.
         zeros: of a pruned layer, the weights that read back as zero, counted in the weights or codes that are written.
 
     """
@@ -52,6 +53,7 @@ class Report:
         peak_memory: the process's peak resident memory in bytes.
         resumed_blocks: blocks that an earlier run had finished.
         serving: what serves it.
+        trained: what the training of weights did, before they were rounded, or None.
         tuned: what tuning did, or None.
         kv_scales: the checkpoint has scales of a quantized KV cache.
         unseen: experts that no calibration token was sent to, which were rounded as if all inputs counted alike.
@@ -67,6 +69,7 @@ class Report:
     peak_memory: int = 0
     resumed_blocks: int = 0
     serving: Serving = field(default_factory=lambda: Serving.of(()))
+    trained: Tuned | None = None
     tuned: Tuned | None = None
     kv_scales: bool = False
     unseen: list[str] = field(default_factory=list)
@@ -81,6 +84,10 @@ class Report:
     def found(self) -> dict[str, Any]:
         """Return what travels with the checkpoint beside what determined it."""
         found: dict[str, Any] = {}
+        if self.trained is not None:
+            found["trained"] = {
+                "held_out": self.trained.kl, "kept_step": self.trained.kept, "on_text": self.trained.on_text,
+            }  # fmt: skip
         if self.tuned is not None:
             found["tuned"] = {"held_out_kl": self.tuned.kl, "kept_step": self.tuned.kept}
         if self.sparsity is not None:

@@ -35,13 +35,15 @@ from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import SAMPLED, describe, load_sequences
 from quant_methods.checkpoints import checkpoint
 from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
-from quant_methods.checkpoints.replaceable import RECIPE_FILE
+from quant_methods.checkpoints.replaceable import RECIPE_FILE, TRAINED
 from quant_methods.handlers import MODEL_STEPS, ModelRun
 from quant_methods.model_source import digest, fingerprint, name_of, read_config, read_header, weight_files
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
 from quant_methods.report import LayerReport, Report
+from quant_methods.trained_first import Origin
 from quant_methods.work_folder import empty, locked, put_in_place
+from quant_methods.zeros import recounted, zeros
 
 # Measures of sensitivity in the state directory; they have keys of their own.
 MEASURES = "sensitivity"
@@ -81,7 +83,9 @@ class Run:
         progress: Progress,
         attachments: Mapping[str, bytes],
         kv_bits: KVBits | None = None,
+        origin: Origin | None = None,
     ) -> None:
+        self.origin = origin
         self.attachments, self.kv_bits = dict(attachments), kv_bits
         self.model_dir, self.recipe, self.out, self.work = model_dir, recipe, out, work
         self.decoder, self.plan, self.overwrite, self.progress = decoder, plan, overwrite, progress
@@ -95,25 +99,29 @@ class Run:
         self.text = None if text is None else Path(text)
         self.tokens: Tensor | None = None
         self.kv_scales: KVCalibrator | None = None
+        # Text that a model writes is the original's, whatever was made of it since.
+        self.writer = model_dir if origin is None else origin.original
         settings, own = recipe.calibration, SAMPLED
         if not plan.changed:
             own = "the text that ships with vllm-pareto"
-            self.tokens = kv_sequences(model_dir, self.text, settings.num_samples, settings.length, settings.seed)
+            self.tokens = kv_sequences(self.writer, self.text, settings.num_samples, settings.length, settings.seed)
         elif plan.needs_data or plan.kv_scales:
             self.tokens = self._sequences("calibration data", settings.num_samples, settings.length)
         self.text_source = own if self.text is None else self.text.name
         self.final: ModelRun | None = None
-        if plan.final is not None:
-            self.final = MODEL_STEPS[type(plan.final)](
-                plan.final,
+        if (last := plan.final or plan.training) is not None:
+            self.final = MODEL_STEPS[type(last)](
+                last,
                 model_dir=model_dir,
                 source=decoder.source,
                 device=decoder.device,
                 steps=plan.steps,
+                prunes=plan.prunes,
                 storage=self.solver.storage,
                 block_file=self._block_file,
-                tokens=self._sequences("text to tune on", *plan.final.text),
+                tokens=self._sequences("text to tune on", *last.text),
                 work=work,
+                original=None if origin is None else origin.original,
                 say=progress,
             )
         self.provenance = self._provenance(os.fspath(model))
@@ -121,7 +129,7 @@ class Run:
     def _sequences(self, what: str, num: int, length: int) -> Tensor:
         self.progress(0, self.total, what)
         return load_sequences(
-            self.model_dir,
+            self.writer,
             self.text,
             num,
             length,
@@ -139,18 +147,24 @@ class Run:
             "model_sha256": fingerprint(self.model_dir),
             "recipe": self.recipe.to_dict(),
             "calibration": None if self.tokens is None else describe(self.tokens, self.text_source, seed),
-            **({"tuning": describe(self.final.tokens, self.text_source, seed)} if self.final else {}),
+            **({self._learning: describe(self.final.tokens, self.text_source, seed)} if self.final else {}),
             "device": self.decoder.device.type,
             "versions": {
                 "python": platform.python_version(),
                 **{package: importlib.metadata.version(package) for package in packages},
             },
             "served_by": str(self.plan.serving),
+            **({} if self.origin is None else self.origin.provenance()),
         }
+
+    @property
+    def _learning(self) -> str:
+        """What the checkpoint calls the text that the whole model learned on."""
+        return "tuning" if self.plan.training is None else "training"
 
     def _key(self) -> str:
         determining = {k: v for k, v in self.provenance.items() if k not in ("model", "recipe")}
-        determining["recipe"] = self.recipe.fingerprint()
+        determining["recipe"] = (self.recipe if self.origin is None else self.origin.recipe).fingerprint()
         return digest(determining)
 
     def finish(self, started: float) -> Report:
@@ -162,16 +176,21 @@ class Run:
                 self._blocks(report, self._block_file, kv_scales=self.plan.kv_scales and self.final is None)
             else:
                 self._calibrate()
-            if report.layers and not any(layer.relative_error for layer in report.layers):
+            changed = self.plan.training is not None or any(layer.relative_error for layer in report.layers)
+            if report.layers and not changed:
                 raise ParetoError(
                     f"no-op: every weight of {self.model_dir.name} reads back exactly as it was; the model has been "
                     "rounded or pruned like this before: compress the original, or to fewer bits"
                 )
             if self.final is not None:
-                report.tuned = self.final.run()
+                found = self.final.run()
+                report.tuned, report.trained = (found, None) if self.plan.training is None else (None, found)
+                self._recount(report)
                 # KV scales are those of the model that is served, which the blocks are only now.
                 if self.plan.kv_scales:
                     self._blocks(Report(self.out), self.final.block_result, kv_scales=True)
+            if self.origin is not None:
+                report.trained = self.origin.found()
             scales = self._scales()
             report.kv_scales = scales is not None
             self.progress(self.total, self.total, "writing the checkpoint")
@@ -231,7 +250,7 @@ class Run:
                 if found["key"] != self._key():
                     if not self.overwrite:
                         raise ParetoError(_mismatch(self.work, found, self.provenance))
-                    empty(self.work, keep=(MEASURES,))
+                    empty(self.work, keep=(MEASURES, TRAINED))
             write_json(state, {"key": self._key(), **self.provenance})
             yield
 
@@ -301,12 +320,32 @@ class Run:
             bits = 8.0 * tensors[f"{name}.weight"].element_size()
         else:
             bits = self.solver.storage.bits_per_weight(name, tensors, step, (rows, columns))
-        zeros = None
+        count = None
         if name in self.plan.prunes:
-            # Of the codes: a low-rank product beside them is dense.
-            stored = self.solver.storage.unpack(name, tensors, step).read_bulk() if step else tensors[f"{name}.weight"]
-            zeros = int((stored == 0).sum())
-        return LayerReport(name, (rows, columns), bits, errors[name], zeros)
+            count = int(zeros(name, tensors, step, self.solver.storage).sum())
+        return LayerReport(name, (rows, columns), bits, errors[name], count)
+
+    def _recount(self, report: Report) -> None:
+        """Count the zeros of the pruned layers again now that the model has learned; see ``zeros.recounted``."""
+        assert self.final is not None
+        for index in range(self.total):
+            own = {self.decoder.name(index, local) for local in self.decoder.linears(index)} & self.plan.prunes.keys()
+            if not own:
+                continue
+            before, after = (read_tensors(path(index))[0] for path in (self._block_file, self.final.block_result))
+            report.layers = [
+                recounted(
+                    layer,
+                    self.plan.prunes[layer.name],
+                    before,
+                    after,
+                    step=self.plan.steps.get(layer.name),
+                    storage=self.solver.storage,
+                )
+                if layer.name in own
+                else layer
+                for layer in report.layers
+            ]
 
     def _changed(self, names: set[str]) -> Path:
         """Write tensors as the source gives them, in the dtype that they are stored in, and return the file."""
@@ -355,7 +394,7 @@ class Run:
 
 def _mismatch(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Say in one line what differs between an unfinished run and the one asked for."""
-    fields = ("model", "model_sha256", "recipe", "calibration", "tuning", "device", "versions")
+    fields = ("model", "model_sha256", "recipe", "calibration", "training", "tuning", "device", "versions")
     differs = [name for name in fields if found.get(name) != wanted.get(name)]
     what = ", ".join("model" if name == "model_sha256" else name for name in differs) or "settings"
     return (

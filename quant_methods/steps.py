@@ -4,8 +4,9 @@ A recipe's steps come in the order of their kinds:
 
 1. A :class:`TransformStep` changes the model without changing what it computes, so that it is compressed better.
 2. A :class:`PruneStep` makes weights zero.
-3. A :class:`RoundStep` rounds weights.
-4. A :class:`ModelStep` has the whole compressed model in view.
+3. A :class:`TrainStep` trains the weights that are left.
+4. A :class:`RoundStep` rounds weights.
+5. A :class:`ModelStep` has the whole compressed model in view.
 
 ``handlers.py`` has the registry from a step's type to what performs it.
 """
@@ -37,7 +38,7 @@ STORED: dict[str, type[GridForm] | type[SemiSparseForm] | type[BitmapForm]] = {
 }  # fmt: skip
 """How codes on a grid are stored, with their zeros or without: the part's form."""
 
-KINDS = ("transform", "prune", "round", "whole-model")
+KINDS = ("transform", "prune", "train", "round", "whole-model")
 """The kinds of steps, in the order in which a recipe has them."""
 
 
@@ -111,6 +112,8 @@ class PruneStep(Step):
     """
 
     kind: ClassVar[str] = "prune"
+    from_dense: ClassVar[bool] = True
+    """Whether the model that it gets has the weights still that are to become zero."""
 
     sparsity: float = 0.5
     pattern: str = "any"
@@ -292,3 +295,18 @@ class ModelStep(Step):
     def text(self) -> tuple[int, int]:
         """How many sequences it runs on, and the tokens of each."""
         raise NotImplementedError
+
+    @property
+    def on_text(self) -> bool:
+        """Whether the loss is the text's own instead of the divergence from the original."""
+        return False
+
+
+@dataclass(frozen=True)
+class TrainStep(ModelStep):
+    """A step that trains a whole model's weights in 16 bits, after they were pruned or while they are. It comes once.
+
+    Steps that round come after it, and work on what it made, with its zeros.
+    """
+
+    kind: ClassVar[str] = "train"

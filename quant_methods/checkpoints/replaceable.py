@@ -23,8 +23,10 @@ _WRITTEN = (
     "pareto_sensitivity.json", "pareto_sensitivity.png", "pareto_kv_bits.json", "pareto_kv_bits.png",
     SCALES_FILE.as_posix(),
 )  # fmt: skip
+TRAINED = "trained"
+"""In an unfinished run, the checkpoint that it rounds, if it trained one first."""
 # What an unfinished run may hold before its state is written.
-_EARLY = ("lock", "sensitivity", "state.json.partial")
+_EARLY = ("lock", "sensitivity", "state.json.partial", TRAINED, f"{TRAINED}.partial")
 
 
 def check_replaceable(out: Path) -> None:

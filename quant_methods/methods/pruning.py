@@ -20,6 +20,9 @@ from quant_methods.methods.gptq import GPTQ, UPSTREAM_DAMPING, aim, factorize, f
 from quant_methods.methods.refit import refit
 from quant_methods.steps import PruneStep
 
+LONG = 1 << 15
+"""Scores in a row from which a GPU sorts them: there ``kthvalue`` gives a row to a single block of threads."""
+
 
 def pruned(step: PruneStep, problem: LinearProblem) -> Tensor:
     """Return a layer's weight as any prune step leaves it, what is left fitted if the step says so.
@@ -51,29 +54,33 @@ def by_magnitude(step: Magnitude, problem: LinearProblem) -> Tensor:
     return problem.weight.masked_fill(least(scores, step).view_as(problem.weight), 0)
 
 
-def least(scores: Tensor, step: PruneStep) -> Tensor:
+def least(scores: Tensor, step: PruneStep, share: float = 1.0) -> Tensor:
     """Return which weights a step makes zero: those with the least scores, of equal ones the first.
 
     Args:
         scores: [rows, n] floating point; with a pattern N:M, M divides n.
         step: without a pattern it takes its share of each row's weights, rounded to a whole number; with N:M all but N
             of each M neighbours.
+        share: of the weights that the step makes zero, what fraction; a whole number for each row or M neighbours.
 
     Returns:
         bool [rows, n].
 
     """
     if step.kept_among is None:
-        return _least(scores, round(scores.shape[1] * step.sparsity))
+        return _least(scores, round(scores.shape[1] * step.sparsity * share))
     kept, among = step.kept_among
-    return _least(scores.unflatten(1, (-1, among)), among - kept).flatten(1)
+    return _least(scores.unflatten(1, (-1, among)), round((among - kept) * share)).flatten(1)
 
 
 def _least(scores: Tensor, count: int) -> Tensor:
     """Return a mask of the ``count`` least scores along the last dimension, of equal ones the first."""
     if not count:
         return torch.zeros_like(scores, dtype=torch.bool)
-    bound = scores.kthvalue(count, -1, keepdim=True).values
+    if scores.is_cuda and scores.shape[-1] > LONG:
+        bound = scores.sort(-1).values[..., count - 1 : count]
+    else:
+        bound = scores.kthvalue(count, -1, keepdim=True).values
     below, tied = scores < bound, scores == bound
     return below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - below.sum(-1, keepdim=True)))
 

@@ -82,12 +82,14 @@ class LearnedCodes(nn.Module):
         bulk: a layer's codes on a grid.
         grid: the grid.
         weight: float32 [out, in], the original.
+        kept: bool [out, in], of a pruned layer the codes that may move; None: all may.
 
     """
 
-    def __init__(self, bulk: GridCodes, grid: Grid, weight: Tensor) -> None:
+    def __init__(self, bulk: GridCodes, grid: Grid, weight: Tensor, kept: Tensor | None = None) -> None:
         super().__init__()
         self.grid = grid
+        self.register_buffer("kept", kept)
         columns = weight.shape[1]
         place = weight / expand(bulk.scale.float(), columns) + expand(bulk.zero_point.float(), columns)
         self.register_buffer("start", bulk.codes)
@@ -95,7 +97,8 @@ class LearnedCodes(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the codes, float32; where a code is held at the end of the grid, it has no gradient."""
-        return straight(self.start + self.offset, torch.round).clamp(self.grid.low, self.grid.high)
+        offset = self.offset if self.kept is None else self.offset * self.kept
+        return straight(self.start + offset, torch.round).clamp(self.grid.low, self.grid.high)
 
     def stored(self) -> Tensor:
         """Return the codes, int8."""

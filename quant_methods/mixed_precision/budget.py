@@ -23,7 +23,7 @@ from quant_methods.mixed_precision.knapsack import solve
 from quant_methods.mixed_precision.units import Choice, Unit, Width
 from quant_methods.plan import Plan
 from quant_methods.recipe import Recipe
-from quant_methods.steps import PruneStep, RoundStep, Step
+from quant_methods.steps import KINDS, PruneStep, RoundStep, Step
 
 Loss = Literal["kl", "hessian", "owl"]
 _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -251,6 +251,7 @@ def mixed_recipe(recipe: Recipe, plan: Plan, assignment: Assignment, budget: Bud
         recipe,
         name=f"{recipe.name}-{budget.text.replace(' ', '')}",
         description=f"{recipe.name}, widths chosen for {budget.text}",
-        steps=(*others[0], *changing, *others[1]),
+        # What trains between them keeps its place by its kind.
+        steps=tuple(sorted((*others[0], *changing, *others[1]), key=lambda step: KINDS.index(step.kind))),
         ignore=(*recipe.ignore, *alone),
     )

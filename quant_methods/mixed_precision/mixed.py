@@ -158,6 +158,11 @@ def check_budget(
             f"recipe {recipe.name}: {odd} is pruned or rounded and not both, and a budget chooses for layers that are "
             "changed alike; give the steps the same targets, and ignore layers that no group size fits"
         )
+    if isinstance(plan.training, PruneStep):
+        raise ParetoError(
+            f"recipe {recipe.name}: {plan.training.method} chooses zeros while it trains, and a budget before; take a "
+            "prune step and recover, e.g. sparsegpt-50-recovered"
+        )
     if not plan.prunes and (budget.sparsity is not None or loss == "owl"):
         what = "owl" if loss == "owl" else f"budget {budget.text}"
         raise ParetoError(

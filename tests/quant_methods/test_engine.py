@@ -28,7 +28,9 @@ from quant_methods.compress import compress
 from quant_methods.handlers import HANDLERS, Handler
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.movement import Movement
 from quant_methods.methods.omniquant import OmniQuant
+from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.squeezellm import SqueezeLLM
@@ -80,6 +82,8 @@ QUICK: dict[type[Step], dict[str, Any]] = {
     OmniQuant: {"epochs": 1},
     SqueezeLLM: {"refits": 0},
     Tune: {"num_samples": 8, "length": 64, "held_out": 2, "batch": 4, "epochs": 4.0, "learning_rate": 5e-4},
+    Recover: {"num_samples": 8, "length": 64, "held_out": 2, "batch": 4, "train_steps": 8},
+    Movement: {"num_samples": 8, "length": 64, "held_out": 2, "batch": 4, "train_steps": 8},
 }
 
 

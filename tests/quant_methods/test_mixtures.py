@@ -27,6 +27,7 @@ from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.pruning import Wanda
+from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
@@ -304,6 +305,7 @@ def test_experts_without_a_token_are_said(tiny_model: Path, tmp_path: Path, caps
 REFUSED: dict[str, tuple[tuple[Step, ...], str]] = {
     "awq": ((AWQ(), W4), r"awq does not know mixtures of experts; use gptq or rtn alone"),
     "tune": ((W4, Tune()), r"tune does not know mixtures of experts"),
+    "recover": ((Wanda(), Recover()), r"recover does not know mixtures of experts"),
     "3 bits": ((RTN(bits=3, group_size=64),), r"vLLM serves experts of 4 bits, or of 8 bits without zero-points"),
     "int8": ((RTN(bits=8, group_size=-1, activations="int8"),), r"with 16-bit activations: use gptq-w4"),
 }

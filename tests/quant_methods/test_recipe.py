@@ -12,8 +12,11 @@ from quant_methods.compress import compress
 from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, PRUNERS, SOURCE_STEPS, STEPS, TRANSFORMS
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
+from quant_methods.methods.kept import KeepZeros
+from quant_methods.methods.movement import Movement
 from quant_methods.methods.omniquant import OmniQuant
 from quant_methods.methods.pruning import Magnitude, Wanda
+from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
@@ -53,11 +56,11 @@ def test_every_method_has_a_handler() -> None:
     assert set(STEPS.values()) == HANDLED
     assert {kind.kind for kind in HANDLED} <= set(KINDS)
     assert set(HANDLERS) == {RTN, GPTQ, SqueezeLLM, Trellis}
-    assert set(PRUNERS) == {Magnitude, Wanda, SparseGPT}
+    assert set(PRUNERS) == {Magnitude, Wanda, SparseGPT, KeepZeros, Movement}
     assert set(TRANSFORMS) == {AWQ, SmoothQuant}
     assert set(BLOCK_STEPS) == {OmniQuant}
     assert set(SOURCE_STEPS) == {Rotate}
-    assert set(MODEL_STEPS) == {Tune}
+    assert set(MODEL_STEPS) == {Tune, Recover, Movement}
     assert all(STEPS[kind.method] is kind for kind in STEPS.values())
 
 
@@ -80,7 +83,7 @@ def test_the_fingerprint_follows_what_determines_the_result() -> None:
         ("steps: [{method: gptq, grupsize: 3}]", "step gptq: unknown key 'grupsize'; valid keys: .*group_size"),
         (
             "steps: [{method: awqq}]",
-            "unknown method 'awqq'; methods: awq, gptq, magnitude, omniquant, rotate, rtn, smoothquant, sparsegpt",
+            "unknown method 'awqq'; methods: awq, gptq, keep-zeros, magnitude, movement, omniquant, recover, rotate, ",
         ),
         ("steps: {method: gptq}", "steps: expected a list of mappings"),
         ("steps: [{method: gptq, bits: four}]", "step gptq: bits: expected int, got 'four'"),
@@ -133,6 +136,8 @@ def test_unknown_names_list_the_known() -> None:
         (),
         (Rotate(), AWQ(), SmoothQuant(), Halve(), GPTQ(bits=4), RTN(bits=8), Tune()),
         (AWQ(), Halve(), Tune()),
+        (Halve(), Recover(), GPTQ(), Tune()),
+        (Movement(), GPTQ()),
         (OmniQuant(), RTN()),
     ],
     ids=len,
@@ -146,7 +151,10 @@ def test_steps_of_each_kind_come_in_order(steps: tuple[Step, ...]) -> None:
     [
         ((GPTQ(), AWQ()), "^recipe r: awq, a transform step, comes before gptq, a round step; the order of steps is "),
         ((Halve(), AWQ(), GPTQ()), "awq, a transform step, comes before halve, a prune step"),
-        ((GPTQ(), Halve()), "halve, a prune step, comes before gptq, a round step; .* transform, prune, round, whole-"),
+        (
+            (GPTQ(), Halve()),
+            "halve, a prune step, comes before gptq, a round step; .* transform, prune, train, round, whole-",
+        ),
         ((GPTQ(), Rotate()), "rotate comes once, and first"),
         ((Rotate(), Rotate(), GPTQ()), "rotate comes once, and first"),
         ((Tune(), GPTQ()), "tune comes once, and last: it works on what the other steps made"),
@@ -199,7 +207,6 @@ def test_what_cannot_be_pruned_is_refused_before_any_work(tmp_path: Path) -> Non
             (Halve(), RTN(outliers=0.01)),
             "rtn adds outlier channels to its codes, which would fill halve's zeros; leave outliers out",
         ),
-        ((Halve(), GPTQ(), Tune()), "tune trains weights without regard to halve's zeros, .* leave tune out"),
         ((OmniQuant(), Halve(), GPTQ()), "omniquant trains weights without regard to halve's zeros"),
         ((AWQ(), Halve()), "awq prepares weights for a step that rounds them, and there is none"),
         (

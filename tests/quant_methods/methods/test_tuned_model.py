@@ -130,6 +130,21 @@ def test_codes_start_as_they_are_and_flip_past_the_middle() -> None:
     assert torch.equal(far.stored(), grid.codes), "GPTQ rounds away from the nearest code; that is where this starts"
 
 
+def test_codes_of_pruned_weights_stay_whatever_the_gradient() -> None:
+    scale, zero = torch.tensor([[0.5]]), torch.tensor([[1]], dtype=torch.int8)
+    grid = GridCodes(torch.tensor([[1, 0, 1, 3]], dtype=torch.int8), scale, zero, bits=4)
+    kept = torch.tensor([[False, True, True, True]])
+    # The first was pruned: its weight lay at 3 on the grid.
+    codes = LearnedCodes(grid, Grid(4, 4, False), torch.tensor([[1.0, -0.4, 0.1, 0.8]]), kept)
+    assert torch.equal(codes.stored(), grid.codes)
+    with torch.no_grad():
+        codes.offset += 1
+    assert codes.stored().tolist() == [[1, 1, 2, 4]]
+    codes().sum().backward()
+    assert codes.offset.grad is not None
+    assert codes.offset.grad.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+
+
 def test_rounded_activations_pass_gradients() -> None:
     linear = QuantizedLinear(layer().part(GridCodes))
     tuned, x = TunedLinear(linear, None, 8), torch.randn(3, 16, requires_grad=True)

@@ -10,7 +10,9 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.reference import load_reference
+from quant_methods.methods.movement import Movement
 from quant_methods.methods.pruning import Magnitude, Wanda
+from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.mixed_precision import owl
@@ -169,3 +171,20 @@ def test_what_cannot_be_is_one_clear_line(tiny_model: Path, tmp_path: Path) -> N
             )
     with pytest.raises(ParetoError, match="a share of zeros below 100%"):
         Budget.parse("120%")
+
+
+def test_what_a_budget_pruned_is_trained_before_it_is_rounded(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = {"num_samples": 4, "length": 16, "held_out": 2, "batch": 2}
+    given = recipe(Wanda(), Recover(**text, train_steps=8, bfloat16=False), W4)
+    report, _ = compress_to_budget(
+        tiny_model, given, Budget.parse("50%"), tmp_path / "out", settings=SETTINGS, loss="owl", text=text_file
+    )
+    assert report.trained is not None
+    assert report.trained.after < report.trained.before
+    assert report.sparsity is not None
+    assert 0.49 < report.sparsity < 0.6
+    assert {4.25, 4.5} >= {layer.bits_per_weight for layer in report.layers}
+    with pytest.raises(ParetoError, match="movement chooses zeros while it trains, and a budget before; take a prune"):
+        compress_to_budget(tiny_model, recipe(Movement(**text)), Budget.parse("50%"), tmp_path / "no", text=text_file)
