@@ -24,9 +24,6 @@ from quant_methods.calibration.stages import (
 )
 from quant_methods.checkpoints.storage import storage_of
 from quant_methods.formats.grid import static_scale
-from quant_methods.formats.parts.bitmap_codes import BitmapCodes
-from quant_methods.formats.parts.grid_codes import GridCodes
-from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.quantized import DenseLinear, QuantizedLinear
 from quant_methods.handlers import HANDLERS, PRUNERS, LinearProblem
 from quant_methods.methods.gptq import relative_error
@@ -207,25 +204,17 @@ class BlockSolver:
             pruner = PRUNERS[type(prune)]
             if prune.rounding is not None and step is not None:
                 assert pruner.and_round is not None
-                return stored_as(step, pruner.and_round(prune, step, problem))
+                return pruner.and_round(prune, step, problem)
             found = pruned(prune, _upstream(problem, wanted=pruner.needs_upstream(prune)))
             problem.weight, problem.dense = found, problem.weight
         if step is None:
             return DenseLinear(problem.weight.to(self.decoder.source.dtype(f"{name}.weight")))
-        return stored_as(step, solve(step, _upstream(problem, wanted=HANDLERS[type(step)].needs_upstream(step))))
+        return solve(step, _upstream(problem, wanted=HANDLERS[type(step)].needs_upstream(step)))
 
 
 def _upstream(problem: LinearProblem, *, wanted: bool) -> LinearProblem:
     """Return a problem with what the layers before did if it is wanted, else without."""
     return problem if wanted else dataclasses.replace(problem, cross=None, residual=None)
-
-
-def stored_as(step: RoundStep, linear: QuantizedLinear) -> QuantizedLinear:
-    """Return a layer with its zeros left out, if the step wants them to be; its weight is the same."""
-    if step.store == "dense":
-        return linear
-    bulk = (SemiSparseCodes if step.store == "2:4" else BitmapCodes).of(linear.part(GridCodes))
-    return QuantizedLinear(bulk, *linear.additions, input_scale=linear.input_scale)
 
 
 def solve(step: RoundStep, problem: LinearProblem) -> QuantizedLinear:

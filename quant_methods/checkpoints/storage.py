@@ -16,8 +16,10 @@ from quant_methods.checkpoints import checkpoint
 from quant_methods.formats import native_format
 from quant_methods.formats.form import Form, form_of
 from quant_methods.formats.native_format import NativeConfig, local_tensors
+from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.grid_codes import GridCodes
-from quant_methods.formats.parts.part import Shapes
+from quant_methods.formats.parts.part import Bulk, Shapes
+from quant_methods.formats.parts.semi_sparse import SemiSparseCodes
 from quant_methods.formats.quantized import QuantizedLinear
 from quant_methods.model_source import read_header
 from quant_methods.steps import RoundStep
@@ -58,6 +60,10 @@ def storage_of(plan: Plan) -> Storage:
     return Native() if plan.native else Standard()
 
 
+WITHOUT_ZEROS: dict[str, type[SemiSparseCodes] | type[BitmapCodes]] = {"2:4": SemiSparseCodes, "bitmap": BitmapCodes}
+"""What holds codes without their zeros, as a rounding step's ``store`` says."""
+
+
 class Standard:
     """compressed-tensors."""
 
@@ -95,12 +101,19 @@ class Native:
 
     def pack(self, name: str, linear: QuantizedLinear, step: RoundStep) -> dict[str, Tensor]:
         """Return a layer's tensors; see :class:`Storage`."""
+        if step.store != "dense":
+            linear = _with_bulk(WITHOUT_ZEROS[step.store].of(linear.part(GridCodes)), linear)
         return native_format.pack(name, linear)
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], step: RoundStep) -> QuantizedLinear:
         """Return a layer again; see :class:`Storage`."""
         own = local_tensors(name, tensors)
-        return native_format.unpack(name, own, _form(name, {n: tuple(t.shape) for n, t in own.items()}, step))
+        linear = native_format.unpack(name, own, _form(name, {n: tuple(t.shape) for n, t in own.items()}, step))
+        # Steps that follow know codes on a grid, zeros among them.
+        for part in WITHOUT_ZEROS.values():
+            if isinstance(linear.bulk, part):
+                return _with_bulk(linear.bulk.grid(), linear)
+        return linear
 
     def bits_per_weight(
         self, name: str, tensors: Mapping[str, Tensor], step: RoundStep, shape: tuple[int, int]
@@ -118,6 +131,11 @@ class Native:
             forms[name] = _form(name, own, step)
             native_format.check_complete(name, own, forms[name])
         return NativeConfig(forms, tuple(plan.ignored)).to_dict()
+
+
+def _with_bulk(bulk: Bulk, linear: QuantizedLinear) -> QuantizedLinear:
+    """Return a layer with another bulk that means the same."""
+    return QuantizedLinear(bulk, *linear.additions, input_scale=linear.input_scale)
 
 
 def _modules(parts: Iterable[Path]) -> dict[str, dict[str, tuple[int, ...]]]:

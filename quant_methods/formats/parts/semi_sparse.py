@@ -109,6 +109,12 @@ class SemiSparseCodes(Bulk):
         """Where it lies."""
         return self.codes.device
 
+    def grid(self) -> GridCodes:
+        """Return the same weight as codes of all of it."""
+        zeros = expand(self.zero_point, self.shape[1]).unflatten(1, (-1, AMONG))
+        codes = zeros.scatter(2, _indices(self.places), self.codes.unflatten(1, (-1, 2))).flatten(1)
+        return GridCodes(codes, self.scale, self.zero_point, self.bits, self.symmetric)
+
     def read(self) -> Tensor:
         """Return the float32 weight [out, in]: ``(code - zero_point) * scale`` in the places kept, else zero."""
         kept = dequantize(self.codes, self.scale, self.zero_point).unflatten(1, (-1, 2))
