@@ -124,7 +124,7 @@ def test_malformed_bitmaps_are_refused(emulated):
                         ("starts", part.starts[:-1]), ("scale", part.scale.to("meta"))):  # fmt: skip
         with pytest.raises(ParetoError, match="the low-bit kernel expects"):
             low_bit_module(BitmapCodes(**(fields | {name: wrong})), torch.bfloat16)
-    with pytest.raises(ParetoError, match="serves codes with a bitmap of 4 to 4 bits, 16-bit activations"):
+    with pytest.raises(ParetoError, match="serves codes with a bitmap of 4 bits, 16-bit activations"):
         LowBitCUDA(part, torch.float32)
 
 
