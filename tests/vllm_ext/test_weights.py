@@ -18,7 +18,9 @@ from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.form import ACTIVATION_BITS, Form
 from quant_methods.formats.grid import round_tokens
 from quant_methods.formats.native_format import NativeConfig, local_tensors, pack
+from quant_methods.formats.parts.bitmap_codes import BitmapForm
 from quant_methods.formats.parts.columns import Columns
+from quant_methods.formats.parts.low_rank import LowRankForm
 from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.quantized import QuantizedLinear
@@ -39,6 +41,8 @@ FORMS = [
     flat_form(8, -1, activations="int8"),
     flat_form(8, -1, activations="int8", columns=4, rank=1),
     flat_form(8, -1, symmetric=False, sparse=True),
+    Form((BitmapForm(4, 64, symmetric=False), LowRankForm(2))),
+    Form((BitmapForm(4),), "int8"),
 ]
 
 
