@@ -51,15 +51,18 @@ class Lines:
         """Note how far the run is; has the shape of ``compress``'s progress.
 
         Args:
-            done: blocks finished.
-            total: blocks in all.
+            done: blocks finished, or steps.
+            total: blocks in all, or steps.
             what: what happens now.
 
         """
-        self.note(what if what.startswith("block") else f"{what} ({done} of {total} blocks done)")
+        # While a model learns, steps are what is counted.
+        steps = ", step " in what
+        self.note(what if steps or what.startswith("block") else f"{what} ({done} of {total} blocks done)")
         before, self._done = self._done, done
         if self.milestones and total and done > before and (before == 0 or done * 10 // total > before * 10 // total):
-            self.say(f"{self.name}: {done} of {total} blocks done, {self.seconds:.0f} s")
+            unit = "steps" if steps else "blocks"
+            self.say(f"{self.name}: {done} of {total} {unit} done, {self.seconds:.0f} s")
 
     def note(self, what: str) -> None:
         """Note what happens now; lines go on giving the seconds since the start."""

@@ -225,10 +225,8 @@ class Trainer:
             optimizer.step()
             state.step += 1
             best = dict(state.kl)[state.kept]
-            what = "loss" if step.on_text else "KL"
-            self.say(
-                state.step, step.steps, f"{self.verb}, held-out {what} {state.kl[0][1]:.4f} before, {best:.4f} now"
-            )
+            told = f"held-out {'loss' if step.on_text else 'KL'} {state.kl[0][1]:.4f} before, {best:.4f} now"
+            self.say(state.step, step.steps, f"{self.verb}, step {state.step}/{step.steps}, {told}")
             if state.step in looks:
                 self.prepare(state.step)
                 loss = self._held_out(targets)
