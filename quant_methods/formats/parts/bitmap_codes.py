@@ -189,7 +189,7 @@ class BitmapCodes(Bulk):
         within = top % TILE_ROWS or left % BLOCK
         if within or (bottom % TILE_ROWS and bottom != height) or (right % BLOCK and right != width):
             return BitmapCodes.of(self.grid().cut(rows, inputs))
-        groups = group_range(width, self.scale.shape[1], inputs)
+        groups = group_range(self.scale.shape[1], width, inputs)
         tiles, across = slice(top // TILE_ROWS, -(-bottom // TILE_ROWS)), slice(left // BLOCK, -(-right // BLOCK))
         grid = len(self.bitmap), self.blocks
         begin, lines = (some.view(grid)[tiles, across].flatten() for some in (self.starts[:-1], self.starts.diff()))

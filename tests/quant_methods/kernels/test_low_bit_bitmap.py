@@ -53,6 +53,7 @@ def test_emulated_arrangements(shape, emulated):
 @pytest.mark.parametrize("tokens", [1, 70, 140])
 def test_emulated_with_what_lies_beside(tokens, emulated):
     check_with_beside(tokens, *BESIDE[-1], emulated, kind="bitmap")
+    check_with_beside(tokens, *BESIDE[1], emulated, kind="bitmap", rows=500, channels=1024)
 
 
 def blocks_of_all_kinds(device, dtype, unit):
