@@ -397,7 +397,7 @@ def test_layers_stay_quantized_where_the_documentation_says_so(
 def bulk_of(step: RoundStep) -> str:
     """Return what the log calls a step's codes."""
     kind = step.bulk_form.part.kind
-    return "look-up" if kind == "table" else kind
+    return {"table": "look-up", "semi_sparse": "2:4", "bitmap": "grid"}.get(kind, kind)
 
 
 def kernel_on_cpu(step: RoundStep, *, plugin: bool) -> tuple[str, str, tuple[str, int] | None]:
