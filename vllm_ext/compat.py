@@ -89,8 +89,8 @@ NAMES: dict[str, Name] = {
     "ModelConfig": Name(
         "vllm.config",
         "ModelConfig",
-        "model revision tokenizer tokenizer_revision hf_token hf_text_config dtype max_model_len served_model_name "
-        "use_mla is_attention_free model_arch_config",
+        "model revision tokenizer tokenizer_revision hf_token hf_config hf_text_config dtype max_model_len "
+        "served_model_name use_mla is_attention_free model_arch_config",
         calls={"get_total_num_hidden_layers": "", "get_num_kv_heads": "parallel_config arch_config"},
     ),
     "ModelArchitectureConfig": Name(
@@ -113,7 +113,7 @@ NAMES: dict[str, Name] = {
     "KVTransferConfig": Name(
         "vllm.config", "KVTransferConfig", "kv_connector kv_connector_extra_config kv_connector_module_path"
     ),
-    "ParallelConfig": Name("vllm.config", "ParallelConfig", "world_size"),
+    "ParallelConfig": Name("vllm.config", "ParallelConfig", "world_size tensor_parallel_size enable_expert_parallel"),
     "LoadConfig": Name("vllm.config", "LoadConfig", "load_format download_dir"),
     "get_current_vllm_config": Name("vllm.config", "get_current_vllm_config", calls={"": ""}),
     "get_current_vllm_config_or_none": Name("vllm.config", "get_current_vllm_config_or_none", calls={"": ""}),

@@ -174,12 +174,15 @@ def _check_at_start() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_ext.known_faults import warn
+
         config = original(self, *args, **kwargs)
         speculative = config.speculative_config
         if not {config.cache_config.cache_dtype, speculative and speculative.kv_cache_dtype}.isdisjoint(DTYPES):
             from vllm_ext.startup import prepare
 
             prepare(config)
+        warn(config)
         return config
 
     setattr(create_engine_config, _MARK, True)
