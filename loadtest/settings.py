@@ -13,6 +13,7 @@ from typing import Any
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import PATHS, normalize_base_url
 from loadtest.distributions import GRAMMAR, TokenDistribution, parse_distribution
+from loadtest.error_limit import DEFAULT_MAX_ERROR_RATE
 from loadtest.errors import LoadTestError
 from loadtest.prompts import parse_token_id_range
 from loadtest.stage import StageSpec
@@ -62,6 +63,7 @@ class Settings:
     server_metrics: bool
     metrics_interval: float
     ready_timeout: float
+    max_error_rate: float | None
     progress: bool
     flags: dict[str, Any]
 
@@ -145,6 +147,13 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ready-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for the server to answer"
     )
+    group.add_argument(
+        "--max-error-rate",
+        type=float,
+        metavar="F",
+        help="stop, with status 1, when more than this fraction of a stage's requests fails (default: run to the end, "
+        f"and status 1 above {DEFAULT_MAX_ERROR_RATE:g})",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="loadtest-results", help="default: loadtest-results")
     group.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
@@ -217,6 +226,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     """
     port = args.exporter_port
     require(port is None or 0 < port < 65536, f"--exporter-port {port}: expected 1 to 65535")
+    rate = args.max_error_rate
+    require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
     return Settings(
         base_url=normalize_base_url(args.base_url),
@@ -230,6 +241,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         server_metrics=args.server_metrics,
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,
+        max_error_rate=args.max_error_rate,
         progress=args.progress,
         flags=public_flags(args),
     )

@@ -180,7 +180,7 @@ class StageAccumulator:
     def _notes(self, spec: StageSpec, latency: Latency, per_chunk: float | None, finished: bool) -> list[str]:
         notes = []
         if not finished:
-            notes.append("interrupted: the stage is partial")
+            notes.append("cut short: the stage is partial")
         if self._without_usage:
             notes.append(
                 f"{self._without_usage} answers had no usage: their output tokens are counted as content chunks"
