@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     summary = run_load_test(settings)
     print_summary(summary)
     print(f"results: {settings.out / SUMMARY}")
+    print(f"seed: {settings.request.seed} (--seed {settings.request.seed} sends the same requests again)")
     if summary.status == "interrupted":
         print("pareto loadtest: interrupted; the results above are partial", file=sys.stderr)
         return 130

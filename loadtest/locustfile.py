@@ -32,7 +32,7 @@ from loadtest.locust_report import LocustReport
 from loadtest.preflight import check_server
 from loadtest.records import Record
 from loadtest.runner import make_workload
-from loadtest.settings import add_request_arguments, request_settings, require
+from loadtest.settings import add_request_arguments, fresh_seed, request_settings, require
 from loadtest.sink import Sink
 from loadtest.stage import Stage, StageSpec, Ticket
 from loadtest.users import GenerationUser, Session
@@ -104,7 +104,10 @@ class LocustTest:
         self.environment = environment
         self.options: argparse.Namespace = environment.parsed_options
         self.stage_spec()
+        given = self.options.seed
         request_settings(self.options)
+        self._drawn_seed: int | None = self.options.seed if given is None else None
+        self._tests = 0
         self.exporter = Exporter()
         self.report: LocustReport | None = None
         self.sink = Sink(self._record)
@@ -138,11 +141,17 @@ class LocustTest:
     def start(self) -> None:
         """Prepare this process's users for a test that begins."""
         spec = self.stage_spec()
+        runner = self.environment.runner
+        self._tests += 1
+        # A test started again from the web UI must not find its prompts in the server's prefix cache. Workers take the
+        # seed from the master, so that all share one prefix.
+        if self._tests > 1 and self.options.seed == self._drawn_seed and not isinstance(runner, WorkerRunner):
+            self.options.seed = self._drawn_seed = fresh_seed()
         settings = request_settings(self.options)
+        logger.info("seed: %d (--seed %d sends the same requests again)", settings.seed, settings.seed)
         if self.report:
             self.report.begin(spec, settings.slo_ms, self.options)
         self.exporter.begin_stage(None, spec.rate)
-        runner = self.environment.runner
         if isinstance(runner, MasterRunner):
             return
         require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def add_request_arguments(parser: Any) -> None:
     )
     group.add_argument("--temperature", type=float, default=0.0, help="default: 0; negative leaves it to the server")
     group.add_argument("--extra-body", metavar="JSON", default="{}", help="object merged into every request's body")
-    group.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of lengths, prompts and arrivals (default: a new one)")
     group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a request may take (600)")
     group.add_argument("--api-key", default="", metavar="KEY", help="bearer token (default: $OPENAI_API_KEY)")
     group.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'", help="extra header")
@@ -178,14 +179,22 @@ def require(holds: bool, message: str) -> None:
         raise LoadTestError(message)
 
 
+def fresh_seed() -> int:
+    """Return a seed that no other run has: with the same prompts again, the server's prefix cache would answer."""
+    return secrets.randbelow(2**31)
+
+
 def request_settings(args: argparse.Namespace) -> RequestSettings:
-    """Validate the flags of :func:`add_request_arguments`.
+    """Validate the flags of :func:`add_request_arguments`, and draw a seed into ``args.seed`` where none was given.
+
+    The drawn one is written back so that the summary, and with Locust every worker, has the one that was used.
 
     Raises:
         LoadTestError: a value is no good, or two flags contradict each other.
 
     """
     require(args.prefix_tokens >= 0, f"--prefix-tokens {args.prefix_tokens}: must not be negative")
+    args.seed = fresh_seed() if args.seed is None else args.seed
     require(args.seed >= 0, f"--seed {args.seed}: must not be negative")
     require(0 < args.timeout < math.inf, f"--timeout {args.timeout:g}: must be above 0")
     ids = parse_token_id_range(args.prompt_token_ids) if args.prompt_token_ids else None

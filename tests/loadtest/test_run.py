@@ -250,3 +250,17 @@ def test_the_exporter_serves_while_the_test_runs(mock_server: Factory, tmp_path:
     assert 'pareto_loadtest_requests_total{error="",outcome="ok"}' in texts[-1]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Factory, tmp_path: Path) -> None:
+    server, prompts, seeds = mock_server(), [], []
+    words = "--requests 5 --warmup 3 --concurrency 1 2 --prompt-tokens 40 --output-tokens 1"
+    for number in range(3):
+        again = f" --seed {seeds[0]}" if number == 2 else ""
+        summary, _ = run(server, tmp_path / str(number), words + again)
+        seeds.append(summary.settings["seed"])
+        prompts.append({body["prompt"] for body in server.requests})
+        server.requests.clear()
+    assert seeds[0] != seeds[1]
+    assert len(prompts[0] | prompts[1]) == 32
+    assert prompts[2] == prompts[0]
