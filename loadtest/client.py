@@ -17,6 +17,7 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
 from loadtest import clock, records
+from loadtest.descriptors import shortage
 from loadtest.errors import LoadTestError
 from loadtest.records import Record
 from loadtest.sse import Event, MalformedSSEError, SSEParser
@@ -119,6 +120,13 @@ class Client:
         self._streams.close()
         self._calls.close()
 
+    def close_idle(self) -> None:
+        """Close the connections that no request uses now; new ones can be made later."""
+        # The library can only close a pool for good.
+        idle = self._streams._connection_pool._socket_queue
+        while not idle.empty():
+            idle.get(block=False).close()
+
     def get(self, path: str, timeout: float) -> bytes:
         """Return the body of ``GET path``; see :meth:`call` for errors."""
         return self._read("GET", path, b"", timeout)
@@ -198,7 +206,9 @@ class Client:
 
 
 def _classify_broken(error: Exception, record: Record) -> None:
-    if isinstance(error, TimeoutError):
+    if (ours := shortage(error)) is not None:
+        record.fail(records.CLIENT_ERROR, ours)
+    elif isinstance(error, TimeoutError):
         record.fail(records.TIMEOUT, str(error))
     elif record.status is not None:
         record.fail(records.STREAM_CUT, f"the stream ended in the middle: {error}")

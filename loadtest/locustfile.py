@@ -25,6 +25,7 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import Client, normalize_base_url
+from loadtest.descriptors import raise_limit
 from loadtest.distributed import RecordCollector, RecordForwarder
 from loadtest.errors import LoadTestError
 from loadtest.exporter import Exporter
@@ -158,6 +159,7 @@ class LocustTest:
         self.client = Client(
             normalize_base_url(self.environment.host), settings.timeout, settings.headers, settings.insecure
         )
+        raise_limit()
         server = check_server(self.client, settings.model, 0.0)
         workload, calibration = make_workload(self.client, server, settings)
         if self.report:

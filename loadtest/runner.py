@@ -19,6 +19,7 @@ from locust.env import Environment
 from loadtest import clock
 from loadtest.client import Client
 from loadtest.console import Progress
+from loadtest.descriptors import raise_limit
 from loadtest.error_limit import ErrorLimit
 from loadtest.exporter import Exporter
 from loadtest.loop_lag import LoopLag
@@ -113,6 +114,7 @@ def run_load_test(settings: Settings) -> Summary:
 
     """
     check_output(settings.out, settings.overwrite)
+    raise_limit()
     # Ctrl-C before the first stage goes up to the caller; gevent need not print it as well.
     hub = gevent.get_hub()
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
@@ -153,6 +155,8 @@ def run_load_test(settings: Settings) -> Summary:
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
             _run_stage(environment, spec, stop)
+            # The next stage, and the files of the results, need the descriptors of this one's connections.
+            client.close_idle()
             if stop.is_set():
                 break
             unfinished -= {spec.index}

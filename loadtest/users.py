@@ -16,7 +16,8 @@ from loadtest.sink import Sink
 from loadtest.stage import Stage, Ticket
 from loadtest.workload import Request, Workload
 
-# A closed loop against a server that has gone must not spin: a refused connection ends at once.
+# A closed loop against a server that has gone must not spin: a refused connection ends at once, and so does one for
+# which this process has no file descriptor.
 _DEAD_SERVER_PAUSE_S = 0.1
 
 
@@ -144,7 +145,7 @@ class GenerationUser(User):
         if ticket is None:
             raise StopUser
         record = session.send(ticket, session.prepare(ticket))
-        if record.error in (records.CONNECTION_REFUSED, records.CONNECTION_ERROR):
+        if record.error in (records.CONNECTION_REFUSED, records.CONNECTION_ERROR, records.CLIENT_ERROR):
             gevent.sleep(_DEAD_SERVER_PAUSE_S)
 
     def _run_arrivals(self, session: Session) -> None:

@@ -129,6 +129,32 @@ def test_an_interrupted_run_reports_what_it_measured(
     assert stage["latency"]["ttft_ms"]["min"] >= 38
 
 
+def limited(limit: str, *words: str) -> subprocess.CompletedProcess[str]:
+    shell = ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *PARETO, *words]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_more_users_than_the_soft_limit_of_descriptors(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(ttft_ms=500)
+    words = f"--base-url {server.url} --concurrency 90 --requests 90 --output-tokens 1 --out {tmp_path}"
+    done = limited("-Sn 64", *words.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["requests"]["ok"] == 90
+
+
+def test_descriptors_that_run_out_are_the_clients_fault(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(ttft_ms=500)
+    words = f"--base-url {server.url} --concurrency 90 10 --requests 100 --output-tokens 1 --out {tmp_path}"
+    done = limited("-n 64", *words.split())
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "raise `ulimit -n`" in " ".join(done.stdout.split())
+    first, second = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert set(first["failures"]) == {"client_error"}
+    assert first["requests"]["ok"] >= 20
+    assert second["requests"]["failed"] == 0
+
+
 def test_help_teaches_and_needs_no_server() -> None:
     done = pareto("--help")
     assert done.returncode == 0
