@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,6 +49,18 @@ def error_message(body: bytes) -> str:
         return " ".join(str(message).split())[:300]
     except (ValueError, AttributeError):
         return " ".join(text.split())[:300]
+
+
+def retry_after(text: str) -> float | None:
+    """Read a Retry-After header: seconds, or an HTTP date (RFC 9110, 10.2.3); None when it is neither."""
+    try:
+        return max(0.0, float(int(text)))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - clock.to_unix(clock.now()))
+    except (ValueError, TypeError):
+        return None
 
 
 def normalize_base_url(url: str) -> str:
@@ -231,7 +244,12 @@ class _Stream:
     def read(self, response: Any) -> None:
         record, status = self.record, response.status_code
         if status != 200:
-            kind = {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+            kind = (
+                records.HTTP_429
+                if status == 429
+                else {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+            )
+            record.retry_after_s = retry_after(str(response.get("retry-after", "")))
             record.fail(kind, f"HTTP {status}: {error_message(bytes(response.read()))}")
             return
         content_type = str(response.get("content-type", ""))

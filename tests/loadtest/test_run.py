@@ -264,3 +264,10 @@ def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Fa
     assert seeds[0] != seeds[1]
     assert len(prompts[0] | prompts[1]) == 32
     assert prompts[2] == prompts[0]
+
+
+def test_users_that_are_told_to_slow_down_do(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(faults={"http_429": 1})
+    summary, _ = run(server, tmp_path, "--concurrency 2 --duration 1.5 --output-tokens 1")
+    assert set(summary.stages[0].failures) == {"http_429"}
+    assert len(server.requests) <= 4
