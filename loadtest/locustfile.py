@@ -26,7 +26,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import Client, normalize_base_url
 from loadtest.descriptors import raise_limit
-from loadtest.distributed import RecordCollector, RecordForwarder
+from loadtest.distributed import RecordCollector, RecordForwarder, drain
 from loadtest.errors import LoadTestError
 from loadtest.exporter import Exporter
 from loadtest.locust_report import LocustReport
@@ -173,12 +173,17 @@ class LocustTest:
             stream_id=runner.worker_index,
         )
 
+    def stopping(self) -> None:
+        """Await what is in flight, before Locust cancels it."""
+        if self.collector:
+            self.collector.finish()
+        elif not self.forwarder:
+            drain(self.environment.runner)
+
     def stop(self) -> None:
         """Finish a test: pass the last records on, or write the summary."""
         if self.forwarder:
             self.forwarder.flush()
-        if self.collector:
-            self.collector.finish()
         if self.report:
             self.report.summarize()
         if self.client:
@@ -221,5 +226,6 @@ def on_init(environment: Any, **_: Any) -> None:
             gevent.spawn_later(0.1, runner.quit if headless else runner.stop)
 
     environment.events.test_start.add_listener(on_test_start)
+    environment.events.test_stopping.add_listener(lambda **_: test.stopping())
     environment.events.test_stop.add_listener(lambda **_: test.stop())
     environment.events.quit.add_listener(lambda **_: test.quit())

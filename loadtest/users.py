@@ -173,6 +173,8 @@ class GenerationUser(User):
                 for offset, ticket in stage.arrivals(warmup, stream_id):
                     request = session.prepare(ticket, stream_id)
                     gevent.sleep(max(0.0, zero + offset - clock.now()))
+                    if stage.closed:
+                        break
                     in_flight.spawn(session.send, ticket, request, zero + offset)
                 in_flight.join()
         finally:
