@@ -18,7 +18,7 @@ def slow_summary() -> Summary:
     spec = StageSpec(0, rate=1234.5)
     times = [146_712.3, 298_765.4]
     items = [
-        Record(0, i, False, 1e9 + i, 0.0, *times, times[-1], times, 9, 2, 9, 2, finish_reason="length")
+        Record(0, i, False, 1e9 + i, 0.0, times[0], times[1], times[1], times, 9, 2, 9, 2, finish_reason="length")
         for i in range(3)
     ]
     server = Server("http://127.0.0.1:8000", "m", ["m"], None, True, {})

@@ -253,7 +253,9 @@ def test_the_exporter_serves_while_the_test_runs(mock_server: Factory, tmp_path:
 
 
 def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Factory, tmp_path: Path) -> None:
-    server, prompts, seeds = mock_server(), [], []
+    server = mock_server()
+    prompts: list[set[str]] = []
+    seeds: list[int] = []
     words = "--requests 5 --warmup 3 --concurrency 1 2 --prompt-tokens 40 --output-tokens 1"
     for number in range(3):
         again = f" --seed {seeds[0]}" if number == 2 else ""
