@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import ssl
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
 from loadtest import clock, records
+from loadtest.descriptors import shortage
 from loadtest.errors import LoadTestError
 from loadtest.records import Record
 from loadtest.sse import Event, MalformedSSEError, SSEParser
@@ -47,6 +49,18 @@ def error_message(body: bytes) -> str:
         return " ".join(str(message).split())[:300]
     except (ValueError, AttributeError):
         return " ".join(text.split())[:300]
+
+
+def retry_after(text: str) -> float | None:
+    """Read a Retry-After header: seconds, or an HTTP date (RFC 9110, 10.2.3); None when it is neither."""
+    try:
+        return max(0.0, float(int(text)))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - clock.to_unix(clock.now()))
+    except (ValueError, TypeError):
+        return None
 
 
 def normalize_base_url(url: str) -> str:
@@ -118,6 +132,13 @@ class Client:
         """Close the idle connections."""
         self._streams.close()
         self._calls.close()
+
+    def close_idle(self) -> None:
+        """Close the connections that no request uses now; new ones can be made later."""
+        # The library can only close a pool for good.
+        idle = self._streams._connection_pool._socket_queue
+        while not idle.empty():
+            idle.get(block=False).close()
 
     def get(self, path: str, timeout: float) -> bytes:
         """Return the body of ``GET path``; see :meth:`call` for errors."""
@@ -198,7 +219,9 @@ class Client:
 
 
 def _classify_broken(error: Exception, record: Record) -> None:
-    if isinstance(error, TimeoutError):
+    if (ours := shortage(error)) is not None:
+        record.fail(records.CLIENT_ERROR, ours)
+    elif isinstance(error, TimeoutError):
         record.fail(records.TIMEOUT, str(error))
     elif record.status is not None:
         record.fail(records.STREAM_CUT, f"the stream ended in the middle: {error}")
@@ -221,7 +244,12 @@ class _Stream:
     def read(self, response: Any) -> None:
         record, status = self.record, response.status_code
         if status != 200:
-            kind = {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+            kind = (
+                records.HTTP_429
+                if status == 429
+                else {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+            )
+            record.retry_after_s = retry_after(str(response.get("retry-after", "")))
             record.fail(kind, f"HTTP {status}: {error_message(bytes(response.read()))}")
             return
         content_type = str(response.get("content-type", ""))

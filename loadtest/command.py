@@ -24,9 +24,9 @@ Sweep: several values are several stages, with one row each in the table.
   pareto loadtest --rate 1 2 4 8 --duration 30 --prompt-tokens lognormal:512:0.8:16:4096 --output-tokens uniform:32:256
 
 Results in --out: records.jsonl (one line a request), summary.json, server_metrics.jsonl (the server's own metrics).
-Ctrl-C stops the run and reports what was measured, marked as interrupted. Exit status: 0; 1 when every request failed;
-2 for bad input; 130 after Ctrl-C. No server at hand: python -m loadtest.mock_server. With Locust's web UI and
-distributed workers: locust -f loadtest/locustfile.py (docs/loadtest.md).
+Ctrl-C stops the run and reports what was measured, marked as interrupted. Exit status: 0; 1 when more than 5% of a
+stage's requests failed (--max-error-rate sets another limit); 2 for bad input; 130 after Ctrl-C. No server at hand:
+python -m loadtest.mock_server. With Locust's web UI and workers: locust -f loadtest/locustfile.py (docs/loadtest.md).
 """
 USER_ERRORS = (LoadTestError,)
 
@@ -47,17 +47,31 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load_settings(args)
     import_locust()
-    from loadtest.console import print_summary
+    from loadtest.console import load_name, print_summary
+    from loadtest.error_limit import DEFAULT_MAX_ERROR_RATE, exceeded
     from loadtest.output import SUMMARY
     from loadtest.runner import run_load_test
 
     summary = run_load_test(settings)
     print_summary(summary)
     print(f"results: {settings.out / SUMMARY}")
+    print(f"seed: {settings.request.seed} (--seed {settings.request.seed} sends the same requests again)")
     if summary.status == "interrupted":
         print("pareto loadtest: interrupted; the results above are partial", file=sys.stderr)
         return 130
     if not any(stage.requests.ok for stage in summary.stages):
         print("pareto loadtest: error: no request succeeded", file=sys.stderr)
+        return 1
+    limit = DEFAULT_MAX_ERROR_RATE if settings.max_error_rate is None else settings.max_error_rate
+    failing = [stage for stage in summary.stages if exceeded(limit, stage)]
+    for stage in failing:
+        failed, ended = stage.requests.failed, stage.requests.ok + stage.requests.failed
+        stopped = ", and the run was stopped" if not stage.finished else ""
+        print(
+            f"pareto loadtest: error: {load_name(stage)}: {failed} of {ended} requests failed ({failed / ended:.1%}), "
+            f"more than --max-error-rate {limit:g} allows{stopped}",
+            file=sys.stderr,
+        )
+    if failing:
         return 1
     return 0

@@ -9,6 +9,7 @@ from types import TracebackType
 import gevent
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -19,10 +20,12 @@ from loadtest.stage import Stage, StageSpec
 
 # Drawing shares the core with the requests being timed, so it happens rarely.
 _REDRAW_S = 0.5
+# Without a terminal a log gets a line this often, so that a hang is seen.
+_LINE_S = 10.0
 
 
 class Progress:
-    """A progress bar on standard error, for the present stage; silent unless that is a terminal.
+    """A progress bar on standard error, for the present stage; a line every 10 seconds where that is no terminal.
 
     Args:
         stages: all of them, for the count.
@@ -35,6 +38,7 @@ class Progress:
         self._count = len(stages)
         self._sink = sink
         self._stage: Stage | None = None
+        self._enabled = enabled
         self._greenlet: gevent.Greenlet | None = None
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -67,21 +71,34 @@ class Progress:
 
     def _run(self) -> None:
         while True:
-            gevent.sleep(_REDRAW_S)
+            gevent.sleep(_LINE_S if self._bar.disable else _REDRAW_S)
+            if self._bar.disable and self._enabled:
+                self._print_line()
             self._draw()
 
+    def _print_line(self) -> None:
+        if self._stage is not None:
+            description, counts = self._words(self._stage)
+            print(f"{description}: {self._stage.progress():.0%}, {counts}", file=sys.stderr, flush=True)
+
     def _draw(self) -> None:
-        stage, sink = self._stage, self._sink
+        stage = self._stage
         if stage is None or self._bar.disable:
             return
-        phase = "warm-up" if stage.measured_from is None else load_name(stage.spec)
+        description, counts = self._words(stage)
         self._bar.update(
             self._task,
-            description=f"stage {stage.spec.index + 1}/{self._count}: {phase}",
+            description=description,
             completed=stage.progress(),
-            counts=f"{sink.ok} ok, {sink.failed} failed, {sink.in_flight} in flight",
+            counts=counts,
         )
         self._bar.refresh()
+
+    def _words(self, stage: Stage) -> tuple[str, str]:
+        sink = self._sink
+        phase = "warm-up" if stage.measured_from is None else load_name(stage.spec)
+        counts = f"{sink.ok} ok, {sink.failed} failed, {sink.in_flight} in flight"
+        return f"stage {stage.spec.index + 1}/{self._count}: {phase}", counts
 
 
 def load_name(stage: StageSpec | StageResult) -> str:
@@ -95,8 +112,11 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print throughput and latencies of all stages, then failures by class and what to know about the numbers."""
     console = console or Console(markup=False, emoji=False)
     console.print(f"{summary.label}: {summary.server.model} at {summary.server.base_url}", markup=False)
-    console.print(_throughput_table(summary.stages))
-    console.print(_latency_table(summary.stages))
+    for table in (_throughput_table(summary.stages), _latency_table(summary.stages)):
+        # On a narrow terminal a line that wraps is better than a number that loses its digits.
+        natural = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console.width = max(console.width, natural)
+        console.print(table)
     for stage in summary.stages:
         name = load_name(stage)
         for kind, count in stage.failures.items():
@@ -160,4 +180,8 @@ def _latency_table(stages: Sequence[StageResult]) -> Table:
 def _cells(values: Distribution | None) -> list[str]:
     if values is None:
         return ["-"] * 6
-    return [f"{v:.1f}" for v in (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)]
+    # Four digits need no decimal, and six columns of them must fit into 80 characters.
+    return [
+        f"{v:.1f}" if v < 1000 else f"{v:.0f}"
+        for v in (values.mean, values.p50, values.p90, values.p95, values.p99, values.max)
+    ]

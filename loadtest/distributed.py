@@ -17,8 +17,18 @@ from loadtest.records import Record
 
 _RECORDS, _FINISH, _FINISHED = "pareto_records", "pareto_finish", "pareto_finished"
 _FLUSH_S = 1.0
-_FINISH_TIMEOUT_S = 20.0
+_DRAIN_S = 30.0
+_FINISH_TIMEOUT_S = _DRAIN_S + 20.0
 logger = logging.getLogger(__name__)
+
+
+def drain(runner: Any) -> None:
+    """Let no further request of this process start, await those in flight, and cancel what is left after 30 s."""
+    session = getattr(runner.environment, "loadtest_session", None)
+    if session is not None:
+        session.stage.closed = True
+        runner.user_greenlets.join(timeout=_DRAIN_S)
+    runner.user_greenlets.kill()
 
 
 class RecordForwarder:
@@ -46,7 +56,7 @@ class RecordForwarder:
             self._runner.send_message(_RECORDS, {"records": pending})
 
     def _finish(self, environment: Any, msg: Any, **_: Any) -> None:
-        self._runner.user_greenlets.kill()
+        drain(self._runner)
         self.flush()
         # Messages of one worker keep their order, so the master has every record when it hears this.
         self._runner.send_message(_FINISHED)

@@ -25,14 +25,15 @@ from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import Client, normalize_base_url
-from loadtest.distributed import RecordCollector, RecordForwarder
+from loadtest.descriptors import raise_limit
+from loadtest.distributed import RecordCollector, RecordForwarder, drain
 from loadtest.errors import LoadTestError
 from loadtest.exporter import Exporter
 from loadtest.locust_report import LocustReport
 from loadtest.preflight import check_server
 from loadtest.records import Record
 from loadtest.runner import make_workload
-from loadtest.settings import add_request_arguments, request_settings, require
+from loadtest.settings import add_request_arguments, fresh_seed, request_settings, require
 from loadtest.sink import Sink
 from loadtest.stage import Stage, StageSpec, Ticket
 from loadtest.users import GenerationUser, Session
@@ -104,7 +105,10 @@ class LocustTest:
         self.environment = environment
         self.options: argparse.Namespace = environment.parsed_options
         self.stage_spec()
+        given = self.options.seed
         request_settings(self.options)
+        self._drawn_seed: int | None = self.options.seed if given is None else None
+        self._tests = 0
         self.exporter = Exporter()
         self.report: LocustReport | None = None
         self.sink = Sink(self._record)
@@ -138,17 +142,24 @@ class LocustTest:
     def start(self) -> None:
         """Prepare this process's users for a test that begins."""
         spec = self.stage_spec()
+        runner = self.environment.runner
+        self._tests += 1
+        # A test started again from the web UI must not find its prompts in the server's prefix cache. Workers take the
+        # seed from the master, so that all share one prefix.
+        if self._tests > 1 and self.options.seed == self._drawn_seed and not isinstance(runner, WorkerRunner):
+            self.options.seed = self._drawn_seed = fresh_seed()
         settings = request_settings(self.options)
+        logger.info("seed: %d (--seed %d sends the same requests again)", settings.seed, settings.seed)
         if self.report:
             self.report.begin(spec, settings.slo_ms, self.options)
         self.exporter.begin_stage(None, spec.rate)
-        runner = self.environment.runner
         if isinstance(runner, MasterRunner):
             return
         require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")
         self.client = Client(
             normalize_base_url(self.environment.host), settings.timeout, settings.headers, settings.insecure
         )
+        raise_limit()
         server = check_server(self.client, settings.model, 0.0)
         workload, calibration = make_workload(self.client, server, settings)
         if self.report:
@@ -162,12 +173,17 @@ class LocustTest:
             stream_id=runner.worker_index,
         )
 
+    def stopping(self) -> None:
+        """Await what is in flight, before Locust cancels it."""
+        if self.collector:
+            self.collector.finish()
+        elif not self.forwarder:
+            drain(self.environment.runner)
+
     def stop(self) -> None:
         """Finish a test: pass the last records on, or write the summary."""
         if self.forwarder:
             self.forwarder.flush()
-        if self.collector:
-            self.collector.finish()
         if self.report:
             self.report.summarize()
         if self.client:
@@ -210,5 +226,6 @@ def on_init(environment: Any, **_: Any) -> None:
             gevent.spawn_later(0.1, runner.quit if headless else runner.stop)
 
     environment.events.test_start.add_listener(on_test_start)
+    environment.events.test_stopping.add_listener(lambda **_: test.stopping())
     environment.events.test_stop.add_listener(lambda **_: test.stop())
     environment.events.quit.add_listener(lambda **_: test.quit())

@@ -49,7 +49,13 @@ def _explain(client: Client, error: Exception) -> str:
         return f"{url} refuses access ({error}); give --api-key or set OPENAI_API_KEY"
     if isinstance(error, HTTPStatusError):
         return f"{url} is not an OpenAI-compatible server: GET /v1/models answered {error}"
-    return f"cannot reach {url}: {error}"
+    return f"cannot reach {url}: {error}{_tls_hint(client)}"
+
+
+def _tls_hint(client: Client) -> str:
+    if client.base_url.startswith("https:"):
+        return "; does it speak TLS? without TLS its address starts with http://"
+    return "; if it speaks TLS, its address starts with https://"
 
 
 def _look(client: Client, model: str | None) -> Server:
@@ -59,6 +65,7 @@ def _look(client: Client, model: str | None) -> Server:
     except (ValueError, KeyError, TypeError) as error:
         raise LoadTestError(
             f"{client.base_url} is not an OpenAI-compatible server: GET /v1/models gave no list of models"
+            + (f" ({error}{_tls_hint(client)})" if str(error).startswith("not HTTP") else "")
         ) from error
     served = [entry["id"] for entry in entries]
     if not served:
@@ -126,7 +133,7 @@ def _by_usage(client: Client, model: str, chat: bool) -> TokenCost:
         return int(usage["prompt_tokens"])
 
     try:
-        return _line(count(_repeated(WORDS, _SHORT)), count(_repeated(WORDS, _LONG)), "usage of two test requests")
+        short, long = count(_repeated(WORDS, _SHORT)), count(_repeated(WORDS, _LONG))
     except HTTPStatusError as error:
         raise LoadTestError(f"{client.base_url} refused a test request: {error}") from error
     except OSError as error:
@@ -135,6 +142,13 @@ def _by_usage(client: Client, model: str, chat: bool) -> TokenCost:
         raise LoadTestError(
             f"{client.base_url} reports no usage.prompt_tokens, so that prompts of a wanted length cannot be made; "
             "use --prompts FILE or --prompt-token-ids"
+        ) from error
+    try:
+        return _line(short, long, "usage of two test requests")
+    except ValueError as error:
+        raise LoadTestError(
+            f"usage.prompt_tokens of {client.base_url} is no length of a prompt: {short} for {_SHORT} words and {long} "
+            f"for {_LONG}; use --prompts FILE or --prompt-token-ids"
         ) from error
 
 

@@ -62,6 +62,30 @@ class TokenCost:
         return max(1, round((tokens - self.overhead) / self.per_word))
 
 
+# Prompts too short for this many draws to find a new one are few in kind, and shorter than a block of a prefix cache.
+_DRAWS = 16
+
+
+class _Unrepeated:
+    """Draws positions until they are not those of another request; the same request may ask again and gets the same.
+
+    Only prompts of a few tokens ever need a second draw. Which of two equal ones is drawn again depends on their order.
+    """
+
+    def __init__(self) -> None:
+        self._owners: dict[int, int] = {}
+
+    def draw(self, rng: np.random.Generator, low: int, high: int, count: int) -> list[int]:
+        """Return ``count`` whole numbers in ``[low, high)``."""
+        # The state of the generator tells requests apart, since each has a generator of its own.
+        owner = int(rng.bit_generator.state["state"]["state"])
+        for _ in range(_DRAWS):
+            values: list[int] = rng.integers(low, high, size=count).tolist()
+            if self._owners.setdefault(hash(tuple(values)), owner) == owner:
+                break
+        return values
+
+
 class WordPrompts:
     """Random words; all prompts start with the same ``prefix_tokens`` tokens' worth of them."""
 
@@ -73,6 +97,7 @@ class WordPrompts:
         count = round(prefix_tokens / cost.per_word)
         # The first word has no space before it, so each word may cost something else there. All prompts start with the
         # one that the calibration started with, whose cost is part of the overhead.
+        self._unrepeated = _Unrepeated()
         self._start = [cost.words[0], *(cost.words[i] for i in rng.integers(len(cost.words), size=count))]
 
     def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
@@ -80,7 +105,9 @@ class WordPrompts:
         tokens = self._prefix_tokens + self._lengths.sample(rng)
         count = max(0, self._cost.words_for(tokens) - len(self._start))
         words = self._cost.words
-        return Prompt(" ".join([*self._start, *(words[i] for i in rng.integers(len(words), size=count))]), tokens)
+        return Prompt(
+            " ".join([*self._start, *(words[i] for i in self._unrepeated.draw(rng, 0, len(words), count))]), tokens
+        )
 
 
 class TokenIdPrompts:
@@ -89,11 +116,12 @@ class TokenIdPrompts:
     def __init__(self, lengths: TokenDistribution, prefix_tokens: int, low: int, high: int, seed: int) -> None:
         self._lengths = lengths
         self._low, self._high = low, high
+        self._unrepeated = _Unrepeated()
         self._prefix: list[int] = np.random.default_rng([seed, 0]).integers(low, high, size=prefix_tokens).tolist()
 
     def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
         """Return the shared ids and then a drawn number of random ones."""
-        ids = rng.integers(self._low, self._high, size=self._lengths.sample(rng)).tolist()
+        ids = self._unrepeated.draw(rng, self._low, self._high, self._lengths.sample(rng))
         return Prompt([*self._prefix, *ids], len(self._prefix) + len(ids))
 
 

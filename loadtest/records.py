@@ -14,6 +14,7 @@ from loadtest.errors import LoadTestError
 OK, ERROR, CANCELLED = "ok", "error", "cancelled"
 
 # Failure classes, each counted apart. http_other is a redirect or anything else that is neither 2xx, 4xx nor 5xx.
+HTTP_429 = "http_429"
 HTTP_4XX = "http_4xx"
 HTTP_5XX = "http_5xx"
 HTTP_OTHER = "http_other"
@@ -26,6 +27,7 @@ STREAM_ERROR = "stream_error"
 EMPTY_RESPONSE = "empty_response"
 CLIENT_ERROR = "client_error"
 ERROR_CLASSES = (
+    HTTP_429,
     HTTP_4XX,
     HTTP_5XX,
     HTTP_OTHER,
@@ -69,6 +71,7 @@ class Record:
         error: one of ``ERROR_CLASSES``.
         status: HTTP status.
         message: what went wrong, at most 300 characters.
+        retry_after_s: seconds that a refusing server asked to wait, by its Retry-After header.
 
     """
 
@@ -91,6 +94,7 @@ class Record:
     error: str | None = None
     status: int | None = None
     message: str | None = None
+    retry_after_s: float | None = None
 
     def fail(self, error: str, message: str) -> None:
         """Mark the request as failed in class ``error``; the first failure is the cause and stays."""

@@ -19,6 +19,8 @@ from locust.env import Environment
 from loadtest import clock
 from loadtest.client import Client
 from loadtest.console import Progress
+from loadtest.descriptors import raise_limit
+from loadtest.error_limit import ErrorLimit
 from loadtest.exporter import Exporter
 from loadtest.loop_lag import LoopLag
 from loadtest.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
@@ -79,22 +81,23 @@ def make_workload(client: Client, server: Server, settings: RequestSettings) -> 
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Event]:
-    """Yield an event that Ctrl-C or SIGTERM sets; a second signal acts as it does without us."""
-    stop = Event()
+def _stop_on_signals(stop: Event) -> Iterator[Event]:
+    """Yield an event that Ctrl-C or SIGTERM sets, beside ``stop``; a second signal acts as it does without us."""
+    interrupted = Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield interrupted
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(number, before[signal.Signals(number)])
+        interrupted.set()
         stop.set()
 
     for number in before:
         signal.signal(number, handle)
     try:
-        yield stop
+        yield interrupted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -104,13 +107,14 @@ def run_load_test(settings: Settings) -> Summary:
     """Run every stage, and write ``records.jsonl``, ``server_metrics.jsonl`` and ``summary.json`` to ``settings.out``.
 
     Interrupted by Ctrl-C or SIGTERM, it cancels what is in flight and returns a summary of what was measured, whose
-    status is ``interrupted``.
+    status is ``interrupted``. With ``--max-error-rate`` too many failures end it likewise, as ``stopped``.
 
     Raises:
         LoadTestError: the endpoint, a file or a port is no good; then nothing was measured.
 
     """
     check_output(settings.out, settings.overwrite)
+    raise_limit()
     # Ctrl-C before the first stage goes up to the caller; gevent need not print it as well.
     hub = gevent.get_hub()
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
@@ -126,7 +130,9 @@ def run_load_test(settings: Settings) -> Summary:
         prepare_output(settings.out, settings.overwrite)
         writer = RecordWriter(settings.out / RECORDS)
         cleanup.callback(writer.close)
-        sink = Sink(writer.write, exporter.observe)
+        stop = Event()
+        errors = ErrorLimit(settings.max_error_rate, stop)
+        sink = Sink(writer.write, exporter.observe, errors.observe)
         exporter.watch(lambda: sink.in_flight)
         sampler = _start_sampler(settings, client, cleanup)
 
@@ -139,15 +145,18 @@ def run_load_test(settings: Settings) -> Summary:
         lag = LoopLag()
         unfinished = frozenset(spec.index for spec in settings.stages)
         entered: list[StageSpec] = []
-        stop = cleanup.enter_context(_stop_on_signals())
+        interrupted = cleanup.enter_context(_stop_on_signals(stop))
         progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))
         for spec in settings.stages:
             entered.append(spec)
+            errors.begin_stage(spec)
             exporter.begin_stage(spec.concurrency, spec.rate)
             stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
             _run_stage(environment, spec, stop)
+            # The next stage, and the files of the results, need the descriptors of this one's connections.
+            client.close_idle()
             if stop.is_set():
                 break
             unfinished -= {spec.index}
@@ -156,7 +165,7 @@ def run_load_test(settings: Settings) -> Summary:
         duration, generator = clock.now() - began, lag.stop()
         summary = Summary(
             label=settings.label or server.model,
-            status="interrupted" if stop.is_set() else "complete",
+            status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
             started_at=started.isoformat(timespec="milliseconds"),
             duration_s=duration,
             settings=settings.flags,

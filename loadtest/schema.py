@@ -183,7 +183,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run. ``status`` is ``complete`` or ``interrupted`` (then the last stages are partial or missing)."""
+    """A whole run. ``status``: ``complete``, or ``interrupted`` or ``stopped`` (then stages are partial or missing)."""
 
     label: str
     status: str

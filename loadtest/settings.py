@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from loadtest.arrivals import ARRIVALS
 from loadtest.client import PATHS, normalize_base_url
 from loadtest.distributions import GRAMMAR, TokenDistribution, parse_distribution
+from loadtest.error_limit import DEFAULT_MAX_ERROR_RATE
 from loadtest.errors import LoadTestError
 from loadtest.prompts import parse_token_id_range
 from loadtest.stage import StageSpec
@@ -62,6 +64,7 @@ class Settings:
     server_metrics: bool
     metrics_interval: float
     ready_timeout: float
+    max_error_rate: float | None
     progress: bool
     flags: dict[str, Any]
 
@@ -100,7 +103,7 @@ def add_request_arguments(parser: Any) -> None:
     )
     group.add_argument("--temperature", type=float, default=0.0, help="default: 0; negative leaves it to the server")
     group.add_argument("--extra-body", metavar="JSON", default="{}", help="object merged into every request's body")
-    group.add_argument("--seed", type=int, default=0, help="of lengths, prompts and arrivals (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of lengths, prompts and arrivals (default: a new one)")
     group.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a request may take (600)")
     group.add_argument("--api-key", default="", metavar="KEY", help="bearer token (default: $OPENAI_API_KEY)")
     group.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'", help="extra header")
@@ -145,6 +148,13 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ready-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for the server to answer"
     )
+    group.add_argument(
+        "--max-error-rate",
+        type=float,
+        metavar="F",
+        help="stop, with status 1, when more than this fraction of a stage's requests fails (default: run to the end, "
+        f"and status 1 above {DEFAULT_MAX_ERROR_RATE:g})",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="loadtest-results", help="default: loadtest-results")
     group.add_argument("--overwrite", action="store_true", help="replace the results in DIR")
@@ -169,14 +179,22 @@ def require(holds: bool, message: str) -> None:
         raise LoadTestError(message)
 
 
+def fresh_seed() -> int:
+    """Return a seed that no other run has: with the same prompts again, the server's prefix cache would answer."""
+    return secrets.randbelow(2**31)
+
+
 def request_settings(args: argparse.Namespace) -> RequestSettings:
-    """Validate the flags of :func:`add_request_arguments`.
+    """Validate the flags of :func:`add_request_arguments`, and draw a seed into ``args.seed`` where none was given.
+
+    The drawn one is written back so that the summary, and with Locust every worker, has the one that was used.
 
     Raises:
         LoadTestError: a value is no good, or two flags contradict each other.
 
     """
     require(args.prefix_tokens >= 0, f"--prefix-tokens {args.prefix_tokens}: must not be negative")
+    args.seed = fresh_seed() if args.seed is None else args.seed
     require(args.seed >= 0, f"--seed {args.seed}: must not be negative")
     require(0 < args.timeout < math.inf, f"--timeout {args.timeout:g}: must be above 0")
     ids = parse_token_id_range(args.prompt_token_ids) if args.prompt_token_ids else None
@@ -217,6 +235,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     """
     port = args.exporter_port
     require(port is None or 0 < port < 65536, f"--exporter-port {port}: expected 1 to 65535")
+    rate = args.max_error_rate
+    require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
     return Settings(
         base_url=normalize_base_url(args.base_url),
@@ -230,6 +250,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         server_metrics=args.server_metrics,
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,
+        max_error_rate=args.max_error_rate,
         progress=args.progress,
         flags=public_flags(args),
     )

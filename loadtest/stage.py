@@ -71,6 +71,7 @@ class Stage:
         self.spec = spec
         self.sent = 0
         self.ended = 0
+        self.closed = False
         self.measured_from: float | None = None
         self._seed = seed
         self._before_measuring = before_measuring
@@ -114,6 +115,8 @@ class Stage:
     def exhausted(self) -> bool:
         """Whether no further measured request may start."""
         spec = self.spec
+        if self.closed:
+            return True
         if spec.requests is not None and self.sent >= spec.requests:
             return True
         return spec.duration_s is not None and self.elapsed() >= spec.duration_s

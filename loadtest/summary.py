@@ -24,6 +24,8 @@ from loadtest.schema import (
 from loadtest.stage import StageSpec
 
 _LAG_WORTH_A_NOTE_MS = 10.0
+_CACHED_WORTH_A_NOTE = 0.02
+_HITS, _QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
 
 def distribution(values: Sequence[float] | array[float]) -> Distribution | None:
@@ -54,6 +56,7 @@ class StageAccumulator:
         self._ttft, self._tpot, self._itl, self._e2e, self._lag = (array("d") for _ in range(5))
         self._prompt_tokens, self._output_tokens = array("q"), array("q")
         self._asked_prompt, self._asked_output = array("q"), array("q")
+        self._cached_tokens = 0
         self._chunks = 0
         self._good = 0
         self._without_usage = 0
@@ -97,6 +100,7 @@ class StageAccumulator:
         self._output_tokens.append(record.counted_output_tokens)
         if record.prompt_tokens is not None:
             self._prompt_tokens.append(record.prompt_tokens)
+        self._cached_tokens += record.cached_tokens or 0
         if record.requested_prompt_tokens is not None:
             self._asked_prompt.append(record.requested_prompt_tokens)
         if record.requested_output_tokens is not None:
@@ -151,7 +155,10 @@ class StageAccumulator:
             tokens_per_chunk=per_chunk,
             finish_reasons=dict(sorted(self._reasons.items())),
             server_metrics=server_metrics,
-            notes=self._notes(spec, latency, per_chunk, finished),
+            notes=[
+                *self._notes(spec, latency, per_chunk, finished),
+                *_cache_notes(self._cached_tokens, sum(self._prompt_tokens), server_metrics),
+            ],
         )
 
     def _throughput(self) -> Throughput | None:
@@ -180,7 +187,7 @@ class StageAccumulator:
     def _notes(self, spec: StageSpec, latency: Latency, per_chunk: float | None, finished: bool) -> list[str]:
         notes = []
         if not finished:
-            notes.append("interrupted: the stage is partial")
+            notes.append("cut short: the stage is partial")
         if self._without_usage:
             notes.append(
                 f"{self._without_usage} answers had no usage: their output tokens are counted as content chunks"
@@ -194,6 +201,19 @@ class StageAccumulator:
             cause = "--max-concurrency or the generator" if spec.max_concurrency else "the generator"
             notes.append(f"requests left up to {lag.p99:.0f} ms (P99) late because of {cause}; latencies include it")
         return notes
+
+
+def _cache_notes(cached: int, prompt_tokens: int, server_metrics: dict[str, MetricSeries]) -> list[str]:
+    """Say that the server's prefix cache answered, by its usage fields or else by its own counters."""
+    share = cached / prompt_tokens if prompt_tokens else 0.0
+    if not cached and _HITS in server_metrics and _QUERIES in server_metrics:
+        share = server_metrics[_HITS].delta / max(server_metrics[_QUERIES].delta, 1.0)
+    if share <= _CACHED_WORTH_A_NOTE:
+        return []
+    return [
+        f"{share:.0%} of the prompt tokens came from the server's prefix cache, which shortens TTFT: wanted with "
+        "--prefix-tokens; else it knew these prompts, from a run of the same --seed or the same --prompts file"
+    ]
 
 
 def summarize(

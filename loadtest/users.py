@@ -16,8 +16,11 @@ from loadtest.sink import Sink
 from loadtest.stage import Stage, Ticket
 from loadtest.workload import Request, Workload
 
-# A closed loop against a server that has gone must not spin: a refused connection ends at once.
+# A closed loop against a server that has gone must not spin: a refused connection ends at once, and so does one for
+# which this process has no file descriptor.
 _DEAD_SERVER_PAUSE_S = 0.1
+# A user of a closed loop that is told to slow down does; an open loop keeps its rate, whatever it is told.
+_UNASKED_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
 
 
 class RequestFailedError(Exception):
@@ -144,8 +147,18 @@ class GenerationUser(User):
         if ticket is None:
             raise StopUser
         record = session.send(ticket, session.prepare(ticket))
-        if record.error in (records.CONNECTION_REFUSED, records.CONNECTION_ERROR):
+        if record.error in (records.CONNECTION_REFUSED, records.CONNECTION_ERROR, records.CLIENT_ERROR):
             gevent.sleep(_DEAD_SERVER_PAUSE_S)
+        elif record.error == records.HTTP_429 or record.retry_after_s is not None:
+            self._back_off(session.stage, record.retry_after_s)
+
+    @staticmethod
+    def _back_off(stage: Stage, asked_s: float | None) -> None:
+        """Wait as long as the server asked for, but not beyond the end of the stage."""
+        pause = _UNASKED_BACK_OFF_S if asked_s is None else min(asked_s, _LONGEST_BACK_OFF_S)
+        if stage.spec.duration_s is not None:
+            pause = min(pause, max(0.0, stage.spec.duration_s - stage.elapsed()))
+        gevent.sleep(pause)
 
     def _run_arrivals(self, session: Session) -> None:
         stage, stream_id = session.stage, session.next_stream()
@@ -160,6 +173,8 @@ class GenerationUser(User):
                 for offset, ticket in stage.arrivals(warmup, stream_id):
                     request = session.prepare(ticket, stream_id)
                     gevent.sleep(max(0.0, zero + offset - clock.now()))
+                    if stage.closed:
+                        break
                     in_flight.spawn(session.send, ticket, request, zero + offset)
                 in_flight.join()
         finally:

@@ -10,13 +10,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from typing import Any
 
 import gevent
 import pytest
 
 from loadtest import clock
-from loadtest.client import PATHS, Client, error_message, normalize_base_url
+from loadtest.client import PATHS, Client, error_message, normalize_base_url, retry_after
 from loadtest.errors import LoadTestError
 from loadtest.mock_server import MockServer
 from loadtest.records import CANCELLED, Record
@@ -113,7 +114,7 @@ def test_without_usage_the_record_says_so(mock_server: Callable[..., MockServer]
     [
         ("http_400", "http_4xx", 400),
         ("http_404", "http_4xx", 404),
-        ("http_429", "http_4xx", 429),
+        ("http_429", "http_429", 429),
         ("http_500", "http_5xx", 500),
         ("http_503", "http_5xx", 503),
         ("reset", "connection_error", None),
@@ -263,3 +264,9 @@ def test_base_urls() -> None:
 )
 def test_error_messages(body: bytes, message: str) -> None:
     assert error_message(body) == message
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert (retry_after("7"), retry_after("-1"), retry_after(""), retry_after("soon")) == (7.0, 0.0, None, None)
+    later = formatdate(clock.to_unix(clock.now()) + 30, usegmt=True)
+    assert 28 <= (retry_after(later) or 0) <= 31

@@ -75,6 +75,30 @@ def test_a_run_without_any_success_is_status_1_with_its_report(mock_server: Fact
     assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["failures"] == {"http_5xx": 3}
 
 
+def test_many_failures_are_status_1_without_a_flag(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(faults={"http_503": 3})
+    words = ("--base-url", server.url, "--requests", "12")
+    done = pareto(*words, "--out", str(tmp_path / "strict"))
+    assert done.returncode == 1
+    assert "1 user: 4 of 12 requests failed (33.3%), more than --max-error-rate 0.05 allows\n" in done.stderr
+    assert pareto(*words, "--out", str(tmp_path / "lax"), "--max-error-rate", "0.5").returncode == 0
+
+
+@pytest.mark.parametrize("load", ["--concurrency 2 1", "--rate 200 100"])
+def test_too_many_failures_stop_the_run_early(mock_server: Factory, tmp_path: Path, load: str) -> None:
+    server = mock_server(faults={"http_503": 2})
+    words = f"--base-url {server.url} --requests 4000 {load} --max-error-rate 0.1 --out {tmp_path}"
+    done = pareto(*words.split())
+    assert done.returncode == 1
+    assert "and the run was stopped" in done.stderr
+    assert len(server.requests) < 400
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "stopped"
+    (stage,) = summary["stages"]
+    assert not stage["finished"]
+    assert stage["requests"]["failed"] >= 2
+
+
 @pytest.mark.parametrize("load", ["--concurrency 3", "--rate 30"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_reports_what_it_measured(
@@ -103,6 +127,32 @@ def test_an_interrupted_run_reports_what_it_measured(
     assert stage["requests"]["cancelled"] == sum(r.outcome == "cancelled" for r in records) >= 1
     assert stage["requests"]["failed"] == 0
     assert stage["latency"]["ttft_ms"]["min"] >= 38
+
+
+def limited(limit: str, *words: str) -> subprocess.CompletedProcess[str]:
+    shell = ["bash", "-c", f'ulimit {limit} && exec "$@"', "bash", *PARETO, *words]
+    return subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_more_users_than_the_soft_limit_of_descriptors(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(ttft_ms=500)
+    words = f"--base-url {server.url} --concurrency 90 --requests 90 --output-tokens 1 --out {tmp_path}"
+    done = limited("-Sn 64", *words.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["requests"]["ok"] == 90
+
+
+def test_descriptors_that_run_out_are_the_clients_fault(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(ttft_ms=500)
+    words = f"--base-url {server.url} --concurrency 90 10 --requests 100 --output-tokens 1 --out {tmp_path}"
+    done = limited("-n 64", *words.split())
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "raise `ulimit -n`" in " ".join(done.stdout.split())
+    first, second = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert set(first["failures"]) == {"client_error"}
+    assert first["requests"]["ok"] >= 20
+    assert second["requests"]["failed"] == 0
 
 
 def test_help_teaches_and_needs_no_server() -> None:

@@ -99,3 +99,16 @@ def test_bad_input_ends_locust_with_status_2(words: str, why: str) -> None:
     assert status == 2
     assert why in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("load", ["", "--processes 2", "--request-rate 4 --processes 2"])
+def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path: Path, load: str) -> None:
+    server, out = mock_server(ttft_ms=900), tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    words = f"--host {server.url} --headless -u 4 -r 4 -t 2s --output-tokens 1 --out {out} --master-bind-port {port}"
+    status, output = locust(*words.split(), *load.split(), "--master-port", str(port))
+    assert status == 0, output
+    (stage,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert stage["requests"]["cancelled"] == 0
+    assert stage["requests"]["ok"] == len(server.requests) >= 4

@@ -128,3 +128,16 @@ def test_the_mock_says_the_truth_about_tokens(mock_server: Factory) -> None:
     client = Client(mock_server().url, 10)
     answer = client.call("/tokenize", {"prompt": "short extraordinary", "return_token_strs": True})
     assert (answer["count"], answer["token_strs"]) == (4, ["<s>", "Ġshort", "Ġextraord", "inary"])
+
+
+def test_https_against_a_server_without_tls_says_so(mock_server: Factory) -> None:
+    url = mock_server().url.replace("http:", "https:")
+    with pytest.raises(LoadTestError, match="does it speak TLS"):
+        check_server(Client(url, 5.0), None, 0.0)
+
+
+def test_a_senseless_usage_is_not_called_missing(mock_server: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client(mock_server(tokenize=False).url, 5.0)
+    monkeypatch.setattr(client, "call", lambda path, *_, **__: {"usage": {"prompt_tokens": 7}} if "v1" in path else {})
+    with pytest.raises(LoadTestError, match=r"is no length of a prompt: 7 for 16 words and 7 for 144"):
+        calibrate(client, "mock-model", False)

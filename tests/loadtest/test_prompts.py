@@ -11,6 +11,7 @@ from loadtest.errors import LoadTestError
 from loadtest.prompts import (
     WORDS,
     FilePrompts,
+    PromptSource,
     TokenCost,
     TokenIdPrompts,
     WordPrompts,
@@ -152,3 +153,16 @@ def test_token_id_ranges() -> None:
     for bad in ("0", "200:100", "x", "-5:9", "1:2:3"):
         with pytest.raises(LoadTestError, match="--prompt-token-ids"):
             parse_token_id_range(bad)
+
+
+@pytest.mark.parametrize("kind", ["words", "ids"])
+def test_short_prompts_are_unique_within_and_across_stages(kind: str) -> None:
+    # Drawn freely, 600 prompts of 12 ** 3 ids, or of two random words, would hold about 90, or 8, equal pairs.
+    source: PromptSource = TokenIdPrompts(parse_distribution("3", "-"), 0, 0, 12, 0)
+    if kind == "words":
+        source = WordPrompts(parse_distribution("4", "-"), 0, COST, 0)
+    made = workload(source)
+    stages = [(stage, index, warmup) for stage in range(3) for index in range(100) for warmup in (False, True)]
+    prompts = [str(json.loads(made.request(*each).body)["prompt"]) for each in stages]
+    assert len(set(prompts)) == len(stages)
+    assert prompts == [str(json.loads(made.request(*each).body)["prompt"]) for each in stages]

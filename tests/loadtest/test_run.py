@@ -250,3 +250,26 @@ def test_the_exporter_serves_while_the_test_runs(mock_server: Factory, tmp_path:
     assert 'pareto_loadtest_requests_total{error="",outcome="ok"}' in texts[-1]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server()
+    prompts: list[set[str]] = []
+    seeds: list[int] = []
+    words = "--requests 5 --warmup 3 --concurrency 1 2 --prompt-tokens 40 --output-tokens 1"
+    for number in range(3):
+        again = f" --seed {seeds[0]}" if number == 2 else ""
+        summary, _ = run(server, tmp_path / str(number), words + again)
+        seeds.append(summary.settings["seed"])
+        prompts.append({body["prompt"] for body in server.requests})
+        server.requests.clear()
+    assert seeds[0] != seeds[1]
+    assert len(prompts[0] | prompts[1]) == 32
+    assert prompts[2] == prompts[0]
+
+
+def test_users_that_are_told_to_slow_down_do(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(faults={"http_429": 1})
+    summary, _ = run(server, tmp_path, "--concurrency 2 --duration 1.5 --output-tokens 1")
+    assert set(summary.stages[0].failures) == {"http_429"}
+    assert len(server.requests) <= 4

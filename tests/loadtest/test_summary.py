@@ -9,6 +9,7 @@ import pytest
 
 from loadtest.errors import LoadTestError
 from loadtest.records import CANCELLED, ERROR_CLASSES, Record, RecordWriter, read_records, write_json_atomically
+from loadtest.schema import MetricSeries
 from loadtest.stage import StageSpec
 from loadtest.summary import distribution, summarize
 
@@ -190,3 +191,17 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json_atomically(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_note_says_that_the_prefix_cache_answered() -> None:
+    def notes(cached: int | None, hits: float) -> list[str]:
+        series = {
+            f"vllm:prefix_cache_{name}_total": MetricSeries(2, 0.0, 0.0, 0.0, value, value)
+            for name, value in (("hits", hits), ("queries", 400.0))
+        }
+        (stage,) = summarize([replace(record(i), cached_tokens=cached) for i in range(4)], [SPEC], None, {0: series})
+        return [note for note in stage.notes if "prefix cache" in note]
+
+    assert notes(0, 0.0) == notes(None, 1.0) == []
+    assert notes(80, 0.0)[0].startswith("79% of the prompt tokens")
+    assert notes(None, 300.0)[0].startswith("75% of the prompt tokens")
