@@ -105,7 +105,7 @@ def test_an_interrupted_run_reports_what_it_measured(
     mock_server: Factory, tmp_path: Path, load: str, number: signal.Signals
 ) -> None:
     server = mock_server(ttft_ms=40, itl_ms=60)
-    words = f"{load} --requests 100000 --output-tokens 8 --base-url {server.url} --out {tmp_path}"
+    words = f"{load} --seed 0 --requests 100000 --output-tokens 8 --base-url {server.url} --out {tmp_path}"
     process = subprocess.Popen([*PARETO, *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 40
