@@ -102,8 +102,7 @@ def trellis_on_cpu(codes: TrellisCodes, activations: str, dtype: torch.dtype) ->
 
 def trellis_on_cuda(codes: TrellisCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
     """Return what multiplies by codes of a trellis on a CUDA device; see :func:`grid_on_cpu`."""
-    groups = codes.scale.shape[1]
-    form = TrellisForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups)
+    form = TrellisForm(codes.bits, _group_size(codes))
     return _low_bit(low_bit_module(codes, dtype), form)
 
 
@@ -114,8 +113,7 @@ def semi_sparse_on_cpu(codes: SemiSparseCodes, activations: str, dtype: torch.dt
 
 def semi_sparse_on_cuda(codes: SemiSparseCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
     """Return what multiplies by 2:4 codes on a CUDA device; see :func:`grid_on_cpu`."""
-    groups = codes.scale.shape[1]
-    form = SemiSparseForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
+    form = SemiSparseForm(codes.bits, _group_size(codes), codes.symmetric)
     return _low_bit(low_bit_module(codes, dtype), form)
 
 
@@ -127,9 +125,14 @@ def bitmap_on_cpu(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> B
 
 def bitmap_on_cuda(codes: BitmapCodes, activations: str, dtype: torch.dtype) -> BulkKernel:
     """Return what multiplies by codes with a bitmap on a CUDA device; see :func:`grid_on_cpu`."""
-    groups = codes.scale.shape[1]
-    form = BitmapForm(codes.bits, -1 if groups == 1 else codes.shape[1] // groups, codes.symmetric)
+    form = BitmapForm(codes.bits, _group_size(codes), codes.symmetric)
     return _low_bit(low_bit_module(codes, dtype), form)
+
+
+def _group_size(codes: TrellisCodes | SemiSparseCodes | BitmapCodes) -> int:
+    """Return how many input channels share a scale, -1 for all of them."""
+    groups = codes.scale.shape[1]
+    return -1 if groups == 1 else codes.shape[1] // groups
 
 
 def _int8(codes: GridCodes, activations: str) -> BulkKernel | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_ext.compat import VllmConfig
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Where configurations say how many experts there are."""
 INNER_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 """Where configurations say how wide an expert is inside, the more special name first."""
 
@@ -53,10 +55,7 @@ def experts_of_one_group(text: Any, group: int | None, ranks: int) -> str | None
         ranks: that experts are cut among.
 
     """
-    experts = next((getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
-                    if getattr(text, name, None)), 0)  # fmt: skip
-    inner = next((value for name in INNER_WIDTHS if (value := getattr(text, name, None))), None)
-    width = getattr(text, "hidden_size", None)
+    experts, inner, width = (_first(text, names) for names in (EXPERTS, INNER_WIDTHS, ("hidden_size",)))
     if not experts or not group or not inner or not width or inner % ranks:
         return None
     share = inner // ranks
@@ -68,3 +67,8 @@ def experts_of_one_group(text: Any, group: int | None, ranks: int) -> str | None
         f"{group}: vLLM orders such scales wrongly and answers nonsense (its pull request 50196); {help_}take a "
         f"checkpoint with groups smaller than {min(share, width)}"
     )
+
+
+def _first(text: Any, names: tuple[str, ...]) -> int | None:
+    """Return the first of some settings that a configuration has and that is not 0."""
+    return next((value for name in names if (value := getattr(text, name, None))), None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.grid import dequantize, expand
+from quant_methods.formats.grid import expand
 from quant_methods.formats.parts.grid_codes import GridCodes, group_range
 from quant_methods.formats.parts.part import (
     Bulk,
@@ -117,9 +117,7 @@ class SemiSparseCodes(Bulk):
 
     def read(self) -> Tensor:
         """Return the float32 weight [out, in]: ``(code - zero_point) * scale`` in the places kept, else zero."""
-        kept = dequantize(self.codes, self.scale, self.zero_point).unflatten(1, (-1, 2))
-        zeros = kept.new_zeros(*self.places.shape, AMONG)
-        return zeros.scatter(2, _indices(self.places), kept).flatten(1)
+        return self.grid().read()
 
     def without(self, channels: Tensor) -> tuple[SemiSparseCodes, Tensor | None]:
         """Give input channels the code that reads as zero; see :class:`Bulk`."""
