@@ -337,21 +337,10 @@ extern "C" __global__ __launch_bounds__(THREADS, RESIDENT) void multiply(const _
     // Codes are constants of the model: there is no need to wait for them.
     Fetcher first = ahead;
 #if BITMAP
-    // Where the codes of the first steps are is asked for at once, and comes while the table is filled.
-    int lines[STAGES - 1][2];
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i, first.next(p)) lines[i][0] = first.line, lines[i][1] = first.line_end;
-    first = ahead;
     fill_selectors(selectors(p), THREADS);
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i, first.next(p)) {
-        first.line = lines[i][0], first.line_end = lines[i][1];
-        if (begin + i < end) first.fetch_codes(p);
-    }
-#else
-    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p)) first.fetch_codes(p);
 #endif
+    for (int i = 0; i < STAGES - 1 && begin + i < end; ++i, first.next(p)) first.fetch_codes(p);
     wait_for_previous_kernel();
     let_next_kernel_start();
     for (int i = 0; i < STAGES - 1; ++i, ahead.next(p)) {
