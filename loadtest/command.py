@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load_settings(args)
     import_locust()
-    from loadtest.console import load_name, print_summary
-    from loadtest.error_limit import DEFAULT_MAX_ERROR_RATE, exceeded
-    from loadtest.output import SUMMARY
-    from loadtest.runner import run_load_test
+    from loadtest.load.error_limit import DEFAULT_MAX_ERROR_RATE, exceeded
+    from loadtest.load.runner import run_load_test
+    from loadtest.results.console import load_name, print_summary
+    from loadtest.results.output import SUMMARY
 
     summary = run_load_test(settings)
     print_summary(summary)

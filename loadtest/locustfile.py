@@ -23,20 +23,20 @@ import gevent
 from locust import events
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.arrivals import ARRIVALS
-from loadtest.client import Client, normalize_base_url
-from loadtest.descriptors import raise_limit
-from loadtest.distributed import RecordCollector, RecordForwarder, drain
+from loadtest.endpoint.client import Client, normalize_base_url
+from loadtest.endpoint.preflight import check_server
 from loadtest.errors import LoadTestError
-from loadtest.exporter import Exporter
-from loadtest.locust_report import LocustReport
-from loadtest.preflight import check_server
-from loadtest.records import Record
-from loadtest.runner import make_workload
+from loadtest.load.arrivals import ARRIVALS
+from loadtest.load.descriptors import raise_limit
+from loadtest.load.distributed import RecordCollector, RecordForwarder, drain
+from loadtest.load.runner import make_workload
+from loadtest.load.sink import Sink
+from loadtest.load.stage import Stage, StageSpec, Ticket
+from loadtest.load.users import GenerationUser, Session
+from loadtest.results.locust_report import LocustReport
+from loadtest.results.records import Record
 from loadtest.settings import add_request_arguments, fresh_seed, request_settings, require
-from loadtest.sink import Sink
-from loadtest.stage import Stage, StageSpec, Ticket
-from loadtest.users import GenerationUser, Session
+from loadtest.watching.exporter import Exporter
 
 logger = logging.getLogger(__name__)
 _NOT_IN_WEB_UI = ("--api-key", "--header", "--insecure", "--out", "--overwrite", "--exporter-port", "--exporter-host")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.arrivals import ARRIVALS
-from loadtest.client import PATHS, normalize_base_url
-from loadtest.distributions import GRAMMAR, TokenDistribution, parse_distribution
-from loadtest.error_limit import DEFAULT_MAX_ERROR_RATE
+from loadtest.endpoint.client import PATHS, normalize_base_url
 from loadtest.errors import LoadTestError
-from loadtest.prompts import parse_token_id_range
-from loadtest.stage import StageSpec
+from loadtest.load.arrivals import ARRIVALS
+from loadtest.load.error_limit import DEFAULT_MAX_ERROR_RATE
+from loadtest.load.stage import StageSpec
+from loadtest.workloads.distributions import GRAMMAR, TokenDistribution, parse_distribution
+from loadtest.workloads.prompts import parse_token_id_range
 
 SLO_NAMES = ("ttft", "tpot", "e2el")
 DEFAULT_REQUESTS = 100

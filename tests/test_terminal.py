@@ -12,7 +12,7 @@ from bench.quality import command as quality
 from bench.speed import command as speed
 from bench.study import command as study
 from kv_cache.terminal import console
-from loadtest import console as loadtest
+from loadtest.results import console as loadtest
 from quant_methods import command as compress
 
 NAMES = ("[bold]w4", "org/[red]m[/red]", "[/]", ":smile:")

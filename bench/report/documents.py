@@ -17,8 +17,8 @@ from bench.speed.schema import SCHEMA as KV_BENCH
 from bench.speed.schema import KVBenchReport
 from bench.speed.served_schema import SCHEMA as SERVE_BENCH
 from bench.speed.served_schema import ServeBenchReport
-from loadtest.schema import SCHEMA as LOADTEST
-from loadtest.schema import Summary
+from loadtest.results.schema import SCHEMA as LOADTEST
+from loadtest.results.schema import Summary
 
 RECIPE_FILE = "pareto_recipe.json"
 COMPRESSION = "pareto_recipe"

@@ -12,7 +12,7 @@ from bench.schema import Estimate, KVCache
 from bench.speed.schema import DtypeResult, Point, Spread
 from bench.speed.served_schema import Energy, ServedDtype, ServedPoint
 from kv_cache.sizes import readable
-from loadtest.schema import Distribution, StageResult
+from loadtest.results.schema import Distribution, StageResult
 
 if TYPE_CHECKING:
     from bench.report.rows import Row

@@ -21,7 +21,7 @@ from bench.speed.served_schema import ServeBenchReport
 from bench.speed.served_table import cells as endpoint
 from bench.speed.served_table import notes as remarks
 from kv_cache.sizes import readable
-from loadtest.schema import Distribution, StageResult, Summary
+from loadtest.results.schema import Distribution, StageResult, Summary
 
 STAGE_HEADINGS = (
     "configuration and load", "requests", "failed", "TTFT P50", "P95", "P99", "TPOT P50", "P95", "P99",

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.report.rows import Ends, Frontier, stage_label
-from loadtest.schema import Distribution, Summary
+from loadtest.results.schema import Distribution, Summary
 
 FOREGROUND = "#010101"
 MUTED = "#020202"

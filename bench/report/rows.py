@@ -18,7 +18,7 @@ from bench.report.models import Models
 from bench.schema import KVCache
 from bench.speed.schema import DtypeResult, KVBenchReport
 from bench.speed.served_schema import ServeBenchReport, ServedDtype
-from loadtest.schema import StageResult, Summary
+from loadtest.results.schema import StageResult, Summary
 
 KEY = tuple[str, str]
 """A model's identity (bench/report/models.py) and a KV-cache dtype."""

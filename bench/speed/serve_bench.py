@@ -32,7 +32,7 @@ from bench.speed.engine_flags import EngineChoices
 from bench.speed.served_schema import EnergySource, Idle, Load, PointRound, Round, ServeBenchReport
 from bench.speed.served_summary import summarize
 from kv_cache.errors import ParetoError
-from loadtest.schema import Generator, StageResult, Summary
+from loadtest.results.schema import Generator, StageResult, Summary
 from quant_methods.model_source import read_config, resolve_model, resolve_shape, weight_bytes
 
 RESULT = "serve-bench.json"

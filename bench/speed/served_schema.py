@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.schema import KVCache
 from bench.speed.schema import Spread
-from loadtest.schema import Distribution
+from loadtest.results.schema import Distribution
 
 SCHEMA = "vllm-pareto/serve-bench/1"
 

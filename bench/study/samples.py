@@ -23,7 +23,7 @@ from bench.study.plan import Plan
 from bench.study.points import Point
 from bench.study.steps import Graph
 from kv_cache.errors import ParetoError
-from loadtest.schema import Summary
+from loadtest.results.schema import Summary
 
 ACCURACY = "accuracy"
 BY_UNIT = {"kl": "kl", "top1": "top1", "needle": "needle", "perplexity": "nll"}

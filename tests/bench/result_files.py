@@ -11,7 +11,7 @@ from bench.speed.schema import KVBenchReport
 from bench.speed.served_schema import EnergySource, Idle, Load, Memory, PointRound, Round, ServeBenchReport
 from bench.speed.served_summary import summarize as summarize_served
 from bench.statistics import exp_estimate, mean_estimate, proportion
-from loadtest.schema import (
+from loadtest.results.schema import (
     Distribution,
     Generator,
     Latency,

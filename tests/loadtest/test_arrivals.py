@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from loadtest.arrivals import intended_starts
+from loadtest.load.arrivals import intended_starts
 
 
 def starts(arrival: str, rate: float, count: int, burstiness: float = 1.0, seed: int = 1) -> np.ndarray:

@@ -17,10 +17,10 @@ import gevent
 import pytest
 
 from loadtest import clock
-from loadtest.client import PATHS, Client, error_message, normalize_base_url, retry_after
+from loadtest.endpoint.client import PATHS, Client, error_message, normalize_base_url, retry_after
 from loadtest.errors import LoadTestError
 from loadtest.mock_server import MockServer
-from loadtest.records import CANCELLED, Record
+from loadtest.results.records import CANCELLED, Record
 
 EARLY_S, LATE_S = 0.002, 0.2
 

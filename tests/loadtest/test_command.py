@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.mock_server import MockServer
-from loadtest.records import read_records
+from loadtest.results.records import read_records
 
 Factory = Callable[..., MockServer]
 PARETO = [sys.executable, "-m", "vllm_ext.cli", "loadtest"]

@@ -6,12 +6,12 @@ import gevent
 import pytest
 from rich.console import Console
 
-from loadtest import console
-from loadtest.records import Record
-from loadtest.schema import Generator, Server, Summary
-from loadtest.sink import Sink
-from loadtest.stage import Stage, StageSpec
-from loadtest.summary import summarize
+from loadtest.load.sink import Sink
+from loadtest.load.stage import Stage, StageSpec
+from loadtest.results import console
+from loadtest.results.records import Record
+from loadtest.results.schema import Generator, Server, Summary
+from loadtest.results.summary import summarize
 
 
 def slow_summary() -> Summary:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadtest.distributions import parse_distribution
 from loadtest.errors import LoadTestError
+from loadtest.workloads.distributions import parse_distribution
 
 
 def draw(text: str, count: int = 20_000, seed: int = 3) -> np.ndarray:

@@ -7,8 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.errors import LoadTestError
-from loadtest.exporter import Exporter
-from loadtest.records import Record
+from loadtest.results.records import Record
+from loadtest.watching.exporter import Exporter
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import pytest
 
 import loadtest
 from loadtest.mock_server import MockServer
-from loadtest.records import read_records
+from loadtest.results.records import read_records
 
 Factory = Callable[..., MockServer]
 ROOM = Path(loadtest.__file__).parent

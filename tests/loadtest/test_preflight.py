@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from loadtest.client import Client
-from loadtest.distributions import parse_distribution
+from loadtest.endpoint.client import Client
+from loadtest.endpoint.preflight import calibrate, check_server
 from loadtest.errors import LoadTestError
 from loadtest.mock_server import MockConfig, MockServer
-from loadtest.preflight import calibrate, check_server
-from loadtest.prompts import WordPrompts
+from loadtest.workloads.distributions import parse_distribution
+from loadtest.workloads.prompts import WordPrompts
 
 Factory = Callable[..., MockServer]
 

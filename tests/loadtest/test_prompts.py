@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.distributions import parse_distribution
 from loadtest.errors import LoadTestError
-from loadtest.prompts import (
+from loadtest.workloads.distributions import parse_distribution
+from loadtest.workloads.prompts import (
     WORDS,
     FilePrompts,
     PromptSource,
@@ -18,7 +18,7 @@ from loadtest.prompts import (
     parse_token_id_range,
     read_prompts,
 )
-from loadtest.workload import Workload
+from loadtest.workloads.workload import Workload
 
 COST = TokenCost(1.0, 1.0, WORDS, "known")
 

@@ -16,10 +16,10 @@ import pytest
 
 from loadtest import command
 from loadtest.errors import LoadTestError
+from loadtest.load.runner import run_load_test
 from loadtest.mock_server import MockServer
-from loadtest.records import Record, read_records
-from loadtest.runner import run_load_test
-from loadtest.schema import SCHEMA, Distribution, Summary
+from loadtest.results.records import Record, read_records
+from loadtest.results.schema import SCHEMA, Distribution, Summary
 from loadtest.settings import load_settings
 
 Factory = Callable[..., MockServer]

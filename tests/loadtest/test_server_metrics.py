@@ -7,9 +7,9 @@ from pathlib import Path
 import gevent
 import pytest
 
-from loadtest.client import Client
+from loadtest.endpoint.client import Client
 from loadtest.mock_server import MockServer
-from loadtest.server_metrics import Sampler, cache_config, parse_metrics, summarize_samples
+from loadtest.watching.server_metrics import Sampler, cache_config, parse_metrics, summarize_samples
 
 TEXT = """\
 # HELP vllm:num_requests_running Number

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.sse import Event, MalformedSSEError, SSEParser
+from loadtest.endpoint.sse import Event, MalformedSSEError, SSEParser
 
 STREAM = 'data: {"text": "größe 日本"}\r\n\r\n: ping\n\nevent: error\ndata: one\ndata: two\n\ndata: [DONE]\r\r'.encode()
 EVENTS = [Event("message", '{"text": "größe 日本"}'), Event("error", "one\ntwo"), Event("message", "[DONE]")]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gevent
 
-from loadtest.stage import Stage, StageSpec, Ticket
+from loadtest.load.stage import Stage, StageSpec, Ticket
 
 
 def test_a_closed_stage_hands_out_warmup_then_the_measured_requests() -> None:

@@ -11,11 +11,11 @@ import gevent
 import pytest
 
 from loadtest import clock
-from loadtest.client import Client
+from loadtest.endpoint.client import Client
+from loadtest.endpoint.preflight import check_server
 from loadtest.errors import LoadTestError
 from loadtest.mock_server import MockConfig, MockServer
-from loadtest.preflight import check_server
-from loadtest.records import Record
+from loadtest.results.records import Record
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 

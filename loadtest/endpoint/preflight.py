@@ -8,11 +8,11 @@ from typing import Any
 
 import gevent
 
-from loadtest.client import PATHS, Client, HTTPStatusError
+from loadtest.endpoint.client import PATHS, Client, HTTPStatusError
 from loadtest.errors import LoadTestError
-from loadtest.prompts import WORDS, TokenCost
-from loadtest.schema import Server
-from loadtest.server_metrics import cache_config
+from loadtest.results.schema import Server
+from loadtest.watching.server_metrics import cache_config
+from loadtest.workloads.prompts import WORDS, TokenCost
 
 _SHORT, _LONG = 16, 144
 

@@ -9,12 +9,13 @@ from locust import User, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtest import clock, records
-from loadtest.client import PATHS, Client
-from loadtest.records import Record
-from loadtest.sink import Sink
-from loadtest.stage import Stage, Ticket
-from loadtest.workload import Request, Workload
+from loadtest import clock
+from loadtest.endpoint.client import PATHS, Client
+from loadtest.load.sink import Sink
+from loadtest.load.stage import Stage, Ticket
+from loadtest.results import records
+from loadtest.results.records import Record
+from loadtest.workloads.workload import Request, Workload
 
 # A closed loop against a server that has gone must not spin: a refused connection ends at once, and so does one for
 # which this process has no file descriptor.

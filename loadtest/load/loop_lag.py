@@ -8,8 +8,8 @@ from array import array
 import gevent
 
 from loadtest import clock
-from loadtest.schema import Generator
-from loadtest.summary import distribution
+from loadtest.results.schema import Generator
+from loadtest.results.summary import distribution
 
 _PERIOD_S = 0.02
 

@@ -9,7 +9,7 @@ import numpy as np
 from gevent.event import Event
 
 from loadtest import clock
-from loadtest.arrivals import intended_starts
+from loadtest.load.arrivals import intended_starts
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StageSpec:
         concurrency: users of a closed loop; None in an open loop.
         rate: requests per second of an open loop; None in a closed loop.
         arrival: ``constant`` or ``poisson``.
-        burstiness: see :func:`loadtest.arrivals.intended_starts`.
+        burstiness: see :func:`loadtest.load.arrivals.intended_starts`.
         max_concurrency: most requests in flight in an open loop; later ones wait, and their wait counts as latency.
         warmup: requests to send and await first, left out of the results.
         requests: measured requests; None for no limit.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from loadtest.distributions import TokenDistribution
-from loadtest.prompts import PromptSource
+from loadtest.workloads.distributions import TokenDistribution
+from loadtest.workloads.prompts import PromptSource
 
 
 @dataclass(frozen=True)

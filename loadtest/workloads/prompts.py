@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from loadtest.distributions import TokenDistribution
 from loadtest.errors import LoadTestError
+from loadtest.workloads.distributions import TokenDistribution
 
 # Frequent short English words, which most tokenizers keep whole. Calibration measures what they really cost.
 _FREQUENT = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from loadtest.records import Record
+from loadtest.results.records import Record
 
 
 class Sink:

@@ -13,7 +13,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from loadtest.records import Record
+from loadtest.results.records import Record
 
 _RECORDS, _FINISH, _FINISHED = "pareto_records", "pareto_finish", "pareto_finished"
 _FLUSH_S = 1.0

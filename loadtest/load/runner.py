@@ -17,24 +17,24 @@ from gevent.event import Event
 from locust.env import Environment
 
 from loadtest import clock
-from loadtest.client import Client
-from loadtest.console import Progress
-from loadtest.descriptors import raise_limit
-from loadtest.error_limit import ErrorLimit
-from loadtest.exporter import Exporter
-from loadtest.loop_lag import LoopLag
-from loadtest.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
-from loadtest.preflight import calibrate, check_server
-from loadtest.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
-from loadtest.records import RecordWriter, read_records, write_json_atomically
-from loadtest.schema import Server, Summary
-from loadtest.server_metrics import Sampler
+from loadtest.endpoint.client import Client
+from loadtest.endpoint.preflight import calibrate, check_server
+from loadtest.load.descriptors import raise_limit
+from loadtest.load.error_limit import ErrorLimit
+from loadtest.load.loop_lag import LoopLag
+from loadtest.load.sink import Sink
+from loadtest.load.stage import Stage, StageSpec
+from loadtest.load.users import GenerationUser, Session
+from loadtest.results.console import Progress
+from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
+from loadtest.results.records import RecordWriter, read_records, write_json_atomically
+from loadtest.results.schema import Server, Summary
+from loadtest.results.summary import summarize
 from loadtest.settings import RequestSettings, Settings
-from loadtest.sink import Sink
-from loadtest.stage import Stage, StageSpec
-from loadtest.summary import summarize
-from loadtest.users import GenerationUser, Session
-from loadtest.workload import Workload
+from loadtest.watching.exporter import Exporter
+from loadtest.watching.server_metrics import Sampler
+from loadtest.workloads.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
+from loadtest.workloads.workload import Workload
 
 
 class RunUser(GenerationUser):

@@ -12,8 +12,8 @@ import gevent
 import numpy as np
 
 from loadtest import clock
-from loadtest.client import Client, HTTPStatusError
-from loadtest.schema import MetricSeries
+from loadtest.endpoint.client import Client, HTTPStatusError
+from loadtest.results.schema import MetricSeries
 
 PREFIXES = ("vllm:", "pareto_")
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from loadtest import records
-from loadtest.records import Record
-from loadtest.schema import (
+from loadtest.load.stage import StageSpec
+from loadtest.results import records
+from loadtest.results.records import Record
+from loadtest.results.schema import (
     Distribution,
     Goodput,
     Latency,
@@ -21,7 +22,6 @@ from loadtest.schema import (
     Throughput,
     TokenCounts,
 )
-from loadtest.stage import StageSpec
 
 _LAG_WORTH_A_NOTE_MS = 10.0
 _CACHED_WORTH_A_NOTE = 0.02

@@ -17,11 +17,12 @@ import gevent.ssl
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
-from loadtest import clock, records
-from loadtest.descriptors import shortage
+from loadtest import clock
+from loadtest.endpoint.sse import Event, MalformedSSEError, SSEParser
 from loadtest.errors import LoadTestError
-from loadtest.records import Record
-from loadtest.sse import Event, MalformedSSEError, SSEParser
+from loadtest.load.descriptors import shortage
+from loadtest.results import records
+from loadtest.results.records import Record
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 # The pool is a cap on open connections; load is shaped by users and arrivals, so the pool must never be what waits.

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from loadtest.schema import Distribution, StageResult, Summary
-from loadtest.sink import Sink
-from loadtest.stage import Stage, StageSpec
+from loadtest.load.sink import Sink
+from loadtest.load.stage import Stage, StageSpec
+from loadtest.results.schema import Distribution, StageResult, Summary
 
 # Drawing shares the core with the requests being timed, so it happens rarely.
 _REDRAW_S = 0.5

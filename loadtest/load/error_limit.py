@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gevent.event import Event
 
-from loadtest import records
-from loadtest.records import Record
-from loadtest.schema import StageResult
-from loadtest.stage import StageSpec
+from loadtest.load.stage import StageSpec
+from loadtest.results import records
+from loadtest.results.records import Record
+from loadtest.results.schema import StageResult
 
 DEFAULT_MAX_ERROR_RATE = 0.05
 # Below this many ended requests a fraction says little, so a stage is cut short only where its end is certain.

@@ -1,0 +1,1 @@
+"""When requests are sent: shapes, stages, users and the run."""

@@ -1,0 +1,1 @@
+"""What was measured: records, statistics, and the files and tables that show them."""

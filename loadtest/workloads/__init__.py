@@ -1,0 +1,1 @@
+"""What is asked: prompts, their lengths and the bodies of requests."""
