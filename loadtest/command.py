@@ -34,7 +34,8 @@ USER_ERRORS = (LoadTestError,)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     # Locust is imported by no flag, so that --help is quick.
-    from loadtest.settings import add_load_arguments, add_request_arguments
+    from loadtest.request_settings import add_request_arguments
+    from loadtest.settings import add_load_arguments
 
     add_load_arguments(parser)
     add_request_arguments(parser)
@@ -47,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = load_settings(args)
     import_locust()
-    from loadtest.load.error_limit import DEFAULT_MAX_ERROR_RATE, exceeded
+    from loadtest.load.error_limit import exceeded
     from loadtest.load.runner import run_load_test
     from loadtest.results.console import load_name, print_summary
     from loadtest.results.output import SUMMARY
+    from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE
 
     summary = run_load_test(settings)
     print_summary(summary)

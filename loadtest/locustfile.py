@@ -24,18 +24,18 @@ from locust import events
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.endpoint.client import Client, normalize_base_url
-from loadtest.endpoint.preflight import check_server
+from loadtest.endpoint.descriptors import raise_limit
 from loadtest.errors import LoadTestError
-from loadtest.load.arrivals import ARRIVALS
-from loadtest.load.descriptors import raise_limit
 from loadtest.load.distributed import RecordCollector, RecordForwarder, drain
+from loadtest.load.locust_report import LocustReport
+from loadtest.load.preflight import check_server
 from loadtest.load.runner import make_workload
 from loadtest.load.sink import Sink
-from loadtest.load.stage import Stage, StageSpec, Ticket
+from loadtest.load.stage import Stage, Ticket
 from loadtest.load.users import GenerationUser, Session
-from loadtest.results.locust_report import LocustReport
+from loadtest.request_settings import add_request_arguments, fresh_seed, request_settings, require
 from loadtest.results.records import Record
-from loadtest.settings import add_request_arguments, fresh_seed, request_settings, require
+from loadtest.stage_spec import ARRIVALS, StageSpec
 from loadtest.watching.exporter import Exporter
 
 logger = logging.getLogger(__name__)

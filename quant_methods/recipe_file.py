@@ -19,17 +19,17 @@ import yaml
 import quant_methods.methods.awq
 import quant_methods.methods.gptq
 import quant_methods.methods.kept
-import quant_methods.methods.movement
 import quant_methods.methods.omniquant
 import quant_methods.methods.pruning
-import quant_methods.methods.recovery
 import quant_methods.methods.rotation
 import quant_methods.methods.rtn
 import quant_methods.methods.smoothquant
 import quant_methods.methods.sparsegpt
 import quant_methods.methods.squeezellm
 import quant_methods.methods.trellis
-import quant_methods.methods.tuning  # noqa: F401
+import quant_methods.training.movement
+import quant_methods.training.recovery
+import quant_methods.training.tuning  # noqa: F401
 from kv_cache.errors import ParetoError
 from quant_methods.handlers import STEPS
 from quant_methods.recipe import Calibration, Recipe

@@ -34,10 +34,13 @@ QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
 # The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
 # (recipe.py, model_source.py) or what drives them (compress.py, command.py).
 WITHIN_QUANT_METHODS = (
-    "formats", "kernels", "checkpoints", "calibration", "methods", "mixed_precision", "activations", "sweeps",
-    "backends",
+    "formats", "kernels", "checkpoints", "calibration", "methods", "training", "mixed_precision", "activations",
+    "sweeps", "backends",
 )  # fmt: skip
+# The order of loadtest's folders; files beside them are shared, or drive them.
+WITHIN_LOADTEST = ("workloads", "results", "endpoint", "watching", "load")
 WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "study", "demo", "lab")
+WITHIN = {"quant_methods": WITHIN_QUANT_METHODS, "loadtest": WITHIN_LOADTEST, "bench": WITHIN_BENCH}
 FOREIGN = {
     "kv_cache": {"transformers", "compressed_tensors", "locust", "vllm", "lm_eval"},
     "quant_methods": {"locust", "vllm", "lm_eval"},
@@ -160,7 +163,7 @@ def test_the_formats_do_not_drag_the_calibrator_in():
             assert not {name.partition(".")[0] for name in found} & {"transformers", "compressed_tensors"}
 
 
-@pytest.mark.parametrize(("room", "order"), [("quant_methods", WITHIN_QUANT_METHODS), ("bench", WITHIN_BENCH)])
+@pytest.mark.parametrize(("room", "order"), WITHIN.items())
 def test_the_folders_of_a_room_are_in_order(room, order):
     found = parts(ROOT / room, room)
     folders = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
@@ -206,7 +209,7 @@ def table() -> str:
     for room, others in ROOMS.items():
         names = ", ".join(f"`{name}`" for name in ROOMS if name in others) or "none"
         rows.append(f"| `{room}/` | {job(ROOT / room)} | {names} | {'yes' if room in MAY_IMPORT_ENGINE else 'no'} |")
-    for room, order in (("quant_methods", WITHIN_QUANT_METHODS), ("bench", WITHIN_BENCH)):
+    for room, order in WITHIN.items():
         rows += ["", f"| folder of `{room}/` (each imports only those above it) | what it is for |", "| --- | --- |"]
         rows += [f"| `{name}/` | {job(ROOT / room / name)} |" for name in order]
     return "\n".join(rows) + "\n"

@@ -18,9 +18,9 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
 from loadtest import clock
+from loadtest.endpoint.descriptors import shortage
 from loadtest.endpoint.sse import Event, MalformedSSEError, SSEParser
 from loadtest.errors import LoadTestError
-from loadtest.load.descriptors import shortage
 from loadtest.results import records
 from loadtest.results.records import Record
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-ARRIVALS = ("constant", "poisson")
+from loadtest.stage_spec import ARRIVALS
 
 
 def intended_starts(rate: float, arrival: str, rng: np.random.Generator, burstiness: float = 1.0) -> Iterator[float]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from gevent.event import Event
 
-from loadtest.load.stage import StageSpec
 from loadtest.results import records
 from loadtest.results.records import Record
 from loadtest.results.schema import StageResult
+from loadtest.stage_spec import StageSpec
 
-DEFAULT_MAX_ERROR_RATE = 0.05
 # Below this many ended requests a fraction says little, so a stage is cut short only where its end is certain.
 _ENOUGH_TO_JUDGE = 20
 

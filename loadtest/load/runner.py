@@ -18,19 +18,21 @@ from locust.env import Environment
 
 from loadtest import clock
 from loadtest.endpoint.client import Client
-from loadtest.endpoint.preflight import calibrate, check_server
-from loadtest.load.descriptors import raise_limit
+from loadtest.endpoint.descriptors import raise_limit
 from loadtest.load.error_limit import ErrorLimit
 from loadtest.load.loop_lag import LoopLag
+from loadtest.load.preflight import calibrate, check_server
+from loadtest.load.progress import Progress
 from loadtest.load.sink import Sink
-from loadtest.load.stage import Stage, StageSpec
+from loadtest.load.stage import Stage
 from loadtest.load.users import GenerationUser, Session
-from loadtest.results.console import Progress
+from loadtest.request_settings import RequestSettings
 from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
 from loadtest.results.records import RecordWriter, read_records, write_json_atomically
 from loadtest.results.schema import Server, Summary
 from loadtest.results.summary import summarize
-from loadtest.settings import RequestSettings, Settings
+from loadtest.settings import Settings
+from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
 from loadtest.workloads.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts

@@ -10,39 +10,7 @@ from gevent.event import Event
 
 from loadtest import clock
 from loadtest.load.arrivals import intended_starts
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """What a stage is asked to do.
-
-    Attributes:
-        index: position in the run.
-        concurrency: users of a closed loop; None in an open loop.
-        rate: requests per second of an open loop; None in a closed loop.
-        arrival: ``constant`` or ``poisson``.
-        burstiness: see :func:`loadtest.load.arrivals.intended_starts`.
-        max_concurrency: most requests in flight in an open loop; later ones wait, and their wait counts as latency.
-        warmup: requests to send and await first, left out of the results.
-        requests: measured requests; None for no limit.
-        duration_s: seconds in which measured requests may start; None for no limit.
-
-    """
-
-    index: int = 0
-    concurrency: int | None = None
-    rate: float | None = None
-    arrival: str = "poisson"
-    burstiness: float = 1.0
-    max_concurrency: int | None = None
-    warmup: int = 0
-    requests: int | None = None
-    duration_s: float | None = None
-
-    @property
-    def mode(self) -> str:
-        """``closed`` or ``open``."""
-        return "closed" if self.rate is None else "open"
+from loadtest.stage_spec import StageSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from loadtest.load.stage import StageSpec
 from loadtest.results import records
 from loadtest.results.records import Record
 from loadtest.results.schema import (
@@ -22,6 +21,7 @@ from loadtest.results.schema import (
     Throughput,
     TokenCounts,
 )
+from loadtest.stage_spec import StageSpec
 
 _LAG_WORTH_A_NOTE_MS = 10.0
 _CACHED_WORTH_A_NOTE = 0.02

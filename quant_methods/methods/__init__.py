@@ -1,1 +1,1 @@
-"""The steps of recipes: rounding, scaling, rotating and tuning, one paper a file."""
+"""The steps of recipes: rounding, scaling, rotating and pruning, one paper a file."""

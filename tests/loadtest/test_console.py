@@ -6,12 +6,14 @@ import gevent
 import pytest
 from rich.console import Console
 
+from loadtest.load import progress
 from loadtest.load.sink import Sink
-from loadtest.load.stage import Stage, StageSpec
+from loadtest.load.stage import Stage
 from loadtest.results import console
 from loadtest.results.records import Record
 from loadtest.results.schema import Generator, Server, Summary
 from loadtest.results.summary import summarize
+from loadtest.stage_spec import StageSpec
 
 
 def slow_summary() -> Summary:
@@ -38,12 +40,12 @@ def test_no_number_is_cut_on_a_narrow_terminal(width: int) -> None:
 def test_without_a_terminal_a_line_says_now_and_then_what_is_in_flight(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "_LINE_S", 0.02)
+    monkeypatch.setattr(progress, "_LINE_S", 0.02)
     spec, sink = StageSpec(0, concurrency=4, requests=8), Sink()
     sink.begin()
     for enabled in (True, False):
-        with console.Progress([spec], sink, enabled) as progress:
-            progress.show(Stage(spec, 0))
+        with progress.Progress([spec], sink, enabled) as shown:
+            shown.show(Stage(spec, 0))
             gevent.sleep(0.2)
         expected = "stage 1/1: 4 users: 0%, 0 ok, 0 failed, 1 in flight" if enabled else ""
         assert capsys.readouterr().err.partition("\n")[0] == expected

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loadtest.endpoint.client import Client
-from loadtest.endpoint.preflight import calibrate, check_server
 from loadtest.errors import LoadTestError
+from loadtest.load.preflight import calibrate, check_server
 from loadtest.mock_server import MockConfig, MockServer
 from loadtest.workloads.distributions import parse_distribution
 from loadtest.workloads.prompts import WordPrompts

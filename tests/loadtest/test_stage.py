@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import gevent
 
-from loadtest.load.stage import Stage, StageSpec, Ticket
+from loadtest.load.stage import Stage, Ticket
+from loadtest.stage_spec import StageSpec
 
 
 def test_a_closed_stage_hands_out_warmup_then_the_measured_requests() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from loadtest import clock
 from loadtest.endpoint.client import Client
-from loadtest.endpoint.preflight import check_server
 from loadtest.errors import LoadTestError
+from loadtest.load.preflight import check_server
 from loadtest.mock_server import MockConfig, MockServer
 from loadtest.results.records import Record
 

@@ -28,13 +28,10 @@ from quant_methods.compress import compress
 from quant_methods.handlers import HANDLERS, Handler
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
-from quant_methods.methods.movement import Movement
 from quant_methods.methods.omniquant import OmniQuant
-from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.squeezellm import SqueezeLLM
-from quant_methods.methods.tuning import Tune
 from quant_methods.model_source import resolve_model
 from quant_methods.patterns import matches
 from quant_methods.recipe import Calibration, Recipe
@@ -42,6 +39,9 @@ from quant_methods.recipe_file import built_in_recipes, load_recipe
 from quant_methods.report import Report
 from quant_methods.steps import RoundStep, Step
 from quant_methods.stock_vllm import Serving
+from quant_methods.training.movement import Movement
+from quant_methods.training.recovery import Recover
+from quant_methods.training.tuning import Tune
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from tests.quant_methods.random_layers import Parts, quantize
 from tests.quant_methods.serving import serve

@@ -27,11 +27,9 @@ from quant_methods.group_sizes import fit_groups
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.pruning import Wanda
-from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
-from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget, Loss
 from quant_methods.mixed_precision.mixed import JSON_FILE, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
@@ -41,6 +39,8 @@ from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import Step
 from quant_methods.sweeps.file import Evaluation, Point, Sweep
 from quant_methods.sweeps.sweep import SweepRun
+from quant_methods.training.recovery import Recover
+from quant_methods.training.tuning import Tune
 from tests.quant_methods.checkpoints.test_readback import read_back
 from tests.quant_methods.conftest import TOKENIZER_FILES
 from tests.quant_methods.serving import serve

@@ -13,20 +13,20 @@ from quant_methods.handlers import BLOCK_STEPS, HANDLERS, MODEL_STEPS, PRUNERS, 
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.kept import KeepZeros
-from quant_methods.methods.movement import Movement
 from quant_methods.methods.omniquant import OmniQuant
 from quant_methods.methods.pruning import Magnitude, Wanda
-from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.methods.squeezellm import SqueezeLLM
 from quant_methods.methods.trellis import Trellis
-from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import built_in_recipes, load_recipe, parse_recipe
 from quant_methods.steps import KINDS, PruneStep, Step
+from quant_methods.training.movement import Movement
+from quant_methods.training.recovery import Recover
+from quant_methods.training.tuning import Tune
 
 HANDLED = {*HANDLERS, *PRUNERS, *TRANSFORMS, *BLOCK_STEPS, *SOURCE_STEPS, *MODEL_STEPS}
 

@@ -23,7 +23,6 @@ from quant_methods.checkpoints.quality import divergence
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress, prepare
 from quant_methods.methods.rtn import RTN
-from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, Losses
 from quant_methods.mixed_precision.kv_choice import JSON_FILE, PLOT_FILE, KVChoice
@@ -35,6 +34,7 @@ from quant_methods.mixed_precision.units import Width
 from quant_methods.model_source import EMBEDDED
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import Step
+from quant_methods.training.tuning import Tune
 from tests.kv_cache.random_scales import random_scales
 from vllm_ext.cli import main
 

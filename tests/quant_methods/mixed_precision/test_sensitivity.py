@@ -18,12 +18,12 @@ from quant_methods.formats.grid import Grid
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
-from quant_methods.methods.tuning import Tune
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.mixed import JSON_FILE, PLOT_FILE, compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Sensitivity, Settings
 from quant_methods.mixed_precision.units import Unit, Width, units_of
 from quant_methods.recipe import Calibration, Recipe
+from quant_methods.training.tuning import Tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

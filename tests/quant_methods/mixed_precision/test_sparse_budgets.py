@@ -10,9 +10,7 @@ import torch
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_sequences
 from quant_methods.checkpoints.reference import load_reference
-from quant_methods.methods.movement import Movement
 from quant_methods.methods.pruning import Magnitude, Wanda
-from quant_methods.methods.recovery import Recover
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.sparsegpt import SparseGPT
 from quant_methods.mixed_precision import owl
@@ -22,6 +20,8 @@ from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import Step
+from quant_methods.training.movement import Movement
+from quant_methods.training.recovery import Recover
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,9 +25,9 @@ from quant_methods.formats.form import ACTIVATION_BITS
 from quant_methods.formats.grid import expand
 from quant_methods.formats.parts.grid_codes import GridCodes
 from quant_methods.handlers import completes, register
-from quant_methods.methods.trainer import Trainer
-from quant_methods.methods.training import Training
-from quant_methods.methods.tuned_model import LearnedCodes, TunedLinear
+from quant_methods.training.settings import Training
+from quant_methods.training.trainer import Trainer
+from quant_methods.training.tuned_model import LearnedCodes, TunedLinear
 
 
 @register("tune")

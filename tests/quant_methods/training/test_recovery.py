@@ -17,18 +17,18 @@ from quant_methods.compress import compress
 from quant_methods.methods.awq import AWQ
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.kept import KeepZeros
-from quant_methods.methods.masked_model import LearnedProduct, MaskedLinear, ScoredLinear
-from quant_methods.methods.movement import Movement
 from quant_methods.methods.pruning import Magnitude, Wanda
-from quant_methods.methods.recovery import Recover
 from quant_methods.methods.sparsegpt import SparseGPT
-from quant_methods.methods.trainer import LOOKS
-from quant_methods.methods.tuned_model import Learned
-from quant_methods.methods.tuning import Tune
 from quant_methods.overrides import override
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.steps import PruneStep, Step
+from quant_methods.training.masked_model import LearnedProduct, MaskedLinear, ScoredLinear
+from quant_methods.training.movement import Movement
+from quant_methods.training.recovery import Recover
+from quant_methods.training.trainer import LOOKS
+from quant_methods.training.tuned_model import Learned
+from quant_methods.training.tuning import Tune
 from tests.quant_methods.test_compress import Interrupted, contents, recipe
 
 PRUNED = Magnitude(pattern="2:4")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from loadtest import clock
-from loadtest.load.stage import StageSpec
 from loadtest.results.output import RECORDS, SUMMARY, environment_info, prepare_output
 from loadtest.results.records import Record, RecordWriter, read_records, write_json_atomically
 from loadtest.results.schema import Generator, Server, Summary
 from loadtest.results.summary import summarize
 from loadtest.settings import public_flags
+from loadtest.stage_spec import StageSpec
 
 
 class LocustReport:

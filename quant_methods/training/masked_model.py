@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quant_methods.methods.tuned_model import Learned, straight
+from quant_methods.training.tuned_model import Learned, straight
 
 
 class LearnedProduct(nn.Module):

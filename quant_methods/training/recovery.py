@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.handlers import completes, register
-from quant_methods.methods.masked_model import LearnedProduct, MaskedLinear
-from quant_methods.methods.trainer import Trainer
-from quant_methods.methods.training import WeightTraining
-from quant_methods.methods.tuned_model import Learned
+from quant_methods.training.masked_model import LearnedProduct, MaskedLinear
+from quant_methods.training.settings import WeightTraining
+from quant_methods.training.trainer import Trainer
+from quant_methods.training.tuned_model import Learned
 
 
 @register("recover")

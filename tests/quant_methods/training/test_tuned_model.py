@@ -14,7 +14,7 @@ from quant_methods.formats.parts.single_weights import Sparse
 from quant_methods.formats.parts.table_codes import TableCodes
 from quant_methods.formats.parts.trellis_codes import TrellisCodes, TrellisForm
 from quant_methods.formats.quantized import QuantizedLinear
-from quant_methods.methods.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter
+from quant_methods.training.tuned_model import Learned, LearnedCodes, TunedLinear, learn_parameter
 
 
 def layer() -> QuantizedLinear:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from kv_cache.errors import ParetoError
 from quant_methods.handlers import LinearProblem, completes, prunes, register
-from quant_methods.methods.masked_model import ScoredLinear
 from quant_methods.methods.pruning import least
-from quant_methods.methods.trainer import Trainer
-from quant_methods.methods.training import WeightTraining
-from quant_methods.methods.tuned_model import Learned
 from quant_methods.steps import PruneStep
+from quant_methods.training.masked_model import ScoredLinear
+from quant_methods.training.settings import WeightTraining
+from quant_methods.training.trainer import Trainer
+from quant_methods.training.tuned_model import Learned
 
 SCORE_RATE = 1e-2
 """Adam's for scores, as in the paper."""

@@ -24,11 +24,11 @@ from quant_methods.compress import compress
 from quant_methods.methods.gptq import GPTQ
 from quant_methods.methods.rotation import Rotate
 from quant_methods.methods.rtn import RTN
-from quant_methods.methods.trainer import LOOKS, at_once
-from quant_methods.methods.tuning import Tune
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.steps import Step
+from quant_methods.training.trainer import LOOKS, at_once
+from quant_methods.training.tuning import Tune
 from tests.quant_methods.random_layers import Parts
 
 COARSE = RTN(bits=4, group_size=-1, symmetric=True, search="minmax")

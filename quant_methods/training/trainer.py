@@ -27,9 +27,9 @@ from quant_methods.calibration import outside
 from quant_methods.calibration.calibrator import Decoder, batch_size, quick_dtype
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.handlers import Tuned
-from quant_methods.methods.training import Training
-from quant_methods.methods.tuned_model import Learned, learn_parameter, recompute_blocks
 from quant_methods.steps import PruneStep, RoundStep
+from quant_methods.training.settings import Training
+from quant_methods.training.tuned_model import Learned, learn_parameter, recompute_blocks
 
 if TYPE_CHECKING:
     from quant_methods.checkpoints.storage import Storage
