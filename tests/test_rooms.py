@@ -29,7 +29,8 @@ QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
     "formats.parts.single_weights", "formats.parts.low_rank", "formats.parts.trellis", "formats.parts.trellis_codes",
     "formats.parts.semi_sparse", "formats.parts.bitmap_codes",
     "kernels.beside", "kernels.beside_cuda", "kernels.beside_triton", "kernels.low_bit",
-    "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.sparse", "kernels.sparse_cuda",
+    "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.semi_sparse_product",
+    "kernels.sparse", "kernels.sparse_cuda",
 )}  # fmt: skip
 # The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
 # (recipe.py, model_source.py) or what drives them (compress.py, command.py).

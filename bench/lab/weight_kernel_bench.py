@@ -5,9 +5,9 @@ channels kept apart, 0.45% of the weights stored singly. The rows without it say
 codes of which two in four are kept, on the sparse tensor cores. ``4-bitmap50`` and ``4-bitmap60`` store a bit for each
 weight and the codes of those that are not zero: 50 or 60% are, by chance.
 
-The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs over
-enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored bytes, beside
-that of a copy on the same device.
+The four matrices of a layer of Mistral-7B's shape (or --matrices), random codes, groups of 128, CUDA graphs (up to 512
+tokens) over enough copies that nothing is read from the L2 cache; medians of repeats. The rate is that of the stored
+bytes, beside that of a copy on the same device.
 
     python -m bench.lab.weight_kernel_bench --out results/gpu-weight-kernel/kernel.json
 """
@@ -26,7 +26,7 @@ import torch
 
 from bench.environment import environment
 from bench.files import write_json
-from bench.gpu_timer import copy_rate, graph_seconds
+from bench.gpu_timer import copy_rate, graph_seconds, median_seconds
 from kv_cache.errors import ParetoError
 from quant_methods.formats.parts.bitmap_codes import BitmapCodes
 from quant_methods.formats.parts.columns import Columns
@@ -55,6 +55,8 @@ BYTES_IN_TURN = 512 << 20
 """Weights that the calls of one graph read in turn, at least: ten times the L2 cache of an H100."""
 MOST_COPIES = 48
 GROUP = 128
+CAPTURED = 512
+"""Tokens of the largest CUDA graph that vLLM captures by default; products of more are launched one by one here too."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -170,7 +172,7 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
             for count in columns:
                 x = torch.randn(count, shape[1], device="cuda", dtype=torch.bfloat16)
                 calls: list[Callable[[], Any]] = [functools.partial(product, x) for product in products]
-                seconds[count].append(graph_seconds(calls, repeats))
+                seconds[count].append((graph_seconds if count <= CAPTURED else seconds_apart)(calls, repeats))
             del products
             torch.cuda.empty_cache()
         for count, times in seconds.items():
@@ -186,6 +188,11 @@ def measure(matrices: list[tuple[int, int]], columns: list[int], ours: list[str]
             )
             print(f"{name}, {count} columns: {1e6 * sum(times):.1f} us a layer", file=sys.stderr, flush=True)
     return rows
+
+
+def seconds_apart(calls: list[Callable[[], Any]], repeats: int) -> float:
+    """Return the median seconds of one of ``calls``, launched one after the other."""
+    return median_seconds(lambda: [call() for call in calls], repeats) / len(calls)
 
 
 def table(rows: list[dict[str, Any]], ceiling: float) -> str:

@@ -75,6 +75,7 @@ class Mover(Trainer):
     """Prunes the layers of an unfinished run."""
 
     verb = "pruning by movement"
+    steps_alike = False  # The weights that are left change between steps.
     settings: Movement
 
     @property

@@ -11,6 +11,7 @@ the same bytes as one that was not interrupted.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from quant_methods.calibration.calibrator import Decoder, batch_size, quick_dtyp
 from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_json, write_tensors
 from quant_methods.handlers import Tuned
 from quant_methods.steps import PruneStep, RoundStep
+from quant_methods.training.graphed import Gradients, keeps_activations
 from quant_methods.training.settings import Training
 from quant_methods.training.tuned_model import Learned, learn_parameter, recompute_blocks
 
@@ -41,6 +43,8 @@ LOOKS = 8
 # what a share of its memory holds.
 LOGITS = 1 << 26
 LOGITS_SHARE = 1 / 64
+TARGETS_SHARE = 1 / 8
+"""Of a GPU's free memory, what the hidden states that are aimed at may take there."""
 
 Say = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what happens now)."""
@@ -75,6 +79,8 @@ class Trainer:
 
     verb = "training"
     """What it is called where it says how far it is."""
+    steps_alike = True
+    """Whether a step computes what the one before did, on other numbers alone, so that a CUDA graph can repeat it."""
 
     def __init__(
         self,
@@ -160,7 +166,7 @@ class Trainer:
         return Tuned.of(json.loads(self.result_file.read_text()))
 
     def _targets(self, common: dict[str, Tensor]) -> Tensor:
-        """Return what leaves the original's last block, float32 [sequences, length, width] on the CPU."""
+        """Return what leaves the original's last block, float32 [sequences, length, width], on the device if small."""
         hidden = self.teacher.embed(self.tokens)
         total = len(self.teacher.blocks)
         for index in range(total):
@@ -168,6 +174,9 @@ class Trainer:
             with self.teacher.loaded(index) as block:
                 self.teacher.advance(index, block, hidden)
         outside.load(self.teacher, common)
+        # Copied in every step otherwise.
+        if self.device.type == "cuda" and hidden.nbytes < TARGETS_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+            return hidden.to(self.device)
         return hidden
 
     def _load_student(self, common: dict[str, Tensor]) -> None:
@@ -197,7 +206,15 @@ class Trainer:
                     if value is not None and value.dim() == 1 and full in decoder.source:
                         dtype = changed[full].dtype if full in changed else decoder.source.dtype(full)
                         learn_parameter(module, parameter, dtype)
-        recompute_blocks(decoder.blocks)
+        if not self.keeps_activations:
+            recompute_blocks(decoder.blocks)
+
+    @functools.cached_property
+    def keeps_activations(self) -> bool:
+        """Whether all activations of a micro-batch stay in memory until its backward pass."""
+        config, tokens = self.student.config, min(self.at_once, self.settings.batch) * self.settings.length
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return keeps_activations(tokens, len(self.student.blocks), config.hidden_size, inner, self.device)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.student.model.named_parameters() if value.requires_grad}
@@ -212,16 +229,20 @@ class Trainer:
             self.prepare(0)
             loss = self._held_out(targets)
             state = _State(0, [(0, loss)], 0, {name: value.detach().clone() for name, value in parameters.items()})
+        gradients = Gradients(
+            functools.partial(self.loss, bfloat16=self.quick),
+            list(parameters.values()),
+            captured=self.steps_alike and self.keeps_activations,
+            say=lambda what: self.say(0, step.steps, f"{self.verb} {what}"),
+        )
         looks = {round(look * step.steps / LOOKS) for look in range(1, LOOKS + 1)}
         while state.step < step.steps:
             self.prepare(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * step.rate(state.step)
             order = step.order(state.step)
-            optimizer.zero_grad()
-            for start in range(0, len(order), self.at_once):
-                chosen = order[start : start + self.at_once]
-                self._loss(chosen, targets, bfloat16=self.quick).div(len(order)).backward()
+            parts = [order[start : start + self.at_once] for start in range(0, len(order), self.at_once)]
+            gradients([self.batch(part, targets) for part in parts])
             optimizer.step()
             state.step += 1
             best = dict(state.kl)[state.kept]
@@ -245,16 +266,23 @@ class Trainer:
         self.prepare(state.kept)
         return Tuned(tuple(state.kl), state.kept, step.on_text)
 
-    def _loss(self, sequences: list[int], targets: Tensor | None, *, bfloat16: bool = False) -> Tensor:
-        """Return the sum over sequences of their loss, the mean over their tokens, in nats."""
-        tokens = self.tokens[sequences].to(self.device)
+    def loss(self, tokens: Tensor, hidden: Tensor | None, *, bfloat16: bool = False) -> Tensor:
+        """Return the sum over sequences of their loss, the mean over their tokens, in nats.
+
+        Args:
+            tokens: int64 [sequences, length] on the device.
+            hidden: what leaves the original's last block for them, float32 [sequences, length, width] on the device;
+                None: the text's own loss.
+            bfloat16: run the compressed model's matrix products in it.
+
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             logits = self.student.model(input_ids=tokens, use_cache=False).logits
-        if targets is None:
+        if hidden is None:
             lost = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
-            return lost * len(sequences)
+            return lost * len(tokens)
         with torch.no_grad():
-            expected = outside.logits(self.teacher, targets[sequences].to(self.device)).log_softmax(-1)
+            expected = outside.logits(self.teacher, hidden).log_softmax(-1)
         found = logits.float().log_softmax(-1)
         return functional.kl_div(found, expected, log_target=True, reduction="sum") / tokens.shape[1]
 
@@ -263,7 +291,12 @@ class Trainer:
         """Return the mean loss of the held-out sequences, in float32 arithmetic whatever training uses."""
         chosen = list(range(self.settings.num_samples, len(self.tokens)))
         parts = [chosen[i : i + self.at_once] for i in range(0, len(chosen), self.at_once)]
-        return sum(self._loss(part, targets).item() for part in parts) / len(chosen)
+        return sum(self.loss(*self.batch(part, targets)).item() for part in parts) / len(chosen)
+
+    def batch(self, sequences: list[int], targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return sequences' tokens and what the original's last block puts out for them, on the device."""
+        hidden = None if targets is None else targets[sequences].to(self.device)
+        return self.tokens[sequences].to(self.device), hidden
 
     @torch.no_grad()
     def _write(self) -> None:

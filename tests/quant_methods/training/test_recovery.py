@@ -23,6 +23,7 @@ from quant_methods.overrides import override
 from quant_methods.recipe import Recipe
 from quant_methods.recipe_file import parse_recipe
 from quant_methods.steps import PruneStep, Step
+from quant_methods.training import graphed, trainer
 from quant_methods.training.masked_model import LearnedProduct, MaskedLinear, ScoredLinear
 from quant_methods.training.movement import Movement
 from quant_methods.training.recovery import Recover
@@ -349,3 +350,58 @@ def test_every_prune_step_may_come_before(tiny_model: Path, text_file: Path, tmp
     steps: tuple[PruneStep, ...] = (Wanda(targets=first, refit=True), SparseGPT(pattern="4:8"))
     report = compress(tiny_model, recipe(*steps, RECOVER, W4), tmp_path / "out", text=text_file)
     assert all(layer.sparsity is not None and layer.sparsity >= 0.49 for layer in report.layers)
+
+
+class Replayed:
+    """Stands for a CUDA graph: the same loss on copies of what it is given."""
+
+    made = 0
+
+    def __init__(self, loss, parameters, tokens, targets):
+        type(self).made += 1
+        self.loss, self.tokens, self.targets = loss, tokens.clone(), targets.clone()
+        loss(tokens, targets).backward()
+        for parameter in parameters:
+            parameter.grad.zero_()
+
+    def fits(self, tokens):
+        return tokens.shape == self.tokens.shape
+
+    def add(self, tokens, targets):
+        self.tokens.copy_(tokens)
+        self.targets.copy_(targets)
+        self.loss(self.tokens, self.targets).backward()
+
+
+def test_a_graph_of_the_first_micro_batch_trains_the_same(tiny_model, text_file, tmp_path, monkeypatch):
+    """Three sequences, two at a time: the graph is captured for two, and one goes without."""
+    monkeypatch.setattr(trainer, "at_once", lambda *sizes: 2)
+    step = dataclasses.replace(RECOVER, batch=3, train_steps=8)
+    compress(tiny_model, recipe(PRUNED, step), tmp_path / "plain", text=text_file)
+    monkeypatch.setattr(trainer, "keeps_activations", lambda *sizes: True)
+    monkeypatch.setattr(graphed, "GraphedGradients", Replayed)
+    compress(tiny_model, recipe(PRUNED, step), tmp_path / "graphed", text=text_file)
+    assert Replayed.made == 1
+    plain, found = weights(tmp_path / "plain"), weights(tmp_path / "graphed")
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("step", [RECOVER, dataclasses.replace(RECOVER, loss="text"), TUNE], ids=["kl", "text", "tune"])
+def test_a_cuda_graph_trains_as_single_kernels_do(tiny_model, text_file, tmp_path, monkeypatch, step):
+    rounding = [W4] if isinstance(step, Tune) else []
+    said = []
+    reports = []
+    for name in ("graph", "single"):
+        told = recipe(PRUNED, *rounding, step)
+        reports.append(
+            compress(
+                tiny_model, told, tmp_path / name, text=text_file, device="cuda", progress=lambda *a: said.append(a)
+            )
+        )
+        monkeypatch.setattr(trainer, "keeps_activations", lambda *sizes: False)
+    assert not any("without a CUDA graph" in str(each) for each in said)
+    graph, single = (report.tuned or report.trained for report in reports)
+    losses = [[loss for _, loss in trained.kl] for trained in (graph, single)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
