@@ -1,6 +1,7 @@
 """Builds kv_cache._cpu and quant_methods._cpu: C with flags for each instruction set, which is chosen at run time."""
 
 import platform
+import runpy
 import sys
 import sysconfig
 from pathlib import Path
@@ -56,6 +57,10 @@ def extension(room: str) -> Extension:
         optional=True,
     )
 
+
+# The repository has the weights of the models that ship packed.
+if (embedded := Path("quant_methods/embedded.py")).is_file():
+    runpy.run_path(str(embedded))["unpack"]()
 
 setup(
     cmdclass={"build_ext": BuildKernels},

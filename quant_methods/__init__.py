@@ -12,11 +12,13 @@
 ``checkpoints/``      reading sources, writing results, running either in float32
 ``calibration/``      text, and the model run over it block by block
 ``methods/``          the steps of recipes
+``training/``         those that train whole models
 ``mixed_precision/``  a width for each layer, from a budget
 ``activations/``      statistics of layers' inputs
 ``sweeps/``           many recipes, one table
 ``backends/``         other compression tools
 ====================  ==================================================================
 
-Folders import only those above them (``tests/test_rooms.py``). ``recipes/`` and ``models/`` hold data.
+Folders import only those above them (``tests/test_rooms.py``). ``recipes/`` and ``models/``
+hold data; ``embedded.py`` finds the latter.
 """

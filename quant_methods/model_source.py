@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from kv_cache.errors import ParetoError
+from quant_methods.embedded import MODELS, unpack
+from quant_methods.embedded import names as embedded_names
 
-EMBEDDED = Path(__file__).parent / "models"
 DEFAULT_MODEL = "ref-7m"
 
 INDEX = "model.safetensors.index.json"
@@ -65,14 +66,14 @@ def resolve_model(
         pass
     elif path.exists():
         raise ParetoError(f"{text} is a file; a model is a directory with config.json and *.safetensors")
-    elif (EMBEDDED / text / "config.json").is_file():
-        path = EMBEDDED / text
+    elif text in embedded_names():
+        path = embedded_model(text)
     elif text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
         path = _download(text, revision, download_dir, token)
     else:
         raise ParetoError(
             f"model {text!r} not found: no such directory, and not one of the embedded models "
-            f"({', '.join(embedded_models())}); a hub name has the form owner/name"
+            f"({', '.join(embedded_names())}); a hub name has the form owner/name"
         )
     validate_checkpoint(path, quantized=quantized)
     return path
@@ -103,9 +104,23 @@ def name_of(model: str | os.PathLike[str]) -> str:
     return path.name
 
 
-def embedded_models() -> list[str]:
-    """Return the names of the models that ship with the package."""
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+def embedded_model(name: str) -> Path:
+    """Return the folder of a model that ships with the package.
+
+    Raises:
+        ParetoError: its weights are packed and cannot be unpacked there.
+
+    """
+    path = MODELS / name
+    try:
+        unpack()
+    except OSError as error:
+        if not (path / "model.safetensors").is_file():
+            raise ParetoError(
+                f"the weights of {name} are packed and cannot be unpacked to {path}: {error.strerror or error}; "
+                "install the package where it can be written to"
+            ) from error
+    return path
 
 
 def _download(name: str, revision: str | None, download_dir: str | None, token: Token) -> Path:

@@ -23,14 +23,13 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # What the plugin may know of offline compression: where a model lies, how it is stored and multiplied; not how it is
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
-    "model_source", "formats.native_format", "formats.flat_form", "formats.form", "formats.quantized", "formats.grid",
-    "formats.grid_search", "formats.shards", "formats.sparse_formats", "formats.parts.part", "formats.parts.planes",
+    "model_source", "embedded", "formats.native_format", "formats.flat_form", "formats.form", "formats.quantized",
+    "formats.grid", "formats.grid_search", "formats.shards", "formats.sparse_formats", "formats.parts.part", "formats.parts.planes",
     "formats.parts.registry", "formats.parts.grid_codes", "formats.parts.table_codes", "formats.parts.columns",
     "formats.parts.single_weights", "formats.parts.low_rank", "formats.parts.trellis", "formats.parts.trellis_codes",
     "formats.parts.semi_sparse", "formats.parts.bitmap_codes",
     "kernels.beside", "kernels.beside_cuda", "kernels.beside_triton", "kernels.low_bit",
-    "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.semi_sparse_product",
-    "kernels.sparse", "kernels.sparse_cuda",
+    "kernels.low_bit_cuda", "kernels.low_bit_layout", "kernels.low_bit_matrix", "kernels.sparse", "kernels.sparse_cuda",
 )}  # fmt: skip
 # The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
 # (recipe.py, model_source.py) or what drives them (compress.py, command.py).

@@ -186,7 +186,8 @@ def find_model(args: argparse.Namespace) -> str:
         ParetoError: there is no such model.
 
     """
-    from quant_methods.model_source import EMBEDDED, check_on_hub, embedded_models
+    from quant_methods.embedded import names as embedded_names
+    from quant_methods.model_source import check_on_hub, embedded_model
 
     name: str = args.model
     path = Path(name).expanduser()
@@ -195,8 +196,8 @@ def find_model(args: argparse.Namespace) -> str:
             config = Path(args.hf_config_path).expanduser() if args.hf_config_path is not None else path
             check_folder(path, config if config.is_dir() else None, dummy=args.load_format == "dummy")
         return str(path)
-    if (EMBEDDED / name / "config.json").is_file():
-        return str(EMBEDDED / name)
+    if name in embedded_names():
+        return str(embedded_model(name))
     if "://" in name:
         return name  # Object stores are vLLM's business.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -207,7 +208,7 @@ def find_model(args: argparse.Namespace) -> str:
     except ParetoError as error:
         if "/" in name:
             raise
-        raise ParetoError(f"{error}; the embedded models are {', '.join(embedded_models())}") from error
+        raise ParetoError(f"{error}; the embedded models are {', '.join(embedded_names())}") from error
     return name
 
 

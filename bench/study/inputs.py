@@ -12,7 +12,8 @@ from typing import Any
 from bench.files import read_json, write_json
 from bench.study.plan import Model
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import EMBEDDED, fingerprint, read_config, resolve_model, resolve_shape, weight_files
+from quant_methods.embedded import MODELS
+from quant_methods.model_source import fingerprint, read_config, resolve_model, resolve_shape, weight_files
 
 FILE_FLAGS = ("text", "haystack", "task-data", "prompts", "sensitivity-file")
 """Flags whose values are files or folders of data."""
@@ -132,7 +133,7 @@ class Inputs:
         places = [place / model.path for place in (self.models, self.folder) if place is not None]
         local = next((str(place.resolve()) for place in places if place.is_dir()), None)
         path = local or model.path
-        if self.tolerant and local is None and not Path(path).is_dir() and not (EMBEDDED / path).is_dir():
+        if self.tolerant and local is None and not Path(path).is_dir() and not (MODELS / path).is_dir():
             self._absent(f"{name}: {path} is not here; --models DIR says where models lie")
             return FoundModel(path, f"missing {path}", _guess(f"{name} {path}"), 0, False)
         try:

@@ -26,7 +26,6 @@ from quant_methods.kernels.low_bit_layout import (
     pack_trellis,
 )
 from quant_methods.kernels.low_bit_matrix import MAX_TOKENS, PackedMatrix
-from quant_methods.kernels.semi_sparse_product import semi_sparse_product, serves
 
 GROUPS = (32, 64, 128)
 """Channels of a group."""
@@ -245,19 +244,13 @@ def _few(matrix: PackedMatrix, x: Tensor, y: Tensor, beside: BesideParts) -> Non
 
 
 def _dense(matrix: PackedMatrix, x: Tensor, beside: BesideParts) -> Tensor:
-    """Return the product with the weight expanded, and with single weights and channels kept apart added to it.
-
-    Zeros of 2:4 weights are left out of the product where that pays; these are no more than 2 in 4 if nothing is added.
-    """
-    if matrix.kind == "semi_sparse" and beside.channels is None and beside.starts is None and serves(x, matrix.rows):
-        y = semi_sparse_product(x, matrix.expand(x.dtype, 0, matrix.tiles))
-    else:
-        y = x.new_empty(x.shape[0], matrix.rows)
-        at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
-        for first in range(0, matrix.tiles, at_once):
-            weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
-            add_to_weight(weight, first * ROWS, beside)
-            torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
+    """Return the product with the weight expanded, and with single weights and channels kept apart added to it."""
+    y = x.new_empty(x.shape[0], matrix.rows)
+    at_once = max(EXPANDED_BYTES // (2 * x.shape[1] * ROWS), 1)
+    for first in range(0, matrix.tiles, at_once):
+        weight = matrix.expand(x.dtype, first, min(first + at_once, matrix.tiles))
+        add_to_weight(weight, first * ROWS, beside)
+        torch.mm(x, weight.T, out=y[:, first * ROWS : first * ROWS + len(weight)])
     return y if beside.low is None else y.addmm_(beside.low, beside.low_rank())
 
 

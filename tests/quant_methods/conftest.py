@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quant_methods.embedded import MODELS
 from quant_methods.handlers import HANDLERS, Handler
-from quant_methods.model_source import EMBEDDED
 from tests.quant_methods.random_layers import Parts, quantize
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -39,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     for name in TOKENIZER_FILES:
-        shutil.copyfile(EMBEDDED / "ref-7m" / name, directory / name)
+        shutil.copyfile(MODELS / "ref-7m" / name, directory / name)
     return directory
 
 

@@ -12,7 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundErro
 from safetensors.torch import load_file, save_file
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import EMBEDDED, fingerprint, name_of, resolve_model, sampled_fingerprint
+from quant_methods.embedded import MODELS
+from quant_methods.model_source import fingerprint, name_of, resolve_model, sampled_fingerprint
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_finds_the_embedded_model_and_directories(tiny_model: Path) -> None:
-    assert resolve_model("ref-7m") == EMBEDDED / "ref-7m"
+    assert resolve_model("ref-7m") == MODELS / "ref-7m"
     assert resolve_model(tiny_model) == tiny_model
-    assert (EMBEDDED / "ref-7m" / "README.md").is_file()
+    assert (MODELS / "ref-7m" / "README.md").is_file()
 
 
 def test_a_directory_wins_over_the_embedded_name(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,4 +133,4 @@ def test_hub_models_come_in_the_revision_asked_for(copy: Path, tmp_path: Path, m
         resolve_model("someone/some-model", revision="absent")
     assert name_of("someone/some-model") == "someone/some-model"
     assert name_of(found) == "someone/some-model@abc123"
-    assert name_of(EMBEDDED / "ref-7m") == "ref-7m"
+    assert name_of(MODELS / "ref-7m") == "ref-7m"

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import EMBEDDED, validate_checkpoint
+from quant_methods.embedded import MODELS
+from quant_methods.model_source import validate_checkpoint
 from vllm_ext import launch, serve
 
 
@@ -46,7 +47,7 @@ def test_architectures_and_formats_are_vllms_business(tmp_path):
     mistral.mkdir()
     (mistral / "params.json").write_text("{}")
     assert find(mistral) == str(mistral)
-    assert find("ref-7m") == str(EMBEDDED / "ref-7m")
+    assert find("ref-7m") == str(MODELS / "ref-7m")
     assert find("s3://bucket/model") == "s3://bucket/model"
 
 

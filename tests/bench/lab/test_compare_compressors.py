@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.lab import compare_compressors
-from quant_methods.model_source import EMBEDDED
+from quant_methods.embedded import MODELS
 
 TEXT = " ".join(f"The {i}th parcel weighs {i * 37 % 101} grams and left on day {i % 7}." for i in range(60))
 
@@ -26,7 +26,7 @@ def test_lines_are_measured_once_and_shown_together(
     monkeypatch.setattr(compare_compressors, "in_own_process", lambda function, *words: make(*words))
     out = tmp_path / "results"
     words = [
-        str(EMBEDDED / "ref-7m"), "--text", str(tmp_path / "text.txt"), "--heldout", str(tmp_path / "text.txt"),
+        str(MODELS / "ref-7m"), "--text", str(tmp_path / "text.txt"), "--heldout", str(tmp_path / "text.txt"),
         "--num-sequences", "2", "--length", "32", "--num-windows", "2", "--window-tokens", "48",
         "--out", str(out), "--checkpoints", str(tmp_path / "checkpoints"),
     ]  # fmt: skip

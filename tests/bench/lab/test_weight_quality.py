@@ -8,12 +8,12 @@ import torch
 from bench.lab import plant_outliers, weight_quality
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
+from quant_methods.embedded import MODELS
 from quant_methods.methods.rtn import RTN
 from quant_methods.methods.smoothquant import SmoothQuant
-from quant_methods.model_source import EMBEDDED
 from quant_methods.recipe import Calibration, Recipe
 
-MODEL = EMBEDDED / "ref-7m"
+MODEL = MODELS / "ref-7m"
 W8A8 = RTN(bits=8, group_size=-1, symmetric=True, activations="int8")
 
 

@@ -24,7 +24,7 @@ from bench.report.documents import parse
 from bench.schema import KVCache
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer
-from quant_methods.model_source import EMBEDDED
+from quant_methods.embedded import MODELS
 
 VOCABULARY = 8192
 NOISE = {"auto": 0.0, "fp8": 0.2, "int4_per_head": 0.6}
@@ -32,7 +32,7 @@ NOISE = {"auto": 0.0, "fp8": 0.2, "int4_per_head": 0.6}
 
 @functools.cache
 def tokenizer():
-    return load_tokenizer(EMBEDDED / "ref-7m")
+    return load_tokenizer(MODELS / "ref-7m")
 
 
 class FakeLLM:

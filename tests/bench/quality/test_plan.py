@@ -7,7 +7,8 @@ import torch
 from bench.quality.command import add_arguments, settings_from
 from bench.quality.plan import Settings, default_memory, make_plan
 from kv_cache.errors import ParetoError
-from quant_methods.model_source import EMBEDDED, fingerprint
+from quant_methods.embedded import MODELS
+from quant_methods.model_source import fingerprint
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 400
 
@@ -26,7 +27,7 @@ def plan(text, **changes):
 
 def quantized_copy(tmp_path, **recipe):
     folder = tmp_path / "w4"
-    shutil.copytree(EMBEDDED / "ref-7m", folder)
+    shutil.copytree(MODELS / "ref-7m", folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -58,7 +59,7 @@ def test_keys_change_with_what_determines_the_result(text, tmp_path):
 
 
 def test_a_compressed_checkpoint_is_compared_with_its_source(text, tmp_path):
-    folder = quantized_copy(tmp_path, model="ref-7m", model_sha256=fingerprint(EMBEDDED / "ref-7m"))
+    folder = quantized_copy(tmp_path, model="ref-7m", model_sha256=fingerprint(MODELS / "ref-7m"))
     p = plan(text, model=str(folder))
     assert [(c.name, c.is_baseline) for c in p.configurations] == [
         ("ref-7m, bf16 KV", True), ("w4, bf16 KV", False),
@@ -86,9 +87,9 @@ def test_lengths_beyond_the_context_are_left_out_or_refused(text):
 
 
 def test_memory_holds_two_contexts_in_bf16():
-    assert default_memory(EMBEDDED / "ref-7m", 8192, 1) == 1 << 30
+    assert default_memory(MODELS / "ref-7m", 8192, 1) == 1 << 30
     # 3 KiB a token: two contexts of 200k tokens need 1.17 GiB.
-    assert default_memory(EMBEDDED / "ref-7m", 200_000, 1) == 2 << 30
+    assert default_memory(MODELS / "ref-7m", 200_000, 1) == 2 << 30
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_flags_out_of_range(words, message):
 
 def test_a_model_called_as_its_baseline_has_a_name_of_its_own(text, tmp_path):
     (tmp_path / "other").mkdir()
-    other = shutil.copytree(EMBEDDED / "ref-7m", tmp_path / "other" / "ref-7m")
+    other = shutil.copytree(MODELS / "ref-7m", tmp_path / "other" / "ref-7m")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     p = plan(text, model=str(other), baseline="ref-7m")

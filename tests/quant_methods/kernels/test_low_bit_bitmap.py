@@ -164,7 +164,7 @@ def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypa
     assert matrix.code_bytes == 2048
     for rows in (64, 4096, 28672):
         layout = matrix.unit_bits, matrix.side_bytes
-        chosen = low_bit_matrix._arrangement(rows // 32, 32, *layout, tokens, CPU, matrix.table_bytes)
+        chosen = low_bit_matrix._arrangement(rows // 32, 32, *layout, tokens, CPU, matrix.table_bytes, "bitmap")
         assert chosen.blocks * matrix.shared_bytes(chosen, tokens) <= SHARED[capability]
     macros = matrix.macros(torch.bfloat16, tokens, matrix.arrangement(tokens))
     assert nvrtc.compile_cubin("low_bit.cu", f"sm_{capability[0]}{capability[1]}", macros, low_bit_matrix.FOLDER)

@@ -218,7 +218,7 @@ def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypa
     monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
     for bits in range(2, 8):
         for rows, side_bytes in ((64, 128), (4096, 512), (28672, 1024)):
-            chosen = low_bit_matrix._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU)
+            chosen = low_bit_matrix._arrangement(rows // 32, 32, bits, side_bytes, tokens, CPU, 0, "grid")
             assert chosen.blocks * chosen.shared_bytes(bits, side_bytes, tokens) <= SHARED[capability]
     for kind, bits in (("grid", 3), ("trellis", 3), ("semi_sparse", 4)):
         matrix = LowBitCUDA(random_layer(bits, 32, 128, 128, torch.bfloat16, CPU, kind), torch.bfloat16).matrix()

@@ -4,16 +4,11 @@ import pytest
 import torch
 
 from kv_cache.errors import ParetoError
-from quant_methods.formats.parts.columns import Columns
-from quant_methods.formats.parts.low_rank import LowRank
 from quant_methods.formats.parts.part import Draw
 from quant_methods.formats.parts.semi_sparse import SemiSparseForm
-from quant_methods.kernels import low_bit_cuda
-from quant_methods.kernels.beside import Beside
 from quant_methods.kernels.low_bit import LowBitLinear
 from quant_methods.kernels.low_bit_cuda import LowBitCUDA, low_bit_module
 from quant_methods.kernels.low_bit_layout import pack_semi_sparse
-from quant_methods.kernels.semi_sparse_product import available, semi_sparse_product, serves
 from tests.quant_methods.kernels.test_low_bit_cuda import (
     ARRANGEMENTS,
     CPU,
@@ -85,71 +80,6 @@ def test_semi_sparse_codes_that_no_kernel_serves_run_in_pytorch(emulated):
     x = torch.randn(3, 96, dtype=torch.bfloat16)
     expected = x.double() @ layer.read().to(torch.bfloat16).double().T
     assert ((module.apply(x).double() - expected).abs() <= 2**-8 * expected.abs() + 1e-3).all()
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_products_of_many_tokens_leave_zeros_out(rank, emulated, monkeypatch):
-    """Without cuSPARSELt, which a CPU has not: what stands for it here says what it was given."""
-    given = []
-
-    def multiply(compressed, dense, *, transpose_result):
-        assert transpose_result
-        given.append(dense.shape)
-        return (compressed @ dense).T
-
-    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    monkeypatch.setattr(low_bit_cuda, "serves", lambda x, rows: x.shape[0] >= 130 and rows == 64)
-    layer = random_layer(4, 64, 128, -1, torch.bfloat16, emulated, kind="semi_sparse")
-    matrix = LowBitCUDA(layer, torch.bfloat16)
-    beside = Beside([LowRank(torch.randn(64, rank), torch.randn(rank, 128))] if rank else [], torch.bfloat16)
-    for tokens in (129, 131, 144):
-        x = torch.randn(tokens, 128).to(torch.bfloat16)
-        expected = x.double() @ layer.read().double().T
-        found = matrix.apply(x, beside).double()
-        if rank:
-            expected += beside(torch.zeros(tokens, 64, dtype=torch.bfloat16), x).double()
-        # Weights and results are rounded.
-        size = x.double().abs() @ layer.read().double().abs().T
-        assert ((found - expected).abs() <= 2**-7 * expected.abs() + 2**-8 * size / 2).all()
-    assert given == [(128, 144), (128, 144)]
-
-
-def test_products_with_channels_kept_apart_multiply_zeros(emulated, monkeypatch):
-    """A channel kept apart may make three weights of four."""
-    monkeypatch.setattr(low_bit_cuda, "serves", lambda x, rows: True)
-    monkeypatch.setattr(low_bit_cuda, "semi_sparse_product", lambda x, weight: pytest.fail("not 2:4"))
-    layer = random_layer(4, 64, 128, -1, torch.bfloat16, emulated, kind="semi_sparse")
-    beside = Beside([Columns(torch.tensor([5]), torch.randn(64, 1))], torch.bfloat16)
-    assert LowBitCUDA(layer, torch.bfloat16).apply(torch.randn(200, 128).to(torch.bfloat16), beside).shape == (200, 64)
-
-
-def test_the_door_of_products_of_many_tokens():
-    x, weight = torch.zeros(4, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
-    for bad in ((x.half(), weight), (x, weight[:, ::2]), (x[:, :32], weight), (x, weight[:31]), (x, weight.T)):
-        with pytest.raises(ParetoError, match="a product with 2:4 weights"):
-            semi_sparse_product(*bad)
-    assert not serves(x, 32)
-
-
-@gpu
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(64, 64, 2048), (4096, 4096, 2049), (6144, 4096, 4100), (512, 14336, 8192)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_semi_sparse_products_of_many_tokens(shape, dtype):
-    rows, channels, tokens = shape
-    device = torch.device("cuda", 0)
-    layer = random_layer(4, rows, channels, -1, dtype, device, kind="semi_sparse")
-    x = torch.randn(tokens, channels, device=device).to(dtype)
-    if not available():
-        pytest.skip("PyTorch without cuSPARSELt, or a device without sparse tensor cores")
-    assert serves(x, rows)
-    weight = LowBitCUDA(layer, dtype).weight().double()
-    expected = x.double() @ weight.T
-    found = LowBitCUDA(layer, dtype).apply(x).double()
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    size = x.double().abs() @ weight.abs().T
-    assert ((found - expected).abs() <= rounding * expected.abs() + 1e-5 * size).all()
 
 
 @gpu

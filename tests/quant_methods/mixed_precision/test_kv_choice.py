@@ -22,6 +22,7 @@ from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.checkpoints.quality import divergence
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress, prepare
+from quant_methods.embedded import MODELS
 from quant_methods.methods.rtn import RTN
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, Losses
@@ -31,7 +32,6 @@ from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettin
 from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings
 from quant_methods.mixed_precision.units import Width
-from quant_methods.model_source import EMBEDDED
 from quant_methods.recipe import Calibration, Recipe
 from quant_methods.steps import Step
 from quant_methods.training.tuning import Tune
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CALIBRATION = Calibration(8, 64, 3)
 WIDTHS = (2, 3, 4, 6, 8)
-REF = EMBEDDED / "ref-7m"
+REF = MODELS / "ref-7m"
 
 
 def recipe(*steps: Step, kv_scales: bool = True) -> Recipe:
