@@ -24,7 +24,8 @@ MAY_IMPORT_ENGINE = {"vllm_ext", "bench"}
 # compressed. These modules import no others of their room.
 QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
     "model_source", "embedded", "formats.native_format", "formats.flat_form", "formats.form", "formats.quantized",
-    "formats.grid", "formats.grid_search", "formats.shards", "formats.sparse_formats", "formats.parts.part", "formats.parts.planes",
+    "formats.grid", "formats.grid_search", "formats.shards", "formats.sparse_formats", "formats.parts.part",
+    "formats.parts.planes",
     "formats.parts.registry", "formats.parts.grid_codes", "formats.parts.table_codes", "formats.parts.columns",
     "formats.parts.single_weights", "formats.parts.low_rank", "formats.parts.trellis", "formats.parts.trellis_codes",
     "formats.parts.semi_sparse", "formats.parts.bitmap_codes",
