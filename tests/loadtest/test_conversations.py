@@ -190,7 +190,7 @@ def test_weights_of_a_pool_are_of_all_its_prefixes() -> None:
     assert 210 <= drawn[2] <= 290
     assert PrefixPool((7,)).choose(np.random.default_rng(0)) == 0
     for bad in ("3", "0:5", "x:5", "3:-1", "3:5:0", "3:5:1:1", "3:5:nan", "", "3:5,,"):
-        with pytest.raises(LoadTestError, match="--prefix-pool .*expected COUNT:TOKENS"):
+        with pytest.raises(LoadTestError, match=r"--prefix-pool .*expected COUNT:TOKENS"):
             parse_prefix_pool(bad)
 
 

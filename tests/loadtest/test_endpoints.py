@@ -238,7 +238,7 @@ def test_a_server_without_usage_is_counted_by_its_tokenizer(mock_server: Factory
     assert [(r.output_tokens, r.retokenized_output_tokens, len(r.token_s)) for r in records] == [(None, 21, 6)] * 2
     assert stage.tokens_per_chunk == 3.5
     assert stage.latency.tpot_ms is not None
-    # The first chunk comes with the 4th token, at 80 ms, and the last with the 21st, at 250 ms. By chunks it would be 34.
+    # The first chunk comes with the 4th token, at 80 ms, the last with the 21st, at 250 ms. By chunks it would be 34.
     assert stage.latency.tpot_ms.min == pytest.approx(170 / 20, abs=4)
     assert stage.throughput is not None
     assert stage.throughput.output_tokens_per_s == pytest.approx(42 / stage.throughput.window_s)
