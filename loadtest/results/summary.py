@@ -230,7 +230,8 @@ def _cache_notes(cached: int, prompt_tokens: int, server_metrics: dict[str, Metr
         return []
     return [
         f"{share:.0%} of the prompt tokens came from the server's prefix cache, which shortens TTFT: wanted with "
-        "shared prefixes, --turns and --trace; else it knew these prompts, from a run of the same --seed or the same --prompts file"
+        "shared prefixes, --turns and --trace; else it knew these prompts, from a run of the same --seed or the same "
+        "--prompts file"
     ]
 
 

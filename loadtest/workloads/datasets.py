@@ -15,7 +15,7 @@ from loadtest.workloads.distributions import TokenDistribution
 from loadtest.workloads.images import inline_images
 from loadtest.workloads.prompt import FIRST, BodyFormat, Phase, Prompt
 from loadtest.workloads.prompts import draw_think
-from loadtest.workloads.tables import Row, hub_rows, read_rows, whole_number
+from loadtest.workloads.tables import Row, hub_rows, iter_rows, whole_number
 from loadtest.workloads.turns import share_gpt_turns, split_turns
 
 HUB = "hf:"
@@ -83,7 +83,7 @@ def load_prompts(
     """Read a data set.
 
     Args:
-        source: a file (:func:`loadtest.workloads.tables.read_rows`), or ``hf:NAME`` for one that ``datasets`` loads.
+        source: a file (:func:`loadtest.workloads.tables.iter_rows`), or ``hf:NAME`` for one that ``datasets`` loads.
         endpoint: what it will be sent to.
         columns: where in a row to look.
         subset: of ``hf:NAME``.
@@ -97,9 +97,9 @@ def load_prompts(
     if source.startswith(HUB):
         rows, folder = hub_rows(source.removeprefix(HUB), subset, split), Path()
     else:
-        rows, folder = read_rows(Path(source), "--prompts"), Path(source).parent
+        rows, folder = list(iter_rows(Path(source), "--prompts")), Path(source).parent
     if not rows:
-        raise LoadTestError(f"--prompts {source}: no prompts in the data set")
+        raise LoadTestError(f"--prompts {source}: no rows in the data set")
     return [_prompt(row, endpoint, columns, turns, folder) for row in rows]
 
 

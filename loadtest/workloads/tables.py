@@ -38,8 +38,10 @@ def optional(module: str, why: str) -> Any:
         raise LoadTestError(f"{why} needs {module.partition('.')[0]}: {_INSTALL}") from error
 
 
-def read_rows(path: Path, flag: str) -> list[Row]:
-    """Return all rows of a file: a text for each line of a ``.txt``, else an object or a text for each row.
+def iter_rows(path: Path, flag: str) -> Iterator[Row]:
+    """Yield the rows of a file: a text for each line of a ``.txt``, else an object or a text for each row.
+
+    Traces have millions of rows, which fit into memory as requests but not as rows.
 
     Args:
         path: a ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; upper case is as good. Parquet
@@ -60,16 +62,19 @@ def read_rows(path: Path, flag: str) -> list[Row]:
             raise LoadTestError(f"{where}: the file is packed ({name}); unpack it first")
     suffix = path.suffix.lower()
     if data.startswith(_PARQUET) or suffix == ".parquet":
-        rows = list(_parquet(path, data, where))
+        rows = _parquet(path, data, where)
     else:
         text = _decode(data, where)
         reader = READERS.get(suffix) if suffix else _guess(text)
         if reader is None:
             raise LoadTestError(f"{where}: unknown format {suffix!r}; expected {', '.join(READERS)} or .parquet")
-        rows = list(reader(text, where))
-    if not rows:
-        raise LoadTestError(f"{where}: no prompts in the file")
-    return rows
+        rows = reader(text, where)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise LoadTestError(f"{where}: no rows in the file")
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -171,7 +176,8 @@ def _parquet(path: Path, data: bytes, where: str) -> Iterator[Row]:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:
         raise LoadTestError(f"{where}: {' '.join(str(error).split())[:200]}") from error
-    for number, row in enumerate(table.to_pylist(), 1):
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
         yield f"{where}: row {number}", row
 
 

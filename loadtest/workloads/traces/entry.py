@@ -9,7 +9,7 @@ from typing import Any
 from loadtest.errors import LoadTestError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One recorded request.
 

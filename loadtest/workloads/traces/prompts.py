@@ -38,7 +38,7 @@ class TracePrompts:
         self._cost = cost or TokenCost(1.0, 0.0, (), "none")
         self._ids = ids
         self._block_units = round(BLOCK_TOKENS / self._cost.per_word) + 1
-        self._block: Callable[[_Place], list[int]] = lru_cache(_KEPT_BLOCKS)(self._draw)
+        self._block: Callable[[_Place], np.ndarray] = lru_cache(_KEPT_BLOCKS)(self._draw)
 
     @property
     def times(self) -> list[float]:
@@ -70,10 +70,9 @@ class TracePrompts:
         for position, name in enumerate(names, 1):
             # Where a block ends depends on its position alone, so that equal beginnings stay equal.
             end = min(wanted, round(position * BLOCK_TOKENS / self._cost.per_word))
-            units += self._block((*place, *name))[: end - len(units)]
+            units += self._block((*place, *name))[: end - len(units)].tolist()
         return units
 
-    def _draw(self, place: _Place) -> list[int]:
+    def _draw(self, place: _Place) -> np.ndarray:
         low, high = self._ids or (0, len(self._cost.words))
-        values: list[int] = np.random.default_rng(place).integers(low, high, size=self._block_units).tolist()
-        return values
+        return np.random.default_rng(place).integers(low, high, size=self._block_units)
