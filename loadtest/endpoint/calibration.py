@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from loadtest.endpoint.apis.api import Api
@@ -31,6 +32,8 @@ def calibrate(client: Client, model: str, api: Api, tokenizer: Any = None) -> To
 
     """
     found = _by_tokenize(client, model, api)
+    if found is not None and not api.tokenize_knows_prompt:
+        found = _with_own_overhead(client, model, api, found)
     if found is None and tokenizer is not None:
         found = _by_tokenizer(tokenizer)
     return found or _by_usage(client, model, api)
@@ -69,12 +72,25 @@ def _single_token_words(token_strings: list[Any]) -> tuple[str, ...]:
     return tuple(word for word in WORDS if word in pieces)
 
 
+def _with_own_overhead(client: Client, model: str, api: Api, cost: TokenCost) -> TokenCost:
+    """Return ``cost`` with the overhead that the API itself reports, if it does."""
+    try:
+        count = _usage(client, model, api, _repeated(cost.words, _SHORT))
+    except (OSError, HTTPStatusError, ValueError, KeyError, TypeError):
+        return cost
+    return replace(cost, overhead=count - _SHORT * cost.per_word, how=f"{cost.how}, and usage of a test request")
+
+
+def _usage(client: Client, model: str, api: Api, words: tuple[str, ...]) -> int:
+    body = {"model": model, **api.body(" ".join(words)), **({api.limit_field: 1} if api.generates else {})}
+    for name in ("stream", "stream_options"):
+        body.pop(name, None)
+    return api.prompt_tokens(client.call(api.path, body, timeout=client.timeout))
+
+
 def _by_usage(client: Client, model: str, api: Api) -> TokenCost:
     def count(words: tuple[str, ...]) -> int:
-        body = {"model": model, **api.body(" ".join(words)), **({api.limit_field: 1} if api.generates else {})}
-        for name in ("stream", "stream_options"):
-            body.pop(name, None)
-        return api.prompt_tokens(client.call(api.path, body, timeout=client.timeout))
+        return _usage(client, model, api, words)
 
     try:
         short, long = count(_repeated(WORDS, _SHORT)), count(_repeated(WORDS, _LONG))

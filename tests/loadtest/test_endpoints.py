@@ -42,6 +42,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.answer = answer
         self.bodies: list[dict[str, Any]] = []
+        self.tokenizes = False
 
     @property
     def url(self) -> str:
@@ -62,6 +63,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/tokenize" and self.server.tokenizes:
+            text = body.get("prompt") or body["messages"][0]["content"]
+            self._send({"count": 2 + len(text.split()), "token_strs": [f" {word}" for word in text.split()]})
+            return
         if self.path not in PATHS.values():
             self.send_error(404)
             return
@@ -139,6 +144,16 @@ def test_responses(tmp_path: Path) -> None:
         # What was only thought is no part of what is said again.
         assert sent[1]["input"][1] == {"role": "assistant", "content": "Hello there"}
         assert (sent[1]["input"][0], len(sent[1]["input"])) == (sent[0]["input"][0], 3)
+
+
+def test_responses_cost_what_they_report_themselves(tmp_path: Path) -> None:
+    # As vLLM does it: /tokenize renders messages for a chat, and responses add something else to them.
+    with serving(responses) as server:
+        server.tokenizes = True
+        words = "--endpoint responses --requests 2 --prompt-tokens 40"
+        summary, records = run(server.url, tmp_path, *words.split())
+        assert [r.prompt_tokens for r in records] == [40, 40]
+        assert summary.calibration["how"].startswith("/tokenize, words of one token, and usage")
 
 
 @pytest.mark.parametrize(

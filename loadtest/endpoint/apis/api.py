@@ -18,6 +18,7 @@ class Api(ABC):
         takes_messages: whether chat messages can be sent.
         takes_token_ids: whether token ids can be sent.
         generates: whether it answers with text. Where it does not, the answer is one JSON object and no stream.
+        tokenize_knows_prompt: whether vLLM's ``/tokenize`` counts the very prompt that this API makes of a text.
         limit_field: field of the body that limits the output tokens; empty when it generates nothing.
 
     """
@@ -27,6 +28,7 @@ class Api(ABC):
     takes_messages = False
     takes_token_ids = False
     generates = True
+    tokenize_knows_prompt = True
     limit_field = "max_tokens"
 
     @abstractmethod

@@ -25,6 +25,8 @@ class Responses(Api):
     name = "responses"
     path = "/v1/responses"
     takes_messages = True
+    # vLLM renders the template for it in another way than for a chat, which /tokenize follows.
+    tokenize_knows_prompt = False
     limit_field = "max_output_tokens"
 
     def body(self, content: Content) -> dict[str, Any]:
