@@ -91,7 +91,7 @@ def run_load_test(settings: Settings) -> Summary:
         writer = RecordWriter(settings.out / RECORDS)
         cleanup.callback(writer.close)
         stop = Event()
-        errors = ErrorLimit(settings.max_error_rate, stop)
+        errors = ErrorLimit(settings.max_error_rate, stop, conversations=request.turns is not None)
         sink = Sink(writer.write, exporter.observe, errors.observe)
         exporter.watch(lambda: sink.in_flight)
         sampler = _start_sampler(settings, client, cleanup)

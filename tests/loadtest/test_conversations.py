@@ -130,6 +130,15 @@ def test_a_failure_ends_its_conversation(mock_server: Factory, tmp_path: Path) -
     ]
 
 
+def test_one_failure_of_many_turns_is_below_the_limit(mock_server: Factory, tmp_path: Path) -> None:
+    # One of 15 requests fails: less than 20%, though it is more than 20% of the four conversations.
+    server = mock_server(faults={"http_500": 15})
+    words = "--requests 4 --turns 4 --output-tokens 1 --max-error-rate 0.2"
+    chosen = settings(tmp_path, server.url, *words.split())
+    summary = run_load_test(chosen)
+    assert (summary.status, summary.stages[0].requests.ok, summary.stages[0].requests.failed) == ("complete", 14, 1)
+
+
 def test_a_seed_repeats_the_conversations(mock_server: Factory, tmp_path: Path) -> None:
     server, sent = mock_server(), []
     for number, seed in enumerate("112"):
