@@ -28,8 +28,8 @@ from loadtest.endpoint.descriptors import raise_limit
 from loadtest.errors import LoadTestError
 from loadtest.load.distributed import RecordCollector, RecordForwarder, drain
 from loadtest.load.locust_report import LocustReport
+from loadtest.load.make_workload import make_workload
 from loadtest.load.preflight import check_server
-from loadtest.load.runner import make_workload
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage, Ticket
 from loadtest.load.users import GenerationUser, Session
@@ -39,7 +39,16 @@ from loadtest.stage_spec import ARRIVALS, StageSpec
 from loadtest.watching.exporter import Exporter
 
 logger = logging.getLogger(__name__)
-_NOT_IN_WEB_UI = ("--api-key", "--header", "--insecure", "--out", "--overwrite", "--exporter-port", "--exporter-host")
+_NOT_IN_WEB_UI = (
+    "--api-key",
+    "--header",
+    "--insecure",
+    "--ca-cert",
+    "--out",
+    "--overwrite",
+    "--exporter-port",
+    "--exporter-host",
+)
 
 
 class TextGenerationUser(GenerationUser):
@@ -157,7 +166,11 @@ class LocustTest:
             return
         require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")
         self.client = Client(
-            normalize_base_url(self.environment.host), settings.timeout, settings.headers, settings.insecure
+            normalize_base_url(self.environment.host),
+            settings.timeout,
+            settings.headers,
+            settings.insecure,
+            settings.ca_cert,
         )
         raise_limit()
         server = check_server(self.client, settings.model, 0.0)

@@ -11,25 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.endpoint.client import PATHS
+from loadtest.endpoint.apis.registry import APIS
+from loadtest.endpoint.client import ssl_context
 from loadtest.errors import LoadTestError
-from loadtest.workloads.distributions import GRAMMAR, TokenDistribution, parse_distribution
-from loadtest.workloads.prompts import parse_token_id_range
+from loadtest.workload_settings import WorkloadSettings, add_workload_arguments, require, workload_settings
 
 SLO_NAMES = ("ttft", "tpot", "e2el")
 
 
 @dataclass(frozen=True)
-class RequestSettings:
+class RequestSettings(WorkloadSettings):
     """What is asked of the server, and how."""
 
     endpoint: str
     model: str | None
-    prompt_tokens: TokenDistribution
-    output_tokens: TokenDistribution
-    prefix_tokens: int
-    prompt_token_ids: tuple[int, int] | None
-    prompts: Path | None
     ignore_eos: bool | None
     temperature: float | None
     extra_body: dict[str, Any]
@@ -37,39 +32,21 @@ class RequestSettings:
     timeout: float
     headers: dict[str, str]
     insecure: bool
+    ca_cert: Path | None
+    tokenizer: Path | None
     slo_ms: dict[str, float]
-
-    @property
-    def chat(self) -> bool:
-        """Whether the chat endpoint is asked."""
-        return self.endpoint == "chat"
 
 
 def add_request_arguments(parser: Any) -> None:
     """Declare the flags that say what is asked; ``parser`` is argparse's or Locust's."""
+    add_workload_arguments(parser)
     group = parser.add_argument_group("requests")
     group.add_argument("--model", metavar="NAME", help="served model to ask for (default: the first one served)")
-    group.add_argument("--endpoint", choices=tuple(PATHS), default="completions", help="API (default: completions)")
+    group.add_argument("--endpoint", choices=tuple(APIS), default="completions", help="API (default: completions)")
     group.add_argument(
-        "--prompt-tokens", default="128", metavar="DIST", help=f"prompt length in tokens (default: 128): {GRAMMAR}"
-    )
-    group.add_argument(
-        "--output-tokens", default="64", metavar="DIST", help="max_tokens, the same grammar (default: 64)"
-    )
-    group.add_argument(
-        "--prefix-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens that all prompts share in front, on top of --prompt-tokens (default: 0)",
-    )
-    group.add_argument(
-        "--prompt-token-ids",
-        metavar="[LOW:]HIGH",
-        help="send random token ids below HIGH in place of words: exact lengths, completions only",
-    )
-    group.add_argument(
-        "--prompts", metavar="FILE", help="prompts from a .txt (one a line) or .jsonl (prompt or messages; max_tokens)"
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.json or a model's folder: counts tokens where the server does not, and recorded answers",
     )
     group.add_argument(
         "--ignore-eos",
@@ -84,6 +61,7 @@ def add_request_arguments(parser: Any) -> None:
     group.add_argument("--api-key", default="", metavar="KEY", help="bearer token (default: $OPENAI_API_KEY)")
     group.add_argument("--header", action="append", default=[], metavar="'NAME: VALUE'", help="extra header")
     group.add_argument("--insecure", action="store_true", help="do not verify the server's certificate")
+    group.add_argument("--ca-cert", metavar="FILE", help="certificates (PEM) to trust beside those of the system")
     group.add_argument(
         "--goodput",
         nargs="+",
@@ -91,12 +69,6 @@ def add_request_arguments(parser: Any) -> None:
         metavar="NAME:MS",
         help="SLO of a good request: any of ttft, tpot, e2el with a limit in ms",
     )
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise LoadTestError with ``message`` unless ``holds``."""
-    if not holds:
-        raise LoadTestError(message)
 
 
 def fresh_seed() -> int:
@@ -113,14 +85,13 @@ def request_settings(args: argparse.Namespace) -> RequestSettings:
         LoadTestError: a value is no good, or two flags contradict each other.
 
     """
-    require(args.prefix_tokens >= 0, f"--prefix-tokens {args.prefix_tokens}: must not be negative")
     args.seed = fresh_seed() if args.seed is None else args.seed
     require(args.seed >= 0, f"--seed {args.seed}: must not be negative")
     require(0 < args.timeout < math.inf, f"--timeout {args.timeout:g}: must be above 0")
-    ids = parse_token_id_range(args.prompt_token_ids) if args.prompt_token_ids else None
-    require(not (ids and args.endpoint == "chat"), "--prompt-token-ids needs --endpoint completions")
-    require(not (ids and args.prompts), "--prompts and --prompt-token-ids exclude each other")
-    require(not (args.prefix_tokens and args.prompts), "--prompts and --prefix-tokens exclude each other")
+    ca_cert = Path(args.ca_cert) if args.ca_cert else None
+    require(not (ca_cert and args.insecure), "--ca-cert and --insecure exclude each other")
+    if ca_cert:
+        ssl_context(False, ca_cert)
     try:
         extra = json.loads(args.extra_body or "{}")
     except ValueError as error:
@@ -128,13 +99,9 @@ def request_settings(args: argparse.Namespace) -> RequestSettings:
     require(isinstance(extra, dict), "--extra-body must be a JSON object")
     goodput = args.goodput.split() if isinstance(args.goodput, str) else args.goodput
     return RequestSettings(
+        **vars(workload_settings(args, APIS[args.endpoint])),
         endpoint=args.endpoint,
         model=args.model or None,
-        prompt_tokens=parse_distribution(args.prompt_tokens, "--prompt-tokens"),
-        output_tokens=parse_distribution(args.output_tokens, "--output-tokens"),
-        prefix_tokens=args.prefix_tokens,
-        prompt_token_ids=ids,
-        prompts=Path(args.prompts) if args.prompts else None,
         ignore_eos=args.ignore_eos,
         temperature=args.temperature if args.temperature >= 0 else None,
         extra_body=extra,
@@ -142,6 +109,8 @@ def request_settings(args: argparse.Namespace) -> RequestSettings:
         timeout=args.timeout,
         headers=_headers(args.header, args.api_key or os.environ.get("OPENAI_API_KEY", "")),
         insecure=args.insecure,
+        ca_cert=ca_cert,
+        tokenizer=Path(args.tokenizer) if args.tokenizer else None,
         slo_ms=_slo(goodput),
     )
 

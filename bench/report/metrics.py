@@ -77,9 +77,9 @@ def _latency(read: Callable[[Distribution], float], kind: str) -> Callable[[Stag
 
 def _throughput(stage: StageResult) -> Figure | None:
     failed = stage.requests.failed
-    return (
-        Figure(stage.throughput.output_tokens_per_s, f"{failed} failed" if failed else "") if stage.throughput else None
-    )
+    if stage.throughput is None or stage.throughput.output_tokens_per_s is None:
+        return None
+    return Figure(stage.throughput.output_tokens_per_s, f"{failed} failed" if failed else "")
 
 
 def _memory(row: Row, context_tokens: int) -> Figure | None:

@@ -169,7 +169,7 @@ def _stage(name: str, stage: StageResult) -> list[str]:
         str(stage.requests.failed),
         *values(stage.latency.ttft_ms),
         *values(stage.latency.tpot_ms),
-        f"{rates.output_tokens_per_s:,.1f}" if rates else NONE,
+        f"{rates.output_tokens_per_s:,.1f}" if rates and rates.output_tokens_per_s is not None else NONE,
         f"{rates.requests_per_s:,.2f}" if rates else NONE,
     ]
 

@@ -92,7 +92,7 @@ def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
         stages = [
             (stage, stage.throughput.output_tokens_per_s, stage.latency.ttft_ms.p95)
             for stage in test.stages
-            if stage.throughput and stage.latency.ttft_ms
+            if stage.throughput and stage.throughput.output_tokens_per_s is not None and stage.latency.ttft_ms
         ]
         if len(stages) > 1:
             curves.append((name, stages))

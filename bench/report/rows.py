@@ -176,7 +176,10 @@ def users(count: int) -> str:
     return f"{count} user{'s' if count != 1 else ''}"
 
 
-WORKLOAD = ("prompt_tokens", "output_tokens", "prefix_tokens", "prompt_token_ids", "prompts", "ignore_eos")
+WORKLOAD = (
+    *("prompt_tokens", "output_tokens", "prefix_tokens", "prefix_pool", "prompt_token_ids", "prompts", "ignore_eos"),
+    *("trace", "turns", "turn_tokens", "think_time_ms"),
+)
 """Settings of a load test that say what was asked for; how often, its stages say."""
 
 
@@ -200,7 +203,8 @@ def _compare_at_equal_load(rows: list[Row], notes: list[str]) -> None:
     counts: dict[LOAD, list[float]] = {}
     for row in tested:
         for load, figures in row.loads.items():
-            counts.setdefault(load, []).append(figures["output_tokens_per_s"].value)
+            if "output_tokens_per_s" in figures:
+                counts.setdefault(load, []).append(figures["output_tokens_per_s"].value)
     if not counts:
         return
     chosen = max(counts, key=lambda load: (len(counts[load]), sum(counts[load])))

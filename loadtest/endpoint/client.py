@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import ssl
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,13 +19,15 @@ from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
 from loadtest import clock
+from loadtest.endpoint.answer import Answer
+from loadtest.endpoint.apis.api import Api
+from loadtest.endpoint.apis.registry import BY_PATH
 from loadtest.endpoint.descriptors import shortage
 from loadtest.endpoint.sse import Event, MalformedSSEError, SSEParser
 from loadtest.errors import LoadTestError
 from loadtest.results import records
 from loadtest.results.records import Record
 
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 # The pool is a cap on open connections; load is shaped by users and arrivals, so the pool must never be what waits.
 _STREAMS = 1_000_000
 # A GET whose connection is closed without an answer is tried again once for every connection of its pool.
@@ -81,7 +84,13 @@ def normalize_base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _ssl_context(insecure: bool, cafile: str | None) -> Any:
+def ssl_context(insecure: bool, ca_cert: Path | None) -> Any:
+    """Return the context of our connections.
+
+    Raises:
+        LoadTestError: ``ca_cert`` is no file of certificates.
+
+    """
     # gevent.ssl.create_default_context makes a context of the standard library's, whose sockets would block every other
     # request of an unpatched process.
     context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -90,8 +99,13 @@ def _ssl_context(insecure: bool, cafile: str | None) -> Any:
         context.verify_mode = ssl.CERT_NONE
         return context
     context.load_default_certs()
-    if cafile:
-        context.load_verify_locations(cafile)
+    if ca_cert:
+        try:
+            context.load_verify_locations(ca_cert)
+        except (OSError, ValueError) as error:
+            # OpenSSL's errors are OSErrors too; only those of the file system have a text worth reading.
+            why = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else "no certificates in it"
+            raise LoadTestError(f"--ca-cert {ca_cert}: {why}; expected a PEM file") from error
     return context
 
 
@@ -103,11 +117,17 @@ class Client:
         timeout: seconds that one request may take from being sent to its end.
         headers: sent with every request.
         insecure: do not verify the server's certificate.
+        ca_cert: file of certificates (PEM) to trust beside those of the system.
 
     """
 
     def __init__(
-        self, base_url: str, timeout: float, headers: dict[str, str] | None = None, insecure: bool = False
+        self,
+        base_url: str,
+        timeout: float,
+        headers: dict[str, str] | None = None,
+        insecure: bool = False,
+        ca_cert: Path | None = None,
     ) -> None:
         self.base_url = base_url
         self.timeout = timeout
@@ -120,7 +140,7 @@ class Client:
                 port=parts.port,
                 ssl=parts.scheme == "https",
                 insecure=insecure,
-                ssl_context_factory=lambda cafile=None: _ssl_context(insecure, cafile),
+                ssl_context_factory=lambda cafile=None: ssl_context(insecure, ca_cert),
                 concurrency=connections,
                 connection_timeout=timeout,
                 network_timeout=timeout,
@@ -180,25 +200,25 @@ class Client:
             raise HTTPStatusError(response.status_code, data)
         return data
 
-    def stream(self, path: str, body: bytes, record: Record, intended: float) -> None:
-        """Send one generation request and note in ``record`` when what arrived, or how it failed.
+    def stream(self, path: str, body: bytes, record: Record, intended: float) -> Answer:
+        """Send one request and note in ``record`` when what arrived, or how it failed; returns what was answered.
 
         Args:
-            path: one of ``PATHS``' values.
-            body: the JSON request, which asks for a stream with usage.
+            path: of one of :data:`loadtest.endpoint.apis.registry.APIS`.
+            body: the JSON request, which asks for a stream where there is one.
             record: filled in; its times count from ``intended``.
             intended: the intended start by :data:`loadtest.clock.now`, not after the present.
 
         Only the greenlet being killed raises; then the record is marked cancelled.
 
         """
-        stream = _Stream(record, intended)
+        answer = Answer(record)
         try:
             with gevent.Timeout(self.timeout):
                 record.start_s = clock.now() - intended
                 response = self._streams.request("POST", self._prefix + path, body=body, headers=self._headers)
                 record.status = response.status_code
-                stream.read(response)
+                _read(response, BY_PATH[path], answer, intended)
         except gevent.Timeout:
             record.fail(records.TIMEOUT, f"not finished after {self.timeout:g} s")
         except gevent.GreenletExit:
@@ -214,9 +234,8 @@ class Client:
             # A defect of the generator must not end the run; it is counted apart and never taken for the server's.
             record.fail(records.CLIENT_ERROR, f"{type(error).__name__}: {error}")
         finally:
-            if stream.end is None:
-                stream.end = clock.now()
-            record.end_s = stream.end - intended
+            record.end_s = clock.now() - intended if answer.ended_s is None else answer.ended_s
+        return answer
 
 
 def _classify_broken(error: Exception, record: Record) -> None:
@@ -232,95 +251,45 @@ def _classify_broken(error: Exception, record: Record) -> None:
         record.fail(records.CONNECTION_ERROR, str(error) or type(error).__name__)
 
 
-class _Stream:
-    """Reads one response into its record."""
-
-    def __init__(self, record: Record, intended: float) -> None:
-        self.record = record
-        self.end: float | None = None
-        self._intended = intended
-        self._finished = False
-        self._choice_at: float | None = None
-
-    def read(self, response: Any) -> None:
-        record, status = self.record, response.status_code
-        if status != 200:
-            kind = (
-                records.HTTP_429
-                if status == 429
-                else {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
-            )
-            record.retry_after_s = retry_after(str(response.get("retry-after", "")))
-            record.fail(kind, f"HTTP {status}: {error_message(bytes(response.read()))}")
-            return
-        content_type = str(response.get("content-type", ""))
-        if not content_type.startswith("text/event-stream"):
-            body = bytes(response.read())
-            raise MalformedSSEError(f"content type {content_type!r} instead of text/event-stream: {body[:120]!r}")
-        parser = SSEParser()
-        while line := response.readline(b"\n"):
-            arrived = clock.now() - self._intended
-            for event in parser.feed(line):
-                self._take(event, arrived)
-        self._conclude(parser)
-
-    def _take(self, event: Event, arrived: float) -> None:
-        if event.data == "[DONE]":
-            self.end = arrived + self._intended
-            self._finished = True
-            return
-        try:
-            chunk = json.loads(event.data)
-        except ValueError:
-            raise MalformedSSEError(f"data is not JSON: {event.data[:120]!r}") from None
-        if not isinstance(chunk, dict):
-            raise MalformedSSEError(f"data is not a JSON object: {event.data[:120]!r}")
-        if event.type == "error" or chunk.get("error") is not None:
-            self.record.fail(records.STREAM_ERROR, error_message(event.data.encode()))
-            return
-        self._take_chunk(chunk, arrived)
-
-    def _take_chunk(self, chunk: dict[str, Any], arrived: float) -> None:
-        record = self.record
-        choices = chunk.get("choices")
-        if choices:
-            choice = choices[0]
-            self._choice_at = arrived
-            if choice.get("finish_reason") is not None:
-                record.finish_reason = str(choice["finish_reason"])
-            if _content(choice):
-                if record.first_token_s is None:
-                    record.first_token_s = arrived
-                record.token_s.append(arrived)
-            if record.first_token_s is not None:
-                record.last_token_s = arrived
-        usage = chunk.get("usage")
-        if usage:
-            record.prompt_tokens = usage.get("prompt_tokens")
-            record.output_tokens = usage.get("completion_tokens")
-            record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-
-    def _conclude(self, parser: SSEParser) -> None:
-        record = self.record
-        if record.outcome != records.OK:
-            return
-        if parser.pending():
-            record.fail(records.STREAM_CUT, "the stream ended inside an event")
-        elif not self._finished and record.finish_reason is None:
-            record.fail(records.STREAM_CUT, "the stream ended without [DONE] and without a finish reason")
-        elif record.first_token_s is None:
-            # All tokens that were asked for came, and none has a text (special tokens): vLLM sends them in one piece.
-            if record.finish_reason == "length" and record.output_tokens:
-                record.first_token_s = record.last_token_s = self._choice_at
-            else:
-                record.fail(records.EMPTY_RESPONSE, "the stream held no text")
+def _read(response: Any, api: Api, answer: Answer, intended: float) -> None:
+    """Read a whole response into its answer."""
+    record, status = answer.record, response.status_code
+    if status != 200:
+        kind = (
+            records.HTTP_429
+            if status == 429
+            else {4: records.HTTP_4XX, 5: records.HTTP_5XX}.get(status // 100, records.HTTP_OTHER)
+        )
+        record.retry_after_s = retry_after(str(response.get("retry-after", "")))
+        record.fail(kind, f"HTTP {status}: {error_message(bytes(response.read()))}")
+        return
+    if not api.generates:
+        _take(Event("message", bytes(response.read()).decode("utf-8", "replace")), api, answer, clock.now() - intended)
+        answer.conclude(False, False)
+        return
+    content_type = str(response.get("content-type", ""))
+    if not content_type.startswith("text/event-stream"):
+        body = bytes(response.read())
+        raise MalformedSSEError(f"content type {content_type!r} instead of text/event-stream: {body[:120]!r}")
+    parser = SSEParser()
+    while line := response.readline(b"\n"):
+        arrived = clock.now() - intended
+        for event in parser.feed(line):
+            _take(event, api, answer, arrived)
+    answer.conclude(parser.pending(), True)
 
 
-def _content(choice: dict[str, Any]) -> bool:
-    """Whether a choice carries generated text, of an answer or of a model's visible reasoning."""
-    if choice.get("text"):
-        return True
-    delta = choice.get("delta") or {}
-    return bool(
-        delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls")
-    )
+def _take(event: Event, api: Api, answer: Answer, arrived: float) -> None:
+    if event.data == "[DONE]":
+        answer.end(arrived)
+        return
+    try:
+        data = json.loads(event.data)
+    except ValueError:
+        raise MalformedSSEError(f"data is not JSON: {event.data[:120]!r}") from None
+    if not isinstance(data, dict):
+        raise MalformedSSEError(f"data is not a JSON object: {event.data[:120]!r}")
+    if event.type == "error" or data.get("error") is not None:
+        answer.fail(error_message(event.data.encode()))
+        return
+    api.take(event.type, data, answer, arrived)

@@ -25,20 +25,22 @@ class ErrorLimit:
         limit: the fraction of measured requests that may fail, 0 to 1; None never stops.
         stop: set when the limit is exceeded: certainly so, because the requests still to come cannot mend it, or by the
             fraction of the first 20 or more that ended.
+        conversations: whether a stage's ``requests`` are conversations, of who knows how many requests each.
 
     """
 
-    def __init__(self, limit: float | None, stop: Event) -> None:
+    def __init__(self, limit: float | None, stop: Event, conversations: bool = False) -> None:
         self.exceeded = False
         self._limit = limit
         self._stop = stop
+        self._conversations = conversations
         self._planned: int | None = None
         self._ended = 0
         self._failed = 0
 
     def begin_stage(self, spec: StageSpec) -> None:
         """Count from nothing again."""
-        self._planned, self._ended, self._failed = spec.requests, 0, 0
+        self._planned, self._ended, self._failed = None if self._conversations else spec.requests, 0, 0
 
     def observe(self, record: Record) -> None:
         """Take one finished request."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -21,65 +20,24 @@ from loadtest.endpoint.client import Client
 from loadtest.endpoint.descriptors import raise_limit
 from loadtest.load.error_limit import ErrorLimit
 from loadtest.load.loop_lag import LoopLag
-from loadtest.load.preflight import calibrate, check_server
+from loadtest.load.make_workload import make_workload
+from loadtest.load.preflight import check_server
 from loadtest.load.progress import Progress
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.load.users import GenerationUser, Session
-from loadtest.request_settings import RequestSettings
 from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
 from loadtest.results.records import RecordWriter, read_records, write_json_atomically
-from loadtest.results.schema import Server, Summary
+from loadtest.results.schema import Summary
 from loadtest.results.summary import summarize
 from loadtest.settings import Settings
 from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
-from loadtest.workloads.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
-from loadtest.workloads.workload import Workload
 
 
 class RunUser(GenerationUser):
     """The user that ``pareto loadtest`` starts."""
-
-
-def make_workload(client: Client, server: Server, settings: RequestSettings) -> tuple[Workload, dict[str, Any]]:
-    """Return the workload, and how the lengths of its prompts were calibrated.
-
-    Raises:
-        LoadTestError: the prompt file is no good, or the server refuses the calibration.
-
-    """
-    source: PromptSource
-    if settings.prompts:
-        source = FilePrompts(read_prompts(settings.prompts, settings.chat))
-        calibration: dict[str, Any] = {"how": "none: prompts from a file"}
-    elif settings.prompt_token_ids:
-        source = TokenIdPrompts(
-            settings.prompt_tokens, settings.prefix_tokens, *settings.prompt_token_ids, settings.seed
-        )
-        calibration = {"how": "none: prompts are token ids"}
-    else:
-        cost = calibrate(client, server.model, settings.chat)
-        source = WordPrompts(settings.prompt_tokens, settings.prefix_tokens, cost, settings.seed)
-        calibration = {
-            "how": cost.how,
-            "tokens_per_word": cost.per_word,
-            "overhead_tokens": cost.overhead,
-            "words": len(cost.words),
-        }
-    ignore_eos = server.is_vllm if settings.ignore_eos is None else settings.ignore_eos
-    workload = Workload(
-        settings.chat,
-        server.model,
-        source,
-        settings.output_tokens,
-        ignore_eos,
-        settings.temperature,
-        settings.extra_body,
-        settings.seed,
-    )
-    return workload, {**calibration, "ignore_eos": ignore_eos}
 
 
 @contextmanager
@@ -122,7 +80,7 @@ def run_load_test(settings: Settings) -> Summary:
     hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
     with ExitStack() as cleanup:
         request = settings.request
-        client = Client(settings.base_url, request.timeout, request.headers, request.insecure)
+        client = Client(settings.base_url, request.timeout, request.headers, request.insecure, request.ca_cert)
         cleanup.callback(client.close)
         server = check_server(client, request.model, settings.ready_timeout)
         exporter = Exporter()
@@ -133,7 +91,7 @@ def run_load_test(settings: Settings) -> Summary:
         writer = RecordWriter(settings.out / RECORDS)
         cleanup.callback(writer.close)
         stop = Event()
-        errors = ErrorLimit(settings.max_error_rate, stop)
+        errors = ErrorLimit(settings.max_error_rate, stop, conversations=request.turns is not None)
         sink = Sink(writer.write, exporter.observe, errors.observe)
         exporter.watch(lambda: sink.in_flight)
         sampler = _start_sampler(settings, client, cleanup)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import gevent
 from gevent.lock import DummySemaphore, Semaphore
 from gevent.pool import Group
@@ -10,12 +13,14 @@ from locust.env import Environment
 from locust.exception import StopUser
 
 from loadtest import clock
-from loadtest.endpoint.client import PATHS, Client
+from loadtest.endpoint.answer import Answer
+from loadtest.endpoint.apis.registry import APIS
+from loadtest.endpoint.client import Client
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage, Ticket
 from loadtest.results import records
 from loadtest.results.records import Record
-from loadtest.workloads.workload import Request, Workload
+from loadtest.workloads.workload import Conversation, Request, Workload
 
 # A closed loop against a server that has gone must not spin: a refused connection ends at once, and so does one for
 # which this process has no file descriptor.
@@ -26,6 +31,14 @@ _UNASKED_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
 
 class RequestFailedError(Exception):
     """What Locust counts as a failure: the error's class and message."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversation, mostly of one turn, with its first request ready to be sent."""
+
+    conversation: Conversation
+    first: Request
 
 
 class Session:
@@ -58,7 +71,7 @@ class Session:
         self._client = client
         self._workload = workload
         self._sink = sink
-        self._path = PATHS["chat" if workload.chat else "completions"]
+        self._path = APIS[workload.endpoint.name].path
         limit = stage.spec.max_concurrency
         self._slots: Semaphore | DummySemaphore = Semaphore(limit) if limit else DummySemaphore()
         self._streams = 0
@@ -68,21 +81,51 @@ class Session:
         self._streams += 1
         return self.stream_id * 1000 + self._streams - 1
 
-    def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Request:
-        """Build a request before it is due, so that its making costs no latency."""
+    def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Prepared:
+        """Build a conversation's first request before it is due, so that its making costs no latency."""
         stream = self.stream_id if stream_id is None else stream_id
-        return self._workload.request(self.stage.spec.index, ticket.index, ticket.warmup, stream)
+        conversation = self._workload.conversation(self.stage.spec.index, ticket.index, ticket.warmup, stream)
+        return Prepared(conversation, conversation.request())
 
-    def send(self, ticket: Ticket, request: Request, intended: float | None = None) -> Record:
-        """Send a request now, record it and tell Locust, whatever becomes of it; returns the record.
+    def send(self, ticket: Ticket, prepared: Prepared, intended: float | None = None) -> Record:
+        """Send a request now, and after its answer and a pause each further turn of its conversation.
+
+        A failure ends the conversation, and so does the end of the stage: no turn begins after that.
 
         Args:
-            ticket: what :class:`Stage` handed out.
-            request: what :meth:`prepare` built.
+            ticket: what :class:`Stage` handed out: one for the whole conversation.
+            prepared: what :meth:`prepare` built.
             intended: when it was meant to start; None means now (closed loop).
 
+        Returns:
+            The record of the last turn.
+
         """
-        intended = clock.now() if intended is None else intended
+        request = prepared.first
+        begin = clock.now() if intended is None else intended
+        try:
+            while True:
+                record, answer = self._exchange(ticket, request, begin)
+                following = prepared.conversation.proceed(answer.text) if record.outcome == records.OK else None
+                if following is None:
+                    return record
+                request = following
+                # A turn is due when its user has thought, which begins at the end of the answer; without that it is
+                # due when it is there to be sent.
+                begin = begin + record.end_s + request.think_s if request.think_s else clock.now()
+                gevent.sleep(max(0.0, min(begin - clock.now(), self._left())))
+                if self.stage.closed or self._left() <= 0:
+                    return record
+        finally:
+            self.stage.done(ticket)
+
+    def _left(self) -> float:
+        """Return the seconds in which further turns of the stage may begin."""
+        limit = self.stage.spec.duration_s
+        return math.inf if limit is None else limit - self.stage.elapsed()
+
+    def _exchange(self, ticket: Ticket, request: Request, intended: float) -> tuple[Record, Answer]:
+        """Send one request, record it and tell Locust, whatever becomes of it."""
         record = Record(
             self.stage.spec.index,
             ticket.index,
@@ -90,21 +133,32 @@ class Session:
             clock.to_unix(intended),
             requested_prompt_tokens=request.prompt_tokens,
             requested_output_tokens=request.output_tokens,
+            turn=request.turn,
         )
         self._sink.begin()
         try:
+            answer = self._stream(request, record, intended)
+            self._count(record, answer)
+        finally:
+            self._sink.end(record)
+            self._tell_locust(record)
+        return record, answer
+
+    def _stream(self, request: Request, record: Record, intended: float) -> Answer:
+        try:
             with self._slots:
-                self._client.stream(self._path, request.body, record, intended)
+                return self._client.stream(self._path, request.body, record, intended)
         except gevent.GreenletExit:
             if record.start_s is None:
                 record.end_s = clock.now() - intended
             record.outcome = records.CANCELLED
             raise
-        finally:
-            self._sink.end(record)
-            self.stage.done(ticket)
-            self._tell_locust(record)
-        return record
+
+    def _count(self, record: Record, answer: Answer) -> None:
+        """Count the tokens of an answer for which the server did not."""
+        if record.outcome == records.OK and record.output_tokens is None and self._workload.count_tokens:
+            text = answer.generated
+            record.retokenized_output_tokens = self._workload.count_tokens(text) if text else None
 
     def _tell_locust(self, record: Record) -> None:
         if record.outcome == records.CANCELLED:
@@ -117,7 +171,7 @@ class Session:
             request_type="WARMUP" if record.warmup else "POST",
             name=self._path,
             response_time=record.end_s * 1000,
-            response_length=record.counted_output_tokens,
+            response_length=record.counted_output_tokens or 0,
             exception=error,
             context={},
             start_time=record.intended_unix_s,

@@ -59,7 +59,7 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
         cells = [load_name(stage), str(stage.requests.ok), str(stage.requests.failed)]
         if rates:
             cells += [f"{rates.window_s:.1f}", f"{rates.requests_per_s:.2f}"]
-            cells.append(f"{rates.output_tokens_per_s:.1f}")
+            cells.append("-" if rates.output_tokens_per_s is None else f"{rates.output_tokens_per_s:.1f}")
         else:
             cells += ["-"] * 3
         if with_goodput:

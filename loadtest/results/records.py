@@ -51,13 +51,13 @@ class Record:
 
     Attributes:
         stage: index of the stage.
-        index: number of the request within its stage and phase.
+        index: number of the request, or of the conversation that it is a turn of, within its stage and phase.
         warmup: whether the request is left out of the results.
         intended_unix_s: when it was meant to start, seconds since the Unix epoch.
         start_s: when it was sent; 0 up to the generator's lag, more when ``--max-concurrency`` held it back. None
             when it never was.
         first_token_s: first chunk with non-empty content; the last one of an answer that has all the tokens that it
-            was to have, none of them with a text.
+            was to have, none of them with a text; None where nothing is generated (embeddings).
         last_token_s: last chunk that carried a choice; the last token's arrival also when its text was empty.
         token_s: arrival of every chunk with non-empty content.
         end_s: end of the stream, or the moment the failure was noticed.
@@ -65,6 +65,7 @@ class Record:
         requested_output_tokens: ``max_tokens``.
         prompt_tokens: the server's usage.prompt_tokens; None when it sent none.
         output_tokens: the server's usage.completion_tokens; None when it sent none.
+        retokenized_output_tokens: where the server counted nothing, tokens of the answer's text, tokenized again.
         cached_tokens: prompt tokens that the server took from its prefix cache, where it says.
         finish_reason: as the server gave it.
         outcome: ``ok``, ``error`` or ``cancelled``.
@@ -72,6 +73,7 @@ class Record:
         status: HTTP status.
         message: what went wrong, at most 300 characters.
         retry_after_s: seconds that a refusing server asked to wait, by its Retry-After header.
+        turn: number of the request within its conversation, from 0; ``index`` is that of the conversation.
 
     """
 
@@ -88,6 +90,7 @@ class Record:
     requested_output_tokens: int | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    retokenized_output_tokens: int | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
     outcome: str = OK
@@ -95,6 +98,7 @@ class Record:
     status: int | None = None
     message: str | None = None
     retry_after_s: float | None = None
+    turn: int = 0
 
     def fail(self, error: str, message: str) -> None:
         """Mark the request as failed in class ``error``; the first failure is the cause and stays."""
@@ -102,16 +106,20 @@ class Record:
             self.outcome, self.error, self.message = ERROR, error, " ".join(message.split())[:300]
 
     @property
-    def counted_output_tokens(self) -> int:
-        """Output tokens as the server counted them, else the number of content chunks."""
-        return len(self.token_s) if self.output_tokens is None else self.output_tokens
+    def counted_output_tokens(self) -> int | None:
+        """Output tokens as the server counted them, else as the text was tokenized again; None when nothing counted.
+
+        The number of chunks does not stand in for it: a server may send several tokens in one.
+        """
+        return self.retokenized_output_tokens if self.output_tokens is None else self.output_tokens
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds per output token after the first; None when fewer than two tokens came."""
-        if self.first_token_s is None or self.last_token_s is None or self.counted_output_tokens < 2:
+        """Seconds per output token after the first; None when fewer than two tokens came, or nothing counted them."""
+        tokens = self.counted_output_tokens
+        if self.first_token_s is None or self.last_token_s is None or tokens is None or tokens < 2:
             return None
-        return (self.last_token_s - self.first_token_s) / (self.counted_output_tokens - 1)
+        return (self.last_token_s - self.first_token_s) / (tokens - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object, times rounded to the microsecond."""

@@ -58,8 +58,8 @@ class Latency:
     Attributes:
         ttft_ms: first chunk with non-empty content, or the end of an answer whose tokens have no text.
         tpot_ms: time per output token after the first: (last token - first token) / (output tokens - 1). Undefined for
-            requests of one output token (left out), and for servers that send no usage the number of chunks stands in
-            for the number of tokens (the stage's ``notes`` say so).
+            requests of one output token, and where neither the server's usage nor a tokenizer counted the tokens: those
+            are left out, and the stage's ``notes`` say so.
         itl_ms: gaps between consecutive content chunks, pooled over all requests. Equals the inter-token latency only
             when the server sends one token a chunk: see ``StageResult.tokens_per_chunk``. A server that coalesces
             tokens has larger gaps and fewer of them; then use ``tpot_ms``.
@@ -79,14 +79,15 @@ class Latency:
 class Throughput:
     """Rates over the stage's window: first intended start to last end of a measured request.
 
-    Tokens are those of successful requests, as counted by the server's usage field. The window includes the drain after
-    the last request was sent, so short stages understate a saturated server; give the stage more requests.
+    Tokens are those of successful requests, as counted by the server's usage field, or else by tokenizing the text
+    again; None where some answers were not counted. The window includes the drain after the last request was sent, so
+    short stages understate a saturated server; give the stage more requests.
     """
 
     window_s: float
     requests_per_s: float
-    output_tokens_per_s: float
-    total_tokens_per_s: float
+    output_tokens_per_s: float | None
+    total_tokens_per_s: float | None
     offered_requests_per_s: float
     mean_in_flight: float
 

@@ -59,7 +59,7 @@ class StageAccumulator:
         self._cached_tokens = 0
         self._chunks = 0
         self._good = 0
-        self._without_usage = 0
+        self._retokenized = self._uncounted = self._unknown_prompts = 0
         self._first_start: float | None = None
         self._last_start = 0.0
         self._last_end = 0.0
@@ -87,8 +87,8 @@ class StageAccumulator:
 
     def _add_success(self, record: Record) -> None:
         ttft, tpot, e2e = record.first_token_s, record.tpot_s, record.end_s
-        assert ttft is not None, "a success has at least one content chunk"
-        self._ttft.append(ttft * 1000)
+        if ttft is not None:
+            self._ttft.append(ttft * 1000)
         self._e2e.append(e2e * 1000)
         self._lag.append((record.start_s or 0.0) * 1000)
         if tpot is not None:
@@ -96,9 +96,15 @@ class StageAccumulator:
         times = record.token_s
         self._itl.extend((after - before) * 1000 for before, after in pairwise(times))
         self._chunks += len(times)
-        self._without_usage += record.output_tokens is None
-        self._output_tokens.append(record.counted_output_tokens)
-        if record.prompt_tokens is not None:
+        counted = record.counted_output_tokens
+        if counted is None:
+            self._uncounted += 1
+        else:
+            self._output_tokens.append(counted)
+            self._retokenized += record.output_tokens is None
+        if record.prompt_tokens is None:
+            self._unknown_prompts += 1
+        else:
             self._prompt_tokens.append(record.prompt_tokens)
         self._cached_tokens += record.cached_tokens or 0
         if record.requested_prompt_tokens is not None:
@@ -106,7 +112,11 @@ class StageAccumulator:
         if record.requested_output_tokens is not None:
             self._asked_output.append(record.requested_output_tokens)
         self._reasons[record.finish_reason or "unknown"] += 1
-        measured = {"ttft": ttft * 1000, "tpot": 0.0 if tpot is None else tpot * 1000, "e2el": e2e * 1000}
+        measured = {
+            "ttft": 0.0 if ttft is None else ttft * 1000,
+            "tpot": 0.0 if tpot is None else tpot * 1000,
+            "e2el": e2e * 1000,
+        }
         self._good += all(measured[name] <= limit for name, limit in self._slo.items())
 
     def result(self, spec: StageSpec, finished: bool, server_metrics: dict[str, MetricSeries]) -> StageResult:
@@ -120,7 +130,8 @@ class StageAccumulator:
         """
         latency = Latency(*(distribution(v) for v in (self._ttft, self._tpot, self._itl, self._e2e, self._lag)))
         throughput = self._throughput()
-        output = self._tokens(self._output_tokens, self._asked_output)
+        # A total that leaves some answers out would be wrong, and nobody would see it.
+        output = None if self._uncounted else self._tokens(self._output_tokens, self._asked_output)
         per_chunk = output.total / self._chunks if output and self._chunks else None
         ok, failed = self._outcomes[records.OK], self._outcomes[records.ERROR]
         goodput = None
@@ -150,7 +161,7 @@ class StageAccumulator:
             latency=latency,
             throughput=throughput,
             goodput=goodput,
-            prompt_tokens=self._tokens(self._prompt_tokens, self._asked_prompt),
+            prompt_tokens=None if self._unknown_prompts else self._tokens(self._prompt_tokens, self._asked_prompt),
             output_tokens=output,
             tokens_per_chunk=per_chunk,
             finish_reasons=dict(sorted(self._reasons.items())),
@@ -166,13 +177,14 @@ class StageAccumulator:
             return None
         window = max(self._last_end - self._first_start, 1e-6)
         ended = self._outcomes[records.OK] + self._outcomes[records.ERROR]
-        output, prompt = sum(self._output_tokens), sum(self._prompt_tokens)
+        output = None if self._uncounted else sum(self._output_tokens)
+        total = None if output is None or self._unknown_prompts else output + sum(self._prompt_tokens)
         gaps = self._last_start - self._first_start
         return Throughput(
             window_s=window,
             requests_per_s=self._outcomes[records.OK] / window,
-            output_tokens_per_s=output / window,
-            total_tokens_per_s=(output + prompt) / window,
+            output_tokens_per_s=None if output is None else output / window,
+            total_tokens_per_s=None if total is None else total / window,
             offered_requests_per_s=(ended - 1) / gaps if gaps > 0 else ended / window,
             mean_in_flight=self._busy_s / window,
         )
@@ -188,11 +200,17 @@ class StageAccumulator:
         notes = []
         if not finished:
             notes.append("cut short: the stage is partial")
-        if self._without_usage:
+        if self._uncounted:
             notes.append(
-                f"{self._without_usage} answers had no usage: their output tokens are counted as content chunks"
+                f"{self._uncounted} answers had no usage, and nothing counted their tokens: output tokens and "
+                "their rate are undefined, and TPOT leaves these answers out; --tokenizer PATH counts them"
             )
-        elif per_chunk is not None and not 0.95 <= per_chunk <= 1.05:
+        if self._retokenized:
+            notes.append(
+                f"{self._retokenized} answers had no usage: their text was tokenized again, which may differ by a few "
+                "tokens from what was generated"
+            )
+        if per_chunk is not None and not 0.95 <= per_chunk <= 1.05:
             notes.append(
                 f"{per_chunk:.2f} tokens a chunk: itl_ms is the gap between chunks, not between tokens; use tpot_ms"
             )
@@ -212,7 +230,8 @@ def _cache_notes(cached: int, prompt_tokens: int, server_metrics: dict[str, Metr
         return []
     return [
         f"{share:.0%} of the prompt tokens came from the server's prefix cache, which shortens TTFT: wanted with "
-        "--prefix-tokens; else it knew these prompts, from a run of the same --seed or the same --prompts file"
+        "shared prefixes, --turns and --trace; else it knew these prompts, from a run of the same --seed or the same "
+        "--prompts file"
     ]
 
 

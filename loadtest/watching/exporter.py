@@ -75,7 +75,7 @@ class Exporter:
         if record.outcome != OK:
             return
         self._prompt_tokens.inc(record.prompt_tokens or 0)
-        self._output_tokens.inc(record.counted_output_tokens)
+        self._output_tokens.inc(record.counted_output_tokens or 0)
         if record.first_token_s is not None:
             self._ttft.observe(record.first_token_s)
         if record.tpot_s is not None:

@@ -1,19 +1,18 @@
-"""Prompts of wanted lengths, each determined by the seed, the stage and its number alone.
+"""Made-up prompts of wanted lengths, each determined by the seed, the stage and its number alone.
 
 So request 17 of stage 2 is the same whichever user sends it and whenever, and two runs with one seed send the same.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from loadtest.errors import LoadTestError
 from loadtest.workloads.distributions import TokenDistribution
+from loadtest.workloads.prefixes import PrefixPool
+from loadtest.workloads.prompt import FIRST, Phase, Prompt
 
 # Frequent short English words, which most tokenizers keep whole. Calibration measures what they really cost.
 _FREQUENT = """
@@ -27,22 +26,6 @@ right used take three small place hand house night water white light city next y
 read line turn land war four group large power school number course point family
 """
 WORDS = tuple(_FREQUENT.split())
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: text, token ids or chat messages; ``tokens`` is the length it was made for, None when unknown."""
-
-    content: str | list[int] | list[dict[str, Any]]
-    tokens: int | None
-    max_tokens: int | None = None
-
-
-class PromptSource(Protocol):
-    """Makes prompts."""
-
-    def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
-        """Return the prompt of request ``index``, random in ``rng`` only."""
 
 
 @dataclass(frozen=True)
@@ -87,53 +70,93 @@ class _Unrepeated:
 
 
 class WordPrompts:
-    """Random words; all prompts start with the same ``prefix_tokens`` tokens' worth of them."""
+    """Random words after one of the shared prefixes."""
 
-    def __init__(self, lengths: TokenDistribution, prefix_tokens: int, cost: TokenCost, seed: int) -> None:
+    def __init__(self, lengths: TokenDistribution, prefixes: PrefixPool, cost: TokenCost, seed: int) -> None:
         self._lengths = lengths
         self._cost = cost
-        self._prefix_tokens = prefix_tokens
-        rng = np.random.default_rng([seed, 0])
-        count = round(prefix_tokens / cost.per_word)
+        self._prefixes = prefixes
+        self._unrepeated = _Unrepeated()
         # The first word has no space before it, so each word may cost something else there. All prompts start with the
         # one that the calibration started with, whose cost is part of the overhead.
-        self._unrepeated = _Unrepeated()
-        self._start = [cost.words[0], *(cost.words[i] for i in rng.integers(len(cost.words), size=count))]
+        self._starts = [
+            [cost.words[0], *(cost.words[i] for i in rng.integers(len(cost.words), size=round(tokens / cost.per_word)))]
+            for rng, tokens in prefixes.generators(seed)
+        ]
 
-    def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
-        """Return ``prefix_tokens`` shared tokens and then a drawn number of random ones."""
-        tokens = self._prefix_tokens + self._lengths.sample(rng)
-        count = max(0, self._cost.words_for(tokens) - len(self._start))
+    def prompt(self, rng: np.random.Generator, index: int, phase: Phase = FIRST) -> Prompt:
+        """Return a prefix and then a drawn number of random tokens."""
+        chosen = self._prefixes.choose(rng)
+        start = self._starts[chosen]
+        tokens = self._prefixes.tokens[chosen] + self._lengths.sample(rng)
+        count = max(0, self._cost.words_for(tokens) - len(start))
         words = self._cost.words
-        return Prompt(
-            " ".join([*self._start, *(words[i] for i in self._unrepeated.draw(rng, 0, len(words), count))]), tokens
-        )
+        return Prompt(" ".join([*start, *(words[i] for i in self._unrepeated.draw(rng, 0, len(words), count))]), tokens)
+
+    def further(self, rng: np.random.Generator, lengths: TokenDistribution) -> Prompt:
+        """Return what is said in a later turn: a drawn number of random tokens, which the template adds to."""
+        tokens = lengths.sample(rng)
+        count, words = max(1, round(tokens / self._cost.per_word)), self._cost.words
+        return Prompt(" ".join(words[i] for i in rng.integers(len(words), size=count)), tokens)
 
 
 class TokenIdPrompts:
-    """Random token ids in ``[low, high)``: exact lengths without a tokenizer, for ``/v1/completions`` only."""
+    """Random token ids in ``[low, high)``: exact lengths without a tokenizer, where the endpoint takes them."""
 
-    def __init__(self, lengths: TokenDistribution, prefix_tokens: int, low: int, high: int, seed: int) -> None:
+    def __init__(self, lengths: TokenDistribution, prefixes: PrefixPool, low: int, high: int, seed: int) -> None:
         self._lengths = lengths
         self._low, self._high = low, high
         self._unrepeated = _Unrepeated()
-        self._prefix: list[int] = np.random.default_rng([seed, 0]).integers(low, high, size=prefix_tokens).tolist()
+        self._prefixes = prefixes
+        self._starts: list[list[int]] = [
+            rng.integers(low, high, size=tokens).tolist() for rng, tokens in prefixes.generators(seed)
+        ]
 
-    def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
-        """Return the shared ids and then a drawn number of random ones."""
+    def prompt(self, rng: np.random.Generator, index: int, phase: Phase = FIRST) -> Prompt:
+        """Return the ids of a prefix and then a drawn number of random ones."""
+        start = self._starts[self._prefixes.choose(rng)]
         ids = self._unrepeated.draw(rng, self._low, self._high, self._lengths.sample(rng))
-        return Prompt([*self._prefix, *ids], len(self._prefix) + len(ids))
+        return Prompt([*start, *ids], len(start) + len(ids))
 
 
-class FilePrompts:
-    """Prompts from a file, in its order, over and over."""
+class ConversationPrompts:
+    """Conversations of made-up turns.
 
-    def __init__(self, prompts: list[Prompt]) -> None:
-        self._prompts = prompts
+    Args:
+        first: makes the first turns.
+        turns: draws how many turns a conversation has.
+        turn_tokens: draws the length of what the user says in each later turn.
+        think_ms: draws the milliseconds from an answer to the next turn; None is no pause.
 
-    def prompt(self, rng: np.random.Generator, index: int) -> Prompt:
-        """Return line ``index`` of the file, starting over at its end."""
-        return self._prompts[index % len(self._prompts)]
+    """
+
+    def __init__(
+        self,
+        first: WordPrompts,
+        turns: TokenDistribution,
+        turn_tokens: TokenDistribution,
+        think_ms: TokenDistribution | None,
+    ) -> None:
+        self._first = first
+        self._turns = turns
+        self._turn_tokens = turn_tokens
+        self._think_ms = think_ms
+
+    def prompt(self, rng: np.random.Generator, index: int, phase: Phase = FIRST) -> Prompt:
+        """Return the first prompt of a conversation with those that follow it."""
+        first = self._first.prompt(rng, index, phase)
+        return replace(
+            first,
+            follow_ups=tuple(
+                replace(self._first.further(rng, self._turn_tokens), think_s=draw_think(self._think_ms, rng))
+                for _ in range(self._turns.sample(rng) - 1)
+            ),
+        )
+
+
+def draw_think(think_ms: TokenDistribution | None, rng: np.random.Generator) -> float:
+    """Return a drawn think time in seconds; 0 for None."""
+    return think_ms.sample(rng) / 1000 if think_ms else 0.0
 
 
 def parse_token_id_range(text: str) -> tuple[int, int]:
@@ -151,52 +174,3 @@ def parse_token_id_range(text: str) -> tuple[int, int]:
     if not 0 <= bounds[0] < bounds[1]:
         raise LoadTestError(f"--prompt-token-ids {text}: expected HIGH or LOW:HIGH with 0 <= LOW < HIGH")
     return bounds
-
-
-def read_prompts(path: Path, chat: bool) -> list[Prompt]:
-    """Read a prompt file: one prompt a line, or JSON Lines if the name ends in ``.jsonl``.
-
-    A JSON line has ``prompt`` (text or token ids; ``text`` works too) or ``messages`` (chat only), and optionally
-    ``max_tokens``, which overrides the drawn output length.
-
-    Raises:
-        LoadTestError: the file is missing, empty, or a line does not fit.
-
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoadTestError(f"--prompts {path}: {getattr(error, 'strerror', None) or error}") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise LoadTestError(f"--prompts {path}: no prompts in the file")
-    if path.suffix != ".jsonl":
-        return [Prompt(line.strip(), None) for _, line in lines]
-    return [_json_prompt(line, f"--prompts {path}:{number}", chat) for number, line in lines]
-
-
-def _json_prompt(line: str, where: str, chat: bool) -> Prompt:
-    try:
-        data = json.loads(line)
-    except ValueError:
-        raise LoadTestError(f"{where}: not JSON") from None
-    if not isinstance(data, dict):
-        raise LoadTestError(f"{where}: expected an object with prompt or messages")
-    max_tokens = data.get("max_tokens")
-    if max_tokens is not None and not (isinstance(max_tokens, int) and max_tokens >= 1):
-        raise LoadTestError(f"{where}: max_tokens must be a whole number, at least 1")
-    messages = data.get("messages")
-    if messages is not None:
-        if not chat:
-            raise LoadTestError(f"{where}: messages need --endpoint chat")
-        if not (isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages)):
-            raise LoadTestError(f"{where}: messages must be a list of objects")
-        return Prompt(messages, None, max_tokens)
-    prompt = data.get("prompt", data.get("text"))
-    if isinstance(prompt, str) and prompt:
-        return Prompt(prompt, None, max_tokens)
-    if isinstance(prompt, list) and prompt and all(isinstance(each, int) for each in prompt):
-        if chat:
-            raise LoadTestError(f"{where}: token ids need --endpoint completions")
-        return Prompt(prompt, len(prompt), max_tokens)
-    raise LoadTestError(f"{where}: expected prompt (text or token ids) or messages")

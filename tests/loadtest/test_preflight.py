@@ -8,11 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from loadtest.endpoint.apis.registry import APIS
+from loadtest.endpoint.calibration import calibrate
 from loadtest.endpoint.client import Client
 from loadtest.errors import LoadTestError
-from loadtest.load.preflight import calibrate, check_server
+from loadtest.load.preflight import check_server
 from loadtest.mock_server import MockConfig, MockServer
 from loadtest.workloads.distributions import parse_distribution
+from loadtest.workloads.prefixes import PrefixPool
 from loadtest.workloads.prompts import WordPrompts
 
 Factory = Callable[..., MockServer]
@@ -98,10 +101,10 @@ def test_what_is_no_openai_server_is_said_to_be_none(answer: bytes, why: str) ->
 def test_calibrated_prompts_cost_what_was_asked_for(mock_server: Factory, chat: bool, tokenize: bool) -> None:
     server = mock_server(tokenize=tokenize)
     client = Client(server.url, 10)
-    cost = calibrate(client, "mock-model", chat)
+    cost = calibrate(client, "mock-model", APIS["chat" if chat else "completions"])
     assert ("/tokenize" in cost.how) == tokenize
     assert cost.overhead == (5 if chat else 1)
-    prompt = WordPrompts(parse_distribution("321", "-"), 40, cost, 0).prompt(np.random.default_rng(0), 0)
+    prompt = WordPrompts(parse_distribution("321", "-"), PrefixPool((40,)), cost, 0).prompt(np.random.default_rng(0), 0)
     body = {"messages": [{"role": "user", "content": prompt.content}]} if chat else {"prompt": prompt.content}
     path = "/v1/chat/completions" if chat else "/v1/completions"
     answer = client.call(path, {"model": "mock-model", "max_tokens": 1, **body})
@@ -110,18 +113,18 @@ def test_calibrated_prompts_cost_what_was_asked_for(mock_server: Factory, chat: 
 
 def test_calibration_sends_no_generation_where_tokenize_exists(mock_server: Factory) -> None:
     server = mock_server()
-    calibrate(Client(server.url, 10), "mock-model", False)
+    calibrate(Client(server.url, 10), "mock-model", APIS["completions"])
     assert server.requests == []
 
 
 def test_calibration_without_usage_says_what_to_do(mock_server: Factory) -> None:
     with pytest.raises(LoadTestError, match="--prompt-token-ids"):
-        calibrate(Client(mock_server(tokenize=False, usage=False).url, 10), "mock-model", False)
+        calibrate(Client(mock_server(tokenize=False, usage=False).url, 10), "mock-model", APIS["completions"])
 
 
 def test_calibration_passes_on_why_the_server_refuses(mock_server: Factory) -> None:
     with pytest.raises(LoadTestError, match="refused a test request: HTTP 404: The model `other`"):
-        calibrate(Client(mock_server(tokenize=False).url, 10), "other", False)
+        calibrate(Client(mock_server(tokenize=False).url, 10), "other", APIS["completions"])
 
 
 def test_the_mock_says_the_truth_about_tokens(mock_server: Factory) -> None:
@@ -140,4 +143,4 @@ def test_a_senseless_usage_is_not_called_missing(mock_server: Factory, monkeypat
     client = Client(mock_server(tokenize=False).url, 5.0)
     monkeypatch.setattr(client, "call", lambda path, *_, **__: {"usage": {"prompt_tokens": 7}} if "v1" in path else {})
     with pytest.raises(LoadTestError, match=r"is no length of a prompt: 7 for 16 words and 7 for 144"):
-        calibrate(client, "mock-model", False)
+        calibrate(client, "mock-model", APIS["completions"])

@@ -134,12 +134,25 @@ def test_tpot_counts_the_servers_tokens_when_chunks_hold_several() -> None:
     assert any("tokens a chunk" in note for note in stage.notes)
 
 
-def test_without_usage_chunks_stand_in_and_a_note_says_so() -> None:
-    (stage,) = summarize([replace(record(0), output_tokens=None, prompt_tokens=None)], [SPEC])
+def test_tokens_that_nobody_counted_are_undefined_and_never_the_number_of_chunks() -> None:
+    (stage,) = summarize([record(0), replace(record(1), output_tokens=None, prompt_tokens=None)], [SPEC])
+    assert (stage.output_tokens, stage.prompt_tokens, stage.tokens_per_chunk) == (None, None, None)
+    assert stage.throughput is not None
+    assert (stage.throughput.output_tokens_per_s, stage.throughput.total_tokens_per_s) == (None, None)
+    # The other answer was counted, so its TPOT is right.
+    assert stage.latency.tpot_ms is not None
+    assert (stage.latency.tpot_ms.count, stage.latency.tpot_ms.p50) == (1, pytest.approx(20))
+    assert any("1 answers had no usage, and nothing counted" in note for note in stage.notes)
+
+
+def test_text_that_was_tokenized_again_counts_and_a_note_says_so() -> None:
+    # Four tokens a chunk: 5 chunks in 80 ms are 20 tokens, so 80 / 19 ms for each after the first.
+    (stage,) = summarize([replace(record(0), output_tokens=None, retokenized_output_tokens=20)], [SPEC])
+    assert stage.latency.tpot_ms is not None
+    assert stage.latency.tpot_ms.p50 == pytest.approx(80 / 19, abs=1e-3)
     assert stage.output_tokens is not None
-    assert stage.output_tokens.total == 5
-    assert stage.prompt_tokens is None
-    assert any("no usage" in note for note in stage.notes)
+    assert (stage.output_tokens.total, stage.tokens_per_chunk) == (20, 4.0)
+    assert any("tokenized again" in note for note in stage.notes)
 
 
 def test_a_stage_of_failures_only_has_no_latencies() -> None:

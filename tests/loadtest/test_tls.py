@@ -11,7 +11,7 @@ import gevent
 import pytest
 
 from loadtest import clock
-from loadtest.endpoint.client import Client
+from loadtest.endpoint.client import Client, ssl_context
 from loadtest.errors import LoadTestError
 from loadtest.load.preflight import check_server
 from loadtest.mock_server import MockConfig, MockServer
@@ -36,6 +36,18 @@ def server(tmp_path: Path) -> Iterator[MockServer]:
 def test_an_unknown_certificate_is_refused_and_named(server: MockServer) -> None:
     with pytest.raises(LoadTestError, match=r"cannot reach https://.*TLS: self-signed certificate"):
         check_server(Client(server.url, 10), None, 0)
+
+
+def test_a_certificate_of_ones_own_is_trusted_where_it_is_named(server: MockServer, tmp_path: Path) -> None:
+    client = Client(server.url, 10, ca_cert=tmp_path / "cert.pem")
+    assert check_server(client, None, 0).model == "mock-model"
+    record = Record(0, 0)
+    body = json.dumps({"model": "mock-model", "prompt": "a", "max_tokens": 2, "stream": True}).encode()
+    client.stream("/v1/completions", body, record, clock.now())
+    assert record.outcome == "ok"
+    (tmp_path / "empty.pem").write_text("no certificate")
+    with pytest.raises(LoadTestError, match=r"--ca-cert .*empty.pem: no certificates in it; expected a PEM file"):
+        ssl_context(False, tmp_path / "empty.pem")
 
 
 def test_requests_over_tls_run_side_by_side(server: MockServer) -> None:

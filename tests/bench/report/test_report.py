@@ -304,6 +304,20 @@ def test_the_consoles_table_has_dashes_for_what_was_not_measured(tmp_path):
     ]  # fmt: skip
 
 
+def test_tokens_that_nobody_counted_are_dashes(results, tmp_path):
+    """A server without usage leaves the rate of tokens undefined, which is no reason to leave out its latencies."""
+    file = results / "b" / "summary.json"
+    test = json.loads(file.read_text())
+    for stage in test["stages"]:
+        stage["throughput"] |= {"output_tokens_per_s": None, "total_tokens_per_s": None}
+    file.write_text(json.dumps(test))
+    assert report(results, "--out", tmp_path / "r.html") == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["configurations"]
+    (stages,) = [row["stages"] for row in rows if any("b/summary.json" in source for source in row["sources"])]
+    assert stages
+    assert all("ttft_p95_ms" in stage["figures"] and "output_tokens_per_s" not in stage["figures"] for stage in stages)
+
+
 def test_one_entry_is_a_column(results, monkeypatch):
     """A metric that the list has is read, joined, shown on the page and the console, and written to JSON."""
     worst = Metric("kl_p99", "KL, worst 1%", "nats a token", "less", lambda v: f"{v:.2f} nats",

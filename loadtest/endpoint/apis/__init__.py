@@ -1,0 +1,1 @@
+"""The forms of requests and answers that a server may speak, one a file."""

@@ -1,0 +1,85 @@
+"""The workload of a run, from its settings and what the server says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from loadtest.endpoint.apis.registry import APIS
+from loadtest.endpoint.calibration import calibrate
+from loadtest.endpoint.client import Client
+from loadtest.endpoint.token_count import LocalCounter, ServerCounter, read_tokenizer
+from loadtest.request_settings import RequestSettings
+from loadtest.results.schema import Server
+from loadtest.workloads.datasets import DatasetPrompts, load_prompts
+from loadtest.workloads.prompt import PromptSource
+from loadtest.workloads.prompts import ConversationPrompts, TokenCost, TokenIdPrompts, WordPrompts
+from loadtest.workloads.traces.prompts import TracePrompts
+from loadtest.workloads.traces.registry import read_trace
+from loadtest.workloads.workload import Workload
+
+
+def make_workload(client: Client, server: Server, settings: RequestSettings) -> tuple[Workload, dict[str, Any]]:
+    """Return the workload, and how the lengths of its prompts were calibrated.
+
+    Raises:
+        LoadTestError: a file is no good, or the server refuses the calibration.
+
+    """
+    api = APIS[settings.endpoint]
+    tokenizer = read_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    entries = read_trace(settings.trace, settings.trace_format) if settings.trace else None
+    seed, ids = settings.seed, settings.prompt_token_ids
+    cost: TokenCost | None = None
+    calibration: dict[str, Any]
+    if settings.prompts:
+        calibration = {"how": "none: prompts from a data set"}
+    elif ids:
+        calibration = {"how": "none: prompts are token ids"}
+    else:
+        cost = calibrate(client, server.model, api, tokenizer)
+        calibration = {
+            "how": cost.how,
+            "tokens_per_word": cost.per_word,
+            "overhead_tokens": cost.overhead,
+            "words": len(cost.words),
+        }
+    source: PromptSource
+    times: Sequence[float] | None = None
+    if settings.prompts:
+        prompts = load_prompts(
+            settings.prompts,
+            api,
+            settings.columns,
+            subset=settings.subset,
+            split=settings.split,
+            turns=settings.turns is not None,
+        )
+        source = DatasetPrompts(prompts, settings.turns, settings.think_ms)
+    elif entries is not None:
+        source = TracePrompts(entries, seed, cost, ids)
+        times = source.times
+    elif ids:
+        source = TokenIdPrompts(settings.prompt_tokens, settings.prefixes, *ids, seed)
+    else:
+        assert cost is not None
+        source = words = WordPrompts(settings.prompt_tokens, settings.prefixes, cost, seed)
+        if settings.turns:
+            source = ConversationPrompts(words, settings.turns, settings.turn_tokens, settings.think_ms)
+    ignore_eos = server.is_vllm if settings.ignore_eos is None else settings.ignore_eos
+    counter: Callable[[str], int | None] = LocalCounter(tokenizer) if tokenizer else ServerCounter(client, server.model)
+    workload = Workload(
+        api,
+        server.model,
+        source,
+        settings.output_tokens,
+        ignore_eos,
+        settings.temperature,
+        settings.extra_body,
+        seed,
+        times=times,
+        count_tokens=counter,
+        # Asking the server for every recorded answer before it is sent would be a load of its own.
+        recorded_lengths=tokenizer is not None,
+    )
+    return workload, {**calibration, "ignore_eos": ignore_eos}

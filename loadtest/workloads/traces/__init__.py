@@ -1,0 +1,1 @@
+"""Recorded traffic: when requests came, how long they were, and which beginnings they shared."""
