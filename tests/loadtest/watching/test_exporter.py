@@ -58,7 +58,7 @@ def test_what_is_observed_can_be_scraped() -> None:
     times = [0.2, 0.22, 0.24]
     exporter.observe(
         Record(
-            *(0, 0, False, 0.0, 0.01, 0.2, 0.24, times, 0.25),
+            *(0, 0, False, 0.0, 0.01, 0.2, 0.24, 0.25, times),
             prompt_tokens=9,
             output_tokens=3,
         )
