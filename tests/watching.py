@@ -7,15 +7,20 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from loadtest.deploy.panels import PANELS
 from loadtest.deploy.prometheus_api import Line, Prometheus
 from loadtest.errors import LoadTestError
+from loadtest.results.output import RECORDS
+from loadtest.results.records import Record, read_records
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "loadtest" / "deploy"
@@ -71,9 +76,10 @@ def prometheus(folder: Path, targets: Mapping[str, str], every: str = "1s") -> I
         try:
             server = Prometheus(url)
             for _ in range(300):
+                # It answers seconds before it looks for its targets for the first time; 'up' is there from then on.
                 with contextlib.suppress(LoadTestError):
-                    server.instant("1")
-                    break
+                    if len(server.instant("up")) == len(targets):
+                        break
                 assert process.poll() is None, (folder / "log").read_text()
                 time.sleep(0.1)
             yield server, url
@@ -85,3 +91,42 @@ def prometheus(folder: Path, targets: Mapping[str, str], every: str = "1s") -> I
 def seen(lines: list[Line]) -> bool:
     """Whether a panel with these lines shows anything: a number at some moment."""
     return any((line.values == line.values).any() for line in lines)
+
+
+def load(url: str, port: int, out: Path, *words: str) -> list[Record]:
+    """Run ``pareto loadtest`` with its exporter on ``port``; return its measured records."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "vllm_ext.cli", "loadtest", "--base-url", url, "--exporter-port", str(port)),
+            *("--no-progress", "--label", "tried", "--out", str(out), *words),
+        ],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    assert "closed before" not in done.stderr, "Prometheus did not fetch the last values"
+    return [record for record in read_records(out / RECORDS) if not record.warmup]
+
+
+def exact(records: list[Record], name: str) -> np.ndarray:
+    """What was measured, in seconds, as the board's histogram of that name counts it."""
+    good = [record for record in records if record.outcome == "ok"]
+    if name == "time_to_first_token_seconds":
+        return np.array([record.first_token_s for record in good])
+    if name == "time_per_output_token_seconds":
+        return np.array([record.tpot_s for record in good if record.tpot_s is not None])
+    assert name == "e2e_request_latency_seconds"
+    return np.array([record.end_s for record in good])
+
+
+LATENCIES = ("time_to_first_token_seconds", "time_per_output_token_seconds", "e2e_request_latency_seconds")
+
+
+def quantiles(title: str, side: str) -> list[tuple[float, str]]:
+    """The quantiles that a panel shows of the client or the server, and their PromQL."""
+    (panel,) = (panel for panel in PANELS if panel.title == title)
+    found = [query for query in panel.queries if query.legend.startswith(f"{side} P")]
+    assert len(found) == 2
+    return [(float(query.legend.split()[1].removeprefix("P")) / 100, query.expr) for query in found]
+
+
+TITLES = dict(zip(LATENCIES, ("Time to first token", "Time per output token", "End to end"), strict=True))
