@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import itertools
 
-from grafana_foundation_sdk.builders import common, dashboard, prometheus, timeseries
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement, TooltipDisplayMode
+from grafana_foundation_sdk.models.common import (
+    BigValueGraphMode,
+    BigValueTextMode,
+    LegendDisplayMode,
+    LegendPlacement,
+    TooltipDisplayMode,
+)
 from grafana_foundation_sdk.models.dashboard import (
     DashboardCursorSync,
     DataSourceRef,
+    DynamicConfigValue,
     VariableOption,
     VariableRefresh,
     VariableSort,
 )
 
-from loadtest.deploy.panels import ROWS, Panel
+from loadtest.deploy.panels import ROWS, Kind, Panel
 
 UID, SOURCE_UID = "pareto", "prometheus"
 _SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
@@ -60,17 +67,24 @@ def _choice(name: str, label: str, query: str) -> dashboard.QueryVariable:
     )
 
 
-def _panel(panel: Panel) -> timeseries.Panel:
-    made = (
+def _panel(panel: Panel) -> timeseries.Panel | stat.Panel:
+    made = _lines() if panel.kind is Kind.LINES else _stat(panel.kind)
+    made.title(panel.title).description(panel.text).datasource(_SOURCE).unit(panel.unit).min(0).span(_WIDTH)
+    for place, query in enumerate(panel.queries):
+        made.with_target(
+            prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(ord("A") + place)).range()
+        )
+    return made
+
+
+def _lines() -> timeseries.Panel:
+    dashed = DynamicConfigValue(id_val="custom.lineStyle", value={"fill": "dash", "dash": [8, 6]})
+    return (
         timeseries.Panel()
-        .title(panel.title)
-        .description(panel.text)
-        .datasource(_SOURCE)
-        .unit(panel.unit)
-        .min(0)
         .height(_HEIGHT)
-        .span(_WIDTH)
         .fill_opacity(0)
+        # Client and server mostly lie on each other.
+        .override_by_regexp("/^server /", [dashed])
         .legend(
             common.VizLegendOptions()
             .display_mode(LegendDisplayMode.LIST)
@@ -80,8 +94,14 @@ def _panel(panel: Panel) -> timeseries.Panel:
         )
         .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI))
     )
-    for place, query in enumerate(panel.queries):
-        made.with_target(
-            prometheus.Dataquery().expr(query.expr).legend_format(query.legend).ref_id(chr(ord("A") + place)).range()
-        )
-    return made
+
+
+def _stat(kind: Kind) -> stat.Panel:
+    mode = BigValueTextMode.NAME if kind is Kind.NAMES else BigValueTextMode.VALUE_AND_NAME
+    return (
+        stat.Panel()
+        .height(_HEIGHT // 2)
+        .graph_mode(BigValueGraphMode.NONE)
+        .text_mode(mode)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+    )

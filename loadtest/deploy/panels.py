@@ -35,6 +35,14 @@ class Query:
     needs: Needs
 
 
+class Kind(StrEnum):
+    """How a panel shows its queries."""
+
+    LINES = "lines over time"
+    NUMBERS = "the present values"
+    NAMES = "the legends of what is there"
+
+
 @dataclass(frozen=True)
 class Panel:
     """One panel: its title, Grafana's name of its unit, and what a reader should know of it."""
@@ -43,6 +51,7 @@ class Panel:
     unit: str
     text: str
     queries: tuple[Query, ...]
+    kind: Kind = Kind.LINES
 
 
 def filled(expr: str, window: str, instance: str = ".*", run: str = ".*") -> str:
@@ -92,6 +101,10 @@ def _mean(name: str, legend: str) -> Query:
 
 
 _COARSE = "The server's quantiles are as exact as its buckets: server.yaml of this deployment makes them fine."
+
+# A server that never failed has no series of failures, and the board is to say 0 then.
+_ANSWERED = f'sum by (instance) (rate(http_requests_total{{{_SERVER},handler=~"/v1/.*"}}[{WINDOW}]))'
+_FAILED = _ANSWERED.replace('"/v1/.*"', '"/v1/.*",status=~"4xx|5xx"')
 
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Latency": (
@@ -162,7 +175,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Errors by class",
             "reqps",
-            "The client's classes (docs/loadtest.md), and the statuses of the server's answers.",
+            "The client's classes (docs/loadtest.md), and answers of the server with a status that says so.",
             (
                 _rate(
                     "pareto_loadtest_requests_total",
@@ -171,12 +184,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "error",
                     ',outcome="error"',
                 ),
-                _rate(
-                    "http_requests_total",
-                    "server {{status}} {{instance}}",
+                Query(
+                    f"{_FAILED} or 0 * {_ANSWERED}",
+                    "server 4xx and 5xx {{instance}}",
                     Needs.SERVER,
-                    "status",
-                    ',handler=~"/v1/.*"',
                 ),
             ),
         ),
@@ -251,6 +262,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "kv_cache_dtype",
                 ),
             ),
+            Kind.NUMBERS,
         ),
         Panel(
             "How much more fits",
@@ -264,6 +276,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "kv_cache_dtype",
                 ),
             ),
+            Kind.NUMBERS,
         ),
         Panel(
             "Bits of an element",
@@ -277,11 +290,12 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "kv_cache_dtype",
                 ),
             ),
+            Kind.NUMBERS,
         ),
         Panel(
             "Blocks in the cache",
             "short",
-            "A line of value 1 for each server; its legend says the dtype, the number of blocks and the tokens of one.",
+            "For each server its dtype, the number of blocks and the tokens of one.",
             (
                 Query(
                     f"max by (instance, cache_dtype, num_gpu_blocks, block_size) (vllm:cache_config_info{{{_SERVER}}})",
@@ -289,6 +303,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     Needs.SERVER,
                 ),
             ),
+            Kind.NAMES,
         ),
     ),
 }

@@ -1,0 +1,170 @@
+"""Draws the board without Grafana, from the same queries: ``python -m loadtest.deploy.preview --out board.png``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest.deploy.panels import ROWS, Kind, Panel, filled
+from loadtest.deploy.prometheus_api import Line, Prometheus
+from loadtest.errors import LoadTestError
+
+_COLUMNS, _POINTS, _COLOURS = 4, 240, 32
+_LEGEND_LINES = 6
+_UNITS = {"s": " (s)", "reqps": " (1/s)", "percentunit": " (part)"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the board; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.deploy.preview",
+        description="Draw the board of docs/watching.md as a picture, from its queries to a Prometheus server.",
+    )
+    parser.add_argument("--prometheus", default="http://127.0.0.1:9090", metavar="URL", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write, such as board.png")
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="last minutes shown (default: 30)")
+    parser.add_argument("--end", type=float, metavar="UNIX_S", help="end of these, seconds since 1970 (default: now)")
+    parser.add_argument("--window", default="20s", help="of rates: 4 scrapes or more (default: %(default)s)")
+    parser.add_argument("--instance", default=".*", metavar="REGEX", help="servers, as host:port (default: all)")
+    parser.add_argument("--run", default=".*", metavar="REGEX", help="load tests, by name of the run (default: all)")
+    args = parser.parse_args(argv)
+    try:
+        empty = draw(args)
+    except LoadTestError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    if empty:
+        print(f"nothing to show in {len(empty)} panels: {', '.join(empty)}", file=sys.stderr)
+    return 0
+
+
+def draw(args: argparse.Namespace) -> list[str]:
+    """Write the picture; returns the titles of panels without a line.
+
+    Raises:
+        LoadTestError: a flag is no good, Prometheus does not answer or has nothing, or the picture cannot be written.
+
+    """
+    if not 0 < args.minutes < math.inf:
+        raise LoadTestError(f"--minutes {args.minutes:g}: must be above 0")
+    if not re.fullmatch(r"[1-9]\d*(ms|s|m|h|d)", args.window):
+        raise LoadTestError(f"--window {args.window}: expected a time such as 20s or 5m")
+    if not args.out.parent.is_dir():
+        raise LoadTestError(f"--out {args.out}: there is no folder {args.out.parent}")
+    end = time.time() if args.end is None else args.end
+    start = end - 60 * args.minutes
+    step = max(1.0, (end - start) / _POINTS)
+    server = Prometheus(args.prometheus)
+    found = {
+        panel: [
+            (query.legend, line)
+            for query in panel.queries
+            for line in server.range(filled(query.expr, args.window, args.instance, args.run), start, end, step)
+            if np.isfinite(line.values).any()
+        ]
+        for panels in ROWS.values()
+        for panel in panels
+    }
+    if not any(found.values()):
+        raise LoadTestError(f"{args.prometheus} has nothing to show of the last {args.minutes:g} minutes")
+    try:
+        args.out.write_bytes(_picture(_named(found), start, end))
+    except OSError as error:
+        raise LoadTestError(f"--out {args.out}: {error.strerror}") from error
+    return [panel.title for panel, lines in found.items() if not lines]
+
+
+def _named(found: dict[Panel, list[tuple[str, Line]]]) -> dict[Panel, list[tuple[str, Line]]]:
+    """Return the lines with their legends filled in; the one server, or the one load test, needs no name in each."""
+    everything = [line for lines in found.values() for _, line in lines]
+    for name in ("instance", "label"):
+        if len({line.labels[name] for line in everything if name in line.labels}) == 1:
+            found = {
+                panel: [(text.replace(f"{{{{{name}}}}}", ""), line) for text, line in lines]
+                for panel, lines in found.items()
+            }
+    return {panel: [(legend(text, line), line) for text, line in lines] for panel, lines in found.items()}
+
+
+def legend(text: str, line: Line) -> str:
+    """Return a legend in Grafana's form with the labels of a line in it."""
+    filled_in = re.sub(r"{{(\w+)}}", lambda match: line.labels.get(match[1], ""), text)
+    return " ".join(filled_in.split())
+
+
+def _picture(found: dict[Panel, list[tuple[str, Line]]], start: float, end: float) -> bytes:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=68, layout="constrained")
+    rows: list[list[Panel]] = []
+    for panels in ROWS.values():
+        rows += [list(panels[at : at + _COLUMNS]) for at in range(0, len(panels), _COLUMNS)]
+    # Numbers need less room than lines.
+    heights = [1.0 if any(panel.kind is Kind.LINES for panel in row) else 0.45 for row in rows]
+    grid = figure.subplots(len(rows), _COLUMNS, squeeze=False, height_ratios=heights)
+    # Long times in minutes.
+    scale, unit = (60.0, "min") if end - start > 300 else (1.0, "s")
+    for axes, row in zip(grid, rows, strict=True):
+        for axis in axes[len(row) :]:
+            axis.axis("off")
+        for axis, panel in zip(axes, row, strict=False):
+            if panel.kind is Kind.LINES:
+                _draw_lines(axis, panel, [(n, (line.times - start) / scale, line.values) for n, line in found[panel]])
+                axis.set_xlim(0, (end - start) / scale)
+                axis.set_xlabel(unit, fontsize=7, loc="right", labelpad=0)
+            else:
+                _draw_numbers(axis, panel, found[panel])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    # Few colours make a picture of lines and letters a third of its size.
+    small = Image.open(buffer).convert("RGB").quantize(_COLOURS)
+    out = io.BytesIO()
+    small.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def _draw_lines(axis: Any, panel: Panel, lines: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    axis.set_title(panel.title + _UNITS.get(panel.unit, ""), fontsize=9, loc="left")
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    # What never leaves 0, such as errors that did not happen, is counted and not named beside what does.
+    moving = [each for each in lines if np.nanmax(np.abs(each[2])) > 0] or lines
+    for number, (name, times, values) in enumerate(moving):
+        style = "--" if name.startswith("server ") else "-"
+        label = (name or "all") if number < _LEGEND_LINES else None
+        axis.plot(times, values, style, linewidth=1.3, label=label)
+    more = len(moving) - _LEGEND_LINES
+    if more > 0:
+        axis.plot([], [], alpha=0, label=f"and {more} more")
+    if len(moving) < len(lines):
+        axis.plot([], [], alpha=0, label=f"and {len(lines) - len(moving)} at 0")
+    if lines:
+        axis.set_ylim(bottom=0, top=None if np.nanmax(np.abs(moving[0][2])) > 0 else 1)
+        axis.legend(fontsize=7, loc="best", framealpha=0.6)
+    else:
+        axis.text(0.5, 0.5, "nothing", ha="center", transform=axis.transAxes, fontsize=9)
+
+
+def _draw_numbers(axis: Any, panel: Panel, lines: list[tuple[str, Line]]) -> None:
+    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    texts = []
+    for name, line in lines:
+        last = line.values[np.isfinite(line.values)][-1]
+        texts.append(name if panel.kind is Kind.NAMES else f"{last:.4g}   {name}")
+    axis.text(0.03, 0.9, "\n".join(texts) or "nothing", va="top", transform=axis.transAxes, fontsize=9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
