@@ -105,13 +105,14 @@ def _picture(found: dict[Panel, list[tuple[str, Line]]], start: float, end: floa
     from matplotlib.figure import Figure
     from PIL import Image
 
-    figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=68, layout="constrained")
+    figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=68)
     rows: list[list[Panel]] = []
     for panels in ROWS.values():
         rows += [list(panels[at : at + _COLUMNS]) for at in range(0, len(panels), _COLUMNS)]
     # Numbers need less room than lines.
     heights = [1.0 if any(panel.kind is Kind.LINES for panel in row) else 0.45 for row in rows]
     grid = figure.subplots(len(rows), _COLUMNS, squeeze=False, height_ratios=heights)
+    figure.subplots_adjust(left=0.03, right=0.99, bottom=0.02, top=0.97, wspace=0.16, hspace=0.3)
     # Long times in minutes.
     scale, unit = (60.0, "min") if end - start > 300 else (1.0, "s")
     for axes, row in zip(grid, rows, strict=True):
@@ -149,8 +150,10 @@ def _draw_lines(axis: Any, panel: Panel, lines: list[tuple[str, np.ndarray, np.n
     if len(moving) < len(lines):
         axis.plot([], [], alpha=0, label=f"and {len(lines) - len(moving)} at 0")
     if lines:
-        axis.set_ylim(bottom=0, top=None if np.nanmax(np.abs(moving[0][2])) > 0 else 1)
-        axis.legend(fontsize=7, loc="best", framealpha=0.6)
+        # Room above the lines for the legend.
+        highest = max(np.nanmax(values) for _, _, values in moving)
+        axis.set_ylim(0, 1.45 * highest if highest > 0 else 1)
+        axis.legend(fontsize=7, loc="upper left", ncols=2, framealpha=0.6)
     else:
         axis.text(0.5, 0.5, "nothing", ha="center", transform=axis.transAxes, fontsize=9)
 

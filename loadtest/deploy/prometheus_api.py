@@ -33,9 +33,14 @@ class Prometheus:
     Args:
         url: its address, such as ``http://127.0.0.1:9090``.
 
+    Raises:
+        LoadTestError: that is no such address.
+
     """
 
     def __init__(self, url: str) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise LoadTestError(f"{url}: expected an address such as http://127.0.0.1:9090")
         self._url = url.rstrip("/")
 
     def range(self, expr: str, start: float, end: float, step: float) -> list[Line]:
