@@ -4,6 +4,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=build/prometheus
+# Two runs of tests at once fetch it once.
+mkdir -p build
+exec 9>build/prometheus.lock
+if command -v flock >/dev/null; then flock 9; fi
 if [[ -x $folder/usr/bin/promtool ]]; then exit 0; fi
 if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
   echo "prometheus.sh: only for Debian and Ubuntu; elsewhere put prometheus and promtool on PATH" >&2
@@ -20,4 +24,4 @@ if ! (cd "$scratch" && apt-get download -qq prometheus) 2>"$scratch/log"; then
 fi
 # Under another name until it is whole.
 dpkg -x "$scratch"/prometheus_*.deb "$scratch/root"
-mkdir -p build && rm -rf "$folder" && mv "$scratch/root" "$folder"
+rm -rf "$folder" && mv "$scratch/root" "$folder"

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ from loadtest.deploy.panels import ROWS, Kind, Panel, filled
 from loadtest.deploy.prometheus_api import Line, Prometheus
 from loadtest.errors import LoadTestError
 
-_COLUMNS, _POINTS, _COLOURS = 4, 240, 32
-_LEGEND_LINES = 6
+_COLUMNS, _POINTS, _COLOURS = 4, 240, 40
+_LEGEND_LINES = 8
+_STYLES = ("-", ":", "--", "-.")
 _UNITS = {"s": " (s)", "reqps": " (1/s)", "percentunit": " (part)"}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A line of a panel: its legend, the number of its query, and what Prometheus said."""
+
+    name: str
+    query: int
+    line: Line
+
+
+Found = dict[Panel, list[Drawn]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,8 +80,8 @@ def draw(args: argparse.Namespace) -> list[str]:
     server = Prometheus(args.prometheus)
     found = {
         panel: [
-            (query.legend, line)
-            for query in panel.queries
+            Drawn(query.legend, number, line)
+            for number, query in enumerate(panel.queries)
             for line in server.range(filled(query.expr, args.window, args.instance, args.run), start, end, step)
             if np.isfinite(line.values).any()
         ]
@@ -77,22 +91,30 @@ def draw(args: argparse.Namespace) -> list[str]:
     if not any(found.values()):
         raise LoadTestError(f"{args.prometheus} has nothing to show of the last {args.minutes:g} minutes")
     try:
-        args.out.write_bytes(_picture(_named(found), start, end))
+        args.out.write_bytes(_picture(*_named(found), start, end))
     except OSError as error:
         raise LoadTestError(f"--out {args.out}: {error.strerror}") from error
     return [panel.title for panel, lines in found.items() if not lines]
 
 
-def _named(found: dict[Panel, list[tuple[str, Line]]]) -> dict[Panel, list[tuple[str, Line]]]:
-    """Return the lines with their legends filled in; the one server, or the one load test, needs no name in each."""
-    everything = [line for lines in found.values() for _, line in lines]
+def _named(found: Found) -> tuple[Found, list[str]]:
+    """Return the lines with their legends filled in, and the servers and load tests if there are several of either.
+
+    The one server, or the one load test, needs no name in each legend.
+    """
+    everything = [each.line.labels for lines in found.values() for each in lines]
+    several = []
     for name in ("instance", "label"):
-        if len({line.labels[name] for line in everything if name in line.labels}) == 1:
+        values = {labels[name] for labels in everything if name in labels}
+        several += [value for value in sorted(values) if len(values) > 1 and value not in several]
+        if len(values) == 1:
             found = {
-                panel: [(text.replace(f"{{{{{name}}}}}", ""), line) for text, line in lines]
+                panel: [replace(each, name=each.name.replace(f"{{{{{name}}}}}", "")) for each in lines]
                 for panel, lines in found.items()
             }
-    return {panel: [(legend(text, line), line) for text, line in lines] for panel, lines in found.items()}
+    return {
+        panel: [replace(each, name=legend(each.name, each.line)) for each in lines] for panel, lines in found.items()
+    }, several
 
 
 def legend(text: str, line: Line) -> str:
@@ -101,8 +123,9 @@ def legend(text: str, line: Line) -> str:
     return " ".join(filled_in.split())
 
 
-def _picture(found: dict[Panel, list[tuple[str, Line]]], start: float, end: float) -> bytes:
+def _picture(found: Found, several: list[str], start: float, end: float) -> bytes:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     from PIL import Image
 
     figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=68)
@@ -115,13 +138,15 @@ def _picture(found: dict[Panel, list[tuple[str, Line]]], start: float, end: floa
     figure.subplots_adjust(left=0.03, right=0.99, bottom=0.02, top=0.97, wspace=0.16, hspace=0.3)
     # Long times in minutes.
     scale, unit = (60.0, "min") if end - start > 300 else (1.0, "s")
+    ticks = [at for at in MaxNLocator(6).tick_values(0, (end - start) / scale) if start + scale * at <= end]
     for axes, row in zip(grid, rows, strict=True):
         for axis in axes[len(row) :]:
             axis.axis("off")
         for axis, panel in zip(axes, row, strict=False):
             if panel.kind is Kind.LINES:
-                _draw_lines(axis, panel, [(n, (line.times - start) / scale, line.values) for n, line in found[panel]])
-                axis.set_xlim(0, (end - start) / scale)
+                _draw_lines(axis, panel, found[panel], several)
+                axis.set_xticks([start + scale * at for at in ticks], [f"{at:g}" for at in ticks])
+                axis.set_xlim(start, end)
                 axis.set_xlabel(unit, fontsize=7, loc="right", labelpad=0)
             else:
                 _draw_numbers(axis, panel, found[panel])
@@ -134,38 +159,40 @@ def _picture(found: dict[Panel, list[tuple[str, Line]]], start: float, end: floa
     return out.getvalue()
 
 
-def _draw_lines(axis: Any, panel: Panel, lines: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+def _draw_lines(axis: Any, panel: Panel, lines: list[Drawn], several: list[str]) -> None:
     axis.set_title(panel.title + _UNITS.get(panel.unit, ""), fontsize=9, loc="left")
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
-    # What never leaves 0, such as errors that did not happen, is counted and not named beside what does.
-    moving = [each for each in lines if np.nanmax(np.abs(each[2])) > 0] or lines
-    for number, (name, times, values) in enumerate(moving):
-        style = "--" if name.startswith("server ") else "-"
-        label = (name or "all") if number < _LEGEND_LINES else None
-        axis.plot(times, values, style, linewidth=1.3, label=label)
+    # What never leaves 0, such as errors that did not happen, is counted and not named.
+    moving = [each for each in lines if np.nanmax(np.abs(each.line.values)) > 0]
+    for number, each in enumerate(moving):
+        # All that is of one server or load test has one colour; where there is one only, each line has its own.
+        owner = each.line.labels.get("label") or each.line.labels.get("instance")
+        color = f"C{several.index(owner)}" if owner in several else f"C{number}"
+        style = _STYLES[each.query % len(_STYLES)] if several else "--" if each.name.startswith("server ") else "-"
+        label = (each.name or "all") if number < _LEGEND_LINES else None
+        axis.plot(each.line.times, each.line.values, style, color=color, linewidth=1.2, label=label)
     more = len(moving) - _LEGEND_LINES
     if more > 0:
         axis.plot([], [], alpha=0, label=f"and {more} more")
     if len(moving) < len(lines):
-        axis.plot([], [], alpha=0, label=f"and {len(lines) - len(moving)} at 0")
+        axis.plot([], [], alpha=0, label=f"{'and ' if moving else ''}{len(lines) - len(moving)} at 0")
     if lines:
         # Room above the lines for the legend.
-        highest = max(np.nanmax(values) for _, _, values in moving)
-        axis.set_ylim(0, 1.45 * highest if highest > 0 else 1)
-        axis.legend(fontsize=7, loc="upper left", ncols=2, framealpha=0.6)
+        axis.set_ylim(0, max((1.5 * np.nanmax(each.line.values) for each in moving), default=1))
+        axis.legend(fontsize=6.5, loc="upper left", ncols=2, framealpha=0.6, handlelength=1.8, columnspacing=1)
     else:
         axis.text(0.5, 0.5, "nothing", ha="center", transform=axis.transAxes, fontsize=9)
 
 
-def _draw_numbers(axis: Any, panel: Panel, lines: list[tuple[str, Line]]) -> None:
+def _draw_numbers(axis: Any, panel: Panel, lines: list[Drawn]) -> None:
     axis.set_title(panel.title, fontsize=9, loc="left")
     axis.set_xticks([])
     axis.set_yticks([])
     texts = []
-    for name, line in lines:
-        last = line.values[np.isfinite(line.values)][-1]
-        texts.append(name if panel.kind is Kind.NAMES else f"{last:.4g}   {name}")
+    for each in lines:
+        last = each.line.values[np.isfinite(each.line.values)][-1]
+        texts.append(each.name if panel.kind is Kind.NAMES else f"{last:.4g}   {each.name}")
     axis.text(0.03, 0.9, "\n".join(texts) or "nothing", va="top", transform=axis.transAxes, fontsize=9)
 
 
