@@ -210,6 +210,9 @@ class LocustTest:
             self.report.close()
         if self.serving:
             if self.options.headless:
+                # Ctrl-C ends the wait, and gevent need not print it as an error.
+                hub = gevent.get_hub()
+                hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
                 with contextlib.suppress(KeyboardInterrupt):
                     await_last_scrape(self.serving, float(self.options.exporter_linger), gevent.sleep)
             self.serving.stop()
