@@ -242,7 +242,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "s",
             "From allocation to eviction, of a sample of blocks (--kv-cache-metrics); empty while the cache has room.",
             _quantiles("lifetime", "vllm:kv_block_lifetime_seconds", Needs.FULL_CACHE)
-            + _quantiles("idle before eviction", "vllm:kv_block_idle_before_evict_seconds", Needs.FULL_CACHE, ("0.5",)),
+            + _quantiles("idle at its end", "vllm:kv_block_idle_before_evict_seconds", Needs.FULL_CACHE, ("0.5",)),
         ),
         Panel(
             "Gap between uses of a block",

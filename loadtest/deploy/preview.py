@@ -18,7 +18,7 @@ from loadtest.deploy.panels import ROWS, Kind, Panel, filled
 from loadtest.deploy.prometheus_api import Line, Prometheus
 from loadtest.errors import LoadTestError
 
-_COLUMNS, _POINTS, _COLOURS = 4, 240, 40
+_COLUMNS, _POINTS, _COLOURS = 4, 240, 28
 _LEGEND_LINES = 8
 _STYLES = ("-", ":", "--", "-.")
 _UNITS = {"s": " (s)", "reqps": " (1/s)", "percentunit": " (part)"}
@@ -128,7 +128,7 @@ def _picture(found: Found, several: list[str], start: float, end: float) -> byte
     from matplotlib.ticker import MaxNLocator
     from PIL import Image
 
-    figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=68)
+    figure = Figure(figsize=(_COLUMNS * 4, len(found) / _COLUMNS * 2.6), dpi=66)
     rows: list[list[Panel]] = []
     for panels in ROWS.values():
         rows += [list(panels[at : at + _COLUMNS]) for at in range(0, len(panels), _COLUMNS)]
@@ -138,7 +138,7 @@ def _picture(found: Found, several: list[str], start: float, end: float) -> byte
     figure.subplots_adjust(left=0.03, right=0.99, bottom=0.02, top=0.97, wspace=0.16, hspace=0.3)
     # Long times in minutes.
     scale, unit = (60.0, "min") if end - start > 300 else (1.0, "s")
-    ticks = [at for at in MaxNLocator(6).tick_values(0, (end - start) / scale) if start + scale * at <= end]
+    ticks = [at for at in MaxNLocator(5).tick_values(0, (end - start) / scale) if start + scale * at <= end]
     for axes, row in zip(grid, rows, strict=True):
         for axis in axes[len(row) :]:
             axis.axis("off")
