@@ -145,9 +145,9 @@ def _picture(found: Found, several: list[str], start: float, end: float) -> byte
         for axis, panel in zip(axes, row, strict=False):
             if panel.kind is Kind.LINES:
                 _draw_lines(axis, panel, found[panel], several)
-                axis.set_xticks([start + scale * at for at in ticks], [f"{at:g}" for at in ticks])
+                names = [f"{at:g}" if at < ticks[-1] else f"{at:g} {unit}" for at in ticks]
+                axis.set_xticks([start + scale * at for at in ticks], names)
                 axis.set_xlim(start, end)
-                axis.set_xlabel(unit, fontsize=7, loc="right", labelpad=0)
             else:
                 _draw_numbers(axis, panel, found[panel])
     buffer = io.BytesIO()
