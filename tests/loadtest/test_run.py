@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import socket
 import urllib.request
 from collections.abc import Callable
@@ -255,6 +257,25 @@ def test_the_exporter_serves_until_the_last_values_were_scraped(mock_server: Fac
     assert re.search(r"loop_lag_seconds_count{.*} [1-9]", last)
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_ctrl_c_ends_the_wait_for_the_last_scrape_and_the_run_counts_as_complete(
+    mock_server: Factory, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+    out = tmp_path / "out"
+
+    def interrupt() -> None:
+        while not (out / "summary.json").exists():
+            gevent.sleep(0.05)
+        gevent.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    gevent.spawn(interrupt)
+    words = f"--exporter-port {port} --exporter-linger 3600 --requests 3 --output-tokens 1"
+    summary, _ = run(mock_server(), out, words)
+    assert (summary.status, summary.stages[0].requests.ok) == ("complete", 3)
 
 
 def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Factory, tmp_path: Path) -> None:
