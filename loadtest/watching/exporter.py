@@ -116,7 +116,7 @@ class Exporter(Collector):
             if record.outcome != OK:
                 return
             series.counts["prompt_tokens"] += record.prompt_tokens or 0
-            series.counts["output_tokens"] += record.counted_output_tokens
+            series.counts["output_tokens"] += record.counted_output_tokens or 0
             if series.good is not None:
                 series.good += record.meets(self._slo)
             add = series.histograms
