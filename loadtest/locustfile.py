@@ -12,6 +12,7 @@ rate. ``loadtest/shapes.py`` adds load shapes. See docs/loadtest.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
@@ -35,19 +36,15 @@ from loadtest.load.stage import Stage, Ticket
 from loadtest.load.users import GenerationUser, Session
 from loadtest.request_settings import add_request_arguments, fresh_seed, request_settings, require
 from loadtest.results.records import Record
+from loadtest.settings import DEFAULT_LINGER_S
 from loadtest.stage_spec import ARRIVALS, StageSpec
 from loadtest.watching.exporter import Exporter
+from loadtest.watching.serving import Serving, await_last_scrape
 
 logger = logging.getLogger(__name__)
 _NOT_IN_WEB_UI = (
-    "--api-key",
-    "--header",
-    "--insecure",
-    "--ca-cert",
-    "--out",
-    "--overwrite",
-    "--exporter-port",
-    "--exporter-host",
+    *("--api-key", "--header", "--insecure", "--ca-cert", "--out", "--overwrite"),
+    *("--exporter-port", "--exporter-host", "--exporter-linger"),
 )
 
 
@@ -105,6 +102,13 @@ def add_arguments(parser: Any) -> None:
     ui.add_argument("--label", default="", metavar="TEXT", help="name of the run in reports")
     ui.add_argument("--exporter-port", type=int, default=0, metavar="PORT", help="Prometheus metrics; 0 is off")
     ui.add_argument("--exporter-host", default="127.0.0.1", metavar="ADDR", help="default: 127.0.0.1 only")
+    ui.add_argument(
+        "--exporter-linger",
+        type=float,
+        default=DEFAULT_LINGER_S,
+        metavar="S",
+        help=f"wait for Prometheus' last scrape at the end of a headless test (default: {DEFAULT_LINGER_S:g})",
+    )
 
 
 class LocustTest:
@@ -119,6 +123,7 @@ class LocustTest:
         self._drawn_seed: int | None = self.options.seed if given is None else None
         self._tests = 0
         self.exporter = Exporter()
+        self.serving: Serving | None = None
         self.report: LocustReport | None = None
         self.sink = Sink(self._record)
         self.client: Client | None = None
@@ -133,7 +138,7 @@ class LocustTest:
         if self.options.out:
             self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
         if self.options.exporter_port:
-            self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
+            self.serving = self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
             self.exporter.watch(lambda: self.sink.in_flight)
 
     def stage_spec(self) -> StageSpec:
@@ -161,8 +166,8 @@ class LocustTest:
         logger.info("seed: %d (--seed %d sends the same requests again)", settings.seed, settings.seed)
         if self.report:
             self.report.begin(spec, settings.slo_ms, self.options)
-        self.exporter.begin_stage(None, spec.rate)
         if isinstance(runner, MasterRunner):
+            self._show(self.options.model or "", settings.slo_ms, spec)
             return
         require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")
         self.client = Client(
@@ -174,6 +179,7 @@ class LocustTest:
         )
         raise_limit()
         server = check_server(self.client, settings.model, 0.0)
+        self._show(server.model, settings.slo_ms, spec)
         workload, calibration = make_workload(self.client, server, settings)
         if self.report:
             self.report.describe(server, calibration)
@@ -203,9 +209,23 @@ class LocustTest:
             self.client.close()
 
     def quit(self) -> None:
-        """Close the files when the process ends."""
+        """Close the files when the process ends, and wait for the exporter's last scrape."""
         if self.report:
             self.report.close()
+        if self.serving:
+            if self.options.headless:
+                # Ctrl-C ends the wait, and gevent need not print it as an error.
+                hub = gevent.get_hub()
+                hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
+                with contextlib.suppress(KeyboardInterrupt):
+                    await_last_scrape(self.serving, float(self.options.exporter_linger), gevent.sleep)
+            self.serving.stop()
+            self.serving = None
+
+    def _show(self, model: str, slo_ms: dict[str, float], spec: StageSpec) -> None:
+        """Begin a run of the exporter's."""
+        self.exporter.begin_run(self.options.label or model, model, slo_ms)
+        self.exporter.begin_stage(spec.index, None, spec.rate)
 
     def _record(self, record: Record) -> None:
         if self.forwarder:

@@ -12,6 +12,9 @@ from loadtest.endpoint.client import normalize_base_url
 from loadtest.request_settings import RequestSettings, request_settings, require
 from loadtest.stage_spec import ARRIVALS, DEFAULT_MAX_ERROR_RATE, StageSpec
 
+# A minute and a bit: Prometheus scrapes once a minute where nothing else is said.
+DEFAULT_LINGER_S = 65.0
+
 DEFAULT_REQUESTS = 100
 
 
@@ -27,6 +30,7 @@ class Settings:
     label: str
     exporter_host: str
     exporter_port: int | None
+    exporter_linger: float
     server_metrics: bool
     metrics_interval: float
     ready_timeout: float
@@ -80,6 +84,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exporter-port", type=int, metavar="PORT", help="serve Prometheus metrics while running")
     group.add_argument("--exporter-host", default="127.0.0.1", metavar="ADDR", help="default: 127.0.0.1 only")
     group.add_argument(
+        "--exporter-linger",
+        type=float,
+        default=DEFAULT_LINGER_S,
+        metavar="S",
+        help="after the run keep serving them until Prometheus has the last values, for S seconds at most "
+        f"(default: {DEFAULT_LINGER_S:g}; 0 closes at once)",
+    )
+    group.add_argument(
         "--server-metrics",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -100,6 +112,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     """
     port = args.exporter_port
     require(port is None or 0 < port < 65536, f"--exporter-port {port}: expected 1 to 65535")
+    linger = args.exporter_linger
+    require(0 <= linger < math.inf, f"--exporter-linger {linger:g}: expected seconds, 0 or more")
     rate = args.max_error_rate
     require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
@@ -112,6 +126,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         label=args.label,
         exporter_host=args.exporter_host,
         exporter_port=port,
+        exporter_linger=linger,
         server_metrics=args.server_metrics,
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,

@@ -24,6 +24,10 @@ DATA = {
     "quant_methods": (
         "csrc/*", "kernels/csrc/*", "recipes/*.yaml", "models/*/*", "calibration/text/*", "backends/*.lock",
     ),
+    "loadtest": (
+        "deploy/*.yaml", "deploy/kubernetes/*", "deploy/prometheus/*", "deploy/grafana/boards/*",
+        "deploy/grafana/provisioning/*/*",
+    ),
     "bench": (
         "report/templates/*", "quality/tasks/own/*.yaml", "quality/tasks/own/*.json", "study/templates/*", "studies/*",
     ),

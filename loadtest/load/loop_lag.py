@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 
 import gevent
 
@@ -15,9 +16,15 @@ _PERIOD_S = 0.02
 
 
 class LoopLag:
-    """Sleeps over and over and notes by how much it overslept."""
+    """Sleeps over and over and notes by how much it overslept.
 
-    def __init__(self) -> None:
+    Args:
+        listener: called with each of these times, in seconds.
+
+    """
+
+    def __init__(self, listener: Callable[[float], None] | None = None) -> None:
+        self._listener = listener
         self._lags = array("d")
         self._cpu, self._wall = time.process_time(), clock.now()
         self._greenlet = gevent.spawn(self._run)
@@ -32,4 +39,7 @@ class LoopLag:
         while True:
             due = clock.now() + _PERIOD_S
             gevent.sleep(_PERIOD_S)
-            self._lags.append((clock.now() - due) * 1000)
+            lag = clock.now() - due
+            self._lags.append(lag * 1000)
+            if self._listener is not None:
+                self._listener(lag)

@@ -34,6 +34,7 @@ from loadtest.settings import Settings
 from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
+from loadtest.watching.serving import Serving, await_last_scrape
 
 
 class RunUser(GenerationUser):
@@ -83,9 +84,12 @@ def run_load_test(settings: Settings) -> Summary:
         client = Client(settings.base_url, request.timeout, request.headers, request.insecure, request.ca_cert)
         cleanup.callback(client.close)
         server = check_server(client, request.model, settings.ready_timeout)
-        exporter = Exporter()
+        label = settings.label or server.model
+        exporter = Exporter(label, server.model, request.slo_ms)
+        serving: Serving | None = None
         if settings.exporter_port is not None:
-            cleanup.callback(exporter.serve(settings.exporter_host, settings.exporter_port))
+            serving = exporter.serve(settings.exporter_host, settings.exporter_port)
+            cleanup.callback(serving.stop)
         workload, calibration = make_workload(client, server, request)
         prepare_output(settings.out, settings.overwrite)
         writer = RecordWriter(settings.out / RECORDS)
@@ -102,7 +106,7 @@ def run_load_test(settings: Settings) -> Summary:
         environment.create_local_runner()
         cleanup.callback(environment.runner.quit)
         started, began = datetime.datetime.now(datetime.UTC), clock.now()
-        lag = LoopLag()
+        lag = LoopLag(exporter.observe_loop_lag)
         unfinished = frozenset(spec.index for spec in settings.stages)
         entered: list[StageSpec] = []
         interrupted = cleanup.enter_context(_stop_on_signals(stop))
@@ -110,7 +114,7 @@ def run_load_test(settings: Settings) -> Summary:
         for spec in settings.stages:
             entered.append(spec)
             errors.begin_stage(spec)
-            exporter.begin_stage(spec.concurrency, spec.rate)
+            exporter.begin_stage(spec.index, spec.concurrency, spec.rate)
             stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
@@ -124,7 +128,7 @@ def run_load_test(settings: Settings) -> Summary:
                 sampler.leave()
         duration, generator = clock.now() - began, lag.stop()
         summary = Summary(
-            label=settings.label or server.model,
+            label=label,
             status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
             started_at=started.isoformat(timespec="milliseconds"),
             duration_s=duration,
@@ -143,6 +147,8 @@ def run_load_test(settings: Settings) -> Summary:
             files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
         )
         write_json_atomically(settings.out / SUMMARY, summary.to_dict())
+        if serving is not None and not interrupted.is_set():
+            await_last_scrape(serving, settings.exporter_linger, interrupted.wait)
         return summary
 
 

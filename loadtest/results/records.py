@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
@@ -120,6 +120,14 @@ class Record:
         if self.first_token_s is None or self.last_token_s is None or tokens is None or tokens < 2:
             return None
         return (self.last_token_s - self.first_token_s) / (tokens - 1)
+
+    def meets(self, slo_ms: Mapping[str, float]) -> bool:
+        """Return whether a success kept every limit: any of ``ttft``, ``tpot`` and ``e2el``, in milliseconds.
+
+        A request of one token has no TPOT, and keeps every limit of it.
+        """
+        measured = {"ttft": self.first_token_s, "tpot": self.tpot_s, "e2el": self.end_s}
+        return self.outcome == OK and all((measured[name] or 0.0) * 1000 <= limit for name, limit in slo_ms.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object, times rounded to the microsecond."""

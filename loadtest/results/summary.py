@@ -112,12 +112,7 @@ class StageAccumulator:
         if record.requested_output_tokens is not None:
             self._asked_output.append(record.requested_output_tokens)
         self._reasons[record.finish_reason or "unknown"] += 1
-        measured = {
-            "ttft": 0.0 if ttft is None else ttft * 1000,
-            "tpot": 0.0 if tpot is None else tpot * 1000,
-            "e2el": e2e * 1000,
-        }
-        self._good += all(measured[name] <= limit for name, limit in self._slo.items())
+        self._good += record.meets(self._slo)
 
     def result(self, spec: StageSpec, finished: bool, server_metrics: dict[str, MetricSeries]) -> StageResult:
         """Return the stage's results.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +117,45 @@ def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path:
     (stage,) = json.loads((out / "summary.json").read_text())["stages"]
     assert stage["requests"]["cancelled"] == 0
     assert stage["requests"]["ok"] == len(server.requests) >= 4
+
+
+def test_the_exporter_waits_for_its_last_scrape(mock_server: Factory, tmp_path: Path) -> None:
+    server, out = mock_server(ttft_ms=20), tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    words = f"--host {server.url} --headless -u 2 -r 2 -t 2s --output-tokens 2 --exporter-port {port} --label tried"
+    process = start(*words.split(), "--out", str(out), "--only-summary")
+    text = ""
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page,
+        ):
+            text = page.read().decode()
+        time.sleep(0.05)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "closed before" not in output
+    ok = sum(record.outcome == "ok" for record in read_records(out / "records.jsonl"))
+    labels = 'error="",label="tried",model="mock-model",outcome="ok",run="[^"]+",stage="0"'
+    (count,) = re.findall(rf"pareto_loadtest_requests_total{{{labels}}} ([\d.]+)", text)
+    assert float(count) == ok > 0
+
+
+def test_ctrl_c_ends_the_wait_for_the_last_scrape(mock_server: Factory) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    words = f"--host {mock_server().url} --headless -u 1 -r 1 -t 1s --output-tokens 2 --exporter-port {port}"
+    process = start(*words.split(), "--exporter-linger", "3600", "--only-summary")
+    assert process.stdout is not None
+    try:
+        seen = next(line for line in process.stdout if "exporter: waiting" in line)
+        assert "3600 s at most; Ctrl-C ends it" in seen
+        process.send_signal(signal.SIGINT)
+        left, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "Traceback" not in left
+    assert process.returncode == 0

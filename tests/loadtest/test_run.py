@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import signal
 import socket
-import time
 import urllib.request
 from collections.abc import Callable
 from itertools import pairwise
@@ -223,33 +225,57 @@ def test_a_port_in_use_stops_before_anything_is_written(mock_server: Factory, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_the_exporter_serves_while_the_test_runs(mock_server: Factory, tmp_path: Path) -> None:
+def test_the_exporter_serves_until_the_last_values_were_scraped(mock_server: Factory, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = int(listener.getsockname()[1])
     texts = []
 
     def scrape() -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
+        while True:
             gevent.sleep(0.1)
             try:
                 text = gevent.get_hub().threadpool.apply(
                     lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
                 )
             except OSError:
+                if texts:
+                    return
                 continue
             texts.append(text)
-            if 'pareto_loadtest_requests_total{error="",outcome="ok"}' in text:
-                return
 
     scraper = gevent.spawn(scrape)
     server = mock_server(ttft_ms=100, itl_ms=10)
-    run(server, tmp_path, f"--exporter-port {port} --concurrency 2 --requests 12 --output-tokens 10")
+    words = f"--exporter-port {port} --concurrency 2 --requests 12 --output-tokens 10 --label tried --goodput ttft:5000"
+    run(server, tmp_path, words)
     scraper.join()
-    assert "pareto_loadtest_target_concurrency 2.0" in texts[-1]
-    assert 'pareto_loadtest_requests_total{error="",outcome="ok"}' in texts[-1]
+    common = 'label="tried",model="mock-model"'
+    last = texts[-1]
+    assert re.search(rf'requests_total{{error="",{common},outcome="ok",run="[^"]+",stage="0"}} 12\.0', last)
+    assert re.search(rf'target_concurrency{{{common},run="[^"]+",stage="0"}} 2\.0', last)
+    assert re.search(rf'good_requests_total{{{common},run="[^"]+",stage="0"}} 12\.0', last)
+    assert re.search(r"schedule_lag_seconds_count{.*} 12\.0", last)
+    assert re.search(r"loop_lag_seconds_count{.*} [1-9]", last)
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_ctrl_c_ends_the_wait_for_the_last_scrape_and_the_run_counts_as_complete(
+    mock_server: Factory, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+    out = tmp_path / "out"
+
+    def interrupt() -> None:
+        while not (out / "summary.json").exists():
+            gevent.sleep(0.05)
+        gevent.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    gevent.spawn(interrupt)
+    words = f"--exporter-port {port} --exporter-linger 3600 --requests 3 --output-tokens 1"
+    summary, _ = run(mock_server(), out, words)
+    assert (summary.status, summary.stages[0].requests.ok) == ("complete", 3)
 
 
 def test_every_run_sends_fresh_prompts_and_its_seed_repeats_them(mock_server: Factory, tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_secrets_reach_the_requests_but_not_the_summary(monkeypatch: pytest.Monk
         ("--goodput ttft", "--goodput ttft"),
         ("--goodput ttft:-5", "--goodput ttft:-5"),
         ("--exporter-port 70000", "--exporter-port 70000"),
+        ("--exporter-linger -1", "--exporter-linger -1: expected seconds, 0 or more"),
+        ("--exporter-linger inf", "--exporter-linger inf"),
         ("--metrics-interval 0", "--metrics-interval"),
         ("--base-url localhost:8000", "--base-url"),
         ("--prompt-token-ids 100 --endpoint chat", "--endpoint completions"),

@@ -1,0 +1,1 @@
+"""A watched deployment: server, Prometheus and Grafana, its board and its alerts."""
