@@ -39,7 +39,9 @@ WITHIN_QUANT_METHODS = (
     "sweeps", "backends",
 )  # fmt: skip
 # The order of loadtest's folders; files beside them are shared, or drive them.
-WITHIN_LOADTEST = ("workloads", "results", "endpoint", "watching", "load", "deploy")
+WITHIN_LOADTEST = (
+    "workloads", "statistics", "results", "comparison", "report", "endpoint", "watching", "load", "deploy",
+)  # fmt: skip
 WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "study", "demo", "lab")
 WITHIN = {"quant_methods": WITHIN_QUANT_METHODS, "loadtest": WITHIN_LOADTEST, "bench": WITHIN_BENCH}
 FOREIGN = {

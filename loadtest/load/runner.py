@@ -18,17 +18,22 @@ from locust.env import Environment
 from loadtest import clock
 from loadtest.endpoint.client import Client
 from loadtest.endpoint.descriptors import raise_limit
+from loadtest.errors import LoadTestError
 from loadtest.load.error_limit import ErrorLimit
 from loadtest.load.loop_lag import LoopLag
 from loadtest.load.make_workload import make_workload
 from loadtest.load.preflight import check_server
 from loadtest.load.progress import Progress
+from loadtest.load.resume import drop_unfinished
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.load.users import GenerationUser, Session
+from loadtest.results.manifest import Manifest, RunFile
+from loadtest.results.offline import Folder
 from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
 from loadtest.results.records import RecordWriter, read_records, write_json_atomically
 from loadtest.results.schema import Summary
+from loadtest.results.server_samples import read_series
 from loadtest.results.summary import summarize
 from loadtest.settings import Settings
 from loadtest.stage_spec import StageSpec
@@ -64,8 +69,11 @@ def _stop_on_signals(stop: Event) -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def run_load_test(settings: Settings) -> Summary:
-    """Run every stage, and write ``records.jsonl``, ``server_metrics.jsonl`` and ``summary.json`` to ``settings.out``.
+def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summary:
+    """Run every stage, and write the results to ``settings.out``.
+
+    ``run.json`` is there from the start, ``records.jsonl`` and ``server_metrics.jsonl`` grow, and ``summary.json`` is
+    last. ``resumed`` is the ``run.json`` of an unfinished run in the same folder: its stages that ended are kept.
 
     Interrupted by Ctrl-C or SIGTERM, it cancels what is in flight and returns a summary of what was measured, whose
     status is ``interrupted``. With ``--max-error-rate`` too many failures end it likewise, as ``stopped``.
@@ -74,7 +82,8 @@ def run_load_test(settings: Settings) -> Summary:
         LoadTestError: the endpoint, a file or a port is no good; then nothing was measured.
 
     """
-    check_output(settings.out, settings.overwrite)
+    if resumed is None:
+        check_output(settings.out, settings.overwrite)
     raise_limit()
     # Ctrl-C before the first stage goes up to the caller; gevent need not print it as well.
     hub = gevent.get_hub()
@@ -91,28 +100,43 @@ def run_load_test(settings: Settings) -> Summary:
             serving = exporter.serve(settings.exporter_host, settings.exporter_port)
             cleanup.callback(serving.stop)
         workload, calibration = make_workload(client, server, request)
-        prepare_output(settings.out, settings.overwrite)
-        writer = RecordWriter(settings.out / RECORDS)
+        if resumed is None:
+            prepare_output(settings.out, settings.overwrite)
+        elif server.model != resumed.server.model:
+            raise LoadTestError(f"--resume: the run asked {resumed.server.model}; this server has {server.model}")
+        else:
+            drop_unfinished(Folder(settings.out, resumed))
+        writer = RecordWriter(settings.out / RECORDS, append=resumed is not None)
         cleanup.callback(writer.close)
         stop = Event()
         errors = ErrorLimit(settings.max_error_rate, stop, conversations=request.turns is not None)
         sink = Sink(writer.write, exporter.observe, errors.observe)
         exporter.watch(lambda: sink.in_flight)
-        sampler = _start_sampler(settings, client, cleanup)
+        sampler = _start_sampler(settings, client, cleanup, resumed is not None)
 
         # Locust warns about spawn rates and CPU on a log that nobody configured; the summary has better numbers.
         logging.getLogger("locust").setLevel(logging.ERROR)
         environment = Environment(user_classes=[RunUser], host=settings.base_url)
         environment.create_local_runner()
         cleanup.callback(environment.runner.quit)
-        started, began = datetime.datetime.now(datetime.UTC), clock.now()
+        manifest = resumed or Manifest(
+            label=label,
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            settings=settings.flags,
+            environment=environment_info(),
+            server=server,
+            calibration=calibration,
+            slo_ms=request.slo_ms,
+            planned=len(settings.stages),
+        )
+        run_file, began = RunFile(settings.out, manifest), clock.now()
         lag = LoopLag(exporter.observe_loop_lag)
-        unfinished = frozenset(spec.index for spec in settings.stages)
-        entered: list[StageSpec] = []
         interrupted = cleanup.enter_context(_stop_on_signals(stop))
         progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))
         for spec in settings.stages:
-            entered.append(spec)
+            if spec.index in manifest.finished:
+                continue
+            run_file.begin(spec)
             errors.begin_stage(spec)
             exporter.begin_stage(spec.index, spec.concurrency, spec.rate)
             stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
@@ -123,25 +147,25 @@ def run_load_test(settings: Settings) -> Summary:
             client.close_idle()
             if stop.is_set():
                 break
-            unfinished -= {spec.index}
             if sampler:
                 sampler.leave()
+            run_file.finish(spec)
         duration, generator = clock.now() - began, lag.stop()
         summary = Summary(
-            label=label,
+            label=manifest.label,
             status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
-            started_at=started.isoformat(timespec="milliseconds"),
+            started_at=manifest.started_at,
             duration_s=duration,
             settings=settings.flags,
-            environment=environment_info(),
+            environment=manifest.environment,
             server=server,
             calibration=calibration,
             stages=summarize(
                 read_records(settings.out / RECORDS),
-                entered,
+                manifest.stages,
                 request.slo_ms,
-                {spec.index: sampler.series(spec.index) for spec in entered} if sampler else {},
-                unfinished,
+                read_series(settings.out / SERVER_METRICS),
+                manifest.unfinished,
             ),
             generator=generator,
             files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
@@ -152,15 +176,16 @@ def run_load_test(settings: Settings) -> Summary:
         return summary
 
 
-def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack) -> Sampler | None:
+def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, append: bool) -> Sampler | None:
     if not settings.server_metrics:
         return None
     path = settings.out / SERVER_METRICS
-    sampler = Sampler(client, path, settings.metrics_interval)
+    sampler = Sampler(client, path, settings.metrics_interval, append=append)
     sampler.sample()
     if not sampler.found():
         sampler.stop()
-        path.unlink()
+        if not append:
+            path.unlink()
         return None
     sampler.start()
     cleanup.callback(sampler.stop)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loadtest.errors import LoadTestError
 
-RECORDS, SUMMARY, SERVER_METRICS = "records.jsonl", "summary.json", "server_metrics.jsonl"
+RECORDS, SUMMARY, SERVER_METRICS, RUN = "records.jsonl", "summary.json", "server_metrics.jsonl", "run.json"
 _PACKAGES = ("vllm-pareto", "locust", "gevent", "geventhttpclient", "numpy", "prometheus-client")
 
 
@@ -21,7 +21,7 @@ def check_output(out: Path, overwrite: bool) -> list[str]:
         LoadTestError: there are some and ``overwrite`` is not given.
 
     """
-    existing = [name for name in (RECORDS, SUMMARY, SERVER_METRICS) if (out / name).exists()]
+    existing = [name for name in (RECORDS, SUMMARY, SERVER_METRICS, RUN) if (out / name).exists()]
     if existing and not overwrite:
         raise LoadTestError(f"--out {out}: {existing[0]} exists; give another directory or --overwrite")
     return existing

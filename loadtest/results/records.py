@@ -153,9 +153,9 @@ def _rounded(value: Any) -> Any:
 class RecordWriter:
     """Appends records to a JSON Lines file, each flushed as it comes so that an interrupted run keeps them all."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, append: bool = False) -> None:
         self.path = path
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append one record and flush it to the operating system."""
@@ -168,10 +168,10 @@ class RecordWriter:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a ``records.jsonl``.
+    """Yield the records of a ``records.jsonl``. A torn last line, as a killed run leaves it, is passed over.
 
     Raises:
-        LoadTestError: a line is not a record.
+        LoadTestError: another line is not a record.
 
     """
     with path.open(encoding="utf-8") as file:
@@ -179,15 +179,21 @@ def read_records(path: Path) -> Iterator[Record]:
             try:
                 yield Record.from_dict(json.loads(line))
             except (ValueError, TypeError, KeyError) as error:
+                if not line.endswith("\n"):
+                    return
                 raise LoadTestError(f"{path}:{number} is not a load-test record: {error}") from error
 
 
 def write_json_atomically(path: Path, document: dict[str, Any]) -> None:
     """Write ``document`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
+    write_text_atomically(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the whole new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

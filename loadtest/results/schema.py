@@ -133,6 +133,33 @@ class MetricSeries:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A figure with its 95% confidence interval, by batches of neighbouring requests within this run.
+
+    It holds what chance did to the requests of this run, not what differs from run to run: that needs ``--repeat``. A
+    bound is None where the stage is too short to have it.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class SteadyState:
+    """The figures of a stage without its ramp and its drain (:mod:`loadtest.statistics.steady`).
+
+    ``from_s`` and ``to_s`` are the first and the last intended start of what is kept, in seconds after the first one of
+    the stage; ``requests`` is the number of its requests.
+    """
+
+    from_s: float
+    to_s: float
+    requests: int
+    figures: dict[str, Interval]
+
+
+@dataclass(frozen=True)
 class StageResult:
     """One stage: one concurrency (closed loop) or one arrival rate (open loop)."""
 
@@ -157,17 +184,20 @@ class StageResult:
     finish_reasons: dict[str, int]
     server_metrics: dict[str, MetricSeries]
     notes: list[str]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    steady: SteadyState | None = None
 
 
 @dataclass(frozen=True)
 class Generator:
     """Health of the load generator itself: a late event loop makes every latency look larger than it was.
 
-    ``loop_lag_ms`` is by how much a 20 ms sleep overslept; ``cpu_percent`` is of one core.
+    ``loop_lag_ms`` is by how much a 20 ms sleep overslept; ``cpu_percent`` is of one core; both
+    are None where a killed run was summarized afterwards.
     """
 
     loop_lag_ms: Distribution | None
-    cpu_percent: float
+    cpu_percent: float | None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from loadtest.results import records
+from loadtest.results.intervals import with_intervals
 from loadtest.results.records import Record
 from loadtest.results.schema import (
     Distribution,
@@ -22,6 +23,7 @@ from loadtest.results.schema import (
     TokenCounts,
 )
 from loadtest.stage_spec import StageSpec
+from loadtest.statistics.samples import SampleCollector
 
 _LAG_WORTH_A_NOTE_MS = 10.0
 _CACHED_WORTH_A_NOTE = 0.02
@@ -248,10 +250,14 @@ def summarize(
 
     """
     accumulators = {spec.index: StageAccumulator(slo_ms or {}) for spec in specs}
+    collectors = {spec.index: SampleCollector(slo_ms or {}) for spec in specs}
     for record in items:
         if record.stage in accumulators:
             accumulators[record.stage].add(record)
-    return [
-        accumulators[spec.index].result(spec, spec.index not in unfinished, (server_metrics or {}).get(spec.index, {}))
-        for spec in specs
-    ]
+            collectors[record.stage].add(record)
+    results = []
+    for spec in specs:
+        series = (server_metrics or {}).get(spec.index, {})
+        result = accumulators[spec.index].result(spec, spec.index not in unfinished, series)
+        results.append(with_intervals(result, collectors[spec.index].samples()))
+    return results

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gevent
-import numpy as np
 
 from loadtest import clock
 from loadtest.endpoint.client import Client, HTTPStatusError
 from loadtest.results.schema import MetricSeries
+from loadtest.results.server_samples import summarize_samples
 
 PREFIXES = ("vllm:", "pareto_")
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
@@ -57,11 +56,13 @@ class Sampler:
     is a line with ``error`` instead of ``metrics``: it never disturbs the load.
     """
 
-    def __init__(self, client: Client, path: Path, interval: float, metrics_path: str = "/metrics") -> None:
+    def __init__(
+        self, client: Client, path: Path, interval: float, metrics_path: str = "/metrics", append: bool = False
+    ) -> None:
         self._client = client
         self._interval = interval
         self._metrics_path = metrics_path
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("a" if append else "w", encoding="utf-8")
         self._greenlet: gevent.Greenlet | None = None
         self._samples: dict[int, list[dict[str, float]]] = {}
         self._stage = -1
@@ -113,23 +114,3 @@ class Sampler:
             self.sample()
             due = max(due + self._interval, clock.now())
             gevent.sleep(due - clock.now())
-
-
-def summarize_samples(samples: Iterable[dict[str, float]]) -> dict[str, MetricSeries]:
-    """Reduce samples to one series per metric name; label sets are added up, ``*_perc`` gauges take their maximum."""
-    collected: dict[str, list[float]] = {}
-    for sample in samples:
-        merged: dict[str, float] = {}
-        for key, value in sample.items():
-            name = key.partition("{")[0]
-            if name not in merged:
-                merged[name] = value
-            else:
-                merged[name] = max(merged[name], value) if name.endswith("_perc") else merged[name] + value
-        for name, value in merged.items():
-            if np.isfinite(value):
-                collected.setdefault(name, []).append(value)
-    return {
-        name: MetricSeries(len(v), float(np.mean(v)), max(v), v[0], v[-1], v[-1] - v[0])
-        for name, v in sorted(collected.items())
-    }

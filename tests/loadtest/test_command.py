@@ -31,7 +31,12 @@ def test_a_run_prints_its_table_and_leaves_its_files(mock_server: Factory, tmp_p
     assert done.stderr == ""
     for expected in ("mock-model", "1 user", "2 users", "TTFT", "TPOT", "P95", "100%", str(out / "summary.json")):
         assert expected in done.stdout
-    assert {path.name for path in out.iterdir()} == {"records.jsonl", "summary.json", "server_metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {
+        "records.jsonl",
+        "summary.json",
+        "server_metrics.jsonl",
+        "run.json",
+    }
 
 
 def test_settings_from_a_yaml_file(mock_server: Factory, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Runs against each other and against limits: repeats, comparisons, conditions with an exit status."""
