@@ -93,7 +93,9 @@ class Session:
         )
         self._sink.begin()
         try:
+            ready = clock.now()
             with self._slots:
+                record.held_s = clock.now() - ready
                 self._client.stream(self._path, request.body, record, intended)
         except gevent.GreenletExit:
             if record.start_s is None:

@@ -56,7 +56,7 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
         table.add_column("good", justify="right", no_wrap=True)
     for stage in stages:
         rates, good = stage.throughput, stage.goodput
-        cells = [load_name(stage), str(stage.requests.ok), str(stage.requests.failed)]
+        cells = [_marked(stage), str(stage.requests.ok), str(stage.requests.failed)]
         if rates:
             cells += [f"{rates.window_s:.1f}", f"{rates.requests_per_s:.2f}"]
             cells.append(f"{rates.output_tokens_per_s:.1f}")
@@ -78,15 +78,19 @@ def _latency_table(stages: Sequence[StageResult]) -> Table:
         latency = stage.latency
         rows = (
             ("TTFT", latency.ttft_ms),
+            # In a closed loop both are the same.
+            *([("TTFT from send", latency.ttft_from_send_ms)] if stage.mode == "open" else []),
             ("TPOT", latency.tpot_ms),
             ("ITL", latency.itl_ms),
             ("end to end", latency.e2e_ms),
         )
         for number, (name, values) in enumerate(rows):
-            table.add_row(
-                "" if number else load_name(stage), name, *_cells(values), end_section=number == len(rows) - 1
-            )
+            table.add_row("" if number else _marked(stage), name, *_cells(values), end_section=number == len(rows) - 1)
     return table
+
+
+def _marked(stage: StageResult) -> str:
+    return load_name(stage) + (" (invalid)" if stage.invalid else "")
 
 
 def _cells(values: Distribution | None) -> list[str]:

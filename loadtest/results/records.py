@@ -72,6 +72,7 @@ class Record:
         status: HTTP status.
         message: what went wrong, at most 300 characters.
         retry_after_s: seconds that a refusing server asked to wait, by its Retry-After header.
+        held_s: how long ``--max-concurrency`` held it back; the rest of ``start_s`` is the generator's lateness.
 
     """
 
@@ -95,6 +96,7 @@ class Record:
     status: int | None = None
     message: str | None = None
     retry_after_s: float | None = None
+    held_s: float = 0.0
 
     def fail(self, error: str, message: str) -> None:
         """Mark the request as failed in class ``error``; the first failure is the cause and stays."""

@@ -65,6 +65,9 @@ class Latency:
             tokens has larger gaps and fewer of them; then use ``tpot_ms``.
         e2e_ms: end of the stream.
         schedule_lag_ms: actual start minus intended start: what the generator or ``--max-concurrency`` added.
+        ttft_from_send_ms: first chunk with non-empty content, from the actual start: the server's share of ``ttft_ms``.
+        send_lateness_ms: what the generator alone added before the start, of all requests that ended; for sound numbers
+            near 0 (``StageResult.invalid``).
 
     """
 
@@ -73,6 +76,8 @@ class Latency:
     itl_ms: Distribution | None
     e2e_ms: Distribution | None
     schedule_lag_ms: Distribution | None
+    ttft_from_send_ms: Distribution | None = None
+    send_lateness_ms: Distribution | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,10 @@ class MetricSeries:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: one concurrency (closed loop) or one arrival rate (open loop)."""
+    """One stage: one concurrency (closed loop) or one arrival rate (open loop).
+
+    ``invalid`` says why the numbers tell more of the load generator than of the server; None where they are sound.
+    """
 
     index: int
     mode: str
@@ -156,6 +164,7 @@ class StageResult:
     finish_reasons: dict[str, int]
     server_metrics: dict[str, MetricSeries]
     notes: list[str]
+    invalid: str | None = None
 
 
 @dataclass(frozen=True)
