@@ -168,6 +168,26 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class SearchResult:
+    """What ``--find`` found, in requests per second.
+
+    Attributes:
+        goal: ``knee`` or ``max-rate``.
+        sustained: the highest rate that the server sustained; None when it sustained none of those tried.
+        refused: the lowest that it did not; None when it sustained all.
+        stages: how many were used.
+        converged: whether the two are as near to each other as was asked for.
+
+    """
+
+    goal: str
+    sustained: float | None
+    refused: float | None
+    stages: int
+    converged: bool
+
+
+@dataclass(frozen=True)
 class Generator:
     """Health of the load generator itself: a late event loop makes every latency look larger than it was.
 
@@ -205,6 +225,7 @@ class Summary:
     stages: list[StageResult]
     generator: Generator
     files: dict[str, str]
+    search: SearchResult | None = None
     schema: str = field(default=SCHEMA)
 
     def to_dict(self) -> dict[str, Any]:
