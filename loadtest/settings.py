@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.endpoint.client import normalize_base_url
+from loadtest.load.search import GOALS, SearchSettings
 from loadtest.request_settings import RequestSettings, request_settings, require
 from loadtest.stage_spec import ARRIVALS, DEFAULT_MAX_ERROR_RATE, StageSpec
 
 DEFAULT_REQUESTS = 100
+DEFAULT_SEARCH_DURATION_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Settings:
     metrics_interval: float
     ready_timeout: float
     max_error_rate: float | None
+    search: SearchSettings | None
+    stop_over_saturation: bool
     progress: bool
     flags: dict[str, Any]
 
@@ -72,6 +76,40 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="stop, with status 1, when more than this fraction of a stage's requests fails (default: run to the end, "
         f"and status 1 above {DEFAULT_MAX_ERROR_RATE:g})",
+    )
+    group.add_argument(
+        "--stop-over-saturation",
+        action="store_true",
+        help="open loop: end a stage as soon as the server's queue certainly grows without end (--find always does)",
+    )
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--find",
+        choices=GOALS,
+        help="search the highest rate at which the server's queue does not grow (knee), or at which besides --goodput "
+        "is met (max-rate)",
+    )
+    group.add_argument("--find-stages", type=int, default=8, metavar="N", help="stages at most (default: 8)")
+    group.add_argument(
+        "--find-tolerance",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="stop when the rate is known to this fraction (default: 0.05)",
+    )
+    group.add_argument(
+        "--find-attainment",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="fraction of requests that must be good at a rate (default: 0.9)",
+    )
+    group.add_argument(
+        "--find-users",
+        type=int,
+        default=256,
+        metavar="N",
+        help="users of the first stage, whose throughput is the first guess (default: 256)",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="loadtest-results", help="default: loadtest-results")
@@ -116,6 +154,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,
         max_error_rate=args.max_error_rate,
+        search=_search(args),
+        stop_over_saturation=args.stop_over_saturation,
         progress=args.progress,
         flags=public_flags(args),
     )
@@ -126,6 +166,21 @@ def public_flags(args: argparse.Namespace) -> dict[str, Any]:
     flags = {name: value for name, value in sorted(vars(args).items()) if name not in ("api_key", "config", "rest")}
     flags["header"] = [str(each).partition(":")[0] for each in flags.get("header") or []]
     return flags
+
+
+def _search(args: argparse.Namespace) -> SearchSettings | None:
+    if args.find is None:
+        return None
+    goal = f"--find {args.find}"
+    for flag, value in (("--rate", args.rate), ("--concurrency", args.concurrency)):
+        require(not value, f"{goal} chooses the rates itself: leave out {flag}")
+    require(not args.requests, f"{goal} needs stages of equal time: give --duration in place of --requests")
+    require(args.find == "knee" or bool(args.goodput), f"{goal} needs limits: --goodput ttft:500 tpot:50")
+    require(args.find_stages >= 3, f"--find-stages {args.find_stages}: must be at least 3")
+    require(0 < args.find_tolerance < 1, f"--find-tolerance {args.find_tolerance:g}: expected a fraction, 0 to 1")
+    require(0 < args.find_attainment <= 1, f"--find-attainment {args.find_attainment:g}: expected a fraction, 0 to 1")
+    require(args.find_users >= 1, f"--find-users {args.find_users}: must be at least 1")
+    return SearchSettings(args.find, args.find_stages, args.find_tolerance, args.find_attainment, args.find_users)
 
 
 def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
@@ -142,6 +197,16 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
         not (args.max_concurrency and not args.rate), "--max-concurrency needs --rate; a closed loop has --concurrency"
     )
     requests = args.requests if args.requests or args.duration else DEFAULT_REQUESTS
+    if args.find:
+        # What all stages of a search share; it fills in the rates.
+        return (
+            StageSpec(
+                arrival=args.arrival,
+                burstiness=args.burstiness,
+                warmup=args.warmup,
+                duration_s=args.duration or DEFAULT_SEARCH_DURATION_S,
+            ),
+        )
     if args.rate:
         for rate in args.rate:
             require(0 < rate < math.inf, f"--rate {rate:g}: must be above 0")

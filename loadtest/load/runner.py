@@ -21,8 +21,10 @@ from loadtest.endpoint.client import Client
 from loadtest.endpoint.descriptors import raise_limit
 from loadtest.load.error_limit import ErrorLimit
 from loadtest.load.loop_lag import LoopLag
+from loadtest.load.monitor import StageMonitor
 from loadtest.load.preflight import calibrate, check_server
 from loadtest.load.progress import Progress
+from loadtest.load.search import RateSearch
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.load.users import GenerationUser, Session
@@ -37,6 +39,11 @@ from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
 from loadtest.workloads.prompts import FilePrompts, PromptSource, TokenIdPrompts, WordPrompts, read_prompts
 from loadtest.workloads.workload import Workload
+
+OVER_SATURATED = (
+    "over-saturated: the server's queue grew as long as requests came, so latencies depend on the stage's length; "
+    "lower the rate"
+)
 
 
 class RunUser(GenerationUser):
@@ -145,26 +152,50 @@ def run_load_test(settings: Settings) -> Summary:
         cleanup.callback(environment.runner.quit)
         started, began = datetime.datetime.now(datetime.UTC), clock.now()
         lag = LoopLag()
-        unfinished = frozenset(spec.index for spec in settings.stages)
+        finished: set[int] = set()
+        saturated: set[int] = set()
         entered: list[StageSpec] = []
+        search = RateSearch(settings.search, settings.stages[0]) if settings.search else None
+        plan: Iterator[StageSpec] = iter(search.next_stage, None) if search else iter(settings.stages)
         interrupted = cleanup.enter_context(_stop_on_signals(stop))
         progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))
-        for spec in settings.stages:
+        for spec in plan:
             entered.append(spec)
             errors.begin_stage(spec)
             exporter.begin_stage(spec.concurrency, spec.rate)
             stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
-            _run_stage(environment, spec, stop)
+            monitor = StageMonitor(
+                stage, sink, early=bool(search) or settings.stop_over_saturation, await_rest=not search
+            )
+            sink.listen(monitor.observe)
+            _run_stage(environment, spec, stop, monitor.over)
+            monitor.stop()
+            sink.forget(monitor.observe)
             # The next stage, and the files of the results, need the descriptors of this one's connections.
             client.close_idle()
             if stop.is_set():
                 break
-            unfinished -= {spec.index}
+            if monitor.rising and spec.rate is not None:
+                saturated.add(spec.index)
+            if search or not monitor.over.is_set():
+                finished.add(spec.index)
+            if search:
+                _tell(search, spec, monitor, request.slo_ms)
             if sampler:
                 sampler.leave()
         duration, generator = clock.now() - began, lag.stop()
+        stages = summarize(
+            read_records(settings.out / RECORDS),
+            entered,
+            request.slo_ms,
+            {spec.index: sampler.series(spec.index) for spec in entered} if sampler else {},
+            frozenset(spec.index for spec in entered) - finished,
+        )
+        for result in stages:
+            if result.index in saturated:
+                result.notes.append(OVER_SATURATED)
         summary = Summary(
             label=settings.label or server.model,
             status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
@@ -174,18 +205,22 @@ def run_load_test(settings: Settings) -> Summary:
             environment=environment_info(),
             server=server,
             calibration=calibration,
-            stages=summarize(
-                read_records(settings.out / RECORDS),
-                entered,
-                request.slo_ms,
-                {spec.index: sampler.series(spec.index) for spec in entered} if sampler else {},
-                unfinished,
-            ),
+            stages=stages,
             generator=generator,
             files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
+            search=search.result() if search else None,
         )
         write_json_atomically(settings.out / SUMMARY, summary.to_dict())
         return summary
+
+
+def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: dict[str, float]) -> None:
+    """Tell the search how a stage of its went."""
+    if spec.rate is None:
+        search.guess(monitor.throughput())
+    else:
+        (result,) = summarize(monitor.kept, [spec], slo_ms)
+        search.judge(spec.rate, search.met(result, monitor.rising))
 
 
 def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack) -> Sampler | None:
@@ -203,8 +238,8 @@ def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack) -> Sa
     return sampler
 
 
-def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
-    """Start the stage's users and wait until all have ended by themselves, or until ``stop``."""
+def _run_stage(environment: Environment, spec: StageSpec, *stops: Event) -> None:
+    """Start the stage's users and wait until all have ended by themselves, or until one of ``stops``."""
     runner = environment.runner
     users = spec.concurrency or 1
     runner.start(users, spawn_rate=users)
@@ -214,7 +249,7 @@ def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
         runner.user_greenlets.join()
 
     waiting = gevent.spawn(await_users)
-    gevent.wait([waiting, stop], count=1)
+    gevent.wait([waiting, *stops], count=1)
     # Locust takes its time over stopping, and what is read from the sockets after that would look slow: so first this.
     runner.user_greenlets.kill()
     waiting.kill()

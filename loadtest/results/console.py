@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from loadtest.results.schema import Distribution, StageResult, Summary
+from loadtest.results.schema import Distribution, SearchResult, StageResult, Summary
 from loadtest.stage_spec import StageSpec
 
 
@@ -36,6 +36,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             console.print(f"{name}: {count} failed as {kind}, for example: {example}", highlight=False)
         for note in stage.notes:
             console.print(f"{name}: note: {note}", highlight=False)
+    if summary.search is not None:
+        console.print(search_line(summary.search), highlight=False)
     lag = summary.generator.loop_lag_ms
     if lag is not None and lag.p99 > 10:
         console.print(
@@ -43,6 +45,18 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             ", and latencies include that; use fewer users, or Locust's distributed workers",
             markup=False,
         )
+
+
+def search_line(found: SearchResult) -> str:
+    """Return what a search found, in a sentence."""
+    stages = f"{found.stages} stages"
+    if found.sustained is None:
+        tried = "" if found.refused is None else f"; not even {found.refused:.4g} requests/s was sustained"
+        return f"{found.goal}: not found in {stages}{tried}"
+    if found.refused is None:
+        return f"{found.goal}: at least {found.sustained:.4g} requests/s, the highest rate tried in {stages}"
+    near = "" if found.converged else "; not yet as near as --find-tolerance asks, give it more --find-stages"
+    return f"{found.goal}: {found.sustained:.4g} requests/s ({found.refused:.4g} was not sustained), in {stages}{near}"
 
 
 def _throughput_table(stages: Sequence[StageResult]) -> Table:
