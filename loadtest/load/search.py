@@ -58,6 +58,7 @@ class RateSearch:
         self._refused: float | None = None
         self._floor = 0.0
         self._ceiling: float | None = None
+        self._invalid = 0
 
     def next_stage(self) -> StageSpec | None:
         """Return the next stage; None when the answer is near enough, or all stages are used."""
@@ -97,6 +98,7 @@ class RateSearch:
 
         Good is without an error, and for ``max-rate`` within the limits of ``--goodput``.
         """
+        self._invalid += result.invalid is not None
         counts = result.requests
         if rising or not counts.ok:
             return False
@@ -107,7 +109,8 @@ class RateSearch:
 
     def result(self) -> SearchResult:
         """Return what is known now."""
-        return SearchResult(self.settings.goal, self._sustained, self._refused, self._stages, self._converged())
+        low, high = self._sustained, self._refused
+        return SearchResult(self.settings.goal, low, high, self._stages, self._converged(), self._invalid)
 
     def _converged(self) -> bool:
         low, high = self._sustained, self._refused

@@ -55,6 +55,8 @@ def search_line(found: SearchResult) -> str:
         return f"{found.goal}: not found in {stages}{tried}"
     if found.refused is None:
         return f"{found.goal}: at least {found.sustained:.4g} requests/s, the highest rate tried in {stages}"
+    if found.invalid_stages:
+        stages += f", of which {found.invalid_stages} invalid: the load generator was late, so do not trust this"
     near = "" if found.converged else "; not yet as near as --find-tolerance asks, give it more --find-stages"
     return f"{found.goal}: {found.sustained:.4g} requests/s ({found.refused:.4g} was not sustained), in {stages}{near}"
 

@@ -177,6 +177,7 @@ class SearchResult:
         refused: the lowest that it did not; None when it sustained all.
         stages: how many were used.
         converged: whether the two are as near to each other as was asked for.
+        invalid_stages: how many of its stages tell more of the load generator than of the server.
 
     """
 
@@ -185,6 +186,7 @@ class SearchResult:
     refused: float | None
     stages: int
     converged: bool
+    invalid_stages: int = 0
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,31 @@ def test_a_limit_far_below_the_throughput_is_found_too() -> None:
     assert found.sustained <= limit <= found.sustained * 1.05
 
 
+def test_the_highest_rate_within_a_limit_is_found_under_random_arrivals() -> None:
+    """``max-rate`` on a simulated server of 8 slots and 40 requests/s, where a request may wait 50 ms."""
+    capacity, allowed = 40.0, 0.05
+    # The truth: the rate at which 90% of many requests wait no longer.
+    truth = max(
+        rate
+        for rate in np.arange(20.0, 40.0, 0.25)
+        if np.mean([(serve(rate, capacity, "poisson", seed)[1] <= allowed).mean() for seed in range(20)]) >= 0.9
+    )
+    found = []
+    for seed in range(100, 120):
+        search = RateSearch(SearchSettings("max-rate"), StageSpec(duration_s=SECONDS))
+        while (spec := search.next_stage()) is not None:
+            if spec.rate is None:
+                search.guess(capacity)
+            else:
+                waits = serve(spec.rate, capacity, "poisson", seed * 10 + spec.index)[1]
+                search.judge(spec.rate, bool((waits <= allowed).mean() >= 0.9))
+        assert search.result().stages <= 8
+        found.append(search.result().sustained or 0.0)
+    # Stages of 20 s differ by luck; the searches are right in the middle, and none is far off.
+    assert np.median(found) == pytest.approx(truth, rel=0.05)
+    assert all(abs(rate / truth - 1) < 0.15 for rate in found)
+
+
 def test_a_server_that_serves_nothing_ends_the_search() -> None:
     search = RateSearch(SearchSettings("knee"), StageSpec())
     assert search.next_stage() is not None
