@@ -30,12 +30,13 @@ class StageMonitor:
     Attributes:
         over: set when the stage should be ended before its time.
         rising: whether the queue grew while requests were being sent, as far as is known.
+        saturated: whether it did beyond doubt.
 
     """
 
     def __init__(self, stage: Stage, sink: Sink, *, early: bool, await_rest: bool) -> None:
         self.over = Event()
-        self.rising = False
+        self.rising = self.saturated = False
         self.kept: list[Record] = []
         self._stage, self._sink = stage, sink
         self._early, self._await_rest = early, await_rest
@@ -74,11 +75,12 @@ class StageMonitor:
             if self._watch is not None:
                 self._watch.sample(elapsed, self._sink.in_flight)
                 if self._early and elapsed >= _SOONEST_S and self._watch.rising(certain=True):
-                    self.rising = True
+                    self.rising = self.saturated = True
                     self.over.set()
                     return
             left = _PERIOD_S if duration is None else min(_PERIOD_S, duration - elapsed)
             gevent.sleep(max(0.001, left))
-        self.rising = self._watch is not None and self._watch.rising()
+        if self._watch is not None:
+            self.rising, self.saturated = self._watch.rising(), self._watch.rising(certain=True)
         if not self._await_rest and (self._watch is None or self.rising):
             self.over.set()

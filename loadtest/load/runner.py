@@ -177,7 +177,7 @@ def run_load_test(settings: Settings) -> Summary:
             client.close_idle()
             if stop.is_set():
                 break
-            if monitor.rising and spec.rate is not None:
+            if monitor.saturated or (search and monitor.rising):
                 saturated.add(spec.index)
             if search or not monitor.over.is_set():
                 finished.add(spec.index)
