@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loadtest.endpoint.client import normalize_base_url
 from loadtest.request_settings import RequestSettings, request_settings, require
-from loadtest.stage_spec import ARRIVALS, DEFAULT_MAX_ERROR_RATE, StageSpec
+from loadtest.shapes.flags import add_shape_arguments, shaped_stage
+from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, StageSpec
 
 DEFAULT_REQUESTS = 100
 
@@ -40,15 +41,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="server (default: http://127.0.0.1:8000)"
     )
-    group = parser.add_argument_group("load: one stage for each value of --concurrency or --rate")
+    group = parser.add_argument_group(
+        "load: one stage for each value of --concurrency or --rate, or one of another shape"
+    )
     group.add_argument("--concurrency", nargs="+", type=int, metavar="N", help="closed loop of N users (default: 1)")
     group.add_argument(
         "--rate", "--request-rate", nargs="+", type=float, metavar="R", help="open loop of R requests per second"
     )
-    group.add_argument("--arrival", choices=ARRIVALS, default="poisson", help="open loop (default: poisson)")
-    group.add_argument(
-        "--burstiness", type=float, default=1.0, help="of poisson arrivals: below 1 bursts, above 1 is regular"
-    )
+    add_shape_arguments(group)
     group.add_argument(
         "--max-concurrency", type=int, metavar="N", help="open loop: hold back requests beyond N; waiting is latency"
     )
@@ -132,15 +132,16 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     require(
         not (args.concurrency and args.rate), "--concurrency (closed loop) and --rate (open loop) exclude each other"
     )
+    shaped = shaped_stage(args, otherwise=bool(args.concurrency or args.rate))
     for name in ("requests", "max_concurrency"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     require(args.warmup >= 0, f"--warmup {args.warmup}: must not be negative")
     require(args.duration is None or 0 < args.duration < math.inf, f"--duration {args.duration}: must be above 0")
-    require(0 < args.burstiness < math.inf, f"--burstiness {args.burstiness:g}: must be above 0")
-    require(
-        not (args.max_concurrency and not args.rate), "--max-concurrency needs --rate; a closed loop has --concurrency"
-    )
+    open_loop = bool(args.rate) or (shaped is not None and shaped.mode == "open")
+    require(not (args.max_concurrency and not open_loop), "--max-concurrency needs --rate or another open loop")
+    if shaped is not None:
+        return (_limited(shaped, args),)
     requests = args.requests if args.requests or args.duration else DEFAULT_REQUESTS
     if args.rate:
         for rate in args.rate:
@@ -163,4 +164,20 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     return tuple(
         StageSpec(index, concurrency=users, warmup=args.warmup, requests=requests, duration_s=args.duration)
         for index, users in enumerate(args.concurrency or [1])
+    )
+
+
+def _limited(shaped: StageSpec, args: argparse.Namespace) -> StageSpec:
+    """Return the one stage of a shape with the limits of the flags; the shape has a length of its own."""
+    require(
+        not (args.duration and shaped.shape == "steps"), "--duration and --steps exclude each other: steps have times"
+    )
+    return replace(
+        shaped,
+        arrival=args.arrival,
+        burstiness=args.burstiness,
+        max_concurrency=args.max_concurrency,
+        warmup=args.warmup,
+        requests=args.requests,
+        duration_s=args.duration or shaped.duration_s,
     )
