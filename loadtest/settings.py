@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loadtest.endpoint.client import normalize_base_url
 from loadtest.load.search import GOALS, SearchSettings
 from loadtest.request_settings import RequestSettings, request_settings, require
-from loadtest.stage_spec import ARRIVALS, DEFAULT_MAX_ERROR_RATE, StageSpec
+from loadtest.shapes.flags import add_shape_arguments, shaped_stage
+from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, StageSpec
 
 DEFAULT_REQUESTS = 100
 DEFAULT_SEARCH_DURATION_S = 20.0
@@ -44,15 +45,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="server (default: http://127.0.0.1:8000)"
     )
-    group = parser.add_argument_group("load: one stage for each value of --concurrency or --rate")
+    group = parser.add_argument_group(
+        "load: one stage for each value of --concurrency or --rate, or one of another shape"
+    )
     group.add_argument("--concurrency", nargs="+", type=int, metavar="N", help="closed loop of N users (default: 1)")
     group.add_argument(
         "--rate", "--request-rate", nargs="+", type=float, metavar="R", help="open loop of R requests per second"
     )
-    group.add_argument("--arrival", choices=ARRIVALS, default="poisson", help="open loop (default: poisson)")
-    group.add_argument(
-        "--burstiness", type=float, default=1.0, help="of poisson arrivals: below 1 bursts, above 1 is regular"
-    )
+    add_shape_arguments(group)
     group.add_argument(
         "--max-concurrency", type=int, metavar="N", help="open loop: hold back requests beyond N; waiting is latency"
     )
@@ -141,6 +141,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     rate = args.max_error_rate
     require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
+    search = _search(args)
     return Settings(
         base_url=normalize_base_url(args.base_url),
         request=request_settings(args),
@@ -154,7 +155,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,
         max_error_rate=args.max_error_rate,
-        search=_search(args),
+        search=search,
         stop_over_saturation=args.stop_over_saturation,
         progress=args.progress,
         flags=public_flags(args),
@@ -172,8 +173,8 @@ def _search(args: argparse.Namespace) -> SearchSettings | None:
     if args.find is None:
         return None
     goal = f"--find {args.find}"
-    for flag, value in (("--rate", args.rate), ("--concurrency", args.concurrency)):
-        require(not value, f"{goal} chooses the rates itself: leave out {flag}")
+    for flag in ("rate", "concurrency", "ramp", "steps"):
+        require(not vars(args)[flag], f"{goal} chooses the rates itself: leave out --{flag}")
     require(not args.requests, f"{goal} needs stages of equal time: give --duration in place of --requests")
     require(args.find == "knee" or bool(args.goodput), f"{goal} needs limits: --goodput ttft:500 tpot:50")
     require(args.find_stages >= 3, f"--find-stages {args.find_stages}: must be at least 3")
@@ -187,15 +188,16 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     require(
         not (args.concurrency and args.rate), "--concurrency (closed loop) and --rate (open loop) exclude each other"
     )
+    shaped = shaped_stage(args, otherwise=bool(args.concurrency or args.rate or args.find))
     for name in ("requests", "max_concurrency"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     require(args.warmup >= 0, f"--warmup {args.warmup}: must not be negative")
     require(args.duration is None or 0 < args.duration < math.inf, f"--duration {args.duration}: must be above 0")
-    require(0 < args.burstiness < math.inf, f"--burstiness {args.burstiness:g}: must be above 0")
-    require(
-        not (args.max_concurrency and not args.rate), "--max-concurrency needs --rate; a closed loop has --concurrency"
-    )
+    open_loop = bool(args.rate) or (shaped is not None and shaped.mode == "open")
+    require(not (args.max_concurrency and not open_loop), "--max-concurrency needs --rate or another open loop")
+    if shaped is not None:
+        return (_limited(shaped, args),)
     requests = args.requests if args.requests or args.duration else DEFAULT_REQUESTS
     if args.find:
         # What all stages of a search share; it fills in the rates.
@@ -228,4 +230,20 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     return tuple(
         StageSpec(index, concurrency=users, warmup=args.warmup, requests=requests, duration_s=args.duration)
         for index, users in enumerate(args.concurrency or [1])
+    )
+
+
+def _limited(shaped: StageSpec, args: argparse.Namespace) -> StageSpec:
+    """Return the one stage of a shape with the limits of the flags; the shape has a length of its own."""
+    require(
+        not (args.duration and shaped.shape == "steps"), "--duration and --steps exclude each other: steps have times"
+    )
+    return replace(
+        shaped,
+        arrival=args.arrival,
+        burstiness=args.burstiness,
+        max_concurrency=args.max_concurrency,
+        warmup=args.warmup,
+        requests=args.requests,
+        duration_s=args.duration or shaped.duration_s,
     )

@@ -11,6 +11,7 @@ from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.results import records
 from loadtest.results.records import Record
+from loadtest.stage_spec import HOLD
 
 _PERIOD_S = 0.1
 # Before this much time a queue that only fills looks like one that grows.
@@ -40,7 +41,9 @@ class StageMonitor:
         self.kept: list[Record] = []
         self._stage, self._sink = stage, sink
         self._early, self._await_rest = early, await_rest
-        self._watch = SaturationWatch(stage.spec.rate) if stage.spec.rate is not None else None
+        # Under a load that changes, what is in flight rises with it: that is no sign of a queue.
+        steady = stage.spec.shape == HOLD and stage.spec.rate is not None and not stage.spec.max_concurrency
+        self._watch = SaturationWatch(stage.spec.rate) if steady and stage.spec.rate is not None else None
         self._greenlet = gevent.spawn(self._run)
 
     def observe(self, record: Record) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -34,6 +35,7 @@ from loadtest.results.records import RecordWriter, read_records, write_json_atom
 from loadtest.results.schema import Server, Summary
 from loadtest.results.summary import summarize
 from loadtest.settings import Settings
+from loadtest.shapes.registry import fitted, make_shape
 from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
@@ -136,6 +138,7 @@ def run_load_test(settings: Settings) -> Summary:
         if settings.exporter_port is not None:
             cleanup.callback(exporter.serve(settings.exporter_host, settings.exporter_port))
         workload, calibration = make_workload(client, server, request)
+        settings = replace(settings, stages=tuple(fitted(spec, workload.times) for spec in settings.stages))
         prepare_output(settings.out, settings.overwrite)
         writer = RecordWriter(settings.out / RECORDS)
         cleanup.callback(writer.close)
@@ -163,7 +166,8 @@ def run_load_test(settings: Settings) -> Summary:
             entered.append(spec)
             errors.begin_stage(spec)
             exporter.begin_stage(spec.concurrency, spec.rate)
-            stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
+            entering = partial(sampler.enter, spec.index) if sampler else None
+            stage = Stage(spec, request.seed, entering, make_shape(spec, workload.times))
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
             monitor = StageMonitor(

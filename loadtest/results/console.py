@@ -10,11 +10,15 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from loadtest.results.schema import Distribution, SearchResult, StageResult, Summary
-from loadtest.stage_spec import StageSpec
+from loadtest.stage_spec import HOLD, TRACE, StageSpec
 
 
 def load_name(stage: StageSpec | StageResult) -> str:
-    """Return a stage's load in words: ``4 users`` or ``10/s poisson``."""
+    """Return a stage's load in words: ``4 users``, ``10/s poisson``, or the shape as its flag says it."""
+    if stage.shape == TRACE:
+        return "trace" if stage.rate is None else f"trace, {stage.rate:g}/s"
+    if stage.shape != HOLD:
+        return f"{stage.shape} {stage.profile}"
     if stage.rate is None:
         return f"{stage.concurrency} user{'' if stage.concurrency == 1 else 's'}"
     return f"{stage.rate:g}/s {stage.arrival}"

@@ -140,7 +140,9 @@ class MetricSeries:
 class StageResult:
     """One stage: one concurrency (closed loop) or one arrival rate (open loop).
 
-    ``invalid`` says why the numbers tell more of the load generator than of the server; None where they are sound.
+    ``shape`` says how the load went over time, ``profile`` with which numbers; then ``concurrency`` or ``rate`` is the
+    highest level (of a trace the mean). ``invalid`` says why the numbers tell more of the load generator than of the
+    server; None where they are sound.
     """
 
     index: int
@@ -165,6 +167,8 @@ class StageResult:
     server_metrics: dict[str, MetricSeries]
     notes: list[str]
     invalid: str | None = None
+    shape: str = "hold"
+    profile: str = ""
 
 
 @dataclass(frozen=True)

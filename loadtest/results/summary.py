@@ -164,6 +164,8 @@ class StageAccumulator:
             finish_reasons=dict(sorted(self._reasons.items())),
             server_metrics=server_metrics,
             invalid=invalid,
+            shape=spec.shape,
+            profile=spec.profile,
             notes=[
                 *([invalid] if invalid else []),
                 *self._notes(spec, latency, per_chunk, finished),

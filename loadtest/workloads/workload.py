@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class Workload:
         temperature: sampling temperature; None leaves the server's default.
         extra_body: merged into every body last, so that it can override.
         seed: with the stage and the number of a request it determines the request.
+        times: when each request is meant to start, ascending, in seconds from the begin of a stage; None where the
+            workload does not say.
 
     """
 
@@ -45,6 +48,7 @@ class Workload:
     temperature: float | None
     extra_body: dict[str, Any]
     seed: int
+    times: Sequence[float] | None = None
 
     def request(self, stage: int, index: int, warmup: bool = False, stream_id: int = 0) -> Request:
         """Return request ``index`` of a stage; warm-up has numbers, and so prompts, of its own."""

@@ -57,11 +57,21 @@ def test_a_stage_far_too_fast_is_cut_short_and_says_so(mock_server: Factory, tmp
     assert any(note.startswith("over-saturated") for note in stage.notes)
 
 
+def test_a_ramp_is_not_called_over_saturated(mock_server: Factory, tmp_path: Path) -> None:
+    """What is in flight rises because the load does."""
+    server = mock_server(ttft_ms=800)
+    (stage,) = run(server.url, tmp_path, "--ramp 2/s:40/s:5s --stop-over-saturation --prompt-tokens 8").stages
+    assert stage.finished
+    assert not any("over-saturated" in note for note in stage.notes)
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         ("--find knee --rate 4", "leave out --rate"),
         ("--find knee --concurrency 4", "leave out --concurrency"),
+        ("--find knee --ramp 1:4:5s", "leave out --ramp"),
+        ("--find knee --steps 4:5", "leave out --steps"),
         ("--find knee --requests 4", "give --duration"),
         ("--find max-rate", "needs limits: --goodput"),
         ("--find knee --find-stages 2", "--find-stages 2"),

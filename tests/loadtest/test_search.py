@@ -8,10 +8,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from loadtest.load.arrivals import intended_starts
 from loadtest.load.saturation import SaturationWatch
 from loadtest.load.search import RateSearch, SearchSettings
 from loadtest.results.records import Record
+from loadtest.shapes.arrivals import ARRIVALS
 from loadtest.stage_spec import StageSpec
 
 SLOTS, SECONDS = 8, 20.0
@@ -19,8 +19,8 @@ SLOTS, SECONDS = 8, 20.0
 
 def serve(rate: float, capacity: float, arrival: str = "constant", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return starts and waits of the requests of a stage, at a server of ``SLOTS`` slots, first come first served."""
-    draws = intended_starts(rate, arrival, np.random.default_rng(seed))
-    starts = np.array([t for t in islice(draws, int(rate * SECONDS * 2)) if t < SECONDS])
+    draws = ARRIVALS[arrival](np.random.default_rng(seed), 1.0)
+    starts = np.array([due / rate for due in islice(draws, int(rate * SECONDS * 2)) if due < SECONDS * rate])
     free = [0.0] * SLOTS
     waits = []
     for start in starts:
