@@ -48,6 +48,7 @@ from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 
 logger = logging.getLogger(__name__)
+_BAD_INPUT = 2
 _NOT_IN_WEB_UI = ("--api-key", "--header", "--insecure", "--out", "--overwrite", "--exporter-port", "--exporter-host")
 
 
@@ -255,6 +256,8 @@ class LocustTest:
             self._add_lags(self._lags())
             if self.shape:
                 self.shape.end()
+            if max_error_rate(self.options) is not None and self.environment.process_exit_code != _BAD_INPUT:
+                self.environment.process_exit_code = int(self.errors.over())
         if self.lag:
             self.lag.stop()
             self.lag = None
@@ -267,8 +270,6 @@ class LocustTest:
         """Close the files when the process ends."""
         if self.report:
             self.report.close()
-        if self.options.max_error_rate != "" and self.environment.process_exit_code is None:
-            self.environment.process_exit_code = int(self.errors.over())
 
     def _record(self, record: Record) -> None:
         if self.forwarder:
@@ -297,7 +298,7 @@ def on_init(environment: Any, **_: Any) -> None:
         except LoadTestError as error:
             logger.error("cannot start: %s", error)
             environment.loadtest_session = None
-            environment.process_exit_code = 2
+            environment.process_exit_code = _BAD_INPUT
             # The event is fired from within the start of the runner, which must be over before it can be stopped.
             runner, headless = environment.runner, environment.parsed_options.headless
             gevent.spawn_later(0.1, runner.quit if headless else runner.stop)
