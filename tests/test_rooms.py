@@ -38,7 +38,7 @@ WITHIN_QUANT_METHODS = (
     "sweeps", "backends",
 )  # fmt: skip
 # The order of loadtest's folders; files beside them are shared, or drive them.
-WITHIN_LOADTEST = ("workloads", "results", "endpoint", "watching", "load")
+WITHIN_LOADTEST = ("shapes", "workloads", "results", "endpoint", "watching", "load", "mock_server")
 WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "study", "demo", "lab")
 WITHIN = {"quant_methods": WITHIN_QUANT_METHODS, "loadtest": WITHIN_LOADTEST, "bench": WITHIN_BENCH}
 FOREIGN = {

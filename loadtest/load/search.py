@@ -59,6 +59,7 @@ class RateSearch:
         self._floor = 0.0
         self._ceiling: float | None = None
         self._invalid = 0
+        self._repeated: set[float] = set()
 
     def next_stage(self) -> StageSpec | None:
         """Return the next stage; None when the answer is near enough, or all stages are used."""
@@ -76,8 +77,18 @@ class RateSearch:
         self._next = throughput * _BELOW if throughput > 0 else None
         self._floor = throughput * _FLOOR
 
-    def judge(self, rate: float, sustained: bool) -> None:
-        """Take how a stage at ``rate`` went."""
+    def judge(self, rate: float, sustained: bool, invalid: bool = False) -> None:
+        """Take how a stage at ``rate`` went.
+
+        A stage that failed while the load generator itself was late (``invalid``) says nothing of the server: it is
+        repeated once, and believed only if that comes to the same.
+        """
+        if invalid and not sustained:
+            if rate not in self._repeated:
+                self._repeated.add(rate)
+                self._next = rate
+                return
+            self._invalid += 1
         if sustained:
             self._sustained = rate if self._sustained is None else max(rate, self._sustained)
         else:
@@ -98,7 +109,6 @@ class RateSearch:
 
         Good is without an error, and for ``max-rate`` within the limits of ``--goodput``.
         """
-        self._invalid += result.invalid is not None
         counts = result.requests
         if rising or not counts.ok:
             return False

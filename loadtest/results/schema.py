@@ -181,7 +181,7 @@ class SearchResult:
         refused: the lowest that it did not; None when it sustained all.
         stages: how many were used.
         converged: whether the two are as near to each other as was asked for.
-        invalid_stages: how many of its stages tell more of the load generator than of the server.
+        invalid_stages: how many stages were believed though the load generator was late in them, twice.
 
     """
 

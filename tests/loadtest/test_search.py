@@ -115,6 +115,31 @@ def test_the_highest_rate_within_a_limit_is_found_under_random_arrivals() -> Non
     assert all(abs(rate / truth - 1) < 0.15 for rate in found)
 
 
+def test_a_stage_that_a_late_generator_spoilt_is_repeated_and_not_believed() -> None:
+    search, rates = RateSearch(SearchSettings("knee"), StageSpec()), []
+    search.next_stage()
+    search.guess(40.0)
+    while (spec := search.next_stage()) is not None:
+        assert spec.rate is not None
+        rates.append(spec.rate)
+        # The server could do 40 a second, but the first stage was the generator's fault.
+        search.judge(spec.rate, spec.rate <= 40 and len(rates) > 1, invalid=len(rates) == 1)
+    assert rates[:2] == [rates[0]] * 2
+    assert search.result().sustained == pytest.approx(40, rel=0.05)
+    assert search.result().invalid_stages == 0
+
+
+def test_a_generator_that_stays_late_is_named_in_the_result() -> None:
+    search = RateSearch(SearchSettings("knee"), StageSpec())
+    search.next_stage()
+    search.guess(40.0)
+    while (spec := search.next_stage()) is not None:
+        assert spec.rate is not None
+        search.judge(spec.rate, sustained=False, invalid=True)
+    assert search.result().stages == 8
+    assert search.result().invalid_stages > 0
+
+
 def test_a_server_that_serves_nothing_ends_the_search() -> None:
     search = RateSearch(SearchSettings("knee"), StageSpec())
     assert search.next_stage() is not None
