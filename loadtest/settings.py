@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.endpoint.client import normalize_base_url
-from loadtest.load.search import GOALS, SearchSettings
 from loadtest.request_settings import RequestSettings, request_settings, require
 from loadtest.shapes.flags import add_shape_arguments, shaped_stage
-from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, StageSpec
+from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, GOALS, SearchSettings, StageSpec
 
 DEFAULT_REQUESTS = 100
 DEFAULT_SEARCH_DURATION_S = 20.0

@@ -48,3 +48,28 @@ class StageSpec:
     def mode(self) -> str:
         """``closed`` or ``open``."""
         return "closed" if self.rate is None and self.shape != TRACE else "open"
+
+
+GOALS = ("knee", "max-rate")
+"""What ``--find`` can search for."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched for.
+
+    Attributes:
+        goal: ``knee``: the highest rate at which the server's queue does not grow. ``max-rate``: the highest at which
+            besides enough requests meet the limits of ``--goodput``.
+        max_stages: stages at most, the first one included.
+        tolerance: stop when the lowest rate not sustained is at most this fraction above the highest one that was.
+        attainment: fraction of the requests that must be good.
+        users: of the closed loop that comes first.
+
+    """
+
+    goal: str
+    max_stages: int = 8
+    tolerance: float = 0.05
+    attainment: float = 0.9
+    users: int = 256

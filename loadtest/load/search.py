@@ -8,36 +8,14 @@ else halfway, by ratio, between the highest rate that was sustained and the lowe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loadtest.results.schema import SearchResult, StageResult
-from loadtest.stage_spec import StageSpec
+from loadtest.stage_spec import SearchSettings, StageSpec
 
-GOALS = ("knee", "max-rate")
 _BELOW, _ABOVE = 0.98, 1.02
 # Where nothing is known yet of one side, the answer is taken to lie within these parts of the guess.
 _FLOOR, _CEILING = 0.2, 1.6
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What is searched for.
-
-    Attributes:
-        goal: ``knee``: the highest rate at which the server's queue does not grow. ``max-rate``: the highest at which
-            besides enough requests meet the limits of ``--goodput``.
-        max_stages: stages at most, the first one included.
-        tolerance: stop when the lowest rate not sustained is at most this fraction above the highest one that was.
-        attainment: fraction of the requests that must be good.
-        users: of the closed loop that comes first.
-
-    """
-
-    goal: str
-    max_stages: int = 8
-    tolerance: float = 0.05
-    attainment: float = 0.9
-    users: int = 256
 
 
 class RateSearch:

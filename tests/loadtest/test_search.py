@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from loadtest.load.saturation import SaturationWatch
-from loadtest.load.search import RateSearch, SearchSettings
+from loadtest.load.search import RateSearch
 from loadtest.results.records import Record
 from loadtest.shapes.arrivals import ARRIVALS
-from loadtest.stage_spec import StageSpec
+from loadtest.stage_spec import SearchSettings, StageSpec
 
 SLOTS, SECONDS = 8, 20.0
 
