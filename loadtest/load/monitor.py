@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gevent
-from gevent.event import Event
 
 from loadtest import clock
 from loadtest.load.saturation import SaturationWatch
@@ -24,23 +23,21 @@ class StageMonitor:
     Args:
         stage: which.
         sink: knows the requests in flight.
-        early: whether to set :attr:`over` as soon as the server is certainly over-saturated.
-        await_rest: whether requests in flight at the end of the stage's duration are worth waiting for; else
-            :attr:`over` is set then, but for a server that kept up.
+        early: whether to close the stage as soon as the server is certainly over-saturated.
 
     Attributes:
-        over: set when the stage should be ended before its time.
+        cut_short: whether the stage was closed before its time.
         rising: whether the queue grew while requests were being sent, as far as is known.
         saturated: whether it did beyond doubt.
 
     """
 
-    def __init__(self, stage: Stage, sink: Sink, *, early: bool, await_rest: bool) -> None:
-        self.over = Event()
+    def __init__(self, stage: Stage, sink: Sink, *, early: bool) -> None:
+        self.cut_short = False
         self.rising = self.saturated = False
         self.kept: list[Record] = []
         self._stage, self._sink = stage, sink
-        self._early, self._await_rest = early, await_rest
+        self._early = early
         # Under a load that changes, what is in flight rises with it: that is no sign of a queue.
         steady = stage.spec.shape == HOLD and stage.spec.rate is not None and not stage.spec.max_concurrency
         self._watch = SaturationWatch(stage.spec.rate) if steady and stage.spec.rate is not None else None
@@ -79,11 +76,11 @@ class StageMonitor:
                 self._watch.sample(elapsed, self._sink.in_flight)
                 if self._early and elapsed >= _SOONEST_S and self._watch.rising(certain=True):
                     self.rising = self.saturated = True
-                    self.over.set()
+                    # What is in flight is awaited: a backlog left to the server would spoil the next stage.
+                    stage.closed = True
+                    self.cut_short = True
                     return
             left = _PERIOD_S if duration is None else min(_PERIOD_S, duration - elapsed)
             gevent.sleep(max(0.001, left))
         if self._watch is not None:
             self.rising, self.saturated = self._watch.rising(), self._watch.rising(certain=True)
-        if not self._await_rest and (self._watch is None or self.rising):
-            self.over.set()

@@ -170,11 +170,9 @@ def run_load_test(settings: Settings) -> Summary:
             stage = Stage(spec, request.seed, entering, make_shape(spec, workload.times))
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
-            monitor = StageMonitor(
-                stage, sink, early=bool(search) or settings.stop_over_saturation, await_rest=not search
-            )
+            monitor = StageMonitor(stage, sink, early=bool(search) or settings.stop_over_saturation)
             sink.listen(monitor.observe)
-            _run_stage(environment, spec, stop, monitor.over)
+            _run_stage(environment, spec, stop)
             monitor.stop()
             sink.forget(monitor.observe)
             # The next stage, and the files of the results, need the descriptors of this one's connections.
@@ -183,7 +181,7 @@ def run_load_test(settings: Settings) -> Summary:
                 break
             if monitor.saturated or (search and monitor.rising):
                 saturated.add(spec.index)
-            if search or not monitor.over.is_set():
+            if search or not monitor.cut_short:
                 finished.add(spec.index)
             if search:
                 _tell(search, spec, monitor, request.slo_ms)
@@ -242,8 +240,8 @@ def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack) -> Sa
     return sampler
 
 
-def _run_stage(environment: Environment, spec: StageSpec, *stops: Event) -> None:
-    """Start the stage's users and wait until all have ended by themselves, or until one of ``stops``."""
+def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
+    """Start the stage's users and wait until all have ended by themselves, or until ``stop``."""
     runner = environment.runner
     users = spec.concurrency or 1
     runner.start(users, spawn_rate=users)
@@ -253,7 +251,7 @@ def _run_stage(environment: Environment, spec: StageSpec, *stops: Event) -> None
         runner.user_greenlets.join()
 
     waiting = gevent.spawn(await_users)
-    gevent.wait([waiting, *stops], count=1)
+    gevent.wait([waiting, stop], count=1)
     # Locust takes its time over stopping, and what is read from the sockets after that would look slow: so first this.
     runner.user_greenlets.kill()
     waiting.kill()
