@@ -2,11 +2,12 @@
 
     locust -f loadtest/locustfile.py --host http://127.0.0.1:8000
     locust -f loadtest/locustfile.py --host ... --headless -u 8 -r 8 -t 60s --out results/locust
-    locust -f loadtest/locustfile.py --host ... --headless -u 2 -t 60s --request-rate 5     # 2 streams of 5/s
+    locust -f loadtest/locustfile.py --host ... --headless -t 60s --rate 20                 # over all workers
+    locust -f loadtest/locustfile.py --host ... --headless --steps 4:30 16:30 --out results/steps
     locust -f loadtest/locustfile.py --master ...    and, in other shells,    locust -f loadtest/locustfile.py --worker
 
-Without ``--request-rate`` Locust's users are a closed loop; with it, each user is a stream of Poisson arrivals at that
-rate. ``loadtest/shapes.py`` adds load shapes. See docs/loadtest.md.
+Locust's users are a closed loop. ``--rate``, ``--ramp``, ``--steps`` and ``--trace`` are those of ``pareto loadtest``,
+shared by all workers; with ``--request-rate`` each user is a stream of arrivals at that rate. See docs/loadtest.md.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ import contextlib
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust import events
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtest.endpoint.client import Client, normalize_base_url
 from loadtest.endpoint.descriptors import raise_limit
 from loadtest.errors import LoadTestError
-from loadtest.load.distributed import RecordCollector, RecordForwarder, drain
+from loadtest.load import locust_shape
+from loadtest.load.distributed import DRAIN_S, RecordCollector, RecordForwarder, drain
+from loadtest.load.error_limit import ErrorLimit
+from loadtest.load.locust_options import LocustLoad, add_load_arguments, locust_load, max_error_rate
 from loadtest.load.locust_report import LocustReport
+from loadtest.load.loop_lag import LoopLag
 from loadtest.load.make_workload import make_workload
 from loadtest.load.preflight import check_server
 from loadtest.load.sink import Sink
@@ -37,11 +44,14 @@ from loadtest.load.users import GenerationUser, Session
 from loadtest.request_settings import add_request_arguments, fresh_seed, request_settings, require
 from loadtest.results.records import Record
 from loadtest.settings import DEFAULT_LINGER_S
-from loadtest.stage_spec import ARRIVALS, StageSpec
+from loadtest.shapes.registry import fitted, make_shape
+from loadtest.shapes.shape import Hold, Shape
+from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.serving import Serving, await_last_scrape
 
 logger = logging.getLogger(__name__)
+_BAD_INPUT = 2
 _NOT_IN_WEB_UI = (
     *("--api-key", "--header", "--insecure", "--ca-cert", "--out", "--overwrite"),
     *("--exporter-port", "--exporter-host", "--exporter-linger"),
@@ -55,18 +65,20 @@ class TextGenerationUser(GenerationUser):
 class EndlessStage(Stage):
     """A stage without end, as Locust decides when to stop; requests of its first seconds are warm-up."""
 
-    def __init__(self, spec: StageSpec, seed: int, warmup_s: float) -> None:
-        super().__init__(spec, seed)
+    def __init__(self, spec: StageSpec, seed: int, warmup_s: float, shape: Shape) -> None:
+        super().__init__(spec, seed, shape=shape)
         self._warmup_s = warmup_s
 
-    def take(self) -> Ticket | None:
+    def take(self, user: int = 0) -> Ticket | None:
         """Return the next request."""
-        ticket = super().take()
+        ticket = super().take(user)
         return replace(ticket, warmup=self._warming()) if ticket else None
 
-    def arrivals(self, warmup: bool, stream_id: int = 0) -> Any:
-        """Yield the arrivals of one stream."""
-        for offset, ticket in super().arrivals(warmup, stream_id):
+    def arrivals(
+        self, warmup: bool, stream_id: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[float, Ticket]]:
+        """Yield the arrivals of one stream, or a part of it."""
+        for offset, ticket in super().arrivals(warmup, stream_id, part):
             yield offset, replace(ticket, warmup=self._warming())
 
     def _warming(self) -> bool:
@@ -93,9 +105,7 @@ def add_arguments(parser: Any) -> None:
     parser.set_defaults(web_host="127.0.0.1", master_bind_host="127.0.0.1")
     ui = _WebUIArguments(parser)
     add_request_arguments(ui)
-    ui.add_argument("--request-rate", default="", metavar="R", help="open loop: requests per second of each user")
-    ui.add_argument("--arrival", choices=ARRIVALS, default="poisson", help="open loop (default: poisson)")
-    ui.add_argument("--burstiness", type=float, default=1.0, help="of poisson arrivals: below 1 bursts")
+    add_load_arguments(ui)
     ui.add_argument("--warmup-s", type=float, default=0.0, metavar="S", help="seconds of warm-up, left out of --out")
     ui.add_argument("--out", default="", metavar="DIR", help="write records.jsonl and summary.json there")
     ui.add_argument("--overwrite", action="store_true", help="replace the results in --out")
@@ -117,7 +127,9 @@ class LocustTest:
     def __init__(self, environment: Any) -> None:
         self.environment = environment
         self.options: argparse.Namespace = environment.parsed_options
-        self.stage_spec()
+        load = self.load()
+        self.errors = self._watch_errors()
+        self.lag: LoopLag | None = None
         given = self.options.seed
         request_settings(self.options)
         self._drawn_seed: int | None = self.options.seed if given is None else None
@@ -131,31 +143,72 @@ class LocustTest:
         self.collector: RecordCollector | None = None
         runner = environment.runner
         if isinstance(runner, WorkerRunner):
-            self.forwarder = RecordForwarder(runner)
+            self.forwarder = RecordForwarder(runner, self._lags)
             return
+        self.shape: locust_shape.DriverShape | None = None
+        if load.shaped:
+            self.shape = environment.shape_class = locust_shape.DriverShape(runner, self._closed_shape)
+            # Users that a shape takes away finish their request.
+            environment.stop_timeout = environment.stop_timeout or DRAIN_S
         if isinstance(runner, MasterRunner):
-            self.collector = RecordCollector(runner, self._record)
+            self.collector = RecordCollector(runner, self._record, self._add_lags)
         if self.options.out:
             self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
         if self.options.exporter_port:
             self.serving = self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
             self.exporter.watch(lambda: self.sink.in_flight)
 
-    def stage_spec(self) -> StageSpec:
-        """Return the stage that the options ask for."""
-        text = str(self.options.request_rate or "").strip()
-        try:
-            rate = float(text) if text else None
-        except ValueError:
-            rate = math.nan
-        require(rate is None or 0 < rate < math.inf, f"--request-rate {text}: must be a number above 0")
-        burstiness = float(self.options.burstiness)
-        require(0 < burstiness < math.inf, f"--burstiness {burstiness:g}: must be above 0")
-        return StageSpec(0, rate=rate, arrival=self.options.arrival, burstiness=burstiness)
+    def load(self) -> LocustLoad:
+        """Return the load that the options ask for."""
+        return locust_load(self.options)
+
+    def _closed_shape(self) -> tuple[Shape | None, float]:
+        spec = self.load().spec
+        return (make_shape(spec) if spec.mode == "closed" else None), spec.duration_s or math.inf
+
+    def _watch_errors(self) -> ErrorLimit:
+        """Return what stops the test when too many requests fail."""
+        stop = Event()
+
+        def leave() -> None:
+            while stop.wait():
+                stop.clear()
+                logger.error("more than --max-error-rate %s of the requests failed", self.options.max_error_rate)
+                runner = self.environment.runner
+                (runner.quit if self.options.headless else runner.stop)()
+
+        limit = max_error_rate(self.options)
+        if limit is not None and not isinstance(self.environment.runner, WorkerRunner):
+            gevent.spawn(leave)
+        return ErrorLimit(limit, stop)
+
+    def _lags(self) -> list[float]:
+        return self.lag.take() if self.lag else []
+
+    def _add_lags(self, lags: list[float]) -> None:
+        if self.report:
+            self.report.add_lags(lags)
+
+    def _part(self, load: LocustLoad) -> tuple[int, int] | None:
+        """Return which part of one stream this process sends; None when each user is a stream of its own.
+
+        Raises:
+            LoadTestError: it joined when the others had begun.
+
+        """
+        runner = self.environment.runner
+        if not load.shaped:
+            return None
+        if not isinstance(runner, WorkerRunner):
+            return 0, 1
+        workers: list[str] = self.options.loadtest_workers
+        require(runner.client_id in workers, "this worker joined after the test began; it takes part in the next one")
+        return workers.index(runner.client_id), len(workers)
 
     def start(self) -> None:
         """Prepare this process's users for a test that begins."""
-        spec = self.stage_spec()
+        load = self.load()
+        spec = load.spec
         runner = self.environment.runner
         self._tests += 1
         # A test started again from the web UI must not find its prompts in the server's prefix cache. Workers take the
@@ -165,9 +218,14 @@ class LocustTest:
         settings = request_settings(self.options)
         logger.info("seed: %d (--seed %d sends the same requests again)", settings.seed, settings.seed)
         if self.report:
-            self.report.begin(spec, settings.slo_ms, self.options)
+            self.report.begin(spec, settings.slo_ms, self.options, load.stream_per_user)
+        self.errors.begin_stage(spec)
         if isinstance(runner, MasterRunner):
             self._show(self.options.model or "", settings.slo_ms, spec)
+            if self.shape:
+                # The options travel to the workers when they are told to begin.
+                self.options.loadtest_workers = self.shape.workers()
+                self.shape.begin()
             return
         require(bool(self.environment.host), "give the server's address with --host http://HOST:PORT")
         self.client = Client(
@@ -181,16 +239,26 @@ class LocustTest:
         server = check_server(self.client, settings.model, 0.0)
         self._show(server.model, settings.slo_ms, spec)
         workload, calibration = make_workload(self.client, server, settings)
+        # Of a closed loop Locust starts and stops the users.
+        shape: Shape = Hold(math.inf)
+        if spec.mode == "open":
+            spec, shape = fitted(spec, workload.times), make_shape(spec, workload.times)
+        else:
+            spec = replace(spec, duration_s=None)
         if self.report:
-            self.report.describe(server, calibration)
+            self.report.describe(spec if spec.mode == "open" else load.spec, server, calibration)
+        self.lag = LoopLag()
         self.environment.loadtest_session = Session(
             self.environment,
             self.client,
             workload,
-            EndlessStage(spec, settings.seed, float(self.options.warmup_s)),
+            EndlessStage(spec, settings.seed, float(self.options.warmup_s), shape),
             self.sink,
             stream_id=runner.worker_index,
+            part=self._part(load),
         )
+        if not self.forwarder and self.shape:
+            self.shape.begin()
 
     def stopping(self) -> None:
         """Await what is in flight, before Locust cancels it."""
@@ -203,6 +271,15 @@ class LocustTest:
         """Finish a test: pass the last records on, or write the summary."""
         if self.forwarder:
             self.forwarder.flush()
+        else:
+            self._add_lags(self._lags())
+            if self.shape:
+                self.shape.end()
+            if max_error_rate(self.options) is not None and self.environment.process_exit_code != _BAD_INPUT:
+                self.environment.process_exit_code = int(self.errors.over())
+        if self.lag:
+            self.lag.stop()
+            self.lag = None
         if self.report:
             self.report.summarize()
         if self.client:
@@ -231,6 +308,7 @@ class LocustTest:
         if self.forwarder:
             self.forwarder.add(record)
             return
+        self.errors.observe(record)
         self.exporter.observe(record)
         if self.report:
             self.report.write(record)
@@ -253,7 +331,7 @@ def on_init(environment: Any, **_: Any) -> None:
         except LoadTestError as error:
             logger.error("cannot start: %s", error)
             environment.loadtest_session = None
-            environment.process_exit_code = 2
+            environment.process_exit_code = _BAD_INPUT
             # The event is fired from within the start of the runner, which must be over before it can be stopped.
             runner, headless = environment.runner, environment.parsed_options.headless
             gevent.spawn_later(0.1, runner.quit if headless else runner.stop)

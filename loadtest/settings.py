@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loadtest.endpoint.client import normalize_base_url
 from loadtest.request_settings import RequestSettings, request_settings, require
-from loadtest.stage_spec import ARRIVALS, DEFAULT_MAX_ERROR_RATE, StageSpec
+from loadtest.shapes.flags import add_shape_arguments, shaped_stage
+from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, GOALS, SearchSettings, StageSpec
 
 # A minute and a bit: Prometheus scrapes once a minute where nothing else is said.
 DEFAULT_LINGER_S = 65.0
 
 DEFAULT_REQUESTS = 100
+DEFAULT_SEARCH_DURATION_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Settings:
     metrics_interval: float
     ready_timeout: float
     max_error_rate: float | None
+    search: SearchSettings | None
+    stop_over_saturation: bool
     progress: bool
     flags: dict[str, Any]
 
@@ -44,15 +48,14 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-url", default="http://127.0.0.1:8000", metavar="URL", help="server (default: http://127.0.0.1:8000)"
     )
-    group = parser.add_argument_group("load: one stage for each value of --concurrency or --rate")
+    group = parser.add_argument_group(
+        "load: one stage for each value of --concurrency or --rate, or one of another shape"
+    )
     group.add_argument("--concurrency", nargs="+", type=int, metavar="N", help="closed loop of N users (default: 1)")
     group.add_argument(
         "--rate", "--request-rate", nargs="+", type=float, metavar="R", help="open loop of R requests per second"
     )
-    group.add_argument("--arrival", choices=ARRIVALS, default="poisson", help="open loop (default: poisson)")
-    group.add_argument(
-        "--burstiness", type=float, default=1.0, help="of poisson arrivals: below 1 bursts, above 1 is regular"
-    )
+    add_shape_arguments(group)
     group.add_argument(
         "--max-concurrency", type=int, metavar="N", help="open loop: hold back requests beyond N; waiting is latency"
     )
@@ -76,6 +79,40 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="stop, with status 1, when more than this fraction of a stage's requests fails (default: run to the end, "
         f"and status 1 above {DEFAULT_MAX_ERROR_RATE:g})",
+    )
+    group.add_argument(
+        "--stop-over-saturation",
+        action="store_true",
+        help="open loop: end a stage as soon as the server's queue certainly grows without end (--find always does)",
+    )
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--find",
+        choices=GOALS,
+        help="search the highest rate at which the server's queue does not grow (knee), or at which besides --goodput "
+        "is met (max-rate)",
+    )
+    group.add_argument("--find-stages", type=int, default=8, metavar="N", help="stages at most (default: 8)")
+    group.add_argument(
+        "--find-tolerance",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="stop when the rate is known to this fraction (default: 0.05)",
+    )
+    group.add_argument(
+        "--find-attainment",
+        type=float,
+        default=0.9,
+        metavar="F",
+        help="fraction of requests that must be good at a rate (default: 0.9)",
+    )
+    group.add_argument(
+        "--find-users",
+        type=int,
+        default=256,
+        metavar="N",
+        help="users of the first stage, whose throughput is the first guess (default: 256)",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="loadtest-results", help="default: loadtest-results")
@@ -117,6 +154,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
     rate = args.max_error_rate
     require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
+    search = _search(args)
     return Settings(
         base_url=normalize_base_url(args.base_url),
         request=request_settings(args),
@@ -131,6 +169,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
         metrics_interval=args.metrics_interval,
         ready_timeout=args.ready_timeout,
         max_error_rate=args.max_error_rate,
+        search=search,
+        stop_over_saturation=args.stop_over_saturation,
         progress=args.progress,
         flags=public_flags(args),
     )
@@ -143,20 +183,46 @@ def public_flags(args: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
+def _search(args: argparse.Namespace) -> SearchSettings | None:
+    if args.find is None:
+        return None
+    goal = f"--find {args.find}"
+    for flag in ("rate", "concurrency", "ramp", "steps"):
+        require(not vars(args)[flag], f"{goal} chooses the rates itself: leave out --{flag}")
+    require(not args.requests, f"{goal} needs stages of equal time: give --duration in place of --requests")
+    require(args.find == "knee" or bool(args.goodput), f"{goal} needs limits: --goodput ttft:500 tpot:50")
+    require(args.find_stages >= 3, f"--find-stages {args.find_stages}: must be at least 3")
+    require(0 < args.find_tolerance < 1, f"--find-tolerance {args.find_tolerance:g}: expected a fraction, 0 to 1")
+    require(0 < args.find_attainment <= 1, f"--find-attainment {args.find_attainment:g}: expected a fraction, 0 to 1")
+    require(args.find_users >= 1, f"--find-users {args.find_users}: must be at least 1")
+    return SearchSettings(args.find, args.find_stages, args.find_tolerance, args.find_attainment, args.find_users)
+
+
 def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     require(
         not (args.concurrency and args.rate), "--concurrency (closed loop) and --rate (open loop) exclude each other"
     )
+    shaped = shaped_stage(args, otherwise=bool(args.concurrency or args.rate or args.find))
     for name in ("requests", "max_concurrency"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     require(args.warmup >= 0, f"--warmup {args.warmup}: must not be negative")
     require(args.duration is None or 0 < args.duration < math.inf, f"--duration {args.duration}: must be above 0")
-    require(0 < args.burstiness < math.inf, f"--burstiness {args.burstiness:g}: must be above 0")
-    require(
-        not (args.max_concurrency and not args.rate), "--max-concurrency needs --rate; a closed loop has --concurrency"
-    )
+    open_loop = bool(args.rate) or (shaped is not None and shaped.mode == "open")
+    require(not (args.max_concurrency and not open_loop), "--max-concurrency needs --rate or another open loop")
+    if shaped is not None:
+        return (_limited(shaped, args),)
     requests = args.requests if args.requests or args.duration else DEFAULT_REQUESTS
+    if args.find:
+        # What all stages of a search share; it fills in the rates.
+        return (
+            StageSpec(
+                arrival=args.arrival,
+                burstiness=args.burstiness,
+                warmup=args.warmup,
+                duration_s=args.duration or DEFAULT_SEARCH_DURATION_S,
+            ),
+        )
     if args.rate:
         for rate in args.rate:
             require(0 < rate < math.inf, f"--rate {rate:g}: must be above 0")
@@ -178,4 +244,20 @@ def _stages(args: argparse.Namespace) -> tuple[StageSpec, ...]:
     return tuple(
         StageSpec(index, concurrency=users, warmup=args.warmup, requests=requests, duration_s=args.duration)
         for index, users in enumerate(args.concurrency or [1])
+    )
+
+
+def _limited(shaped: StageSpec, args: argparse.Namespace) -> StageSpec:
+    """Return the one stage of a shape with the limits of the flags; the shape has a length of its own."""
+    require(
+        not (args.duration and shaped.shape == "steps"), "--duration and --steps exclude each other: steps have times"
+    )
+    return replace(
+        shaped,
+        arrival=args.arrival,
+        burstiness=args.burstiness,
+        max_concurrency=args.max_concurrency,
+        warmup=args.warmup,
+        requests=args.requests,
+        duration_s=args.duration or shaped.duration_s,
     )

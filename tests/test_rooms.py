@@ -40,7 +40,8 @@ WITHIN_QUANT_METHODS = (
 )  # fmt: skip
 # The order of loadtest's folders; files beside them are shared, or drive them.
 WITHIN_LOADTEST = (
-    "workloads", "statistics", "results", "comparison", "report", "endpoint", "watching", "load", "deploy",
+    "shapes", "workloads", "statistics", "results", "comparison", "report", "endpoint", "watching", "load",
+    "mock_server", "deploy",
 )  # fmt: skip
 WITHIN_BENCH = ("statistics", "quality", "speed", "kv_study", "report", "study", "demo", "lab")
 WITHIN = {"quant_methods": WITHIN_QUANT_METHODS, "loadtest": WITHIN_LOADTEST, "bench": WITHIN_BENCH}

@@ -17,8 +17,8 @@ from loadtest.results.records import Record
 
 _RECORDS, _FINISH, _FINISHED = "pareto_records", "pareto_finish", "pareto_finished"
 _FLUSH_S = 1.0
-_DRAIN_S = 30.0
-_FINISH_TIMEOUT_S = _DRAIN_S + 20.0
+DRAIN_S = 30.0
+_FINISH_TIMEOUT_S = DRAIN_S + 20.0
 logger = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ def drain(runner: Any) -> None:
     session = getattr(runner.environment, "loadtest_session", None)
     if session is not None:
         session.stage.closed = True
-        runner.user_greenlets.join(timeout=_DRAIN_S)
+        runner.user_greenlets.join(timeout=DRAIN_S)
     runner.user_greenlets.kill()
 
 
@@ -36,10 +36,12 @@ class RecordForwarder:
 
     Args:
         runner: Locust's worker runner.
+        lags: returns by how many ms the event loop was late, since the last call.
 
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, lags: Callable[[], list[float]]) -> None:
+        self._lags = lags
         self._runner = runner
         self._pending: list[dict[str, Any]] = []
         runner.register_message(_FINISH, self._finish)
@@ -52,8 +54,9 @@ class RecordForwarder:
     def flush(self) -> None:
         """Send what is queued."""
         pending, self._pending = self._pending, []
-        if pending:
-            self._runner.send_message(_RECORDS, {"records": pending})
+        lags = self._lags()
+        if pending or lags:
+            self._runner.send_message(_RECORDS, {"records": pending, "loop_lag_ms": lags})
 
     def _finish(self, environment: Any, msg: Any, **_: Any) -> None:
         drain(self._runner)
@@ -73,10 +76,14 @@ class RecordCollector:
     Args:
         runner: Locust's master runner.
         listener: called with every record that a worker sends.
+        lag_listener: called with the late times of a worker's event loop, in ms.
 
     """
 
-    def __init__(self, runner: Any, listener: Callable[[Record], None]) -> None:
+    def __init__(
+        self, runner: Any, listener: Callable[[Record], None], lag_listener: Callable[[list[float]], None]
+    ) -> None:
+        self._lag_listener = lag_listener
         self._runner = runner
         self._listener = listener
         self._awaited: set[str] = set()
@@ -97,6 +104,7 @@ class RecordCollector:
     def _take(self, environment: Any, msg: Any, **_: Any) -> None:
         for data in msg.data["records"]:
             self._listener(Record.from_dict(data))
+        self._lag_listener(msg.data["loop_lag_ms"])
 
     def _note(self, environment: Any, msg: Any, **_: Any) -> None:
         self._awaited.discard(msg.node_id)

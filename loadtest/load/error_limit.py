@@ -42,6 +42,10 @@ class ErrorLimit:
         """Count from nothing again."""
         self._planned, self._ended, self._failed = None if self._conversations else spec.requests, 0, 0
 
+    def over(self) -> bool:
+        """Whether too many requests failed, now that no more will come."""
+        return self.exceeded or (self._limit is not None and self._failed > self._limit * self._ended)
+
     def observe(self, record: Record) -> None:
         """Take one finished request."""
         if self._limit is None or record.warmup or record.outcome == records.CANCELLED:

@@ -35,6 +35,11 @@ class LoopLag:
         wall = max(clock.now() - self._wall, 1e-9)
         return Generator(distribution(self._lags), round(100 * (time.process_time() - self._cpu) / wall, 1))
 
+    def take(self) -> list[float]:
+        """Return what was noted since the last call, in milliseconds, and forget it."""
+        lags, self._lags = list(self._lags), array("d")
+        return lags
+
     def _run(self) -> None:
         while True:
             due = clock.now() + _PERIOD_S

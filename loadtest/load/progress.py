@@ -96,4 +96,6 @@ class Progress:
         sink = self._sink
         phase = "warm-up" if stage.measured_from is None else load_name(stage.spec)
         counts = f"{sink.ok} ok, {sink.failed} failed, {sink.in_flight} in flight"
-        return f"stage {stage.spec.index + 1}/{self._count}: {phase}", counts
+        # A search does not know how many stages it will take.
+        count = max(self._count, stage.spec.index + 1)
+        return f"stage {stage.spec.index + 1}/{count}: {phase}", counts

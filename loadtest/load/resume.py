@@ -17,7 +17,7 @@ from loadtest.settings import Settings, load_settings
 
 # What does not change the load, or is not kept in run.json because it is secret.
 MAY_BE_GIVEN = frozenset(
-    {"resume", "api_key", "header", "progress", "exporter_port", "exporter_host"}
+    {"resume", "api_key", "header", "progress", "exporter_port", "exporter_host", "exporter_linger"}
     | {"fail_if", "steady", "report", "csv", "junit"}
 )  # fmt: skip
 DROPPED = "records.dropped.jsonl"
@@ -53,7 +53,10 @@ def resume_settings(args: argparse.Namespace, defaults: dict[str, Any]) -> tuple
     changed = {name: given[name] for name in MAY_BE_GIVEN if given.get(name) != defaults.get(name)}
     known = {name: value for name, value in manifest.settings.items() if name in defaults}
     flags_then = {**defaults, **known, "header": args.header, **changed, "out": str(folder.path), "overwrite": False}
-    return load_settings(argparse.Namespace(**flags_then)), manifest
+    settings = load_settings(argparse.Namespace(**flags_then))
+    # What a search asks next depends on how its stages went, which the records alone do not say.
+    require(settings.search is None, f"--resume {folder.path}: a search (--find) is not resumed; start it again")
+    return settings, manifest
 
 
 def drop_unfinished(folder: Folder) -> int:

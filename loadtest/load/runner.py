@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
@@ -22,9 +23,11 @@ from loadtest.errors import LoadTestError
 from loadtest.load.error_limit import ErrorLimit
 from loadtest.load.loop_lag import LoopLag
 from loadtest.load.make_workload import make_workload
+from loadtest.load.monitor import StageMonitor
 from loadtest.load.preflight import check_server
 from loadtest.load.progress import Progress
 from loadtest.load.resume import drop_unfinished
+from loadtest.load.search import RateSearch
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.load.users import GenerationUser, Session
@@ -36,10 +39,16 @@ from loadtest.results.schema import Summary
 from loadtest.results.server_samples import read_series
 from loadtest.results.summary import summarize
 from loadtest.settings import Settings
+from loadtest.shapes.registry import fitted, make_shape
 from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
 from loadtest.watching.server_metrics import Sampler
 from loadtest.watching.serving import Serving, await_last_scrape
+
+OVER_SATURATED = (
+    "over-saturated: the server's queue grew as long as requests came, so latencies depend on the stage's length; "
+    "lower the rate"
+)
 
 
 class RunUser(GenerationUser):
@@ -100,6 +109,7 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             serving = exporter.serve(settings.exporter_host, settings.exporter_port)
             cleanup.callback(serving.stop)
         workload, calibration = make_workload(client, server, request)
+        settings = replace(settings, stages=tuple(fitted(spec, workload.times) for spec in settings.stages))
         if resumed is None:
             prepare_output(settings.out, settings.overwrite)
         elif server.model != resumed.server.model:
@@ -127,30 +137,53 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             server=server,
             calibration=calibration,
             slo_ms=request.slo_ms,
-            planned=len(settings.stages),
+            planned=settings.search.max_stages if settings.search else len(settings.stages),
         )
         run_file, began = RunFile(settings.out, manifest), clock.now()
         lag = LoopLag(exporter.observe_loop_lag)
+        saturated: set[int] = set()
+        search = RateSearch(settings.search, settings.stages[0]) if settings.search else None
+        plan: Iterator[StageSpec] = iter(search.next_stage, None) if search else iter(settings.stages)
         interrupted = cleanup.enter_context(_stop_on_signals(stop))
         progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))
-        for spec in settings.stages:
+        for spec in plan:
             if spec.index in manifest.finished:
                 continue
             run_file.begin(spec)
             errors.begin_stage(spec)
             exporter.begin_stage(spec.index, spec.concurrency, spec.rate)
-            stage = Stage(spec, request.seed, partial(sampler.enter, spec.index) if sampler else None)
+            entering = partial(sampler.enter, spec.index) if sampler else None
+            stage = Stage(spec, request.seed, entering, make_shape(spec, workload.times))
             environment.loadtest_session = Session(environment, client, workload, stage, sink)
             progress.show(stage)
+            monitor = StageMonitor(stage, sink, early=bool(search) or settings.stop_over_saturation)
+            sink.listen(monitor.observe)
             _run_stage(environment, spec, stop)
+            monitor.stop()
+            sink.forget(monitor.observe)
             # The next stage, and the files of the results, need the descriptors of this one's connections.
             client.close_idle()
             if stop.is_set():
                 break
+            if monitor.saturated or (search and monitor.rising):
+                saturated.add(spec.index)
+            if search:
+                _tell(search, spec, monitor, request.slo_ms)
             if sampler:
                 sampler.leave()
-            run_file.finish(spec)
+            if search or not monitor.cut_short:
+                run_file.finish(spec)
         duration, generator = clock.now() - began, lag.stop()
+        stages = summarize(
+            read_records(settings.out / RECORDS),
+            manifest.stages,
+            request.slo_ms,
+            read_series(settings.out / SERVER_METRICS),
+            manifest.unfinished,
+        )
+        for result in stages:
+            if result.index in saturated:
+                result.notes.append(OVER_SATURATED)
         summary = Summary(
             label=manifest.label,
             status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
@@ -160,20 +193,24 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             environment=manifest.environment,
             server=server,
             calibration=calibration,
-            stages=summarize(
-                read_records(settings.out / RECORDS),
-                manifest.stages,
-                request.slo_ms,
-                read_series(settings.out / SERVER_METRICS),
-                manifest.unfinished,
-            ),
+            stages=stages,
             generator=generator,
             files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
+            search=search.result() if search else None,
         )
         write_json_atomically(settings.out / SUMMARY, summary.to_dict())
         if serving is not None and not interrupted.is_set():
             await_last_scrape(serving, settings.exporter_linger, interrupted.wait)
         return summary
+
+
+def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: dict[str, float]) -> None:
+    """Tell the search how a stage of its went."""
+    if spec.rate is None:
+        search.guess(monitor.throughput())
+    else:
+        (result,) = summarize(monitor.kept, [spec], slo_ms)
+        search.judge(spec.rate, search.met(result, monitor.rising), result.invalid is not None)
 
 
 def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, append: bool) -> Sampler | None:

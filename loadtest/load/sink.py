@@ -16,10 +16,18 @@ class Sink:
     """
 
     def __init__(self, *listeners: Callable[[Record], None]) -> None:
-        self._listeners = listeners
+        self._listeners = list(listeners)
         self.in_flight = 0
         self.ok = 0
         self.failed = 0
+
+    def listen(self, listener: Callable[[Record], None]) -> None:
+        """Pass records on to one more."""
+        self._listeners.append(listener)
+
+    def forget(self, listener: Callable[[Record], None]) -> None:
+        """Pass no further record on to it."""
+        self._listeners.remove(listener)
 
     def begin(self) -> None:
         """Note that a request has become due."""

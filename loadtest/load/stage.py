@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
+import gevent
 import numpy as np
 from gevent.event import Event
 
 from loadtest import clock
-from loadtest.load.arrivals import intended_starts
+from loadtest.shapes.arrivals import ARRIVALS
+from loadtest.shapes.registry import make_shape
+from loadtest.shapes.shape import Shape, hold
 from loadtest.stage_spec import StageSpec
 
 
@@ -31,12 +35,20 @@ class Stage:
     Args:
         spec: what to do.
         seed: of the arrivals.
+        shape: how the load goes over time; by default the one that ``spec`` names.
         before_measuring: called when no warm-up request is in flight any more and no measured one was sent yet.
 
     """
 
-    def __init__(self, spec: StageSpec, seed: int, before_measuring: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        spec: StageSpec,
+        seed: int,
+        before_measuring: Callable[[], None] | None = None,
+        shape: Shape | None = None,
+    ) -> None:
         self.spec = spec
+        self.shape = shape or make_shape(spec)
         self.sent = 0
         self.ended = 0
         self.closed = False
@@ -60,16 +72,29 @@ class Stage:
         self.measured_from = clock.now()
         self._warm.set()
 
-    def take(self) -> Ticket | None:
-        """Return the next request of a closed loop, waiting for the end of the warm-up; None when there is no more."""
+    def take(self, user: int = 0) -> Ticket | None:
+        """Return the next request of a closed loop; None when there is no more.
+
+        Waits for the end of the warm-up, and until the shape has room for user number ``user``, from 0.
+        """
         if self._warmups_taken < self.spec.warmup:
             self._warmups_taken += 1
             return Ticket(self._warmups_taken - 1, warmup=True)
         self._warm.wait()
+        self._await_turn(user)
         if self.exhausted():
             return None
         self.sent += 1
         return Ticket(self.sent - 1, warmup=False)
+
+    def _await_turn(self, user: int) -> None:
+        while not self.exhausted():
+            pause = self.shape.wait(user, self.elapsed())
+            if pause == 0:
+                return
+            left = float("inf") if self.spec.duration_s is None else self.spec.duration_s - self.elapsed()
+            # In short naps, because the stage may end by its number of requests meanwhile.
+            gevent.sleep(max(0.0, min(left if pause is None else pause, left, 0.5)))
 
     def done(self, ticket: Ticket) -> None:
         """Note that a request has ended, however it did."""
@@ -89,15 +114,23 @@ class Stage:
             return True
         return spec.duration_s is not None and self.elapsed() >= spec.duration_s
 
-    def arrivals(self, warmup: bool, stream_id: int = 0) -> Iterator[tuple[float, Ticket]]:
-        """Yield (seconds after the phase's start, request) of an open loop's phase, in order of time."""
+    def arrivals(
+        self, warmup: bool, stream_id: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[float, Ticket]]:
+        """Yield (seconds after the phase's start, request) of an open loop's phase, in order of time.
+
+        Args:
+            warmup: which phase; warm-up arrives at the stage's rate, whatever its shape.
+            stream_id: sets streams of requests apart from each other.
+            part: (i, n) yields every n-th request of the stream from number i on: n processes together send the stream.
+
+        """
         spec = self.spec
-        assert spec.rate is not None
         rng = np.random.default_rng([self._seed, 2, spec.index, int(warmup), stream_id])
         limit = spec.warmup if warmup else spec.requests
-        for index, offset in enumerate(intended_starts(spec.rate, spec.arrival, rng, spec.burstiness)):
-            if limit is not None and index >= limit:
-                return
+        shape = hold(spec) if warmup else self.shape
+        starts = enumerate(shape.starts(ARRIVALS[spec.arrival](rng, spec.burstiness)))
+        for index, offset in islice(starts, part[0], limit, part[1]):
             if not warmup and spec.duration_s is not None and offset >= spec.duration_s:
                 return
             if not warmup:

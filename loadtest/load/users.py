@@ -52,6 +52,8 @@ class Session:
         stage: says which request is next.
         sink: takes the records.
         stream_id: sets the prompts and arrivals of this process apart from those of other workers.
+        part: (i, n): this process sends every n-th request of one stream that n processes share. None: each user of an
+            open loop is a stream of its own, at the whole rate.
 
     """
 
@@ -64,8 +66,10 @@ class Session:
         sink: Sink,
         *,
         stream_id: int = 0,
+        part: tuple[int, int] | None = (0, 1),
     ) -> None:
         self.stage = stage
+        self.part = part
         self.stream_id = stream_id
         self._environment = environment
         self._client = client
@@ -75,11 +79,17 @@ class Session:
         limit = stage.spec.max_concurrency
         self._slots: Semaphore | DummySemaphore = Semaphore(limit) if limit else DummySemaphore()
         self._streams = 0
+        self._users = 0
 
     def next_stream(self) -> int:
         """Return a number for another arrival stream of this process, unique over all workers below 1000 streams."""
         self._streams += 1
         return self.stream_id * 1000 + self._streams - 1
+
+    def next_user(self) -> int:
+        """Return the number of another user of a closed loop, from 0."""
+        self._users += 1
+        return self._users - 1
 
     def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Prepared:
         """Build a conversation's first request before it is due, so that its making costs no latency."""
@@ -145,8 +155,10 @@ class Session:
         return record, answer
 
     def _stream(self, request: Request, record: Record, intended: float) -> Answer:
+        ready = clock.now()
         try:
             with self._slots:
+                record.held_s = clock.now() - ready
                 return self._client.stream(self._path, request.body, record, intended)
         except gevent.GreenletExit:
             if record.start_s is None:
@@ -182,12 +194,14 @@ class Session:
 class GenerationUser(User):
     """Asks for text: one request after the other (closed loop), or an arrival process of its own (open loop).
 
-    In a closed loop the number of Locust users is the concurrency. In an open loop each Locust user is one stream of
-    arrivals at the stage's rate: ``n`` users offer ``n`` times the rate, and requests never wait for each other.
+    In a closed loop the number of Locust users is the concurrency. In an open loop requests never wait for each
+    other, and one Locust user sends the whole stream of arrivals, or this process's part of it. Without a part each
+    user is a stream at the stage's rate: ``n`` users offer ``n`` times the rate.
     Needs ``environment.loadtest_session``; None there ends the user.
     """
 
     abstract = True
+    _number: tuple[Session, int] | None = None
 
     @task
     def generate(self) -> None:
@@ -195,10 +209,12 @@ class GenerationUser(User):
         session: Session | None = self.environment.loadtest_session
         if session is None:
             raise StopUser
-        if session.stage.spec.rate is not None:
+        if session.stage.spec.mode == "open":
             self._run_arrivals(session)
             raise StopUser
-        ticket = session.stage.take()
+        if self._number is None or self._number[0] is not session:
+            self._number = session, session.next_user()
+        ticket = session.stage.take(self._number[1])
         if ticket is None:
             raise StopUser
         record = session.send(ticket, session.prepare(ticket))
@@ -216,7 +232,9 @@ class GenerationUser(User):
         gevent.sleep(pause)
 
     def _run_arrivals(self, session: Session) -> None:
-        stage, stream_id = session.stage, session.next_stream()
+        stage = session.stage
+        stream_id = session.next_stream() if session.part is None else 0
+        part = session.part or (0, 1)
         in_flight = Group()
         try:
             for warmup in (True, False):
@@ -225,7 +243,7 @@ class GenerationUser(User):
                 if not warmup and stage.spec.warmup:
                     stage.begin_measuring()
                 zero = clock.now()
-                for offset, ticket in stage.arrivals(warmup, stream_id):
+                for offset, ticket in stage.arrivals(warmup, stream_id, part):
                     request = session.prepare(ticket, stream_id)
                     gevent.sleep(max(0.0, zero + offset - clock.now()))
                     if stage.closed:

@@ -9,12 +9,16 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from loadtest.results.schema import Distribution, StageResult, Summary
-from loadtest.stage_spec import StageSpec
+from loadtest.results.schema import Distribution, SearchResult, StageResult, Summary
+from loadtest.stage_spec import HOLD, TRACE, StageSpec
 
 
 def load_name(stage: StageSpec | StageResult) -> str:
-    """Return a stage's load in words: ``4 users`` or ``10/s poisson``."""
+    """Return a stage's load in words: ``4 users``, ``10/s poisson``, or the shape as its flag says it."""
+    if stage.shape == TRACE:
+        return "trace" if stage.rate is None else f"trace, {stage.rate:g}/s"
+    if stage.shape != HOLD:
+        return f"{stage.shape} {stage.profile}"
     if stage.rate is None:
         return f"{stage.concurrency} user{'' if stage.concurrency == 1 else 's'}"
     return f"{stage.rate:g}/s {stage.arrival}"
@@ -36,6 +40,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             console.print(f"{name}: {count} failed as {kind}, for example: {example}", highlight=False)
         for note in stage.notes:
             console.print(f"{name}: note: {note}", highlight=False)
+    if summary.search is not None:
+        console.print(search_line(summary.search), highlight=False)
     lag = summary.generator.loop_lag_ms
     if lag is not None and lag.p99 > 10:
         console.print(
@@ -43,6 +49,20 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
             "% CPU), and latencies include that; use fewer users, or Locust's distributed workers",
             markup=False,
         )
+
+
+def search_line(found: SearchResult) -> str:
+    """Return what a search found, in a sentence."""
+    stages = f"{found.stages} stages"
+    if found.sustained is None:
+        tried = "" if found.refused is None else f"; not even {found.refused:.4g} requests/s was sustained"
+        return f"{found.goal}: not found in {stages}{tried}"
+    if found.refused is None:
+        return f"{found.goal}: at least {found.sustained:.4g} requests/s, the highest rate tried in {stages}"
+    if found.invalid_stages:
+        stages += f", of which {found.invalid_stages} invalid: the load generator was late, so do not trust this"
+    near = "" if found.converged else "; not yet as near as --find-tolerance asks, give it more --find-stages"
+    return f"{found.goal}: {found.sustained:.4g} requests/s ({found.refused:.4g} was not sustained), in {stages}{near}"
 
 
 def _throughput_table(stages: Sequence[StageResult]) -> Table:
@@ -56,7 +76,7 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
         table.add_column("good", justify="right", no_wrap=True)
     for stage in stages:
         rates, good = stage.throughput, stage.goodput
-        cells = [load_name(stage), str(stage.requests.ok), str(stage.requests.failed)]
+        cells = [_marked(stage), str(stage.requests.ok), str(stage.requests.failed)]
         if rates:
             cells += [f"{rates.window_s:.1f}", f"{rates.requests_per_s:.2f}"]
             cells.append("-" if rates.output_tokens_per_s is None else f"{rates.output_tokens_per_s:.1f}")
@@ -78,15 +98,19 @@ def _latency_table(stages: Sequence[StageResult]) -> Table:
         latency = stage.latency
         rows = (
             ("TTFT", latency.ttft_ms),
+            # In a closed loop both are the same.
+            *([("TTFT from send", latency.ttft_from_send_ms)] if stage.mode == "open" else []),
             ("TPOT", latency.tpot_ms),
             ("ITL", latency.itl_ms),
             ("end to end", latency.e2e_ms),
         )
         for number, (name, values) in enumerate(rows):
-            table.add_row(
-                "" if number else load_name(stage), name, *_cells(values), end_section=number == len(rows) - 1
-            )
+            table.add_row("" if number else _marked(stage), name, *_cells(values), end_section=number == len(rows) - 1)
     return table
+
+
+def _marked(stage: StageResult) -> str:
+    return load_name(stage) + (" (invalid)" if stage.invalid else "")
 
 
 def _cells(values: Distribution | None) -> list[str]:

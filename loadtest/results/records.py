@@ -74,6 +74,7 @@ class Record:
         message: what went wrong, at most 300 characters.
         retry_after_s: seconds that a refusing server asked to wait, by its Retry-After header.
         turn: number of the request within its conversation, from 0; ``index`` is that of the conversation.
+        held_s: how long ``--max-concurrency`` held it back; the rest of ``start_s`` is the generator's lateness.
 
     """
 
@@ -99,6 +100,7 @@ class Record:
     message: str | None = None
     retry_after_s: float | None = None
     turn: int = 0
+    held_s: float = 0.0
 
     def fail(self, error: str, message: str) -> None:
         """Mark the request as failed in class ``error``; the first failure is the cause and stays."""

@@ -65,6 +65,9 @@ class Latency:
             tokens has larger gaps and fewer of them; then use ``tpot_ms``.
         e2e_ms: end of the stream.
         schedule_lag_ms: actual start minus intended start: what the generator or ``--max-concurrency`` added.
+        ttft_from_send_ms: first chunk with non-empty content, from the actual start: the server's share of ``ttft_ms``.
+        send_lateness_ms: what the generator alone added before the start, of all requests that ended; for sound numbers
+            near 0 (``StageResult.invalid``).
 
     """
 
@@ -73,6 +76,8 @@ class Latency:
     itl_ms: Distribution | None
     e2e_ms: Distribution | None
     schedule_lag_ms: Distribution | None
+    ttft_from_send_ms: Distribution | None = None
+    send_lateness_ms: Distribution | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,12 @@ class SteadyState:
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage: one concurrency (closed loop) or one arrival rate (open loop)."""
+    """One stage: one concurrency (closed loop) or one arrival rate (open loop).
+
+    ``shape`` says how the load went over time, ``profile`` with which numbers; then ``concurrency`` or ``rate`` is the
+    highest level (of a trace the mean). ``invalid`` says why the numbers tell more of the load generator than of the
+    server; None where they are sound.
+    """
 
     index: int
     mode: str
@@ -186,6 +196,31 @@ class StageResult:
     notes: list[str]
     intervals: dict[str, Interval] = field(default_factory=dict)
     steady: SteadyState | None = None
+    invalid: str | None = None
+    shape: str = "hold"
+    profile: str = ""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What ``--find`` found, in requests per second.
+
+    Attributes:
+        goal: ``knee`` or ``max-rate``.
+        sustained: the highest rate that the server sustained; None when it sustained none of those tried.
+        refused: the lowest that it did not; None when it sustained all.
+        stages: how many were used.
+        converged: whether the two are as near to each other as was asked for.
+        invalid_stages: how many stages were believed though the load generator was late in them, twice.
+
+    """
+
+    goal: str
+    sustained: float | None
+    refused: float | None
+    stages: int
+    converged: bool
+    invalid_stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +262,7 @@ class Summary:
     stages: list[StageResult]
     generator: Generator
     files: dict[str, str]
+    search: SearchResult | None = None
     schema: str = field(default=SCHEMA)
 
     def to_dict(self) -> dict[str, Any]:

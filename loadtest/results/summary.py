@@ -26,6 +26,8 @@ from loadtest.stage_spec import StageSpec
 from loadtest.statistics.samples import SampleCollector
 
 _LAG_WORTH_A_NOTE_MS = 10.0
+# A stage is invalid when the generator was later than this at P95. A slow server's latencies bear more of it.
+_ALWAYS_ALLOWED_MS, _ALLOWED_SHARE_OF_TTFT = 10.0, 0.05
 _CACHED_WORTH_A_NOTE = 0.02
 _HITS, _QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
 
@@ -56,6 +58,7 @@ class StageAccumulator:
         self._examples: dict[str, str] = {}
         self._reasons: Counter[str] = Counter()
         self._ttft, self._tpot, self._itl, self._e2e, self._lag = (array("d") for _ in range(5))
+        self._from_send, self._lateness = array("d"), array("d")
         self._prompt_tokens, self._output_tokens = array("q"), array("q")
         self._asked_prompt, self._asked_output = array("q"), array("q")
         self._cached_tokens = 0
@@ -80,6 +83,8 @@ class StageAccumulator:
         self._last_start = max(self._last_start, begin)
         self._last_end = max(self._last_end, end)
         self._busy_s += record.end_s - (record.start_s or 0.0)
+        if record.start_s is not None:
+            self._lateness.append((record.start_s - record.held_s) * 1000)
         if record.outcome == records.ERROR:
             kind = record.error or records.CLIENT_ERROR
             self._failures[kind] += 1
@@ -91,6 +96,7 @@ class StageAccumulator:
         ttft, tpot, e2e = record.first_token_s, record.tpot_s, record.end_s
         if ttft is not None:
             self._ttft.append(ttft * 1000)
+            self._from_send.append((ttft - (record.start_s or 0.0)) * 1000)
         self._e2e.append(e2e * 1000)
         self._lag.append((record.start_s or 0.0) * 1000)
         if tpot is not None:
@@ -125,7 +131,9 @@ class StageAccumulator:
             server_metrics: the server's own metrics meanwhile.
 
         """
-        latency = Latency(*(distribution(v) for v in (self._ttft, self._tpot, self._itl, self._e2e, self._lag)))
+        times = (self._ttft, self._tpot, self._itl, self._e2e, self._lag, self._from_send, self._lateness)
+        latency = Latency(*(distribution(values) for values in times))
+        invalid = _too_late(latency)
         throughput = self._throughput()
         # A total that leaves some answers out would be wrong, and nobody would see it.
         output = None if self._uncounted else self._tokens(self._output_tokens, self._asked_output)
@@ -163,7 +171,11 @@ class StageAccumulator:
             tokens_per_chunk=per_chunk,
             finish_reasons=dict(sorted(self._reasons.items())),
             server_metrics=server_metrics,
+            invalid=invalid,
+            shape=spec.shape,
+            profile=spec.profile,
             notes=[
+                *([invalid] if invalid else []),
                 *self._notes(spec, latency, per_chunk, finished),
                 *_cache_notes(self._cached_tokens, sum(self._prompt_tokens), server_metrics),
             ],
@@ -212,10 +224,22 @@ class StageAccumulator:
                 f"{per_chunk:.2f} tokens a chunk: itl_ms is the gap between chunks, not between tokens; use tpot_ms"
             )
         lag = latency.schedule_lag_ms
-        if lag is not None and lag.p99 > _LAG_WORTH_A_NOTE_MS and spec.mode == "open":
+        if lag is not None and lag.p99 > _LAG_WORTH_A_NOTE_MS and spec.mode == "open" and not _too_late(latency):
             cause = "--max-concurrency or the generator" if spec.max_concurrency else "the generator"
             notes.append(f"requests left up to {lag.p99:.0f} ms (P99) late because of {cause}; latencies include it")
         return notes
+
+
+def _too_late(latency: Latency) -> str | None:
+    """Return why a late generator makes the stage's latencies useless; None when it was in time."""
+    late, ttft = latency.send_lateness_ms, latency.ttft_from_send_ms
+    allowed = max(_ALWAYS_ALLOWED_MS, _ALLOWED_SHARE_OF_TTFT * (ttft.p50 if ttft else 0.0))
+    if late is None or late.p95 <= allowed:
+        return None
+    return (
+        f"invalid: the load generator sent its requests {late.p95:.0f} ms late (P95; up to {allowed:.0f} ms are sound)"
+        ", and that is in every latency but TTFT from the send; use a lower rate, a faster machine or Locust's workers"
+    )
 
 
 def _cache_notes(cached: int, prompt_tokens: int, server_metrics: dict[str, MetricSeries]) -> list[str]:

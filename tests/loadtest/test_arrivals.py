@@ -5,11 +5,13 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from loadtest.load.arrivals import intended_starts
+from loadtest.shapes.arrivals import ARRIVALS
+from loadtest.shapes.shape import Hold
 
 
 def starts(arrival: str, rate: float, count: int, burstiness: float = 1.0, seed: int = 1) -> np.ndarray:
-    return np.array(list(islice(intended_starts(rate, arrival, np.random.default_rng(seed), burstiness), count)))
+    arrivals = ARRIVALS[arrival](np.random.default_rng(seed), burstiness)
+    return np.array(list(islice(Hold(rate).starts(arrivals), count)))
 
 
 def test_constant_arrivals_do_not_drift() -> None:
@@ -34,8 +36,3 @@ def test_poisson_counts_are_poisson() -> None:
 def test_a_seed_repeats_the_arrivals() -> None:
     assert (starts("poisson", 2, 50, seed=4) == starts("poisson", 2, 50, seed=4)).all()
     assert (starts("poisson", 2, 50, seed=4) != starts("poisson", 2, 50, seed=5)).all()
-
-
-def test_an_unknown_process_is_refused() -> None:
-    with pytest.raises(ValueError, match="sawtooth"):
-        next(intended_starts(1, "sawtooth", np.random.default_rng(0)))

@@ -80,21 +80,61 @@ def test_a_master_merges_the_records_of_its_workers(mock_server: Factory, tmp_pa
     assert len({body["prompt"] for body in server.requests}) == len(server.requests)
 
 
-def test_a_step_shape_changes_the_number_of_users(mock_server: Factory, tmp_path: Path) -> None:
+def test_steps_change_the_number_of_users_and_cancel_nothing(mock_server: Factory, tmp_path: Path) -> None:
+    server, out = mock_server(ttft_ms=700), tmp_path / "out"
+    status, output = locust(
+        *f"--headless --host {server.url} --steps 1:1 4:2 1:2 --output-tokens 1 --out {out}".split()
+    )
+    assert status == 0, output
+    assert "Shape test updating to 4 users" in output
+    (stage,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert (stage["concurrency"], stage["shape"], stage["profile"]) == (4, "steps", "1:1 4:2 1:2")
+    assert stage["requests"]["cancelled"] == 0
+    assert stage["requests"]["ok"] == len(server.requests)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_together_keep_the_rate_and_the_number(mock_server: Factory, tmp_path: Path, workers: int) -> None:
     server, out = mock_server(ttft_ms=20), tmp_path / "out"
-    files = f"{ROOM / 'locustfile.py'},{ROOM / 'shapes.py'}"
-    words = f"-f {files} --headless --host {server.url} --steps 1:1 4:2 --output-tokens 2 --out {out}"
-    command = [sys.executable, "-m", "locust", *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Shape test updating to 4 users" in done.stderr
-    assert json.loads((out / "summary.json").read_text())["stages"][0]["concurrency"] == 4
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    load = "--rate 20 --arrival constant --requests 41 --output-tokens 1 --seed 5"
+    words = f"--host {server.url} --headless {load} --out {out} --master-bind-port {port} --master-port {port}"
+    status, output = locust(*words.split(), *(["--processes", str(workers)] if workers else []))
+    assert status == 0, output
+    summary = json.loads((out / "summary.json").read_text())
+    (stage,) = summary["stages"]
+    assert (stage["mode"], stage["rate"], stage["requests"]["ok"]) == ("open", 20.0, 41)
+    assert stage["requests"]["cancelled"] == 0
+    assert sorted(record.index for record in read_records(out / "records.jsonl")) == list(range(41))
+    assert len({body["prompt"] for body in server.requests}) == 41
+    # Workers begin a moment apart, as they prepare themselves.
+    assert stage["throughput"]["offered_requests_per_s"] == pytest.approx(20, rel=0.25 if workers else 0.001)
+    assert summary["generator"]["loop_lag_ms"]["count"] > 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "stopped"), [("0.2", 1, True), ("0.9", 0, False)], ids=["exceeded", "kept"]
+)
+def test_max_error_rate_ends_locust(
+    mock_server: Factory, tmp_path: Path, limit: str, status: int, stopped: bool
+) -> None:
+    server, out = mock_server(ttft_ms=10, faults={"http_500": 2}), tmp_path / "out"
+    words = f"--host {server.url} --headless --rate 20 --requests 80 --output-tokens 1 --out {out}"
+    code, output = locust(*words.split(), "--max-error-rate", limit)
+    assert code == status, output
+    (stage,) = json.loads((out / "summary.json").read_text())["stages"]
+    assert (stage["requests"]["ok"] + stage["requests"]["failed"] < 80) == stopped
+    assert ("more than --max-error-rate" in output) == stopped
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         ("--prompt-tokens gauss:1", "error: --prompt-tokens gauss:1: unknown distribution"),
+        ("--steps 4", "error: --steps 4: 4: expected LEVEL:TIME"),
+        ("--rate 3 --request-rate 3", "exclude each other"),
+        ("--max-error-rate 2", "error: --max-error-rate 2: expected a fraction from 0 to 1"),
         ("--request-rate fast", "error: --request-rate fast: must be a number above 0"),
         ("", "cannot start: nothing listens at http://127.0.0.1:9"),
     ],

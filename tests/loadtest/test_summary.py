@@ -218,3 +218,51 @@ def test_a_note_says_that_the_prefix_cache_answered() -> None:
     assert notes(0, 0.0) == notes(None, 1.0) == []
     assert notes(80, 0.0)[0].startswith("79% of the prompt tokens")
     assert notes(None, 300.0)[0].startswith("75% of the prompt tokens")
+
+
+def late(index: int, start_s: float, held_s: float = 0.0) -> Record:
+    sent = record(index, ttft=0.2 + start_s, start=index * 0.1)
+    sent.start_s, sent.held_s = start_s, held_s
+    return sent
+
+
+def test_a_late_client_is_not_charged_to_the_server() -> None:
+    spec = StageSpec(0, rate=10.0)
+    (stage,) = summarize([late(i, 0.3) for i in range(20)], [spec])
+    latency = stage.latency
+    assert latency.ttft_ms is not None
+    assert latency.ttft_ms.p50 == pytest.approx(500)
+    assert latency.ttft_from_send_ms is not None
+    assert latency.ttft_from_send_ms.p50 == pytest.approx(200)
+    assert latency.send_lateness_ms is not None
+    assert latency.send_lateness_ms.p95 == pytest.approx(300)
+    assert stage.invalid is not None
+    assert "300 ms" in stage.invalid
+    assert stage.invalid in stage.notes
+
+
+def test_a_wait_for_max_concurrency_is_not_the_generators_fault() -> None:
+    spec = StageSpec(0, rate=10.0, max_concurrency=1)
+    (stage,) = summarize([late(i, 0.301, held_s=0.3) for i in range(20)], [spec])
+    assert stage.invalid is None
+    assert stage.latency.send_lateness_ms is not None
+    assert stage.latency.send_lateness_ms.max == pytest.approx(1)
+    assert stage.latency.schedule_lag_ms is not None
+    assert stage.latency.schedule_lag_ms.max == pytest.approx(301)
+    assert any("--max-concurrency" in note for note in stage.notes)
+
+
+def test_the_limit_of_lateness_grows_with_the_servers_latency() -> None:
+    """15 ms are nothing beside a TTFT of 2 s, and much beside one of 20 ms; less than 10 ms are never too much."""
+    spec = StageSpec(0, rate=10.0)
+
+    def invalid(ttft_s: float, late_s: float) -> bool:
+        items = [record(i, ttft=ttft_s + late_s, start=i * 0.1) for i in range(20)]
+        for item in items:
+            item.start_s = late_s
+        return summarize(items, [spec])[0].invalid is not None
+
+    assert not invalid(2.0, 0.015)
+    assert invalid(0.02, 0.015)
+    assert not invalid(0.02, 0.009)
+    assert invalid(2.0, 0.11)

@@ -1,63 +1,25 @@
-"""A mock OpenAI-compatible server with known delays and planted faults, so that a load test can be tested itself.
+"""The mock server itself: HTTP/1.1 on asyncio, answers with planted delays and faults.
 
-By hand: ``python -m loadtest.mock_server --port 8000 --ttft-ms 200 --itl-ms 20``. It serves ``/v1/completions`` and
-``/v1/chat/completions`` (streaming or not), ``/v1/models``, ``/tokenize``, ``/version``, ``/health`` and ``/metrics``.
-A token is a word, and a word of more than 8 letters is two; a completions prompt costs 1 token more and a chat 5.
+It serves ``/v1/completions`` and ``/v1/chat/completions`` (streaming or not), ``/v1/models``, ``/tokenize``,
+``/version``, ``/health`` and ``/metrics``.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
 import ssl
-import sys
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-FAULTS = (
-    *("http_400", "http_404", "http_429", "http_500", "http_503"),
-    *("reset", "hang", "cut", "malformed", "error_event"),
-)
+from loadtest.mock_server.config import LONG_WORD, MockConfig, count_tokens
+from loadtest.mock_server.token_log import Served, TokenLog
+
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed"}
-_LONG_WORD = 8
 _WORDS = ("lorem", "ipsum", "dolor", "größe", "日本", "amet", "sit", "elit")
-
-
-@dataclass
-class MockConfig:
-    """What the server does.
-
-    Attributes:
-        ttft_ms: delay from the end of the request to its first token.
-        itl_ms: delay between tokens, counted from the first, so that delays do not add up to a drift.
-        tokens_per_chunk: tokens sent together.
-        capacity: requests served at once; later ones wait in a queue, first come first served. 0 is no limit.
-        faults: fault -> every how many streamed requests it strikes; one that is due strikes instead of the answer.
-        stall_at_s: seconds after the first streamed request at which the whole server freezes. Negative: never.
-        stall_s: for how long.
-        models: names of the served models.
-        tokenize: whether ``/tokenize`` exists, as in vLLM.
-        usage: whether answers carry the usage field.
-        owner: ``owned_by`` of the models; vLLM says ``vllm``.
-
-    """
-
-    ttft_ms: float = 0.0
-    itl_ms: float = 0.0
-    tokens_per_chunk: int = 1
-    capacity: int = 0
-    faults: dict[str, int] = field(default_factory=dict)
-    stall_at_s: float = -1.0
-    stall_s: float = 0.0
-    models: tuple[str, ...] = ("mock-model",)
-    tokenize: bool = True
-    usage: bool = True
-    owner: str = "vllm"
 
 
 class _Reply(Exception):
@@ -72,16 +34,19 @@ def _error(status: int, message: str) -> _Reply:
     return _Reply(status, {"error": {"message": message, "type": "mock_error", "code": status}})
 
 
-def count_tokens(text: str) -> int:
-    """Return what ``text`` costs."""
-    return sum(1 + (len(word) > _LONG_WORD) for word in text.split())
-
-
 class MockServer:
     """The server, on an event loop in a thread of its own.
 
     A context manager: listens on loopback from ``with`` on; ``url`` is its address, ``requests`` every JSON body
-    received for generation, and ``accepted`` the number of connections so far.
+    received for generation, ``accepted`` the number of connections so far, and ``log`` says when each token left.
+
+    Args:
+        config: what it does.
+        host: address to listen on.
+        port: 0 takes a free one.
+        tls: speaks TLS with this.
+        log: takes what is served; by default one that keeps it in memory.
+
     """
 
     def __init__(
@@ -90,10 +55,12 @@ class MockServer:
         host: str = "127.0.0.1",
         port: int = 0,
         tls: ssl.SSLContext | None = None,
+        log: TokenLog | None = None,
     ) -> None:
         self.config = config or MockConfig()
         self.requests: list[dict[str, Any]] = []
         self.accepted = 0
+        self.log = log or TokenLog()
         self._host, self._port, self._tls = host, port, tls
         self._streamed = 0
         self._running = self._waiting = 0
@@ -124,6 +91,7 @@ class MockServer:
         for connection in self._connections:
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+        self.log.close()
 
     def __enter__(self) -> MockServer:
         self._thread.start()
@@ -206,7 +174,7 @@ class MockServer:
     def _tokenize(self, data: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"count": self._prompt_cost(data), "max_model_len": 1 << 20}
         if data.get("return_token_strs"):
-            pieces = [[w[:_LONG_WORD], w[_LONG_WORD:]] for w in str(data.get("prompt", "")).split()]
+            pieces = [[w[:LONG_WORD], w[LONG_WORD:]] for w in str(data.get("prompt", "")).split()]
             answer["token_strs"] = ["<s>", *(p for a, b in pieces for p in ([f"Ġ{a}", b] if b else [f"Ġ{a}"]))]
         return answer
 
@@ -237,20 +205,25 @@ class MockServer:
         if ("messages" if chat else "prompt") not in data:
             raise _error(400, "no prompt")
         self.requests.append(data)
+        served = self.log.begin(len(self.requests) - 1)
         fault = None
         if data.get("stream"):
             if self._first_at is None:
                 self._first_at = self._loop_time()
             self._streamed += 1
             fault = next((f for f, every in self.config.faults.items() if self._streamed % every == 0), None)
-        if fault is not None and fault.startswith("http_"):
-            raise _error(int(fault.removeprefix("http_")), f"planted {fault}")
-        if fault == "reset":
-            return False
-        if fault == "hang":
-            await asyncio.sleep(3600)
-        async with self._slot():
-            return await self._answer(data, chat, writer, fault)
+        try:
+            if fault is not None and fault.startswith("http_"):
+                raise _error(int(fault.removeprefix("http_")), f"planted {fault}")
+            if fault == "reset":
+                return False
+            if fault == "hang":
+                await asyncio.sleep(3600)
+            async with self._slot():
+                self.log.start(served)
+                return await self._answer(data, chat, writer, fault, served)
+        finally:
+            self.log.end(served)
 
     @staticmethod
     def _loop_time() -> float:
@@ -280,7 +253,9 @@ class MockServer:
             if begin <= self._loop_time() < begin + self.config.stall_s:
                 await asyncio.sleep(begin + self.config.stall_s - self._loop_time())
 
-    async def _answer(self, data: dict[str, Any], chat: bool, writer: asyncio.StreamWriter, fault: str | None) -> bool:
+    async def _answer(
+        self, data: dict[str, Any], chat: bool, writer: asyncio.StreamWriter, fault: str | None, served: Served
+    ) -> bool:
         config = self.config
         tokens = int(data.get("max_tokens") or 16)
         prompt_tokens = self._prompt_cost(data)
@@ -297,6 +272,7 @@ class MockServer:
             answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             whole: dict[str, Any] = {"id": "mock", "choices": [{"index": 0, "finish_reason": "length", **answer}]}
             whole["usage"] = usage if config.usage else None
+            self.log.token(served, tokens)
             self._send(writer, 200, json.dumps(whole).encode(), "application/json")
             await writer.drain()
             return True
@@ -315,6 +291,7 @@ class MockServer:
             self._output_tokens += count
             choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if sent + count == tokens else None}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
+            self.log.token(served, count)
             self._event(writer, {"id": "mock", "choices": [choice]})
             await writer.drain()
         if config.usage and (data.get("stream_options") or {}).get("include_usage"):
@@ -338,63 +315,3 @@ class MockServer:
     @staticmethod
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-
-def _fault(text: str) -> tuple[str, int]:
-    name, _, every = text.partition(":")
-    if name not in FAULTS or not every.isdigit() or int(every) < 1:
-        raise argparse.ArgumentTypeError(f"expected FAULT:EVERY with FAULT one of {', '.join(FAULTS)}")
-    return name, int(every)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the mock server until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.mock_server", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free port and prints it (default: 8000)")
-    parser.add_argument("--ttft-ms", type=float, default=50.0, help="delay of the first token (default: 50)")
-    parser.add_argument("--itl-ms", type=float, default=10.0, help="delay between tokens (default: 10)")
-    parser.add_argument("--tokens-per-chunk", type=int, default=1)
-    parser.add_argument("--capacity", type=int, default=0, help="requests served at once; 0 is no limit")
-    parser.add_argument(
-        "--fault", type=_fault, action="append", default=[], metavar="FAULT:EVERY", help=", ".join(FAULTS)
-    )
-    parser.add_argument("--stall-at-s", type=float, default=-1.0, help="freeze this long after the first request")
-    parser.add_argument("--stall-s", type=float, default=0.0, help="length of the freeze")
-    parser.add_argument("--model", action="append", metavar="NAME", help="served model; may be given again")
-    parser.add_argument("--no-tokenize", action="store_true", help="have no /tokenize, unlike vLLM")
-    parser.add_argument("--no-usage", action="store_true", help="send no usage")
-    parser.add_argument("--owner", default="vllm", help="owned_by of the models (default: vllm)")
-    args = parser.parse_args(argv)
-    config = MockConfig(
-        args.ttft_ms,
-        args.itl_ms,
-        args.tokens_per_chunk,
-        args.capacity,
-        dict(args.fault),
-        args.stall_at_s,
-        args.stall_s,
-        tuple(args.model or ("mock-model",)),
-        not args.no_tokenize,
-        not args.no_usage,
-        args.owner,
-    )
-
-    async def serve() -> None:
-        server = MockServer(config, args.host, args.port)
-        await server.start()
-        print(f"mock server on {server.url}", flush=True)
-        await asyncio.Event().wait()
-
-    try:
-        asyncio.run(serve())
-    except KeyboardInterrupt:
-        return 0
-    except OSError as error:
-        print(f"mock_server: cannot listen on {args.host}:{args.port}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

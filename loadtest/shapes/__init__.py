@@ -1,0 +1,1 @@
+"""How load goes over time: the shapes of a stage, one a file, and the arrival processes of an open loop."""

@@ -1,0 +1,149 @@
+"""The search for the highest rate, and what tells a growing queue, on a queue that is simulated exactly."""
+
+from __future__ import annotations
+
+import heapq
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from loadtest.load.saturation import SaturationWatch
+from loadtest.load.search import RateSearch
+from loadtest.results.records import Record
+from loadtest.shapes.arrivals import ARRIVALS
+from loadtest.stage_spec import SearchSettings, StageSpec
+
+SLOTS, SECONDS = 8, 20.0
+
+
+def serve(rate: float, capacity: float, arrival: str = "constant", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return starts and waits of the requests of a stage, at a server of ``SLOTS`` slots, first come first served."""
+    draws = ARRIVALS[arrival](np.random.default_rng(seed), 1.0)
+    starts = np.array([due / rate for due in islice(draws, int(rate * SECONDS * 2)) if due < SECONDS * rate])
+    free = [0.0] * SLOTS
+    waits = []
+    for start in starts:
+        begin = max(start, heapq.heappop(free))
+        heapq.heappush(free, begin + SLOTS / capacity)
+        waits.append(begin - start)
+    return starts, np.array(waits)
+
+
+def watch(rate: float, capacity: float, arrival: str = "constant", until: float = SECONDS) -> SaturationWatch:
+    starts, waits = serve(rate, capacity, arrival)
+    service = SLOTS / capacity
+    seen = SaturationWatch(rate)
+    for moment in np.arange(0, until, 0.1):
+        seen.sample(float(moment), int(((starts <= moment) & (starts + waits + service > moment)).sum()))
+    for start, wait in zip(starts, waits, strict=True):
+        if start + wait + service < until:
+            first = float(wait + service)
+            seen.observe(Record(0, 0, intended_unix_s=float(start), first_token_s=first, end_s=first), 0.0)
+    return seen
+
+
+@pytest.mark.parametrize("capacity", [12.0, 40.0, 300.0])
+def test_a_queue_that_grows_is_told_from_one_that_does_not(capacity: float) -> None:
+    assert not watch(0.98 * capacity, capacity).rising()
+    assert watch(1.04 * capacity, capacity).rising()
+    assert watch(3 * capacity, capacity).rising()
+
+
+def test_random_arrivals_below_the_limit_do_not_cut_a_stage_short() -> None:
+    for until in np.arange(2.0, SECONDS, 0.5):
+        assert not watch(0.85 * 40, 40.0, "poisson", float(until)).rising(certain=True)
+
+
+def test_an_overload_is_certain_long_before_the_end() -> None:
+    assert any(watch(60.0, 40.0, until=float(until)).rising(certain=True) for until in np.arange(1.0, 6.0, 0.5))
+
+
+@pytest.mark.parametrize("error", [0.7, 0.95, 1.0, 1.03, 1.4])
+@pytest.mark.parametrize("capacity", [7.3, 40.0, 900.0])
+def test_the_knee_is_found_in_8_stages(capacity: float, error: float) -> None:
+    """Even if the first stage's throughput is off by ``error``."""
+    search = RateSearch(SearchSettings("knee"), StageSpec(duration_s=SECONDS))
+    stages = 0
+    while (spec := search.next_stage()) is not None:
+        stages += 1
+        if spec.rate is None:
+            search.guess(capacity * error)
+        else:
+            search.judge(spec.rate, spec.rate <= capacity)
+    found = search.result()
+    assert found.converged
+    assert found.stages == stages <= 8
+    assert found.sustained is not None
+    assert found.sustained <= capacity <= found.sustained * 1.05
+
+
+def test_a_limit_far_below_the_throughput_is_found_too() -> None:
+    search, limit = RateSearch(SearchSettings("max-rate", tolerance=0.05), StageSpec(duration_s=1.0)), 23.0
+    while (spec := search.next_stage()) is not None:
+        if spec.rate is None:
+            search.guess(40.0)
+        else:
+            search.judge(spec.rate, spec.rate <= limit)
+    found = search.result()
+    assert found.sustained is not None
+    assert found.sustained <= limit <= found.sustained * 1.05
+
+
+def test_the_highest_rate_within_a_limit_is_found_under_random_arrivals() -> None:
+    """``max-rate`` on a simulated server of 8 slots and 40 requests/s, where a request may wait 50 ms."""
+    capacity, allowed = 40.0, 0.05
+    # The truth: the rate at which 90% of many requests wait no longer.
+    truth = max(
+        rate
+        for rate in np.arange(20.0, 40.0, 0.25)
+        if np.mean([(serve(rate, capacity, "poisson", seed)[1] <= allowed).mean() for seed in range(20)]) >= 0.9
+    )
+    found = []
+    for seed in range(100, 120):
+        search = RateSearch(SearchSettings("max-rate"), StageSpec(duration_s=SECONDS))
+        while (spec := search.next_stage()) is not None:
+            if spec.rate is None:
+                search.guess(capacity)
+            else:
+                waits = serve(spec.rate, capacity, "poisson", seed * 10 + spec.index)[1]
+                search.judge(spec.rate, bool((waits <= allowed).mean() >= 0.9))
+        assert search.result().stages <= 8
+        found.append(search.result().sustained or 0.0)
+    # Stages of 20 s differ by luck; the searches are right in the middle, and none is far off.
+    assert np.median(found) == pytest.approx(truth, rel=0.05)
+    assert all(abs(rate / truth - 1) < 0.15 for rate in found)
+
+
+def test_a_stage_that_a_late_generator_spoilt_is_repeated_and_not_believed() -> None:
+    search, rates = RateSearch(SearchSettings("knee"), StageSpec()), []
+    search.next_stage()
+    search.guess(40.0)
+    while (spec := search.next_stage()) is not None:
+        assert spec.rate is not None
+        rates.append(spec.rate)
+        # The server could do 40 a second, but the first stage was the generator's fault.
+        search.judge(spec.rate, spec.rate <= 40 and len(rates) > 1, invalid=len(rates) == 1)
+    assert rates[:2] == [rates[0]] * 2
+    assert search.result().sustained == pytest.approx(40, rel=0.05)
+    assert search.result().invalid_stages == 0
+
+
+def test_a_generator_that_stays_late_is_named_in_the_result() -> None:
+    search = RateSearch(SearchSettings("knee"), StageSpec())
+    search.next_stage()
+    search.guess(40.0)
+    while (spec := search.next_stage()) is not None:
+        assert spec.rate is not None
+        search.judge(spec.rate, sustained=False, invalid=True)
+    assert search.result().stages == 8
+    assert search.result().invalid_stages > 0
+
+
+def test_a_server_that_serves_nothing_ends_the_search() -> None:
+    search = RateSearch(SearchSettings("knee"), StageSpec())
+    assert search.next_stage() is not None
+    search.guess(0.0)
+    assert search.next_stage() is None
+    assert search.result().sustained is None
+    assert not search.result().converged
