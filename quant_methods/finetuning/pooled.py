@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-def use_pooled(config: LoraConfig, group_size: int) -> LoraConfig:
+def use_pooled(config: LoraConfig) -> LoraConfig:
     """Let peft put pooled adapters on coded layers; returns the configuration, which says so to whoever merges.
 
     Args:
         config: of the adapter; without DoRA, whose magnitudes no zero-point holds.
-        group_size: of the model's codes, for the reader of ``adapter_config.json``; each layer's own counts.
 
     Raises:
         ParetoError: the configuration asks for what zero-points cannot hold.
@@ -41,7 +40,8 @@ def use_pooled(config: LoraConfig, group_size: int) -> LoraConfig:
         raise ParetoError("pooled adapters merge into zero-points, which hold no magnitudes; leave DoRA out")
     if config.init_lora_weights is not True:
         raise ParetoError("pooled adapters start at no change; leave the initialization of LoRA weights as it is")
-    config.use_qalora, config.qalora_group_size = True, group_size
+    # Peft's own word for pooled adapters; the size of groups is each layer's own, whatever the configuration says.
+    config.use_qalora = True
     config._register_custom_module({CodedLinear: PooledLora})
     return config
 
@@ -70,16 +70,27 @@ def check_pools(name: str, linear: QuantizedLinear) -> GridCodes:
     return found
 
 
-def steps_of(down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Return by how many steps of its grid an adapter moves each group, float32 [out, groups], not rounded.
+def with_moved(name: str, linear: QuantizedLinear, up: Tensor, down: Tensor) -> QuantizedLinear:
+    """Return a layer whose zero-points hold what a pooled adapter learnt.
 
     Args:
-        down: [rank, groups].
-        up: [out, rank].
-        scaling: alpha / rank.
+        name: the layer's, for errors.
+        linear: the layer.
+        up: float32 [out, rank], scaled.
+        down: float32 [rank, groups].
+
+    Raises:
+        ParetoError: its zero-points cannot hold it, or the adapter is one of another shape.
 
     """
-    return scaling * (up.float() @ down.float())
+    grid = check_pools(name, linear)
+    if (len(up), down.shape[1]) != tuple(grid.scale.shape):
+        raise ParetoError(
+            f"{name}: the pooled adapter is one for {len(up)} outputs and {down.shape[1]} groups, the layer has "
+            f"{grid.scale.shape[0]} and {grid.scale.shape[1]}; it was trained over another model"
+        )
+    zero = moved(grid.zero_point, up @ down, grid.bits).to(torch.int8)
+    return linear.having(GridCodes(grid.codes, grid.scale, zero, grid.bits))
 
 
 def moved(zero_point: Tensor, steps: Tensor, bits: int) -> Tensor:
@@ -125,7 +136,10 @@ class PooledLora(Linear):
     def change(self, adapter: str) -> Tensor:
         """Return what the adapter adds to the weights of each group, float32 [out, groups]."""
         scale, zero, bits = _grid(self.get_base_layer())
-        steps = steps_of(self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
+        up, down = self.lora_B[adapter].weight.float(), self.lora_A[adapter].weight.float()
+        # In the order of merge.py, so that both round the same numbers; under autocast the product would be in 16 bits.
+        with torch.autocast(up.device.type, enabled=False):
+            steps = (self.scaling[adapter] * up) @ down
         return (zero.float() - moved(zero, steps, bits)) * scale.float()
 
     def get_delta_weight(self, adapter: str) -> Tensor:

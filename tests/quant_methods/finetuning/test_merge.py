@@ -47,7 +47,7 @@ def trained(base, folder, steps=6, pooled=False, learning_rate=0.02, **settings)
     """Train an adapter for a few steps and save it; returns the model."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=PROJECTIONS, task_type="CAUSAL_LM", **settings)
-    model = get_peft_model(load_coded(base), use_pooled(config, 32) if pooled else config)
+    model = get_peft_model(load_coded(base), use_pooled(config) if pooled else config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
     losses = []
     for _ in range(steps):
@@ -70,10 +70,9 @@ def check_same(model, merged, at_most):
 
 
 def test_low_rank_parts_hold_an_adapter_over_every_format(coded_model, tmp_path):
-    model = trained(coded_model, tmp_path / "adapter", rank_pattern={"q_proj": 2}, use_rslora=True)
+    model = trained(coded_model, tmp_path / "adapter", use_rslora=True)
     merge(coded_model, tmp_path / "adapter", tmp_path / "merged")
     check_same(model, tmp_path / "merged", 1e-3)
-    assert json.loads((tmp_path / "merged" / "pareto_recipe.json").read_text())["merged_adapter"]["layers"] == 21
 
 
 def test_compressed_tensors_become_our_format(zero_points, plain_adapter, tmp_path):
@@ -94,9 +93,8 @@ def test_zero_points_hold_a_pooled_adapter(zero_points, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"r": 8}, "rank"),
         ({"use_qalora": True}, "trained over another model"),
     ],
 )
@@ -111,7 +109,7 @@ def test_what_cannot_be_merged_is_refused(zero_points, plain_adapter, tmp_path, 
 
 
 def test_a_folder_without_an_adapter_is_refused(zero_points, tmp_path):
-    with pytest.raises(ParetoError, match="no adapter that can be read"):
+    with pytest.raises(ParetoError, match="is no adapter of peft's"):
         merge(zero_points, tmp_path, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -119,6 +117,6 @@ def test_a_folder_without_an_adapter_is_refused(zero_points, tmp_path):
 def test_pooled_adapters_need_zero_points(coded_model):
     config = LoraConfig(r=4, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     with pytest.raises(ParetoError, match=r"zero-points|grid"):
-        get_peft_model(load_coded(coded_model), use_pooled(config, 32))
+        get_peft_model(load_coded(coded_model), use_pooled(config))
     with pytest.raises(ParetoError, match="DoRA"):
-        use_pooled(LoraConfig(r=4, use_dora=True), 32)
+        use_pooled(LoraConfig(r=4, use_dora=True))
