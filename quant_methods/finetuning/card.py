@@ -19,9 +19,7 @@ def write_card(folder: Path, about: dict[str, Any]) -> None:
     data, settings = about["data"], about["settings"]
     values = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    merged = (
-        "The adapter is merged; it also lies in `adapter/`." if about["merged"] else "This is an adapter of peft's."
-    )
+    merged = "The adapter is merged, and kept in `adapter/`." if about["merged"] else "This is an adapter of peft's."
     start = about["start_from"]
     began = "" if start is None else f"It began as what quantization took from `{start['name']}`. "
     text = f"""---

@@ -45,6 +45,8 @@ class Log(TrainerCallback):
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
         looked = "eval_loss" in logs
+        if looked and 0 < state.global_step == self.began[0]:
+            return  # A run that goes on looks again where the one before it had looked.
         self.looking += logs.get("eval_runtime", 0.0)
         first, since = self.began
         done, seconds = state.global_step - first, time.monotonic() - since - self.looking

@@ -58,11 +58,11 @@ class Settings:
             ParetoError: such a number.
 
         """
+        if self.rank < 1:
+            raise ParetoError(f"--lora-rank {self.rank}: expected 1 or more; 16 is usual")
         for name in ("epochs", "learning_rate", "alpha", "batch", "micro_batch", "held_out"):
             if not getattr(self, name) > 0 or math.isinf(getattr(self, name)):
                 raise ParetoError(f"{_flag(name)} {getattr(self, name):g} is not positive")
-        if self.rank < 1:
-            raise ParetoError(f"--lora-rank {self.rank}: expected 1 or more; 16 is usual")
         if not 0 <= self.dropout < 1:
             raise ParetoError(f"--dropout {self.dropout:g} is not between 0 and 1")
         if self.pooled and self.dropout:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -164,7 +164,6 @@ def tuner(
         seed=settings.seed,
         data_seed=settings.seed,
     )
-    disable_progress_bars()  # Of tokenizing, which takes no time that one would watch.
     with quiet_transformers():
         made = Tuner(
             model,

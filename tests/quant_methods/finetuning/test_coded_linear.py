@@ -24,7 +24,7 @@ TOKENS = torch.arange(3, 63).reshape(2, 30)
 
 
 def check_close(found, wanted):
-    """Sums in another order may round an input to the next integer here and there; another weight differs in all."""
+    """Sums in another order may round an input to another integer here and there; other weights differ everywhere."""
     assert (found - wanted).abs().mean() < 1e-3 * wanted.std()
 
 

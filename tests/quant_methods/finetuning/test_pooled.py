@@ -1,4 +1,4 @@
-"""``pareto finetune`` from flags to a result: what it writes, that a killed run ends as if it had not been, refusals."""
+"""``pareto finetune``: what it writes, that a killed run ends as if it had not been, pooled adapters, refusals."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ FLAGS = ["--steps", "4", "--save-steps", "2", "--batch", "4", "--length", "48", 
 KILLED = """
 import os, signal, sys
 from quant_methods.finetuning import log
-from tests.quant_methods.finetuning.test_job import run
+from tests.quant_methods.finetuning.test_pooled import run
 def kill(self, args, state, control, **rest):
     if state.global_step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
