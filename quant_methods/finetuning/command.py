@@ -16,9 +16,9 @@ HELP = "fine-tune a compressed model with adapters (QLoRA)"
 USER_ERRORS = (ParetoError,)
 NEEDS = ("accelerate", "datasets", "peft", "trl")
 DESCRIPTION = """\
-Teach a model by examples. Its weights stay as they are, in codes if it is compressed; beside each linear layer a product
-of two narrow matrices learns (LoRA). The result is an adapter that vLLM serves over the same checkpoint, or with --merge
-a checkpoint that has it inside.
+Teach a model by examples. Its weights stay as they are, in codes if it is compressed; beside each linear layer a
+product of two narrow matrices learns (LoRA). The result is an adapter that vLLM serves over the same checkpoint, or
+with --merge a checkpoint that has it inside.
 
 MODEL is any checkpoint that pareto compress writes, one in 16 bits, or compressed-tensors, GPTQ and AWQ of other tools.
 

@@ -81,8 +81,8 @@ def read_examples(model_dir: Path, data: Path, held_out: int, seed: int) -> Exam
     training = [example for group in groups for example in group]
     if not training:
         raise ParetoError(
-            f"{data} has {len(apart)} examples, and --held-out {held_out} leaves none to train on; give more data, or a "
-            "smaller --held-out"
+            f"{data} has {len(apart)} examples, and --held-out {held_out} leaves none to train on; give more data or "
+            "a smaller --held-out"
         )
     return Examples(training, apart, digest, data.name)
 

@@ -177,8 +177,8 @@ def _form(name: str, packed: dict[str, Tensor], rounding: Rounding | None) -> Fo
         activations = next((known for known, value in ACTIVATION_BITS.items() if value == bits), None)
     if activations is None:
         raise ParetoError(
-            f"{name}: inputs are rounded with a fixed scale, which our format has no word for; serve the adapter beside "
-            "the checkpoint, without --merge"
+            f"{name}: inputs are rounded with a fixed scale, which our format has no word for; serve the adapter "
+            "beside the checkpoint, without --merge"
         )
     form = form_of({full.removeprefix(f"{name}."): tuple(tensor.shape) for full, tensor in packed.items()}, activations)
     assert form is not None, "what was packed has a bulk"

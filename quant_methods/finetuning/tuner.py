@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -98,7 +98,7 @@ def start_from_error(model: PeftModel, original: Path) -> float:
         if not isinstance(base, CodedLinear) or "default" not in module.lora_A:
             continue
         weight = source.read(f"{full}.weight").to(base.weight.device).float()
-        if weight.shape != base.weight.shape:
+        if tuple(weight.shape) != (base.out_features, base.in_features):
             raise ParetoError(
                 f"{original}: {full}.weight is {list(weight.shape)}, the model's {list(base.weight.shape)}"
             )
@@ -164,6 +164,7 @@ def tuner(
         seed=settings.seed,
         data_seed=settings.seed,
     )
+    disable_progress_bars()  # Of preparing the data, which the command's own lines do not need.
     with quiet_transformers():
         made = Tuner(
             model,
