@@ -89,7 +89,7 @@ class CodedLinear(nn.Linear):
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """What the codes read as, [out, in], made for each access; it takes no gradient."""
         with torch.no_grad():
             return self.linear().read().to(self.dtype)
