@@ -25,9 +25,15 @@ def test_vllm_puts_out_what_the_training_model_does(coded_model, chats, tmp_path
     with (
         environment(VLLM_CPU_INT4_W4A8="0"),
         engine(
-            coded_model, "auto", dtype="bfloat16", enable_lora=True, max_lora_rank=8, max_num_batched_tokens=96
+            coded_model,
+            "auto",
+            dtype="bfloat16",
+            enable_lora=True,
+            max_lora_rank=8,
+            max_num_batched_tokens=96,
+            max_model_len=128,
         ) as llm,
-    ):
+    ):  # fmt: skip
         outputs = llm.generate(
             [{"prompt_token_ids": text} for text in texts],
             SamplingParams(max_tokens=NEW, temperature=1, ignore_eos=True, logprobs=0, detokenize=False),
