@@ -2,8 +2,8 @@
 
 Each run has the same examples, steps, batch and adapter. ``lora-16bit`` learns over the original; every --coded
 checkpoint over its codes; ``bitsandbytes-nf4`` is plain peft over the NF4 codes of bitsandbytes, where that is
-installed and there is a GPU. A run's figures lie in OUT/NAME.json as soon as it is done, and it is not done again; a killed run
-goes on from its last checkpoint. The original's loss before any step is what there was to gain.
+installed and there is a GPU. A run's figures lie in OUT/NAME.json as soon as it is done, and it is not done again; a
+killed run goes on from its last checkpoint. The original's loss before any step is what there was to gain.
 
     python -m bench.lab.finetuning HuggingFaceTB/SmolLM2-135M-Instruct --coded smol-w4 --coded smol-w3 \\
         --data chats.jsonl --steps 300 --device cuda --out results/finetuning
@@ -156,8 +156,8 @@ def show(out: Path, names: list[str]) -> None:
         memory = "-" if peak is None else f"{peak / 2**30:.2f} GiB"
         print(
             f"{one['name']:24} loss {loss['before']:.4f} -> {loss['best']:.4f}, "
-            f"{loss['best'] / whole - 1:+.2%} beside 16 bits, "
-            f"weights {one['weight_bytes'] / 2**20:.1f} MiB, peak {memory}, {one['tokens_per_second'] or 0:,.0f} tokens/s"
+            f"{loss['best'] / whole - 1:+.2%} beside 16 bits, weights {one['weight_bytes'] / 2**20:.1f} MiB, "
+            f"peak {memory}, {one['tokens_per_second'] or 0:,.0f} tokens/s"
         )
 
 
