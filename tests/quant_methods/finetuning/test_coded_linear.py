@@ -16,6 +16,17 @@ from quant_methods.finetuning.load import load_coded
 from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.grid import round_tokens
 from quant_methods.recipe_file import load_recipe
+from tests.quant_methods.checkpoints.test_stored_layers import (  # noqa: F401
+    AWQ,
+    COLUMNS,
+    GROUPS,
+    LAYER,
+    expected,
+    gptq,
+    parts,
+    words,
+    write,
+)
 from tests.quant_methods.finetuning.conftest import FORMS
 from tests.quant_methods.random_layers import random_layer
 
@@ -151,3 +162,27 @@ def test_a_checkpoint_that_lacks_a_tensor_is_one_line(tiny_model, tmp_path):
     save_file(tensors, tmp_path / "model/model.safetensors")
     with pytest.raises(ParetoError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load_coded(tmp_path / "model")
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq by importance", "awq"])
+def test_other_tools_codes_load_and_learn(tiny_model: Path, tmp_path: Path, parts, method: str):  # noqa: F811
+    """One layer as that tool stores it; its weight is exact and the gradient of its adapter is there."""
+    from peft import LoraConfig, get_peft_model
+
+    groups = torch.arange(COLUMNS) // (COLUMNS // GROUPS)
+    if method == "awq":
+        codes, zeros, scales = parts
+        tensors = {"qweight": words(codes, AWQ), "qzeros": words(zeros, AWQ), "scales": scales}
+        settings = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+    else:
+        if "importance" in method:
+            groups = groups[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))]
+        tensors, settings = gptq(parts, groups, 1), {"quant_method": "gptq", "bits": 4}
+    checkpoint = write(tiny_model, tmp_path / "model", tensors, settings)
+    model = load_coded(checkpoint)
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, CodedLinear)
+    torch.testing.assert_close(layer.weight, expected(parts, groups))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    assert adapted.base_model.model.get_submodule(LAYER).lora_B["default"].weight.grad.abs().sum() > 0
