@@ -88,12 +88,21 @@ def test_scales_keep_their_dtype_when_the_model_is_cast():
     assert coded(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_products_under_autocast_are_in_its_dtype():
+    coded = CodedLinear(random_layer(flat_form(4, 32), 64, 64), None, torch.float32)
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = coded(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, coded.weight.sum(0).expand(2, -1), rtol=0.02, atol=0.02)
+
+
 def test_widths_without_planes_are_held_a_byte_a_code():
-    from quant_methods.formats.grid import Grid
     from quant_methods.formats.parts.grid_codes import GridCodes
     from quant_methods.formats.quantized import QuantizedLinear
 
-    assert Grid(4, -1, True).low == -8
     codes = torch.randint(-8, 8, (32, 40), dtype=torch.int8)
     linear = QuantizedLinear(GridCodes(codes, torch.rand(32, 1), torch.zeros(32, 1, dtype=torch.int8), 4, True))
     coded = CodedLinear(linear, None, torch.float32).to(torch.bfloat16)
