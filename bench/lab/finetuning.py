@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,15 @@ def main(words: list[str] | None = None) -> int:
     settings.check()
     examples = read_examples(original, args.data, settings.held_out, settings.seed)
     runs: dict[str, tuple[Callable[[], Any], Path | None, Path]] = {
-        "lora-16bit": (lambda: load_coded(original, args.device), None, original)
+        "lora-16bit": (partial(load_coded, original, args.device), None, original)
     }
     for text in args.coded:
         coded = resolve_model(text, quantized=True)
-        runs[coded.name] = (lambda coded=coded: load_coded(coded, args.device)), None, coded
+        runs[coded.name] = partial(load_coded, coded, args.device), None, coded
         if args.start_from_error:
-            runs[f"{coded.name}-from-error"] = (lambda coded=coded: load_coded(coded, args.device)), original, coded
+            runs[f"{coded.name}-from-error"] = partial(load_coded, coded, args.device), original, coded
     if args.device.startswith("cuda") and importlib.util.find_spec("bitsandbytes"):
-        runs[NF4] = (lambda: nf4(original, args.device)), None, original
+        runs[NF4] = partial(nf4, original, args.device), None, original
     about = {"data": examples.describe(), "settings": settings.as_json()}
     for name, (load, start, checkpoint) in runs.items():
         path = args.out / f"{name}.json"

@@ -22,8 +22,9 @@ def write_card(folder: Path, about: dict[str, Any]) -> None:
     merged = "The adapter is merged, and kept in `adapter/`." if about["merged"] else "This is an adapter of peft's."
     start = about["start_from"]
     began = "" if start is None else f"It began as what quantization took from `{start['name']}`. "
+    library = "transformers" if about["merged"] else "peft"
     text = f"""---
-library_name: peft
+library_name: {library}
 base_model: {about["model"]["name"]}
 tags: [lora, vllm-pareto]
 ---

@@ -95,7 +95,9 @@ class CodedLinear(nn.Linear):
             return self.linear().read().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for inputs [..., in], in their dtype."""
+        """Return the layer's output for inputs [..., in], in their dtype or in that of autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.rounding is None:
             out = _ByCodes.apply(x, lambda: self.linear().read())
         else:

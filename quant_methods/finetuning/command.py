@@ -37,7 +37,7 @@ or plain text, all of which is learnt:
   {"text": "..."}
 
 Some documents are held out; the state that does best on them is kept. --start-from lets the adapter begin as what
-quantization took away from the original (LoftQ's start), which helps at 2 and 3 bits.
+quantization took away from the original (LoftQ's start), which its authors found to help most at 2 and 3 bits.
 
 Interrupted? The same command goes on from the last checkpoint, to the same loss.
 """
@@ -163,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
         f"{what:<13}{outcome.out}, the state after step {outcome.step}",
         f"{'loss':<13}{outcome.before:.4f} before, {outcome.after:.4f} after, on held-out examples (nats a token)",
     ]
+    if outcome.after >= outcome.before:
+        lines.append(f"{'note':<13}no state was better than the start: give more data, or a smaller --learning-rate")
     if outcome.peak_bytes:
         lines.append(f"{'memory':<13}{outcome.peak_bytes / 2**30:.2f} GiB of the GPU at most")
     if args.merge:

@@ -147,7 +147,12 @@ def finetune(job: Job, say: Say = lambda line: None) -> Outcome:
         first = processes.is_main_process
         lock = locked(job.work) if first else contextlib.nullcontext()
         with lock, _memory_explained(job):
-            return _finetune(job, examples, processes, say if first else lambda line: None)
+            try:
+                return _finetune(job, examples, processes, say if first else lambda line: None)
+            except BaseException:
+                if first and (job.work / "job.json").is_file() and not _begun(job):
+                    shutil.rmtree(job.work)  # Nothing to go on from, so that a corrected command can start.
+                raise
 
 
 def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome:
@@ -159,9 +164,7 @@ def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome
     with processes.main_process_first():
         if first:
             _same_job(job, examples)
-            before = last_whole(job.work)
-        else:
-            before = last_whole(job.work)
+        before = last_whole(job.work)
     if device.startswith("cuda"):
         device = str(processes.device)
         torch.cuda.reset_peak_memory_stats()
@@ -219,20 +222,29 @@ def _finish(job: Job, examples: Examples, trainer: Any, outcome: Outcome, log: P
 
 
 def _same_job(job: Job, examples: Examples) -> None:
-    """Refuse to go on with what another job left; note what this one is."""
+    """Refuse to go on with what another job left; note what this one is. Without a checkpoint nothing is lost."""
     path, about = job.work / "job.json", json.loads(json.dumps(job.describe(examples)))
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if wrong := [name for name, value in about.items() if found.get(name) != value]:
-            raise ParetoError(
-                f"{job.work} is an unfinished run with another {wrong[0].replace('_', ' ')}; give the same as then, "
-                "another --out, or delete that folder"
-            )
-        return
-    others = [path for path in job.work.iterdir() if path.name != "lock"]
-    if others:
-        raise ParetoError(f"{job.work} holds {others[0].name}, which pareto did not write; give another --out")
+    found = json.loads(path.read_text()) if path.is_file() else None
+    if found is not None and _begun(job):
+        if wrong := [name for name, value in about["settings"].items() if found["settings"].get(name) != value]:
+            was, now = found["settings"].get(wrong[0]), about["settings"][wrong[0]]
+            what = f"another {wrong[0].replace('_', ' ')} ({was}, not {now})"
+        elif others := [name for name, value in about.items() if found.get(name) != value]:
+            what = {"data": "other data", "model": "another model"}.get(others[0], "another --start-from")
+        else:
+            return
+        raise ParetoError(
+            f"{job.work} is an unfinished run with {what}; give the same as then, another --out, or delete that folder"
+        )
+    strange = [path for path in job.work.iterdir() if path.name not in ("lock", "job.json", "log.jsonl", "adapter")]
+    if strange and found is None:
+        raise ParetoError(f"{job.work} holds {strange[0].name}, which pareto did not write; give another --out")
     write_json(path, about)
+
+
+def _begun(job: Job) -> bool:
+    """Return whether a run left checkpoints."""
+    return any(job.work.glob("checkpoint-*"))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,17 @@ from quant_methods.finetuning.load import load_coded
 from quant_methods.formats.flat_form import flat_form
 from quant_methods.formats.grid import round_tokens
 from quant_methods.recipe_file import load_recipe
+from tests.quant_methods.checkpoints.test_stored_layers import (  # noqa: F401
+    AWQ,
+    COLUMNS,
+    GROUPS,
+    LAYER,
+    expected,
+    gptq,
+    parts,
+    words,
+    write,
+)
 from tests.quant_methods.finetuning.conftest import FORMS
 from tests.quant_methods.random_layers import random_layer
 
@@ -77,12 +88,21 @@ def test_scales_keep_their_dtype_when_the_model_is_cast():
     assert coded(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_products_under_autocast_are_in_its_dtype():
+    coded = CodedLinear(random_layer(flat_form(4, 32), 64, 64), None, torch.float32)
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = coded(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, coded.weight.sum(0).expand(2, -1), rtol=0.02, atol=0.02)
+
+
 def test_widths_without_planes_are_held_a_byte_a_code():
-    from quant_methods.formats.grid import Grid
     from quant_methods.formats.parts.grid_codes import GridCodes
     from quant_methods.formats.quantized import QuantizedLinear
 
-    assert Grid(4, -1, True).low == -8
     codes = torch.randint(-8, 8, (32, 40), dtype=torch.int8)
     linear = QuantizedLinear(GridCodes(codes, torch.rand(32, 1), torch.zeros(32, 1, dtype=torch.int8), 4, True))
     coded = CodedLinear(linear, None, torch.float32).to(torch.bfloat16)
@@ -151,3 +171,27 @@ def test_a_checkpoint_that_lacks_a_tensor_is_one_line(tiny_model, tmp_path):
     save_file(tensors, tmp_path / "model/model.safetensors")
     with pytest.raises(ParetoError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         load_coded(tmp_path / "model")
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq by importance", "awq"])
+def test_other_tools_codes_load_and_learn(tiny_model: Path, tmp_path: Path, parts, method: str):  # noqa: F811
+    """One layer as that tool stores it; its weight is exact and the gradient of its adapter is there."""
+    from peft import LoraConfig, get_peft_model
+
+    groups = torch.arange(COLUMNS) // (COLUMNS // GROUPS)
+    if method == "awq":
+        codes, zeros, scales = parts
+        tensors = {"qweight": words(codes, AWQ), "qzeros": words(zeros, AWQ), "scales": scales}
+        settings = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+    else:
+        if "importance" in method:
+            groups = groups[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))]
+        tensors, settings = gptq(parts, groups, 1), {"quant_method": "gptq", "bits": 4}
+    checkpoint = write(tiny_model, tmp_path / "model", tensors, settings)
+    model = load_coded(checkpoint)
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, CodedLinear)
+    torch.testing.assert_close(layer.weight, expected(parts, groups))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    assert adapted.base_model.model.get_submodule(LAYER).lora_B["default"].weight.grad.abs().sum() > 0

@@ -163,12 +163,25 @@ def test_a_killed_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_pa
 
 def test_an_unfinished_run_of_something_else_is_kept(coded_model, chats, tmp_path):
     job = Job(coded_model, chats, tmp_path / "out", SETTINGS)
-    job.work.mkdir()
-    (job.work / "job.json").write_text(
-        json.dumps(job.describe(read_examples(coded_model, chats, 4, 0)) | {"settings": {"rank": 5}})
-    )
-    with pytest.raises(ParetoError, match="unfinished run with another settings"):
+    (job.work / "checkpoint-1").mkdir(parents=True)
+    (job.work / "checkpoint-1/whole").touch()
+    about = job.describe(read_examples(coded_model, chats, 4, 0))
+    (job.work / "job.json").write_text(json.dumps(about | {"settings": about["settings"] | {"rank": 5}}))
+    with pytest.raises(ParetoError, match=r"unfinished run with another rank \(5, not 4\); give the same"):
         finetune(job)
+    (job.work / "job.json").write_text(json.dumps(about | {"data": {}}))
+    with pytest.raises(ParetoError, match="unfinished run with other data"):
+        finetune(job)
+    assert (job.work / "checkpoint-1/whole").is_file()
+
+
+def test_what_others_wrote_is_not_taken_for_a_run(coded_model, chats, tmp_path):
+    job = Job(coded_model, chats, tmp_path / "out", SETTINGS)
+    job.work.mkdir()
+    (job.work / "mine").write_text("mine")
+    with pytest.raises(ParetoError, match="holds mine, which pareto did not write"):
+        finetune(job)
+    assert (job.work / "mine").read_text() == "mine"
 
 
 def test_memory_that_runs_out_is_answered_by_what_takes_less(coded_model, chats, tmp_path, monkeypatch):
@@ -218,7 +231,8 @@ def test_data_of_no_use_is_one_line(tiny_model, tmp_path, lines, message):
 def test_settings_that_make_no_training_are_one_line(coded_model, chats, tmp_path, changes, message):
     with pytest.raises(ParetoError, match=message):
         finetune(Job(coded_model, chats, tmp_path / "out", dataclasses.replace(SETTINGS, **changes)))
-    assert not (tmp_path / "out").exists()
+    # No unfinished run is left that would keep a corrected command from starting.
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_adapter_of_another_model_is_one_line(tuned, coded_model, tmp_path):
