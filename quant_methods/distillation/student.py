@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,12 @@ def save(model: Any, teacher: Path, folder: Path, dtype: torch.dtype) -> None:
         state = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
         model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~_umask())  # The library makes files that only their owner may read.
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
