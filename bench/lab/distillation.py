@@ -1,4 +1,4 @@
-"""What distillation gains: a student from scratch against training on text alone, and a model that learns with KV codes.
+"""What distillation gains: a student from scratch against text alone, and a model that learns with KV codes.
 
 ``scratch`` trains two students of one shape, from the same random weights and on the same tokens: one on text alone
 (CE), one on its teacher too (KD); then each is compressed. ``kv`` holds a model whose KV cache is coded with calibrated

@@ -4,6 +4,10 @@ It computes with what would be read from codes, and gradients pass through the r
 straight-through estimator; Bengio et al. 2013, https://arxiv.org/abs/1308.3432), as in Liu et al., "LLM-QAT" (2023),
 https://arxiv.org/abs/2305.17888, sections 2 and 3.1, which does so for weights, activations and the KV cache.
 
+Of keys and values the gradient knows more: each token's step follows its range, and what is lost grows with the step.
+So it passes through the range too, and a student learns keys and values of small range (Esser et al., "LSQ" (2019),
+https://arxiv.org/abs/1902.08153, section 2.1, has this gradient of a step; there the step itself learns).
+
 Weights are rounded to nearest within each group's range, anew at every step, which ``pareto compress --recipe rtn-w4
 --search minmax`` does to the result. Keys and values are coded as the KV-cache dtypes do, with calibrated scales, which
 follow the student as it changes.
@@ -20,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kv_cache import codec
 from kv_cache.calibration import KVCalibrator, LayerShape
 from kv_cache.errors import ParetoError
-from kv_cache.formats import PLANES
+from kv_cache.formats import GAIN, PLANES, RANGE_SHARE
 from kv_cache.scales import KVScales
 from quant_methods.calibration.calibrator import Decoder
 from quant_methods.calibration.kv_codes import KINDS, LayerCodes
@@ -71,6 +76,27 @@ def round_weights(model: Any, bits: int, group_size: int = GROUP) -> int:
     return len(layers)
 
 
+def read_back(even: Tensor, bits: int) -> Tensor:
+    """Return what is read from codes of even keys or values, with gradients for both their places and their range.
+
+    Args:
+        even: float32 [..., channels]; see kv_cache/codec.py, whose arithmetic this is.
+        bits: of a code.
+
+    """
+    codes, scale, zero_byte = codec.quantize(even.detach(), bits)
+    if not (torch.is_grad_enabled() and even.requires_grad):
+        return codec.dequantize(codes, scale, zero_byte, bits)
+    gain, top = GAIN[bits], 2**bits - 1
+    share = RANGE_SHARE[bits] * gain
+    low, high = even.amin(-1, keepdim=True).clamp_max(0), even.amax(-1, keepdim=True).clamp_min(0)
+    step = ((high - low) * (share / top)).clamp_min(1e-12)
+    step = straight(step, lambda x: codec.decode_scale(scale)[..., None] * 2.0 ** (2 - bits))
+    zero = straight(-low * share / step, lambda x: zero_byte.float()[..., None] * 2.0 ** (bits - 8))
+    place = (gain * even / step + zero).clamp(0, top)
+    return (straight(place, lambda x: codes.float()) - zero) * step
+
+
 class CodedCache:
     """Lets a student's attention read its keys and values from codes; an observer of the attention hook.
 
@@ -106,7 +132,7 @@ class CodedCache:
     def use(self, scales: KVScales, device: torch.device) -> None:
         """Code by these scales."""
         self.scales = scales
-        self.codes = [None if layer is None else LayerCodes(layer, device) for layer in scales.layers]
+        self.codes = [None if layer is None else LayerCodes(layer, device, read_back) for layer in scales.layers]
 
     @torch.no_grad()
     def follow(self, model: Any) -> None:
@@ -127,8 +153,8 @@ class CodedCache:
             return call.sdpa(call.key, call.value)
         read = []
         for kind, x, bits in zip(KINDS, (call.key, call.value), self.bits, strict=True):
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                (error,) = codes.errors(kind, x.detach().transpose(1, 2).float(), (bits,))
+            with torch.autocast(x.device.type, enabled=False):
+                (error,) = codes.errors(kind, x.transpose(1, 2).float(), (bits,))
             read.append(x + error.transpose(1, 2).to(x.dtype))
         return call.sdpa(*read)
 
