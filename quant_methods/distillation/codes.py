@@ -125,7 +125,8 @@ class CodedCache:
         # Which pairs of channels a layer turns together is found out once; it does not change by training.
         scales = calibrate(decoder, folder, tokens, seed).finish()
         self.shapes = [
-            None if layer is None else LayerShape(*layer.key_mean.shape, layer.rotary) for layer in scales.layers
+            None if layer is None else LayerShape(len(layer.key_mean), layer.key_mean.shape[1], layer.rotary)
+            for layer in scales.layers
         ]
         self.use(scales, torch.device(device))
 

@@ -226,7 +226,7 @@ class Distiller(Trainer):
         if self.settings.kl_share:
             found["eval_kl"] = kl / count
         self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[has-type]
         return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -243,7 +243,7 @@ class Distiller(Trainer):
         return student
 
 
-class _Part(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class _Part(torch.utils.data.Dataset):
     """Some of the data, as the Trainer's loader wants it."""
 
     def __init__(self, data: Data, start: int, stop: int) -> None:
