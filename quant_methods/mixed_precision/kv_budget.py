@@ -9,8 +9,8 @@ from typing import Any
 from kv_cache.errors import ParetoError
 from kv_cache.formats import FORMATS, META_BYTES, PLANES, layer_format, unserved_head_size
 from kv_cache.layout import TOKEN_MULTIPLE, PageLayout
+from quant_methods.calibration.kv_codes import KINDS
 from quant_methods.mixed_precision.knapsack import solve
-from quant_methods.mixed_precision.kv_codes import KINDS
 
 Losses = dict[str, dict[int, float]]
 """What one layer loses by codes: by "key" and "value", then by bits."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from quant_methods.calibration.kv_codes import KINDS
 from quant_methods.mixed_precision.kv_budget import KVAssignment
-from quant_methods.mixed_precision.kv_codes import KINDS
 from quant_methods.plots import COLOURS, MARKERS, png
 
 

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from kv_cache.scales import KVScales
+from quant_methods.calibration.kv_codes import KINDS, LayerCodes
 from quant_methods.calibration.kv_observer import AttentionCall, observing
 from quant_methods.calibration.served import Served
 from quant_methods.checkpoints.checkpoint import read_tensors, write_json, write_tensors
 from quant_methods.checkpoints.quality import divergence
 from quant_methods.mixed_precision.kv_budget import Losses
-from quant_methods.mixed_precision.kv_codes import KINDS, LayerCodes
 
 
 @dataclass(frozen=True)

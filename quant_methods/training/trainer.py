@@ -30,6 +30,7 @@ from quant_methods.checkpoints.checkpoint import Source, read_tensors, write_jso
 from quant_methods.handlers import Tuned
 from quant_methods.steps import PruneStep, RoundStep
 from quant_methods.training.graphed import Gradients, keeps_activations
+from quant_methods.training.losses import total_kl
 from quant_methods.training.settings import Training
 from quant_methods.training.tuned_model import Learned, learn_parameter, recompute_blocks
 
@@ -284,7 +285,7 @@ class Trainer:
         with torch.no_grad():
             expected = outside.logits(self.teacher, hidden).log_softmax(-1)
         found = logits.float().log_softmax(-1)
-        return functional.kl_div(found, expected, log_target=True, reduction="sum") / tokens.shape[1]
+        return total_kl(found, expected) / tokens.shape[1]
 
     @torch.no_grad()
     def _held_out(self, targets: Tensor | None) -> float:

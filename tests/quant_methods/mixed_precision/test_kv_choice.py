@@ -15,6 +15,7 @@ from kv_cache import codec
 from kv_cache.formats import FORMATS, MIXED
 from kv_cache.scales import KVScales, LayerScales
 from quant_methods.calibration.calibrator import Decoder
+from quant_methods.calibration.kv_codes import KINDS, LayerCodes
 from quant_methods.calibration.kv_observer import ATTENTION, AttentionCall, observing
 from quant_methods.calibration.served import Served
 from quant_methods.calibration.text_source import load_sequences
@@ -27,7 +28,6 @@ from quant_methods.methods.rtn import RTN
 from quant_methods.mixed_precision.budget import Budget
 from quant_methods.mixed_precision.kv_budget import KVAssignment, KVBudget, Losses
 from quant_methods.mixed_precision.kv_choice import JSON_FILE, PLOT_FILE, KVChoice
-from quant_methods.mixed_precision.kv_codes import KINDS, LayerCodes
 from quant_methods.mixed_precision.kv_sensitivity import KVSensitivity, KVSettings, probe, typical
 from quant_methods.mixed_precision.mixed import compress_to_budget
 from quant_methods.mixed_precision.sensitivity import Settings

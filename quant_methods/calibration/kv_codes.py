@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,11 +19,17 @@ class LayerCodes:
     Args:
         scales: the layer's.
         device: of the keys and values.
+        read_back: what is read from codes of even keys or values [..., channels] of so many bits.
 
     """
 
-    def __init__(self, scales: LayerScales, device: torch.device) -> None:
-        self.scales = scales.to(device)
+    def __init__(
+        self,
+        scales: LayerScales,
+        device: torch.device,
+        read_back: Callable[[Tensor, int], Tensor] = batched.read_back,
+    ) -> None:
+        self.scales, self.read_back = scales.to(device), read_back
 
     def errors(self, kind: str, x: Tensor, widths: Iterable[int]) -> Iterator[Tensor]:
         """Yield what is read from codes of each width less what was stored.
@@ -43,7 +49,7 @@ class LayerCodes:
         else:
             even = codec.even_values(x, self.scales)
         for bits in widths:
-            lost = batched.read_back(even, bits) - even
+            lost = self.read_back(even, bits) - even
             if kind == "key":
                 yield batched.uneven_keys(lost, self.scales, None)
             else:

@@ -1,0 +1,377 @@
+"""One distillation from its teacher's name to a checkpoint: what is read, what goes on where it was stopped.
+
+Everything that is not finished lies in a folder beside the output, which appears in one piece at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.text_source import describe, quiet_transformers
+from quant_methods.checkpoints.checkpoint import full_disk_explained, write_json
+from quant_methods.checkpoints.replaceable import check_apart
+from quant_methods.distillation.cut import Sizes
+from quant_methods.distillation.data import Data, load
+from quant_methods.distillation.settings import Settings
+from quant_methods.model_source import fingerprint, read_config
+from quant_methods.work_folder import locked
+
+if TYPE_CHECKING:
+    from quant_methods.distillation.codes import CodedCache
+    from quant_methods.distillation.teacher import Teacher
+
+RESULT = "pareto_distillation.json"
+"""What a distilled checkpoint says of how it came about."""
+CALIBRATION = 16
+"""Sequences, from the first on, that parts' importance and KV scales are measured on."""
+MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        teacher: folder of its checkpoint; of a served teacher one with its tokenizer and configuration.
+        text: the data's file.
+        out: folder of the student.
+        settings: how it learns.
+        student: folder of a student that is given.
+        shape: file of a student's shape.
+        sizes: of a student that is cut out of its teacher.
+        url: of a server that runs the teacher.
+        cache: folder of the teacher's top tokens; None: beside the output, if there are any.
+        top_k: how many of them; 0: the teacher runs in memory.
+        weight_bits: bits of the student's weights while it learns, and their group size; None: as they are.
+        kv_bits: of its keys and values.
+        device: torch device.
+
+    """
+
+    teacher: Path
+    text: Path
+    out: Path
+    settings: Settings
+    student: Path | None = None
+    shape: Path | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+    url: str | None = None
+    cache: Path | None = None
+    top_k: int = 0
+    weight_bits: tuple[int, int] | None = None
+    kv_bits: tuple[int, int] | None = None
+    device: str = "cpu"
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is not finished."""
+        return self.out.with_name(f".{self.out.name}.distill")
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything is loaded.
+
+        Raises:
+            ParetoError: with the first such thing.
+
+        """
+        self.settings.check()
+        ways = [self.student is not None, self.shape is not None, self.sizes != Sizes()]
+        if sum(ways) != 1:
+            raise ParetoError(
+                "give one student: --student MODEL, --student-config FILE, or --keep-layers (and other --keep-...) to "
+                "cut it out of its teacher"
+            )
+        if self.url and self.sizes != Sizes():
+            raise ParetoError("a student cannot be cut out of a teacher that a server runs; give the teacher's folder")
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ParetoError(f"{self.out} exists; give another --out, or delete it")
+        check_apart(self.out, {"the teacher": self.teacher, "the data": self.text})
+
+    def describe(self, data: Data) -> dict[str, Any]:
+        """Return what determines the result, as JSON values."""
+        made = "cut" if self.student is None and self.shape is None else "fresh" if self.student is None else "given"
+        student: Any = self.sizes.__dict__
+        if self.student is not None:
+            student = fingerprint(self.student)
+        elif self.shape is not None:
+            student = self.shape.read_text(encoding="utf-8")
+        return {
+            "teacher": self.url or fingerprint(self.teacher),
+            "student": {"how": made, "what": student},
+            "data": describe(data.tokens, self.text.name, self.settings.seed) | {"held_out": data.held_out},
+            "settings": self.settings.as_json(),
+            "top_k": self.top_k,
+            "weight_bits": None if self.weight_bits is None else list(self.weight_bits),
+            "kv_bits": None if self.kv_bits is None else list(self.kv_bits),
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a distillation made.
+
+    Attributes:
+        out: the student's folder.
+        best: figures of the held-out sequences in the state that was kept, by name.
+        start: the same before the first step.
+        step: of the state that was kept.
+        resumed: the step that this run went on from.
+
+    """
+
+    out: Path
+    best: dict[str, float]
+    start: dict[str, float]
+    step: int
+    resumed: int
+
+
+def distill(job: Job, say: Say = lambda line: None) -> Outcome:
+    """Do a job, or what is left of it.
+
+    Args:
+        job: what is to be done.
+        say: takes lines to read.
+
+    Raises:
+        ParetoError: bad input, a full disk or memory, or a folder of another job.
+
+    """
+    job.check()
+    with full_disk_explained(job.work):
+        data = load(
+            job.teacher, job.text, job.settings.samples, job.settings.held_out, job.settings.length, job.settings.seed
+        )
+        from accelerate import PartialState
+
+        # One process of several writes; the others find what it wrote.
+        processes = PartialState(cpu=torch.device(job.device).type == "cpu")
+        lock = locked(job.work) if processes.is_main_process else contextlib.nullcontext()
+        with lock, _memory_explained(job):
+            return _distill(job, data, processes, say if processes.is_main_process else lambda line: None)
+
+
+def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
+    from quant_methods.distillation.distiller import Distiller, last_whole
+    from quant_methods.distillation.heads import Head
+    from quant_methods.distillation.log import Log
+    from quant_methods.distillation.student import save
+
+    device = str(processes.device)
+    first = processes.is_main_process
+    with processes.main_process_first():
+        if first:
+            _same_job(job, data)
+        start = _start(job, data, device, say) if first or not (job.work / "start").is_dir() else job.work / "start"
+        teacher = _teacher(job, data, device, say)
+    teacher.check(job.settings.temperatures, hidden=bool(job.settings.hidden))
+    from quant_methods.distillation.codes import observe_attention, round_weights
+    from quant_methods.distillation.in_memory import load_model
+
+    student = load_model(start, device).train()
+    cache = _cache(job, data, start, device)
+    if cache is not None:
+        observe_attention(student)
+    tokens = job.settings.batch * processes.num_processes * job.settings.length
+    log = Log(job.work / "log.jsonl", tokens, say)
+    trainer = Distiller(
+        student, teacher, data, job.settings, work=job.work, device=device, cache=cache, callbacks=[log]
+    )
+    if job.weight_bits is not None:
+        round_weights(student, *job.weight_bits)
+    trainer.remove_callback(_printer())
+    before = last_whole(job.work, delete=first)
+    processes.wait_for_everyone()
+    resumed = 0 if before is None else int(before.name.rpartition("-")[2])
+    if resumed:
+        say(f"goes on from step {resumed}")
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=None if before is None else str(before))
+    assert isinstance(trainer.head, Head)
+    looks = [entry for entry in _lines(job.work / "log.jsonl") if "eval_loss" in entry]
+    kept = trainer.state.best_global_step or trainer.state.global_step
+    best = next(entry for entry in reversed(looks) if entry["step"] == kept)
+    outcome = Outcome(job.out, _figures(best), _figures(looks[0]), kept, resumed)
+    if first:
+        made = job.work / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        result = trainer.result()
+        save(result, job.teacher, made, _stored_dtype(job))
+        if cache is not None:
+            cache.follow(result)
+            cache.scales.save(made)
+        shutil.copyfile(job.work / "log.jsonl", made / "training_log.jsonl")
+        about = {
+            **job.describe(data),
+            "teacher": teacher.description,
+            "kept_step": kept,
+            "steps": trainer.state.max_steps,
+        }
+        write_json(made / RESULT, {**about, "before": outcome.start, "after": outcome.best, "versions": versions()})
+        from quant_methods.distillation.card import write_card
+
+        write_card(made, about, outcome.start, outcome.best)
+        if job.out.exists():
+            job.out.rmdir()  # An empty folder, as ``check`` saw.
+        made.rename(job.out)
+        shutil.rmtree(job.work)
+    processes.wait_for_everyone()
+    return outcome
+
+
+def _same_job(job: Job, data: Data) -> None:
+    """Refuse to go on with what another job left; note what this one is."""
+    path, about = job.work / "job.json", json.loads(json.dumps(job.describe(data)))
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if wrong := [name for name, value in about.items() if found.get(name) != value]:
+            raise ParetoError(
+                f"{job.work} is an unfinished run with another {wrong[0].replace('_', ' ')}; give the same as then, "
+                "another --out, or delete that folder"
+            )
+        return
+    others = [path for path in job.work.iterdir() if path.name != "lock"]
+    if others:
+        raise ParetoError(f"{job.work} holds {others[0].name}, which pareto did not write; give another --out")
+    write_json(path, about)
+
+
+def _start(job: Job, data: Data, device: str, say: Say) -> Path:
+    """Return the folder of the student before the first step; what is fresh or cut is written there once."""
+    from quant_methods.distillation import student
+    from quant_methods.distillation.cut import cut
+    from quant_methods.distillation.in_memory import load_model
+
+    if job.student is not None:
+        student.check_tokenizer(job.teacher, job.student)
+        if "quantization_config" in read_config(job.student):
+            raise ParetoError(f"{job.student} is quantized already; give a student in 16 or 32 bits")
+        return job.student
+    folder = job.work / "start"
+    if folder.is_dir():
+        return folder
+    if job.shape is not None:
+        model = student.fresh(job.teacher, job.shape, job.settings.seed)
+    else:
+        say("measuring what the teacher's parts do")
+        model = cut(load_model(job.teacher, device), job.sizes, data.tokens[: min(CALIBRATION, len(data))])
+    partial = job.work / "start.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    student.save(model, job.teacher, partial, torch.float32)
+    partial.rename(folder)
+    return folder
+
+
+def _teacher(job: Job, data: Data, device: str, say: Say) -> Teacher:
+    """Return the teacher; one whose top tokens are kept has said all of them by then."""
+    from quant_methods.distillation.cached import Cached, FromModel, Producer
+    from quant_methods.distillation.in_memory import InMemory
+
+    producer: Producer
+    if job.url is not None:
+        from quant_methods.distillation.served import Served
+
+        served = Served(job.url)
+        producer, described = served, served.description
+    else:
+        on_gpu = torch.device(device).type != "cpu"
+        memory = InMemory(job.teacher, device, bfloat16=on_gpu, hidden=bool(job.settings.hidden))
+        if not job.top_k:
+            return memory
+        producer, described = FromModel(memory, fingerprint(job.teacher)), memory.description
+    cached = Cached(
+        job.cache or job.work / "teacher",
+        producer,
+        data.tokens,
+        k=job.top_k or 20,
+        temperatures=job.settings.temperatures,
+        vocabulary=int(read_config(job.teacher)["vocab_size"]),
+        description=described,
+    )
+    missing = cached.missing
+    if missing:
+        say(f"asking the teacher about {len(missing):,} sequences; top tokens take {cached.shape.size / 1e6:,.1f} MB")
+        cached.fill(
+            missing, lambda done, total: say(f"teacher: {done} of {total} sequences") if done % 100 == 0 else None
+        )
+    cached.producer = _Silent()  # A model in memory is not needed any more.
+    return cached
+
+
+class _Silent:
+    """Takes the place of a cache's producer when everything is said."""
+
+    identity = ""
+
+    def top(self, tokens: Any, k: int, temperatures: tuple[float, ...]) -> Any:
+        """Refuse: nothing is missing."""
+        raise AssertionError("a filled cache asked its teacher")
+
+
+def _cache(job: Job, data: Data, start: Path, device: str) -> CodedCache | None:
+    if job.kv_bits is None:
+        return None
+    from quant_methods.distillation.codes import CodedCache
+
+    tokens = data.tokens[: min(CALIBRATION, len(data))]
+    return CodedCache(job.kv_bits, start, tokens, job.settings.seed, device)
+
+
+@contextlib.contextmanager
+def _memory_explained(job: Job) -> Iterator[None]:
+    """Answer memory that runs out by what would take less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
+            raise
+        settings = job.settings
+        less = []
+        if settings.micro_batch > 1:
+            less.append(f"--micro-batch {settings.micro_batch // 2} (the same result, slower)")
+        if not settings.checkpointing:
+            less.append("--checkpointing (the same result, slower)")
+        less.append(f"--length {max(2, settings.length // 2)}")
+        if not job.top_k and job.url is None:
+            less.append("--top-k 64 (the teacher is not in memory then)")
+        raise ParetoError(f"out of memory on {job.device}; give {', or '.join(less)}") from error
+
+
+def _stored_dtype(job: Job) -> torch.dtype:
+    """Return the dtype of the result: the teacher's, if that is one of 16 bits."""
+    config = read_config(job.teacher)
+    return torch.float16 if (config.get("dtype") or config.get("torch_dtype")) == "float16" else torch.bfloat16
+
+
+def _printer() -> type:
+    """Return transformers' own callback that prints."""
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _figures(entry: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a result depends on."""
+    import importlib.metadata
+
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "vllm-pareto")}

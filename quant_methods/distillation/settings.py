@@ -1,0 +1,81 @@
+"""Settings of a distillation; what each means to a user is said in the command's help."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kv_cache.errors import ParetoError
+from quant_methods.training.losses import divergence
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a student learns.
+
+    Attributes:
+        samples: sequences to train on.
+        held_out: sequences that decide which state is kept.
+        length: tokens of each.
+        epochs: passes over the samples.
+        batch: sequences a step, on each device.
+        micro_batch: of which so many are in memory at once.
+        learning_rate: AdamW's highest; warmed up over the first 5% of the steps, then down to 0 as a cosine.
+        weight_decay: AdamW's.
+        kl_share: lambda: the loss is ``lambda T^2 KL + (1 - lambda) CE``; 0 is training on text alone.
+        temperature: T, that logits are divided by in the KL; its square keeps gradients of one size (Hinton et al.
+            2015, https://arxiv.org/abs/1503.02531, section 2).
+        loss: which divergence, a name of ``losses.DIVERGENCES``.
+        skew: of those that are skewed.
+        hidden: weight of the distance between hidden states; 0: none.
+        looks: times that the held-out sequences are looked at and a checkpoint is written.
+        checkpointing: run each block again on the way back instead of keeping what it computed.
+        seed: of the order of sequences, of weights that are drawn, and of calibration.
+
+    """
+
+    samples: int = 1024
+    held_out: int = 32
+    length: int = 1024
+    epochs: float = 1.0
+    batch: int = 8
+    micro_batch: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    kl_share: float = 0.5
+    temperature: float = 1.0
+    loss: str = "forward"
+    skew: float = 0.1
+    hidden: float = 0.0
+    looks: int = 10
+    checkpointing: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse numbers that make no training.
+
+        Raises:
+            ParetoError: such a number.
+
+        """
+        divergence(self.loss, self.skew)
+        if not 0 <= self.kl_share <= 1:
+            raise ParetoError(f"--kl-share {self.kl_share:g} is not between 0 (text alone) and 1 (the teacher alone)")
+        positive = ("epochs", "learning_rate", "temperature", "batch", "micro_batch", "looks")
+        for name in positive:
+            if not getattr(self, name) > 0 or math.isinf(getattr(self, name)):
+                raise ParetoError(f"--{name.replace('_', '-')} {getattr(self, name):g} is not positive")
+        if self.batch % self.micro_batch:
+            raise ParetoError(f"--micro-batch {self.micro_batch} does not divide --batch {self.batch}")
+        if self.hidden < 0 or self.weight_decay < 0:
+            raise ParetoError("--hidden and --weight-decay are not negative")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which the teacher's probabilities are wanted; held-out sequences are measured at 1."""
+        return tuple(sorted({1.0, self.temperature}))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return them as JSON values."""
+        return asdict(self)
