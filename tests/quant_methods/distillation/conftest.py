@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from quant_methods.distillation import student
-from quant_methods.model_source import EMBEDDED
+from quant_methods.embedded import MODELS
 
-REF = EMBEDDED / "ref-7m"
+REF = MODELS / "ref-7m"
 SHAPE = """
 hidden_size: 64
 intermediate_size: 96

@@ -11,13 +11,13 @@ from transformers import TrainerState
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
+from quant_methods.embedded import MODELS
 from quant_methods.finetuning import command
 from quant_methods.finetuning.load import load_coded
 from quant_methods.finetuning.log import Log
 from quant_methods.finetuning.merge import merge
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.methods.rtn import RTN
-from quant_methods.model_source import EMBEDDED
 from quant_methods.recipe import Recipe
 
 FLAGS = ["--steps", "4", "--save-steps", "2", "--batch", "4", "--length", "48", "--learning-rate", "5e-3"]
@@ -51,7 +51,7 @@ def w4(tmp_path_factory):
     """ref-7m in 4 bits with zero-points."""
     out = tmp_path_factory.mktemp("models") / "ref-7m-w4"
     step = RTN(bits=4, group_size=64, symmetric=False)
-    compress(EMBEDDED / "ref-7m", Recipe("test", steps=(step,), kv_scales=False), out)
+    compress(MODELS / "ref-7m", Recipe("test", steps=(step,), kv_scales=False), out)
     return out
 
 
