@@ -34,7 +34,7 @@ QUANT_METHODS_FOR_PLUGIN = {f"quant_methods.{name}" for name in (
 # The folders of quant_methods; each imports only those before it. The files beside them are what the folders share
 # (recipe.py, model_source.py) or what drives them (compress.py, command.py).
 WITHIN_QUANT_METHODS = (
-    "formats", "kernels", "checkpoints", "calibration", "methods", "training", "distillation",
+    "formats", "kernels", "checkpoints", "calibration", "methods", "training", "finetuning", "distillation",
     "mixed_precision", "activations", "sweeps", "backends",
 )  # fmt: skip
 # The order of loadtest's folders; files beside them are shared, or drive them.

@@ -20,7 +20,7 @@ import yaml
 from kv_cache.errors import ParetoError
 
 GROUP = "pareto.commands"
-ORDER = ("compress", "serve", "eval", "loadtest", "report", "study", "demo", "kv-bench", "serve-bench")
+ORDER = ("compress", "finetune", "serve", "eval", "loadtest", "report", "study", "demo", "kv-bench", "serve-bench")
 
 
 class Command(Protocol):

@@ -1,0 +1,192 @@
+"""The training itself: trl's SFTTrainer over a model in codes, with checkpoints that a killed run goes on from."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig, SFTTrainer
+
+from kv_cache.atomic import write_bytes
+from kv_cache.errors import ParetoError
+from quant_methods.calibration.text_source import load_tokenizer, quiet_transformers
+from quant_methods.checkpoints.checkpoint import Source
+from quant_methods.finetuning.coded_linear import CodedLinear
+from quant_methods.finetuning.examples import Examples
+from quant_methods.finetuning.log import Log
+from quant_methods.finetuning.settings import ALL, Settings
+
+WARM_UP = 0.03
+WHOLE = "whole"
+"""Written last into a checkpoint's folder: one without it was interrupted."""
+
+
+class Tuner(SFTTrainer):
+    """trl's trainer, which marks checkpoints that were written to their end."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_bytes(folder / WHOLE, b"")
+
+
+def with_adapter(model: Any, settings: Settings) -> PeftModel:
+    """Return a model with an adapter that changes nothing yet.
+
+    Args:
+        model: of ``load_coded``.
+        settings: rank, targets and so on.
+
+    Raises:
+        ParetoError: no layer has one of the names.
+
+    """
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names -= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    if wrong := [target for target in settings.targets if target != ALL and target not in names]:
+        raise ParetoError(f"--targets: no layer is called {wrong[0]!r}; layers: {', '.join(sorted(names))}")
+    targets: Any = ALL if ALL in settings.targets else list(settings.targets)
+    set_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+@torch.no_grad()
+def start_from_error(model: PeftModel, original: Path) -> float:
+    """Let the adapter start as what quantization took away, as far as its rank goes.
+
+    For each layer that is the best product of its rank for the original weight less what the codes read as: one step of
+    LoftQ's alternation, the codes being as they are (Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large
+    Language Models" (2023), https://arxiv.org/abs/2310.08659, section 3).
+
+    Args:
+        model: with an adapter.
+        original: folder of the model that was quantized, in 16 or 32 bits.
+
+    Returns:
+        How much of the squared error of the layers' weights the products take back, 0 to 1.
+
+    Raises:
+        ParetoError: the original lacks a layer, or has it in another size.
+
+    """
+    source = Source(original)
+    before = after = 0.0
+    for full, module in model.base_model.model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, CodedLinear) or "default" not in module.lora_A:
+            continue
+        weight = source.read(f"{full}.weight").to(base.weight.device).float()
+        if tuple(weight.shape) != (base.out_features, base.in_features):
+            raise ParetoError(
+                f"{original}: {full}.weight is {list(weight.shape)}, the model's {list(base.weight.shape)}"
+            )
+        error = weight - base.linear().read()
+        left, values, right = torch.linalg.svd(error, full_matrices=False)
+        rank = module.r["default"]
+        root = values[:rank].sqrt()
+        module.lora_A["default"].weight[:rank] = root[:, None] * right[:rank]
+        module.lora_B["default"].weight[:, :rank] = left[:, :rank] * root / module.scaling["default"]
+        before += float(values.square().sum())
+        after += float(values[rank:].square().sum())
+    if not before:
+        raise ParetoError("--start-from: the model has no quantized layers whose error could be taken back")
+    return 1 - after / before
+
+
+def tuner(
+    model: PeftModel, model_dir: Path, examples: Examples, settings: Settings, work: Path, device: str, log: Log
+) -> Tuner:
+    """Return the trainer of a model with an adapter.
+
+    Args:
+        model: the model.
+        model_dir: whose tokenizer and chat template.
+        examples: what it learns from.
+        settings: how.
+        work: folder of checkpoints.
+        device: torch device.
+        log: what is told.
+
+    """
+    cpu = torch.device(device).type == "cpu"
+    each = max(1, len(examples.training) // settings.batch)
+    steps = settings.steps or max(1, math.ceil(settings.epochs * each))
+    look = min(steps, settings.save_steps or max(1, steps // 10))
+    arguments = SFTConfig(
+        output_dir=str(work),
+        max_steps=steps,
+        max_length=settings.length,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        gradient_checkpointing=settings.checkpointing,
+        learning_rate=settings.learning_rate,
+        warmup_steps=math.ceil(WARM_UP * steps),
+        lr_scheduler_type="cosine",
+        bf16=not cpu,
+        use_cpu=cpu,
+        eval_strategy="steps",
+        eval_steps=look,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=look,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=max(1, min(10, look)),
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=not cpu,
+        disable_tqdm=True,
+        report_to="none",
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+    disable_progress_bars()  # Of preparing the data, which the command's own lines do not need.
+    with quiet_transformers():
+        made = Tuner(
+            model,
+            arguments,
+            train_dataset=Dataset.from_list(examples.training),
+            eval_dataset=Dataset.from_list(examples.held_out),
+            processing_class=load_tokenizer(model_dir),
+            callbacks=[log],
+        )
+    made.remove_callback(PrinterCallback)
+    _check_learnt(made, settings)
+    return made
+
+
+def _check_learnt(made: Tuner, settings: Settings) -> None:
+    """Refuse data whose answers all lie behind the cut."""
+    for data, name in ((made.train_dataset, "training"), (made.eval_dataset, "held-out")):
+        if not any(label != -100 for labels in data["labels"] for label in labels):
+            raise ParetoError(
+                f"none of the {name} examples has an answer within --length {settings.length} tokens; give a larger one"
+            )
+
+
+def last_whole(work: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end; delete those that were not."""
+    found = [path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    for path in set(found) - set(whole):
+        shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
