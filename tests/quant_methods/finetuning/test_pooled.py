@@ -14,11 +14,11 @@ from quant_methods.compress import compress
 from quant_methods.embedded import MODELS
 from quant_methods.finetuning import command
 from quant_methods.finetuning.load import load_coded
-from quant_methods.finetuning.log import Log
 from quant_methods.finetuning.merge import merge
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.methods.rtn import RTN
 from quant_methods.recipe import Recipe
+from quant_methods.training.log import Log
 
 FLAGS = ["--steps", "4", "--save-steps", "2", "--batch", "4", "--length", "48", "--learning-rate", "5e-3"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
