@@ -205,9 +205,9 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     if first:
         made = job.work / "made"
         shutil.rmtree(made, ignore_errors=True)
-        result = trainer.result() if kept else load_model(start, device)
-        if cache is not None and not kept:
-            observe_attention(result)
+        result = trainer.result()
+        if not kept:
+            result.load_state_dict(load_model(start, "cpu").state_dict())
         save(result, job.teacher, made, _stored_dtype(job))
         if cache is not None:
             cache.follow(result)
@@ -357,8 +357,8 @@ def _write_card(folder: Path, about: dict[str, Any]) -> None:
 
 KL is the teacher's from the student in nats a token; all at temperature 1.""",
         settings=about["settings"],
-        data=f"""Data: {data["num_samples"]:,} sequences of {data["length"]:,} tokens of `{data["source"]}`, SHA-256 of the
-tokens `{data["tokens_sha256"]}`.""",
+        data=f"""Data: {data["num_samples"]:,} sequences of {data["length"]:,} tokens of `{data["source"]}`, SHA-256 of
+the tokens `{data["tokens_sha256"]}`.""",
         versions=about["versions"],
         result=RESULT,
         learnt_from="the teacher",

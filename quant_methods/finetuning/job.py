@@ -217,8 +217,8 @@ def _write_card(folder: Path, about: dict[str, Any]) -> None:
         text=f"""{merged} {began}The state after step {about["kept_step"]} of {about["steps"]} was kept, the best on
 {data["held_out"]} examples that it never saw: a loss of {about["before"]:.4f} before, {about["after"]:.4f} after.""",
         settings=about["settings"],
-        data=f"""Data: {data["training"]:,} examples of `{data["source"]}`, SHA-256 `{data["sha256"]}`. Base model: SHA-256
-`{model["sha256"]}`.""",
+        data=f"""Data: {data["training"]:,} examples of `{data["source"]}`, SHA-256 `{data["sha256"]}`. Base
+model: SHA-256 `{model["sha256"]}`.""",
         versions=about["versions"],
         result=RESULT,
         learnt_from="the base model",
