@@ -31,9 +31,10 @@ from quant_methods.checkpoints.checkpoint import write_json
 from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.finetuning.examples import Examples, read_examples
 from quant_methods.finetuning.load import load_coded
-from quant_methods.finetuning.log import Log
 from quant_methods.finetuning.settings import Settings
 from quant_methods.model_source import fingerprint, name_of, resolve_model
+from quant_methods.training.checkpoints import last_whole
+from quant_methods.training.log import Log
 
 NF4 = "bitsandbytes-nf4"
 
@@ -66,7 +67,7 @@ def run(
     start_from: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one adapter, or what is left of it, and return its figures."""
-    from quant_methods.finetuning.tuner import last_whole, start_from_error, tuner, with_adapter
+    from quant_methods.finetuning.tuner import start_from_error, tuner, with_adapter
 
     gpu = device.startswith("cuda")
     if gpu:

@@ -184,6 +184,8 @@ def run(args: argparse.Namespace) -> int:
             lines.append(
                 f"{label:<13}{outcome.start[name]:.4f} before, {outcome.best[name]:.4f} after, on held-out sequences"
             )
+    if not outcome.step:
+        lines.append("note         no state was better than the start: give more --samples, or a lower --learning-rate")
     bits = f"--recipe rtn-w{args.weight_bits} --search minmax" if args.weight_bits else "--recipe gptq-w4"
     lines.append(f"next         pareto compress {outcome.out} {bits} --out {outcome.out}-compressed")
     say("\n".join(lines))

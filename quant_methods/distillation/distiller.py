@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.distillation.codes import CodedCache
 from quant_methods.distillation.data import Data
 from quant_methods.distillation.heads import Head
 from quant_methods.distillation.settings import Settings
 from quant_methods.distillation.teacher import Targets, Teacher
+from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.losses import divergence, forward_kl, hidden_loss, over_chunks, text_loss
 
 NUMBERS = 1 << 25
 """Logits of one model that exist at once, in float32 numbers; some six tensors of that size do."""
 WARM_UP = 0.05
-WHOLE = "whole"
-"""Written last into a checkpoint's folder: one without it was interrupted."""
 PROJECTION = "distill_projection"
 """The student's module that brings its hidden states to the teacher's width; it is no part of the result."""
 
@@ -61,7 +59,7 @@ class Distiller(Trainer):
         work: Path,
         device: str,
         cache: CodedCache | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         steps = max(1, math.ceil(settings.epochs * len(data) / settings.batch))
         look = max(1, math.ceil(steps / settings.looks))
@@ -103,7 +101,9 @@ class Distiller(Trainer):
         if settings.hidden:
             _project(student, teacher, data)
         parts = _Part(data, 0, len(data)), _Part(data, len(data), len(data.tokens))
-        super().__init__(student, arguments, train_dataset=parts[0], eval_dataset=parts[1], callbacks=callbacks)
+        super().__init__(
+            student, arguments, train_dataset=parts[0], eval_dataset=parts[1], callbacks=[*callbacks, MarkWhole()]
+        )
         # Our loss is a mean over the tokens of a part of a batch; the Trainer divides by the number of parts.
         self.model_accepts_loss_kwargs = False
         self.head = Head(student, bfloat16=not cpu, whole=self.is_fsdp_enabled or self.is_deepspeed_enabled)
@@ -202,7 +202,7 @@ class Distiller(Trainer):
 
         Each device looks at its share.
         """
-        model, data = self.accelerator.unwrap_model(self.model), self.data
+        model, data, began = self.accelerator.unwrap_model(self.model), self.data, time.monotonic()
         if self.cache is not None:
             self.cache.follow(model)
         was_training = self.model_wrapped.training
@@ -225,15 +225,9 @@ class Distiller(Trainer):
         found = {"eval_loss": text / count, "eval_perplexity": math.exp(min(text / count, 700))}
         if self.settings.kl_share:
             found["eval_kl"] = kl / count
-        self.log(found)
+        self.log({**found, "eval_runtime": time.monotonic() - began})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)  # type: ignore[has-type]
         return found
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_bytes(folder / WHOLE, b"")
 
     def result(self) -> Any:
         """Return the student in its best state, without what only served training."""
@@ -262,22 +256,3 @@ def _project(student: Any, teacher: Teacher, data: Data) -> None:
     theirs = teacher.targets(torch.tensor([0]), data.tokens[:1].to(student.device)).hidden[-1].shape[-1]
     layer: nn.Module = nn.Identity() if theirs == width else nn.Linear(width, theirs, bias=False)
     student.add_module(PROJECTION, layer.to(student.device))
-
-
-def last_whole(work: Path, *, delete: bool = True) -> Path | None:
-    """Return the newest checkpoint that was written to its end; delete those that were not.
-
-    Args:
-        work: folder of the checkpoints.
-        delete: whether this process is the one that deletes.
-
-    """
-    found = sorted(
-        (path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
-    whole = [path for path in found if (path / WHOLE).is_file()]
-    if delete:
-        for path in set(found) - set(whole):
-            shutil.rmtree(path)
-    return whole[-1] if whole else None

@@ -6,9 +6,8 @@ Everything that is not finished lies in a folder beside the output, which appear
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,15 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import describe, quiet_transformers
-from quant_methods.checkpoints.checkpoint import full_disk_explained, write_json
+from quant_methods.checkpoints.checkpoint import full_disk_explained
 from quant_methods.checkpoints.replaceable import check_apart
 from quant_methods.distillation.cut import Sizes
 from quant_methods.distillation.data import Data, load
 from quant_methods.distillation.settings import Settings
 from quant_methods.model_source import fingerprint, read_config
-from quant_methods.work_folder import locked
+from quant_methods.training.card import table, write_card
+from quant_methods.training.memory import memory_explained
+from quant_methods.training.unfinished import CHECKPOINTS, LOG, alone, check_new, finish, same_job, versions
 
 if TYPE_CHECKING:
     from quant_methods.distillation.codes import CodedCache
@@ -33,7 +34,6 @@ RESULT = "pareto_distillation.json"
 """What a distilled checkpoint says of how it came about."""
 CALIBRATION = 16
 """Sequences, from the first on, that parts' importance and KV scales are measured on."""
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 Say = Callable[[str], object]
 
@@ -94,8 +94,7 @@ class Job:
             )
         if self.url and self.sizes != Sizes():
             raise ParetoError("a student cannot be cut out of a teacher that a server runs; give the teacher's folder")
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ParetoError(f"{self.out} exists; give another --out, or delete it")
+        check_new(self.out)
         check_apart(self.out, {"the teacher": self.teacher, "the data": self.text})
 
     def describe(self, data: Data) -> dict[str, Any]:
@@ -157,22 +156,24 @@ def distill(job: Job, say: Say = lambda line: None) -> Outcome:
 
         # One process of several writes; the others find what it wrote.
         processes = PartialState(cpu=torch.device(job.device).type == "cpu")
-        lock = locked(job.work) if processes.is_main_process else contextlib.nullcontext()
-        with lock, _memory_explained(job):
-            return _distill(job, data, processes, say if processes.is_main_process else lambda line: None)
+        first = processes.is_main_process
+        own = alone(job.work, (CHECKPOINTS, "start", "teacher")) if first else contextlib.nullcontext()
+        less = [] if job.top_k or job.url else ["--top-k 64 (the teacher is not in memory then)"]
+        with own, memory_explained(job.device, job.settings, less):
+            return _distill(job, data, processes, say if first else lambda line: None)
 
 
 def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
-    from quant_methods.distillation.distiller import Distiller, last_whole
-    from quant_methods.distillation.heads import Head
-    from quant_methods.distillation.log import Log
+    from quant_methods.distillation.distiller import Distiller
     from quant_methods.distillation.student import save
+    from quant_methods.training.checkpoints import last_whole, step_of
+    from quant_methods.training.log import Log, read_looks
 
     device = str(processes.device)
     first = processes.is_main_process
     with processes.main_process_first():
         if first:
-            _same_job(job, data)
+            same_job(job.work, job.describe(data), drop=("start",))
         start = _start(job, data, device, say) if first or not (job.work / "start").is_dir() else job.work / "start"
         teacher = _teacher(job, data, device, say)
     teacher.check(job.settings.temperatures, hidden=bool(job.settings.hidden))
@@ -184,7 +185,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     if cache is not None:
         observe_attention(student)
     tokens = job.settings.batch * processes.num_processes * job.settings.length
-    log = Log(job.work / "log.jsonl", tokens, say)
+    log = Log(job.work / LOG, say, tokens)
     trainer = Distiller(
         student, teacher, data, job.settings, work=job.work, device=device, cache=cache, callbacks=[log]
     )
@@ -193,58 +194,46 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     trainer.remove_callback(_printer())
     before = last_whole(job.work, delete=first)
     processes.wait_for_everyone()
-    resumed = 0 if before is None else int(before.name.rpartition("-")[2])
+    resumed = step_of(before)
     if resumed:
         say(f"goes on from step {resumed}")
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
-    assert isinstance(trainer.head, Head)
-    looks = [entry for entry in _lines(job.work / "log.jsonl") if "eval_loss" in entry]
-    kept = trainer.state.best_global_step or trainer.state.global_step
-    best = next(entry for entry in reversed(looks) if entry["step"] == kept)
-    outcome = Outcome(job.out, _figures(best), _figures(looks[0]), kept, resumed)
+    looks = read_looks(log.path)
+    kept = _best_step(looks, trainer)
+    outcome = Outcome(job.out, _figures(looks[kept]), _figures(looks[min(looks)]), kept, resumed)
     if first:
         made = job.work / "made"
         shutil.rmtree(made, ignore_errors=True)
         result = trainer.result()
+        if not kept:
+            result.load_state_dict(load_model(start, "cpu").state_dict())
         save(result, job.teacher, made, _stored_dtype(job))
         if cache is not None:
             cache.follow(result)
             cache.scales.save(made)
-        shutil.copyfile(job.work / "log.jsonl", made / "training_log.jsonl")
         about = {
             **job.describe(data),
             "teacher": teacher.description,
             "kept_step": kept,
             "steps": trainer.state.max_steps,
+            "before": outcome.start,
+            "after": outcome.best,
+            "versions": versions(),
         }
-        write_json(made / RESULT, {**about, "before": outcome.start, "after": outcome.best, "versions": versions()})
-        from quant_methods.distillation.card import write_card
-
-        write_card(made, about, outcome.start, outcome.best)
-        if job.out.exists():
-            job.out.rmdir()  # An empty folder, as ``check`` saw.
-        made.rename(job.out)
-        shutil.rmtree(job.work)
+        _write_card(made, about)
+        finish(made, job.out, job.work, RESULT, about)
     processes.wait_for_everyone()
     return outcome
 
 
-def _same_job(job: Job, data: Data) -> None:
-    """Refuse to go on with what another job left; note what this one is."""
-    path, about = job.work / "job.json", json.loads(json.dumps(job.describe(data)))
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if wrong := [name for name, value in about.items() if found.get(name) != value]:
-            raise ParetoError(
-                f"{job.work} is an unfinished run with another {wrong[0].replace('_', ' ')}; give the same as then, "
-                "another --out, or delete that folder"
-            )
-        return
-    others = [path for path in job.work.iterdir() if path.name != "lock"]
-    if others:
-        raise ParetoError(f"{job.work} holds {others[0].name}, which pareto did not write; give another --out")
-    write_json(path, about)
+def _best_step(looks: dict[int, dict[str, Any]], trainer: Any) -> int:
+    """Return the step whose state does best on held-out sequences; 0 where no step improved on the start.
+
+    The Trainer compares checkpoints only, and there is none of the start.
+    """
+    kept, figure = trainer.state.best_global_step or trainer.state.global_step, trainer.args.metric_for_best_model
+    return kept if 0 not in looks or looks[kept][figure] < looks[0][figure] else 0
 
 
 def _start(job: Job, data: Data, device: str, say: Say) -> Path:
@@ -328,27 +317,6 @@ def _cache(job: Job, data: Data, start: Path, device: str) -> CodedCache | None:
     return CodedCache(job.kv_bits, start, tokens, job.settings.seed, device)
 
 
-@contextlib.contextmanager
-def _memory_explained(job: Job) -> Iterator[None]:
-    """Answer memory that runs out by what would take less."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
-            raise
-        settings = job.settings
-        less = []
-        if settings.micro_batch > 1:
-            less.append(f"--micro-batch {settings.micro_batch // 2} (the same result, slower)")
-        if not settings.checkpointing:
-            less.append("--checkpointing (the same result, slower)")
-        less.append(f"--length {max(2, settings.length // 2)}")
-        if not job.top_k and job.url is None:
-            less.append("--top-k 64 (the teacher is not in memory then)")
-        raise ParetoError(f"out of memory on {job.device}; give {', or '.join(less)}") from error
-
-
 def _stored_dtype(job: Job) -> torch.dtype:
     """Return the dtype of the result: the teacher's, if that is one of 16 bits."""
     config = read_config(job.teacher)
@@ -362,16 +330,36 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _figures(look: dict[str, float]) -> dict[str, float]:
+    names = ("loss", "perplexity", "kl")
+    return {name: look[f"eval_{name}"] for name in names if f"eval_{name}" in look}
 
 
-def _figures(entry: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+def _write_card(folder: Path, about: dict[str, Any]) -> None:
+    """Write the model card of a student: whom it learnt from, what on, how, and how far it came."""
+    teacher, data, before = about["teacher"], about["data"], about["before"]
+    codes = []
+    if about["weight_bits"]:
+        bits, group = about["weight_bits"]
+        codes.append(f"weights rounded to {bits} bits in groups of {group}")
+    if about["kv_bits"]:
+        codes.append("keys and values read from codes of {} and {} bits".format(*about["kv_bits"]))
+    lived = f"It learnt with {' and '.join(codes)}.\n\n" if codes else ""
+    rows = [(name, f"{before[name]:.4f}", f"{value:.4f}") for name, value in about["after"].items()]
+    write_card(
+        folder,
+        title=f"Distilled from {teacher['teacher']}",
+        labels={"library_name": "transformers", "tags": "[distillation, vllm-pareto]"},
+        text=f"""The student was {about["student"]["how"]}; the teacher was {teacher["kind"]}. The state after step
+{about["kept_step"]} of {about["steps"]} was kept, the best on {data["held_out"]} sequences that it never saw.
 
+{lived}{table(("held out", "before", "after"), rows)}
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a result depends on."""
-    import importlib.metadata
-
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "vllm-pareto")}
+KL is the teacher's from the student in nats a token; all at temperature 1.""",
+        settings=about["settings"],
+        data=f"""Data: {data["num_samples"]:,} sequences of {data["length"]:,} tokens of `{data["source"]}`, SHA-256 of
+the tokens `{data["tokens_sha256"]}`.""",
+        versions=about["versions"],
+        result=RESULT,
+        learnt_from="the teacher",
+    )

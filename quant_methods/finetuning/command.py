@@ -182,9 +182,9 @@ def _merge_only(args: argparse.Namespace, say: object) -> int:
 
     from quant_methods.checkpoints.checkpoint import full_disk_explained
     from quant_methods.checkpoints.replaceable import check_apart
-    from quant_methods.finetuning.job import check_new
     from quant_methods.finetuning.merge import merge
     from quant_methods.model_source import resolve_model
+    from quant_methods.training.unfinished import check_new
     from quant_methods.work_folder import locked
 
     if not args.merge or args.data is not None:

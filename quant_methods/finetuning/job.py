@@ -6,9 +6,8 @@ Everything that is not finished lies in a folder beside the output, which appear
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import quiet_transformers
-from quant_methods.checkpoints.checkpoint import full_disk_explained, write_json
+from quant_methods.checkpoints.checkpoint import full_disk_explained
 from quant_methods.checkpoints.replaceable import check_apart
-from quant_methods.finetuning.card import write_card
 from quant_methods.finetuning.examples import Examples, read_examples
 from quant_methods.finetuning.merge import merge
 from quant_methods.finetuning.settings import Settings
 from quant_methods.model_source import fingerprint, name_of, read_config
-from quant_methods.work_folder import locked
+from quant_methods.training.card import write_card
+from quant_methods.training.memory import memory_explained
+from quant_methods.training.unfinished import LOG, alone, check_new, finish, same_job, versions
 
 RESULT = "pareto_finetuning.json"
 """What a result says of how it came about."""
-MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 Say = Callable[[str], object]
 
@@ -93,17 +92,6 @@ class Job:
         }
 
 
-def check_new(out: Path) -> None:
-    """Refuse a place where something lies.
-
-    Raises:
-        ParetoError: it does.
-
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ParetoError(f"{out} exists; give another --out, or delete it")
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a fine-tuning made.
@@ -145,53 +133,50 @@ def finetune(job: Job, say: Say = lambda line: None) -> Outcome:
         # One process of several writes; the others find what it wrote.
         processes = PartialState(cpu=torch.device(job.device).type == "cpu")
         first = processes.is_main_process
-        lock = locked(job.work) if first else contextlib.nullcontext()
-        with lock, _memory_explained(job):
-            try:
-                return _finetune(job, examples, processes, say if first else lambda line: None)
-            except BaseException:
-                if first and (job.work / "job.json").is_file() and not _begun(job):
-                    shutil.rmtree(job.work)  # Nothing to go on from, so that a corrected command can start.
-                raise
+        less = [f"--lora-rank {job.settings.rank // 2}"] if job.settings.rank > 1 else []
+        own = alone(job.work) if first else contextlib.nullcontext()
+        with own, memory_explained(job.device, job.settings, less):
+            return _finetune(job, examples, processes, say if first else lambda line: None)
 
 
 def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome:
     from quant_methods.finetuning.load import load_coded
-    from quant_methods.finetuning.log import Log
-    from quant_methods.finetuning.tuner import last_whole, start_from_error, tuner, with_adapter
+    from quant_methods.finetuning.tuner import start_from_error, tuner, with_adapter
+    from quant_methods.training.checkpoints import last_whole, step_of
+    from quant_methods.training.log import Log, read_looks
 
     first, device = processes.is_main_process, job.device
     with processes.main_process_first():
         if first:
-            _same_job(job, examples)
-        before = last_whole(job.work)
+            same_job(job.work, job.describe(examples))
+        before = last_whole(job.work, delete=first)
     if device.startswith("cuda"):
         device = str(processes.device)
         torch.cuda.reset_peak_memory_stats()
-    log = job.work / "log.jsonl"
+    log = job.work / LOG
     model = with_adapter(load_coded(job.model, device), job.settings)
     if job.start_from is not None:
         share = start_from_error(model, job.start_from)
         say(f"the adapter starts as {share:.1%} of what quantization took away")
     trainer = tuner(model, job.model, examples, job.settings, job.work, device, Log(log, say))
-    resumed = 0 if before is None else int(before.name.rpartition("-")[2])
+    resumed = step_of(before)
     if resumed:
         say(f"goes on from step {resumed}")
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
-    looks = [entry for entry in _lines(log) if "eval_loss" in entry]
-    # A start that no step improved on is not kept: the Trainer has no checkpoint of it.
+    looks = read_looks(log)
+    # A start that no step improved on is not kept: an adapter that does nothing is of no use.
     kept = trainer.state.best_global_step or trainer.state.global_step
-    best = next(entry for entry in reversed(looks) if entry["step"] == kept)
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
-    outcome = Outcome(job.out, looks[0]["eval_loss"], best["eval_loss"], kept, resumed, peak)
+    start = looks[min(looks)]
+    outcome = Outcome(job.out, start["eval_loss"], looks[kept]["eval_loss"], kept, resumed, peak)
     if first:
-        _finish(job, examples, trainer, outcome, log)
+        _finish(job, examples, trainer, outcome)
     processes.wait_for_everyone()
     return outcome
 
 
-def _finish(job: Job, examples: Examples, trainer: Any, outcome: Outcome, log: Path) -> None:
+def _finish(job: Job, examples: Examples, trainer: Any, outcome: Outcome) -> None:
     adapter, made = job.work / "adapter", job.work / "made"
     shutil.rmtree(adapter, ignore_errors=True)
     shutil.rmtree(made, ignore_errors=True)
@@ -210,70 +195,31 @@ def _finish(job: Job, examples: Examples, trainer: Any, outcome: Outcome, log: P
         "before": outcome.before,
         "after": outcome.after,
         "peak_gpu_bytes": outcome.peak_bytes,
-        "versions": versions(),
+        "versions": versions("peft", "trl"),
     }
-    shutil.copyfile(log, made / "training_log.jsonl")
-    write_json(made / RESULT, about)
-    write_card(made, about)
-    if job.out.exists():
-        job.out.rmdir()  # An empty folder, as ``check`` saw.
-    made.rename(job.out)
-    shutil.rmtree(job.work)
+    _write_card(made, about)
+    finish(made, job.out, job.work, RESULT, about)
 
 
-def _same_job(job: Job, examples: Examples) -> None:
-    """Refuse to go on with what another job left; note what this one is. Without a checkpoint nothing is lost."""
-    path, about = job.work / "job.json", json.loads(json.dumps(job.describe(examples)))
-    found = json.loads(path.read_text()) if path.is_file() else None
-    if found is not None and _begun(job):
-        if wrong := [name for name, value in about["settings"].items() if found["settings"].get(name) != value]:
-            was, now = found["settings"].get(wrong[0]), about["settings"][wrong[0]]
-            what = f"another {wrong[0].replace('_', ' ')} ({was}, not {now})"
-        elif others := [name for name, value in about.items() if found.get(name) != value]:
-            what = {"data": "other data", "model": "another model"}.get(others[0], "another --start-from")
-        else:
-            return
-        raise ParetoError(
-            f"{job.work} is an unfinished run with {what}; give the same as then, another --out, or delete that folder"
-        )
-    strange = [path for path in job.work.iterdir() if path.name not in ("lock", "job.json", "log.jsonl", "adapter")]
-    if strange and found is None:
-        raise ParetoError(f"{job.work} holds {strange[0].name}, which pareto did not write; give another --out")
-    write_json(path, about)
-
-
-def _begun(job: Job) -> bool:
-    """Return whether a run left checkpoints."""
-    return any(job.work.glob("checkpoint-*"))
-
-
-@contextlib.contextmanager
-def _memory_explained(job: Job) -> Iterator[None]:
-    """Answer memory that runs out by what would take less."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(sign in str(error).lower() for sign in MEMORY_SIGNS):
-            raise
-        settings, less = job.settings, []
-        if settings.micro_batch > 1:
-            less.append(f"--micro-batch {settings.micro_batch // 2} (the same result, slower)")
-        if not settings.checkpointing:
-            less.append("--checkpointing (the same result, slower)")
-        less.append(f"--length {max(2, settings.length // 2)}")
-        if settings.rank > 1:
-            less.append(f"--lora-rank {settings.rank // 2}")
-        raise ParetoError(f"out of memory on {job.device}; give {', or '.join(less)}") from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a result depends on."""
-    import importlib.metadata
-
-    names = ("torch", "transformers", "peft", "trl", "accelerate", "vllm-pareto")
-    return {name: importlib.metadata.version(name) for name in names}
+def _write_card(folder: Path, about: dict[str, Any]) -> None:
+    """Write the model card of an adapter, or of a checkpoint that it was merged into."""
+    data, model, start = about["data"], about["model"], about["start_from"]
+    merged = "The adapter is merged, and kept in `adapter/`." if about["merged"] else "This is an adapter of peft's."
+    began = "" if start is None else f"It began as what quantization took from `{start['name']}`. "
+    write_card(
+        folder,
+        title=f"{model['name']}, fine-tuned",
+        labels={
+            "library_name": "transformers" if about["merged"] else "peft",
+            "base_model": model["name"],
+            "tags": "[lora, vllm-pareto]",
+        },
+        text=f"""{merged} {began}The state after step {about["kept_step"]} of {about["steps"]} was kept, the best on
+{data["held_out"]} examples that it never saw: a loss of {about["before"]:.4f} before, {about["after"]:.4f} after.""",
+        settings=about["settings"],
+        data=f"""Data: {data["training"]:,} examples of `{data["source"]}`, SHA-256 `{data["sha256"]}`. Base
+model: SHA-256 `{model["sha256"]}`.""",
+        versions=about["versions"],
+        result=RESULT,
+        learnt_from="the base model",
+    )

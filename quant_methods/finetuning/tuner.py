@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer, quiet_transformers
 from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.finetuning.examples import Examples
-from quant_methods.finetuning.log import Log
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.finetuning.settings import ALL, Settings
+from quant_methods.training.checkpoints import MarkWhole
+from quant_methods.training.log import Log
 
 WARM_UP = 0.03
-WHOLE = "whole"
-"""Written last into a checkpoint's folder: one without it was interrupted."""
-
-
-class Tuner(SFTTrainer):
-    """trl's trainer, which marks checkpoints that were written to their end."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_bytes(folder / WHOLE, b"")
 
 
 def with_adapter(model: Any, settings: Settings) -> PeftModel:
@@ -117,7 +103,7 @@ def start_from_error(model: PeftModel, original: Path) -> float:
 
 def tuner(
     model: PeftModel, model_dir: Path, examples: Examples, settings: Settings, work: Path, device: str, log: Log
-) -> Tuner:
+) -> SFTTrainer:
     """Return the trainer of a model with an adapter.
 
     Args:
@@ -166,32 +152,23 @@ def tuner(
     )
     disable_progress_bars()  # Of preparing the data, which the command's own lines do not need.
     with quiet_transformers():
-        made = Tuner(
+        made = SFTTrainer(
             model,
             arguments,
             train_dataset=Dataset.from_list(examples.training),
             eval_dataset=Dataset.from_list(examples.held_out),
             processing_class=load_tokenizer(model_dir),
-            callbacks=[log],
+            callbacks=[log, MarkWhole()],
         )
     made.remove_callback(PrinterCallback)
     _check_learnt(made, settings)
     return made
 
 
-def _check_learnt(made: Tuner, settings: Settings) -> None:
+def _check_learnt(made: SFTTrainer, settings: Settings) -> None:
     """Refuse data whose answers all lie behind the cut."""
     for data, name in ((made.train_dataset, "training"), (made.eval_dataset, "held-out")):
         if not any(label != -100 for labels in data["labels"] for label in labels):
             raise ParetoError(
                 f"none of the {name} examples has an answer within --length {settings.length} tokens; give a larger one"
             )
-
-
-def last_whole(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end; delete those that were not."""
-    found = [path for path in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    whole = [path for path in found if (path / WHOLE).is_file()]
-    for path in set(found) - set(whole):
-        shutil.rmtree(path)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

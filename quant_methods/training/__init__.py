@@ -1,1 +1,1 @@
-"""Trains whole models that are or will be compressed: tuning, recovery after pruning, movement pruning."""
+"""Trains whole models (tuning, recovery, movement pruning); and the log, card and checkpoints of long trainings."""

@@ -71,14 +71,15 @@ def test_a_fresh_student_comes_nearer_to_its_teacher_and_can_be_compressed(teach
 
 KILLED = """
 import os, signal, sys
-from quant_methods.distillation import command, distiller
+from quant_methods.distillation import command
+from quant_methods.training import checkpoints
 from vllm_ext.cli import build_parser
-real = distiller.write_bytes
+real = checkpoints.write_bytes
 def write(path, data):
     if "-4/" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, data)
-distiller.write_bytes = write
+checkpoints.write_bytes = write
 command.run(build_parser("distill", command).parse_args(sys.argv[1:]))
 """
 
@@ -94,7 +95,7 @@ def test_what_was_killed_goes_on_to_the_same_losses_and_the_same_bytes(teacher, 
     work = tmp_path / ".killed.distill"
     assert (work / "checkpoint-4").is_dir()
     assert not out.exists()
-    with pytest.raises(ParetoError, match="unfinished run with another settings; give the same as then"):
+    with pytest.raises(ParetoError, match=r"another kl share \(0\.5, not 0\.9\); give the same as then"):
         command.run(arguments(teacher, text, out, f"{shape} --kl-share 0.9"))
     found = distilled(teacher, text, out, shape)
 
@@ -135,6 +136,20 @@ def test_a_student_that_learns_with_codes_brings_scales_and_is_cut(teacher, text
     assert KVScales.load(out).num_layers == 2
     assert json.loads((out / job.RESULT).read_text())["kv_bits"] == [3, 2]
     assert "codes of 3 and 2 bits" in (out / "README.md").read_text()
+
+
+def test_a_student_that_no_step_improved_stays_as_it_was(teacher, text, tmp_path, capsys):
+    """A student that is its teacher can only get worse."""
+    out = tmp_path / "student"
+    found = looks(distilled(teacher, text, out, f"--student {teacher} --kl-share 0.5 --kv-bits 4"))
+    assert min(found, key=lambda step: found[step]["eval_kl"]) == 0, "the test means to make it worse"
+    about = json.loads((out / job.RESULT).read_text())
+    assert about["kept_step"] == 0
+    assert about["after"] == about["before"]
+    weights, wanted = load_model(out, "cpu").state_dict(), load_model(teacher, "cpu").state_dict()
+    assert all(torch.equal(weights[name], wanted[name].bfloat16().float()) for name in wanted)
+    assert KVScales.load(out).num_layers == 3
+    assert "no state was better than the start" in capsys.readouterr().out
 
 
 def test_text_alone_needs_no_teachers_probabilities(teacher, text, tmp_path, shape):

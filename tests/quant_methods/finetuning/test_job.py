@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kv_cache.atomic import write_bytes
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
@@ -24,6 +25,7 @@ from quant_methods.finetuning.settings import Settings
 from quant_methods.methods.rtn import RTN
 from quant_methods.model_source import read_config
 from quant_methods.recipe import Recipe
+from quant_methods.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(3, 63).reshape(2, 30)
@@ -138,6 +140,36 @@ def test_a_start_from_the_error_is_nearer_to_the_original(tiny_model, text_file,
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
 
+def check_went_on(outcome, whole, out):
+    """A run that went on has the loss of the one that was never stopped, and a line for each figure in order."""
+    assert outcome.resumed in (2, 3)
+    assert outcome.after == pytest.approx(json.loads((whole / RESULT).read_text())["after"], rel=1e-5)
+    steps = [entry["step"] for entry in read_log(out / "training_log.jsonl")]
+    assert steps == sorted(steps)
+    assert {1, 2, 3, 4} <= set(steps)
+
+
+def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_path, monkeypatch):
+    """It is stopped in the middle of the third checkpoint, which is written but not whole."""
+
+    def stop(path, data):
+        if "checkpoint-3" in str(path):
+            raise KeyboardInterrupt
+        write_bytes(path, data)
+
+    job = Job(coded_model, chats, tmp_path / "out", SETTINGS)
+    with monkeypatch.context() as patch:
+        patch.setattr("quant_methods.training.checkpoints.write_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(job)
+    assert (job.work / "checkpoint-3").is_dir()
+    outcome = finetune(job)
+    assert outcome.resumed == 2
+    check_went_on(outcome, tuned, job.out)
+    assert not job.work.exists()
+
+
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_path):
     out = tmp_path / "out"
     code = (
@@ -154,11 +186,7 @@ def test_a_killed_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     outcome = finetune(Job(coded_model, chats, out, SETTINGS))
-    assert outcome.resumed in (2, 3)
-    whole = json.loads((tuned / RESULT).read_text())
-    assert outcome.after == pytest.approx(whole["after"], rel=1e-5)
-    steps = [json.loads(line)["step"] for line in (out / "training_log.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
+    check_went_on(outcome, tuned, out)
 
 
 def test_an_unfinished_run_of_something_else_is_kept(coded_model, chats, tmp_path):

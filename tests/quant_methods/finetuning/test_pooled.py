@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerState
 
 from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
@@ -14,7 +13,6 @@ from quant_methods.compress import compress
 from quant_methods.embedded import MODELS
 from quant_methods.finetuning import command
 from quant_methods.finetuning.load import load_coded
-from quant_methods.finetuning.log import Log
 from quant_methods.finetuning.merge import merge
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.methods.rtn import RTN
@@ -126,15 +124,3 @@ def test_pooled_is_for_merge(w4, chats, tmp_path):
     with pytest.raises(ParetoError, match="--pooled is for --merge"):
         run(w4, "--data", chats, "--out", tmp_path / "out", "--pooled", *FLAGS)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_goes_on_logs_a_look_once(tmp_path):
-    log, state = Log(tmp_path / "log.jsonl", lambda line: None), TrainerState(global_step=0, max_steps=4)
-    for first in (0, 2):
-        state.global_step = first
-        log.on_train_begin(None, state, None)
-        for step in range(first, 4, 2):
-            state.global_step = step
-            log.on_log(None, state, None, {"eval_loss": 2.0 - step})
-    steps = [json.loads(line)["step"] for line in log.path.read_text().splitlines()]
-    assert steps == [0, 2], "the look at step 2 belongs to the run before"
