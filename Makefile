@@ -16,29 +16,30 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time; then what takes
-# longest goes first, so that both cores are busy until the end.
+# Three at a time on two cores, as the load tests wait most of the time; what takes longest goes first, so that both cores
+# are busy until the end.
 test: setup
-	$(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-loadtest test-weights test-engines test-others
+	$(MAKE) --no-print-directory --output-sync=target --jobs=3 test-loadtest test-weights test-engines lint test-others
 
 # In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
 # Locust brings, do not stand it.
 test-loadtest:
-	.venv/bin/python -m pytest tests/loadtest
+	.venv/bin/python -m pytest -m "not long" tests/loadtest
 
 test-engines:
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "engine and not long" --ignore=tests/loadtest
 
-# Engine tests that take long: all families of models, ranks, drafts; and the page of what is served (docs/models.md).
+# Tests that take long: all families of models, ranks, drafts, kills; and the page of what is served (docs/models.md).
 test-long: setup
 	.venv/bin/python -m pytest -m "long and not gpu" --ignore=tests/loadtest
+	.venv/bin/python -m pytest -m long tests/loadtest
 	.venv/bin/python -m tests.support_table
 
 test-weights:
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" tests/quant_methods
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" tests/quant_methods
 
 test-others:
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine" --ignore=tests/loadtest --ignore=tests/quant_methods
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" --ignore=tests/loadtest --ignore=tests/quant_methods
 
 # PARETO_WHEEL=FILE: a wheel that is there, instead of one built for the test.
 test-wheel: setup

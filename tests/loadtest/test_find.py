@@ -27,6 +27,7 @@ def run(url: str, out: Path, words: str) -> Summary:
     return run_load_test(load_settings(parser.parse_args([*common.split(), *words.split()])))
 
 
+@pytest.mark.long  # test_search.py searches a simulated server.
 def test_the_knee_of_a_server_is_found(mock_server: Factory, tmp_path: Path) -> None:
     slots = 4
     server = mock_server(ttft_ms=200, capacity=slots)

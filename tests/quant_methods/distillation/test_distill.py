@@ -84,6 +84,7 @@ command.run(build_parser("distill", command).parse_args(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_what_was_killed_goes_on_to_the_same_losses_and_the_same_bytes(teacher, text, tmp_path, shape):
     """It is killed inside the second checkpoint, before that is whole: the first is what it goes on from."""
     whole = distilled(teacher, text, tmp_path / "whole", shape)

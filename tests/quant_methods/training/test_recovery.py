@@ -132,7 +132,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if name == "rounded" else pytest.param(name, marks=pytest.mark.long) for name in RECIPES]
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path, name: str
 ) -> None:
@@ -167,8 +169,11 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 
 @pytest.mark.parametrize(
     "steps",
-    [(PRUNED, RECOVER, W4), (PRUNED, RECOVER, W4, TUNE), (dataclasses.replace(MOVEMENT, pattern="2:4"), W4)],
-    ids=["rounded", "tuned", "movement"],
+    [
+        pytest.param((PRUNED, RECOVER, W4), id="rounded", marks=pytest.mark.long),
+        pytest.param((PRUNED, RECOVER, W4, TUNE), id="tuned"),
+        pytest.param((dataclasses.replace(MOVEMENT, pattern="2:4"), W4), id="movement", marks=pytest.mark.long),
+    ],
 )
 def test_what_learned_is_rounded_with_its_zeros(
     tiny_model: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...]
