@@ -16,10 +16,10 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Three at a time on two cores, as the load tests wait most of the time; what takes longest goes first, so that both cores
-# are busy until the end.
+# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time; then what takes
+# longest goes first, so that both cores are busy until the end.
 test: setup
-	$(MAKE) --no-print-directory --output-sync=target --jobs=3 test-loadtest test-weights test-engines lint test-others
+	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-loadtest lint test-weights test-engines test-others
 
 # In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
 # Locust brings, do not stand it.

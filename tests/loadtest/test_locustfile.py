@@ -151,7 +151,7 @@ def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path:
     server, out = mock_server(ttft_ms=900), tmp_path / "out"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    words = f"--host {server.url} --headless -u 4 -r 4 -t 2s --output-tokens 1 --out {out} --master-bind-port {port}"
+    words = f"--host {server.url} --headless -u 4 -r 4 -t 5s --output-tokens 1 --out {out} --master-bind-port {port}"
     status, output = locust(*words.split(), *load.split(), "--master-port", str(port))
     assert status == 0, output
     (stage,) = json.loads((out / "summary.json").read_text())["stages"]
