@@ -20,7 +20,8 @@ from loadtest.deploy.rules import rules
 from loadtest.results.records import Record
 from tests.watching import DEPLOY, LATENCIES, TITLES, exact, free_port, load, prometheus, quantiles, seen
 
-pytestmark = pytest.mark.engine
+# Where other work takes the cores, the load makes no queue, and panels of waiting find nothing.
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 @dataclass(frozen=True)
