@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from loadtest.deploy.panels import PANELS
+from loadtest.deploy.panels import PANELS, filled
 from loadtest.deploy.prometheus_api import Line, Prometheus
 from loadtest.errors import LoadTestError
 from loadtest.results.output import RECORDS
@@ -130,3 +130,14 @@ def quantiles(title: str, side: str) -> list[tuple[float, str]]:
 
 
 TITLES = dict(zip(LATENCIES, ("Time to first token", "Time per output token", "End to end"), strict=True))
+
+
+def check_quantiles(server: Prometheus, records: list[Record], name: str, begin: float, end: float) -> None:
+    """Compare the client's quantiles on the board, over the time from begin to end, with the exact ones."""
+    values = exact(records, name)
+    window = f"{end - begin:.0f}s"
+    for level, expr in quantiles(TITLES[name], "client"):
+        (shown,) = server.instant(filled(expr, window), end).values()
+        # A quantile of few values may be any number between two of them.
+        low, high = (np.quantile(values, level, method=method) for method in ("lower", "higher"))
+        assert low * 0.95 <= shown <= high * 1.05, (name, level)

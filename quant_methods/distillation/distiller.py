@@ -24,6 +24,7 @@ from quant_methods.distillation.data import Data
 from quant_methods.distillation.heads import Head
 from quant_methods.distillation.settings import Settings
 from quant_methods.distillation.teacher import Targets, Teacher
+from quant_methods.training.arguments import shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.losses import divergence, forward_kl, hidden_loss, over_chunks, text_loss
 
@@ -65,36 +66,13 @@ class Distiller(Trainer):
         look = max(1, math.ceil(steps / settings.looks))
         cpu = torch.device(device).type == "cpu"
         arguments = TrainingArguments(
-            output_dir=str(work),
-            max_steps=steps,
-            per_device_train_batch_size=settings.micro_batch,
-            gradient_accumulation_steps=settings.batch // settings.micro_batch,
-            gradient_checkpointing=settings.checkpointing,
-            learning_rate=settings.learning_rate,
+            **shared_arguments(settings, work, steps=steps, look=look, cpu=cpu),
             weight_decay=settings.weight_decay,
             adam_beta2=0.95,
             warmup_steps=math.ceil(WARM_UP * steps),
-            lr_scheduler_type="cosine",
-            bf16=not cpu,
-            use_cpu=cpu,
-            eval_strategy="steps",
-            eval_steps=look,
-            eval_on_start=True,
-            save_strategy="steps",
-            save_steps=look,
-            save_total_limit=2,
-            load_best_model_at_end=True,
             metric_for_best_model="eval_kl" if settings.kl_share else "eval_loss",
-            greater_is_better=False,
-            logging_steps=max(1, min(10, look)),
-            logging_nan_inf_filter=False,
-            dataloader_pin_memory=not cpu,
             dataloader_drop_last=True,
             remove_unused_columns=False,
-            disable_tqdm=True,
-            report_to="none",
-            seed=settings.seed,
-            data_seed=settings.seed,
         )
         self.teacher, self.data, self.settings, self.cache = teacher, data, settings, cache
         self.measure = divergence(settings.loss, settings.skew)

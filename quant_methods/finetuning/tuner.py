@@ -21,6 +21,7 @@ from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.finetuning.examples import Examples
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.finetuning.settings import ALL, Settings
+from quant_methods.training.arguments import shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.log import Log
 
@@ -121,34 +122,11 @@ def tuner(
     steps = settings.steps or max(1, math.ceil(settings.epochs * each))
     look = min(steps, settings.save_steps or max(1, steps // 10))
     arguments = SFTConfig(
-        output_dir=str(work),
-        max_steps=steps,
+        **shared_arguments(settings, work, steps=steps, look=look, cpu=cpu),
         max_length=settings.length,
-        per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch // settings.micro_batch,
-        gradient_checkpointing=settings.checkpointing,
-        learning_rate=settings.learning_rate,
         warmup_steps=math.ceil(WARM_UP * steps),
-        lr_scheduler_type="cosine",
-        bf16=not cpu,
-        use_cpu=cpu,
-        eval_strategy="steps",
-        eval_steps=look,
-        eval_on_start=True,
-        save_strategy="steps",
-        save_steps=look,
-        save_total_limit=2,
-        load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=max(1, min(10, look)),
-        logging_nan_inf_filter=False,
-        dataloader_pin_memory=not cpu,
-        disable_tqdm=True,
-        report_to="none",
-        seed=settings.seed,
-        data_seed=settings.seed,
     )
     disable_progress_bars()  # Of preparing the data, which the command's own lines do not need.
     with quiet_transformers():

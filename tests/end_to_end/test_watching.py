@@ -18,7 +18,7 @@ from loadtest.deploy.panels import PANELS, filled
 from loadtest.deploy.prometheus_api import Line, Prometheus
 from loadtest.deploy.rules import rules
 from loadtest.results.records import Record
-from tests.watching import DEPLOY, LATENCIES, TITLES, exact, free_port, load, prometheus, quantiles, seen
+from tests.watching import DEPLOY, LATENCIES, check_quantiles, free_port, load, prometheus, seen
 
 # Where other work takes the cores, the load makes no queue, and panels of waiting find nothing.
 pytestmark = [pytest.mark.engine, pytest.mark.long]
@@ -82,13 +82,7 @@ def test_no_rule_is_empty(watched: Watched) -> None:
 
 @pytest.mark.parametrize("name", LATENCIES)
 def test_quantiles_of_the_client_are_within_5_percent_of_the_exact(watched: Watched, name: str) -> None:
-    values = exact(watched.records, name)
-    window = f"{watched.end - watched.second:.0f}s"
-    for level, expr in quantiles(TITLES[name], "client"):
-        (shown,) = watched.prometheus.instant(filled(expr, window), watched.end).values()
-        # A quantile of few values may be any number between two of them.
-        low, high = (np.quantile(values, level, method=method) for method in ("lower", "higher"))
-        assert low * 0.95 <= shown <= high * 1.05, (name, level)
+    check_quantiles(watched.prometheus, watched.records, name, watched.second, watched.end)
 
 
 def test_the_server_counts_in_buckets_of_5_percent(watched: Watched) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 
 from loadtest.deploy.panels import PANELS, Needs, filled
@@ -16,7 +15,7 @@ from loadtest.deploy.prometheus_api import Prometheus
 from loadtest.errors import LoadTestError
 from loadtest.mock_server import MockConfig, MockServer
 from loadtest.results.records import Record
-from tests.watching import LATENCIES, TITLES, exact, free_port, load, prometheus, quantiles, seen
+from tests.watching import LATENCIES, check_quantiles, free_port, load, prometheus, seen
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,7 @@ def test_no_query_about_a_load_test_is_empty(watched: Watched) -> None:
 
 @pytest.mark.parametrize("name", LATENCIES)
 def test_quantiles_are_within_5_percent_of_the_exact(watched: Watched, name: str) -> None:
-    values = exact(watched.records, name)
-    window = f"{watched.end - watched.start:.0f}s"
-    for level, expr in quantiles(TITLES[name], "client"):
-        (shown,) = watched.prometheus.instant(filled(expr, window), watched.end).values()
-        # A quantile of few values may be any number between two of them.
-        low, high = (np.quantile(values, level, method=method) for method in ("lower", "higher"))
-        assert low * 0.95 <= shown <= high * 1.05, (name, level)
+    check_quantiles(watched.prometheus, watched.records, name, watched.start, watched.end)
 
 
 def test_the_last_scrape_has_every_request(watched: Watched) -> None:

@@ -1,0 +1,60 @@
+"""What fine-tuning and distillation ask of transformers' Trainer alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class TrainerSettings(Protocol):
+    """The settings of a training that the Trainer is told; see the rooms' own for what each means."""
+
+    @property
+    def batch(self) -> int: ...  # noqa: D102
+    @property
+    def micro_batch(self) -> int: ...  # noqa: D102
+    @property
+    def learning_rate(self) -> float: ...  # noqa: D102
+    @property
+    def checkpointing(self) -> bool: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look: int, cpu: bool) -> dict[str, Any]:
+    """Return arguments of ``TrainingArguments``: looks at held-out data with a checkpoint each, the best one kept.
+
+    Args:
+        settings: of the training.
+        work: folder of the checkpoints.
+        steps: in all.
+        look: steps between two looks.
+        cpu: whether it runs on the CPU, in float32; on a GPU products are in bfloat16.
+
+    """
+    return {
+        "output_dir": str(work),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": settings.batch // settings.micro_batch,
+        "gradient_checkpointing": settings.checkpointing,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "bf16": not cpu,
+        "use_cpu": cpu,
+        "eval_strategy": "steps",
+        "eval_steps": look,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": look,
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "greater_is_better": False,
+        "logging_steps": max(1, min(10, look)),
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": not cpu,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+    }
