@@ -13,9 +13,9 @@ shared by all workers; with ``--request-rate`` each user is a stream of arrivals
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -78,8 +78,9 @@ class EndlessStage(Stage):
         self, warmup: bool, stream_id: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[float, Ticket]]:
         """Yield the arrivals of one stream, or a part of it."""
+        begun = self.elapsed()
         for offset, ticket in super().arrivals(warmup, stream_id, part):
-            yield offset, replace(ticket, warmup=self._warming())
+            yield offset, replace(ticket, warmup=begun + offset < self._warmup_s)
 
     def _warming(self) -> bool:
         return self.elapsed() < self._warmup_s
@@ -291,11 +292,11 @@ class LocustTest:
             self.report.close()
         if self.serving:
             if self.options.headless:
-                # Ctrl-C ends the wait, and gevent need not print it as an error.
-                hub = gevent.get_hub()
-                hub.NOT_ERROR = (*hub.NOT_ERROR, KeyboardInterrupt)
-                with contextlib.suppress(KeyboardInterrupt):
-                    await_last_scrape(self.serving, float(self.options.exporter_linger), gevent.sleep)
+                # Ctrl-C ends the wait. As an exception it would be lost where it meets the exporter's own greenlet.
+                told = Event()
+                watcher = gevent.signal_handler(signal.SIGINT, told.set)
+                await_last_scrape(self.serving, float(self.options.exporter_linger), told.wait)
+                watcher.cancel()
             self.serving.stop()
             self.serving = None
 

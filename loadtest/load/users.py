@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import gevent
 from gevent.lock import DummySemaphore, Semaphore
@@ -16,6 +17,7 @@ from loadtest import clock
 from loadtest.endpoint.answer import Answer
 from loadtest.endpoint.apis.registry import APIS
 from loadtest.endpoint.client import Client
+from loadtest.load.ahead import Ahead
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage, Ticket
 from loadtest.results import records
@@ -240,12 +242,12 @@ class GenerationUser(User):
             for warmup in (True, False):
                 if warmup and not stage.spec.warmup:
                     continue
+                made = Ahead(stage.arrivals(warmup, stream_id, part), partial(session.prepare, stream_id=stream_id))
+                made.fill()
                 if not warmup and stage.spec.warmup:
                     stage.begin_measuring()
-                zero = clock.now()
-                for offset, ticket in stage.arrivals(warmup, stream_id, part):
-                    request = session.prepare(ticket, stream_id)
-                    gevent.sleep(max(0.0, zero + offset - clock.now()))
+                zero = made.begin()
+                for offset, ticket, request in made:
                     if stage.closed:
                         break
                     in_flight.spawn(session.send, ticket, request, zero + offset)

@@ -40,7 +40,7 @@ def locust(*words: str) -> tuple[int, str]:
 
 def test_headless_writes_records_and_summary(mock_server: Factory, tmp_path: Path) -> None:
     server, out = mock_server(ttft_ms=60, itl_ms=5), tmp_path / "out"
-    words = f"--host {server.url} --headless -u 3 -r 3 -t 3s --output-tokens 4 --warmup-s 0.5 --out {out}"
+    words = f"--host {server.url} --headless -u 3 -r 3 -t 6s --output-tokens 4 --warmup-s 0.5 --out {out}"
     status, output = locust(*words.split(), "--only-summary")
     assert status == 0, output
     (stage,) = json.loads((out / "summary.json").read_text())["stages"]
@@ -61,7 +61,7 @@ def test_a_master_merges_the_records_of_its_workers(mock_server: Factory, tmp_pa
         port = listener.getsockname()[1]
     workers = [start("--worker", "--master-port", str(port)) for _ in range(2)]
     words = f"--master --master-bind-port {port} --expect-workers 2 --expect-workers-max-wait 30 --headless"
-    load = f"-u 2 -r 2 -t 3s --host {server.url} --request-rate 10 --arrival constant --output-tokens 2"
+    load = f"-u 2 -r 2 -t 5s --host {server.url} --request-rate 10 --arrival constant --output-tokens 2"
     try:
         status, output = locust(*words.split(), *load.split(), "--out", str(out), "--goodput", "ttft:9999")
         assert status == 0, output
@@ -163,7 +163,7 @@ def test_the_exporter_waits_for_its_last_scrape(mock_server: Factory, tmp_path: 
     server, out = mock_server(ttft_ms=20), tmp_path / "out"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    words = f"--host {server.url} --headless -u 2 -r 2 -t 2s --output-tokens 2 --exporter-port {port} --label tried"
+    words = f"--host {server.url} --headless -u 2 -r 2 -t 5s --output-tokens 2 --exporter-port {port} --label tried"
     process = start(*words.split(), "--out", str(out), "--only-summary")
     text = ""
     deadline = time.monotonic() + 60
