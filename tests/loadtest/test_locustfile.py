@@ -146,7 +146,9 @@ def test_bad_input_ends_locust_with_status_2(words: str, why: str) -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("load", ["", "--processes 2", "--request-rate 4 --processes 2"])
+@pytest.mark.parametrize(
+    "load", ["", "--processes 2", pytest.param("--request-rate 4 --processes 2", marks=pytest.mark.long)]
+)
 def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path: Path, load: str) -> None:
     server, out = mock_server(ttft_ms=900), tmp_path / "out"
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -153,7 +153,13 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    "moment", ["block 1/3: mlp.down_proj", "block 2/3", "block 3/3: running", "writing the checkpoint"]
+    "moment",
+    [
+        pytest.param("block 1/3: mlp.down_proj", marks=pytest.mark.long),
+        "block 2/3",
+        pytest.param("block 3/3: running", marks=pytest.mark.long),
+        "writing the checkpoint",
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path, moment: str
@@ -368,7 +374,7 @@ def test_what_stock_vllm_cannot_serve_is_stored_in_our_format(
     "step",
     [
         Parts(bits=3, group_size=64, symmetric=False, columns=2, column_bits=8, sparse=True),
-        Trellis(bits=3, group_size=32),
+        pytest.param(Trellis(bits=3, group_size=32), marks=pytest.mark.long),
     ],
     ids=["grid", "trellis"],
 )

@@ -63,7 +63,7 @@ def test_pruned_weights_are_stored_densely_with_their_zeros(
     ],
     ids=["pruned", "fitted", "then rounded", "with bits"],
 )
-@pytest.mark.parametrize("moment", ["block 2/3", "writing the checkpoint"])
+@pytest.mark.parametrize("moment", ["block 2/3", pytest.param("writing the checkpoint", marks=pytest.mark.long)])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     tiny_model: Path, text_file: Path, tmp_path: Path, steps: tuple[Step, ...], moment: str
 ) -> None:

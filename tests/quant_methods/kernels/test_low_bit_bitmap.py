@@ -38,7 +38,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[::2], *(pytest.param(one, marks=pytest.mark.long) for one in SHAPES[1::2])], ids=str
+)
 def test_emulated_products(shape, emulated):
     check(4, *shape, emulated, kind="bitmap")
 

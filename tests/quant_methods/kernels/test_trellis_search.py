@@ -103,7 +103,7 @@ def test_streams_and_states(bits):
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, *(pytest.param(bits, marks=pytest.mark.long) for bits in (3, 4))])
 def test_the_compiled_search_finds_streams_as_close(bits, isa):
     if not served(isa):
         pytest.skip(f"this processor has no {isa}")
