@@ -14,6 +14,7 @@ from quant_methods.distillation.settings import Settings
 from quant_methods.threads import wait_asleep
 
 if TYPE_CHECKING:
+    from quant_methods.distillation.cut import Sizes
     from quant_methods.distillation.job import Job
 
 HELP = "train a small model to put out what a large one does"
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("held-out", int, "more of them, which decide what is kept"),
         ("length", int, "tokens of each"),
         ("epochs", float, "passes over the samples"),
+        ("steps", int, "in all, in the place of --epochs"),
         ("batch", int, "sequences a step, on each device"),
         ("micro-batch", int, "of which so many are in memory at once (default: --batch, at most 8)"),
         ("learning-rate", float, "AdamW's"),
@@ -99,11 +101,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("looks", int, "at the held-out sequences; a checkpoint each"),
         ("seed", int, "of everything that is random"),
     ):
-        given = getattr(default, name.replace("-", "_")) if name != "micro-batch" else None
+        given = getattr(default, name.replace("-", "_")) if name not in ("micro-batch", "steps") else None
         loop.add_argument(
             f"--{name}", type=kind, default=given, help=what + ("" if given is None else " (default: %(default)s)")
         )
     loop.add_argument("--checkpointing", action="store_true", help="less memory: blocks run again on the way back")
+
+
+def checked_settings(args: argparse.Namespace) -> Settings:
+    """Return the settings that the flags say, which name one student.
+
+    Raises:
+        ParetoError: a number makes no training, or there is no student, or several.
+
+    """
+    from quant_methods.distillation.job import check_one_student
+
+    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    values["steps"] = args.steps or 0
+    if values["micro_batch"] is None:
+        values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
+    settings = Settings(**values)
+    settings.check()
+    check_one_student(args.student, args.student_config, _sizes(args))
+    if args.kv_bits is not None:
+        kv_bits(args.kv_bits)
+    return settings
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    from quant_methods.distillation.cut import Sizes
+
+    return Sizes(args.keep_layers, args.keep_heads, args.keep_kv_heads, args.keep_intermediate, args.keep_hidden)
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -116,15 +145,10 @@ def job_of(args: argparse.Namespace) -> Job:
     import torch
 
     from quant_methods.compress import check_device
-    from quant_methods.distillation.cut import Sizes
     from quant_methods.distillation.job import Job
     from quant_methods.model_source import resolve_model
 
-    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    if values["micro_batch"] is None:
-        values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
-    settings = Settings(**values)
-    settings.check()
+    settings = checked_settings(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     return Job(
@@ -134,7 +158,7 @@ def job_of(args: argparse.Namespace) -> Job:
         settings=settings,
         student=None if args.student is None else resolve_model(args.student),
         shape=args.student_config,
-        sizes=Sizes(args.keep_layers, args.keep_heads, args.keep_kv_heads, args.keep_intermediate, args.keep_hidden),
+        sizes=_sizes(args),
         url=args.url,
         cache=args.teacher_cache,
         top_k=args.top_k,

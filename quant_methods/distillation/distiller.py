@@ -62,7 +62,7 @@ class Distiller(Trainer):
         cache: CodedCache | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        steps = max(1, math.ceil(settings.epochs * len(data) / settings.batch))
+        steps = settings.total_steps
         look = max(1, math.ceil(steps / settings.looks))
         cpu = torch.device(device).type == "cpu"
         arguments = TrainingArguments(

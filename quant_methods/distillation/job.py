@@ -38,6 +38,25 @@ CALIBRATION = 16
 Say = Callable[[str], object]
 
 
+def check_one_student(given: object, shape: object, sizes: Sizes) -> None:
+    """Refuse a job without a student, or with several.
+
+    Args:
+        given: a student that is given, or None.
+        shape: the shape of one, or None.
+        sizes: of one that is cut out of its teacher.
+
+    Raises:
+        ParetoError: not one of the three.
+
+    """
+    if sum([given is not None, shape is not None, sizes != Sizes()]) != 1:
+        raise ParetoError(
+            "give one student: --student MODEL, --student-config FILE, or --keep-layers (and other --keep-...) to cut "
+            "it out of its teacher"
+        )
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be done.
@@ -86,12 +105,7 @@ class Job:
 
         """
         self.settings.check()
-        ways = [self.student is not None, self.shape is not None, self.sizes != Sizes()]
-        if sum(ways) != 1:
-            raise ParetoError(
-                "give one student: --student MODEL, --student-config FILE, or --keep-layers (and other --keep-...) to "
-                "cut it out of its teacher"
-            )
+        check_one_student(self.student, self.shape, self.sizes)
         if self.url and self.sizes != Sizes():
             raise ParetoError("a student cannot be cut out of a teacher that a server runs; give the teacher's folder")
         check_new(self.out)

@@ -18,7 +18,8 @@ class Settings:
         samples: sequences to train on.
         held_out: sequences that decide which state is kept.
         length: tokens of each.
-        epochs: passes over the samples.
+        epochs: passes over the samples; not used where ``steps`` says how long.
+        steps: in all; 0: as many as the epochs have.
         batch: sequences a step, on each device.
         micro_batch: of which so many are in memory at once.
         learning_rate: AdamW's highest; warmed up over the first 5% of the steps, then down to 0 as a cosine.
@@ -39,6 +40,7 @@ class Settings:
     held_out: int = 32
     length: int = 1024
     epochs: float = 1.0
+    steps: int = 0
     batch: int = 8
     micro_batch: int = 8
     learning_rate: float = 1e-4
@@ -68,8 +70,15 @@ class Settings:
                 raise ParetoError(f"--{name.replace('_', '-')} {getattr(self, name):g} is not positive")
         if self.batch % self.micro_batch:
             raise ParetoError(f"--micro-batch {self.micro_batch} does not divide --batch {self.batch}")
+        if self.steps < 0:
+            raise ParetoError(f"--steps {self.steps} is negative")
         if self.hidden < 0 or self.weight_decay < 0:
             raise ParetoError("--hidden and --weight-decay are not negative")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps in all."""
+        return self.steps or max(1, math.ceil(self.epochs * self.samples / self.batch))
 
     @property
     def temperatures(self) -> tuple[float, ...]:
