@@ -190,10 +190,10 @@ class Distiller(Trainer):
         numbers = list(range(len(data), len(data.tokens)))[
             self.accelerator.process_index :: self.accelerator.num_processes
         ]
-        for number in numbers:
-            tokens = data.tokens[number : number + 1].to(self.args.device)
-            counted = data.counted[number : number + 1].to(self.args.device)
-            targets = self._targets(torch.tensor([number]), tokens) if self.settings.kl_share else None
+        each = self.settings.micro_batch
+        for some in (numbers[start : start + each] for start in range(0, len(numbers), each)):
+            tokens, counted = data.tokens[some].to(self.args.device), data.counted[some].to(self.args.device)
+            targets = self._targets(torch.tensor(some), tokens) if self.settings.kl_share else None
             with self.coded(), self.head.removed(), self.autocast_smart_context_manager():
                 out = running(input_ids=tokens, use_cache=False)
             sums = self._sums(out.logits, tokens, counted, targets, 1.0, train=False)
