@@ -31,6 +31,7 @@ examples:
   pareto distill ref-7m --student-config shape.yaml --data text.jsonl --kl-share 0.7 --temperature 2 --out small
   pareto distill ref-7m --student ref-7m --kv-bits 3 --data text.jsonl --out ref-7m-kv3    (learns to live with codes)
   pareto distill ref-7m --keep-layers 4 --weight-bits 4 --data text.jsonl --out small-w4   (the same, of weights)
+  pareto distill Qwen/Qwen3-1.7B --student Qwen/Qwen3-0.6B --data chats.jsonl --on-policy 0.5 --out qwen-own-words
   pareto distill Qwen/Qwen3-1.7B --url http://127.0.0.1:8000 --student-config shape.yaml --data text.jsonl --out small
   accelerate launch --num_processes 4 -m vllm_ext.cli distill MODEL --keep-layers 20 --data text.jsonl --out small
 
@@ -77,11 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=default.temperature, help="of both models in the KL (default: %(default)s)"
     )
     loss.add_argument(
-        "--loss", default=default.loss, help="forward, reverse, skew or skew-reverse KL (default: %(default)s)"
+        "--loss", default=default.loss, help="forward, reverse, skew or skew-reverse KL, or jsd (default: %(default)s)"
     )
-    loss.add_argument("--skew", type=float, default=default.skew, help="of the skewed ones (default: %(default)s)")
+    loss.add_argument(
+        "--skew",
+        type=float,
+        default=default.skew,
+        help="of the skewed ones; of jsd the teacher's share of the mixture (default: %(default)s)",
+    )
     loss.add_argument(
         "--hidden", type=float, default=default.hidden, metavar="WEIGHT", help="of hidden states' distance; 0: none"
+    )
+    loss.add_argument(
+        "--on-policy",
+        type=float,
+        default=default.on_policy,
+        metavar="FRACTION",
+        help="of the training in which the student writes itself, and the teacher says what it would have",
+    )
+    loss.add_argument(
+        "--new-tokens", type=int, default=default.new_tokens, help="that it writes at most (default: %(default)s)"
     )
     say = parser.add_argument_group("teacher")
     say.add_argument("--top-k", type=int, default=0, metavar="K", help="keep its K most likely tokens on disk (64)")

@@ -108,6 +108,11 @@ class Job:
         check_one_student(self.student, self.shape, self.sizes)
         if self.url and self.sizes != Sizes():
             raise ParetoError("a student cannot be cut out of a teacher that a server runs; give the teacher's folder")
+        if self.settings.on_policy and (self.url or self.top_k):
+            raise ParetoError(
+                "--on-policy: what a student will write nobody can ask a teacher before; leave out --top-k and --url, "
+                "so that it is in memory"
+            )
         check_new(self.out)
         check_apart(self.out, {"the teacher": self.teacher, "the data": self.text})
 
@@ -193,6 +198,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     teacher.check(job.settings.temperatures, hidden=bool(job.settings.hidden))
     from quant_methods.distillation.codes import observe_attention, round_weights
     from quant_methods.distillation.in_memory import load_model
+    from quant_methods.distillation.on_policy import Writer, stop_tokens
 
     student = load_model(start, device).train()
     cache = _cache(job, data, start, device)
@@ -200,8 +206,9 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
         observe_attention(student)
     tokens = job.settings.batch * processes.num_processes * job.settings.length
     log = Log(job.work / LOG, say, tokens)
+    writer = Writer(data, job.settings, stop_tokens(job.teacher)) if job.settings.on_policy else None
     trainer = Distiller(
-        student, teacher, data, job.settings, work=job.work, device=device, cache=cache, callbacks=[log]
+        student, teacher, data, job.settings, work=job.work, device=device, cache=cache, writer=writer, callbacks=[log]
     )
     if job.weight_bits is not None:
         round_weights(student, *job.weight_bits)

@@ -191,6 +191,13 @@ def test_text_alone_needs_no_teachers_probabilities(teacher, text, tmp_path, sha
         ("--keep-layers 2 --kl-share 1.5", "--kl-share 1.5 is not between 0"),
         ("--keep-layers 2 --loss js", "unknown divergence 'js'"),
         ("--keep-layers 2 --micro-batch 3", "--micro-batch 3 does not divide --batch 4"),
+        ("--keep-layers 2 --on-policy 2", "--on-policy 2 is not between 0"),
+        ("--keep-layers 2 --on-policy 1 --kl-share 0 --new-tokens 4", "only a teacher can judge; raise --kl-share"),
+        ("--keep-layers 2 --on-policy 1 --new-tokens 16", "--new-tokens 16 is not between 1 and 15"),
+        (
+            "--keep-layers 2 --on-policy 1 --new-tokens 4 --top-k 8",
+            "nobody can ask a teacher before; leave out --top-k",
+        ),
         ("--keep-layers 2 --steps -1", "--steps -1 is negative"),
         ("--keep-layers 2 --temperature 0", "--temperature 0 is not positive"),
         ("--keep-layers 2 --kv-bits x", "--kv-bits x: expected 3, or 4,3"),
