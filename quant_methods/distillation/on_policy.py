@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant_methods.distillation.codes import rounded_once
 from quant_methods.distillation.data import Data
 from quant_methods.distillation.settings import Settings
 
@@ -112,7 +113,7 @@ class Writer:
         model.eval()  # A model in training that runs its blocks again keeps no cache.
         model.generation_config = GenerationConfig()
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), rounded_once(model):
                 torch.manual_seed(seed)
                 found: Tensor = model.generate(rows, attention_mask=seen, generation_config=drawn)
                 return found

@@ -1,12 +1,13 @@
 """What a student writes itself: drawn from its own distribution, judged by its teacher, the same after a stop."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 
 from kv_cache.atomic import write_bytes
-from quant_methods.distillation import command
+from quant_methods.distillation import command, on_policy
 from quant_methods.distillation.data import load
 from quant_methods.distillation.distiller import Distiller
 from quant_methods.distillation.in_memory import load_model
@@ -167,6 +168,37 @@ def test_the_reference_model_learns_from_its_own_words(chats, tmp_path):
     log = distilled(REF, chats, out, f"{OWN} --keep-layers 4 --length 32 --learning-rate 3e-4 --steps 8 --looks 2")
     assert looks(log)[8]["eval_kl"] < 0.95 * looks(log)[0]["eval_kl"]
     assert "| on_policy | 1.0 |" in (out / "README.md").read_text()
+
+
+def test_weights_are_rounded_once_for_all_that_it_writes(teacher, text, monkeypatch):
+    from quant_methods.distillation import codes
+
+    model, data = load_model(teacher, "cpu"), load(teacher, text, 2, 1, 16)
+    settings = Settings(samples=2, held_out=1, length=16, batch=2, micro_batch=2, on_policy=1, new_tokens=8)
+    layers = codes.round_weights(model, 3, 32)
+    writer, rounded, real = Writer(data, settings, []), [], codes.nearest
+
+    def nearest(weight, grid):
+        rounded.append(weight.shape)
+        return real(weight, grid)
+
+    monkeypatch.setattr(codes, "nearest", nearest)
+    found = writer.write(model, [0, 1], 5)["input_ids"]
+    assert len(rounded) == layers
+    # What it wrote is what each token's own rounding would have given, and what learns is rounded anew afterwards.
+    monkeypatch.setattr(on_policy, "rounded_once", lambda model: contextlib.nullcontext())
+    assert torch.equal(writer.write(model, [0, 1], 5)["input_ids"], found)
+    assert len(rounded) == layers * (1 + 8)
+    model(found).logits.sum().backward()
+    assert all(one.grad is not None for one in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_writes_and_learns_too(teacher, text, tmp_path):
+    more = f"{OWN} --on-policy 0.5 --kv-bits 4 --weight-bits 4 --group-size 32 --checkpointing --kl-share 1"
+    log = distilled(teacher, text, tmp_path / "out", f"{more} --device cuda --learning-rate 1e-3")
+    assert looks(log)[6]["eval_kl"] < looks(log)[0]["eval_kl"]
 
 
 def test_it_writes_with_the_codes_that_it_lives_with(teacher, text, tmp_path, monkeypatch):

