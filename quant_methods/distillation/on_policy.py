@@ -2,8 +2,8 @@
 
 Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" (GKD, 2023),
 https://arxiv.org/abs/2306.13649, section 3.1 (algorithm 1). trl's DistillationTrainer trains on a student's own words
-alone, with a teacher whose logits exist at once; here it is a share of the training, beside text, and whatever the
-student lives with (codes of weights, of the KV cache) it writes with too.
+alone; here they are a share of the training, beside text, and whatever the student lives with (codes of weights, of the
+KV cache) it writes with too.
 
 Which parts of the training are written, and the numbers that words are drawn with, follow from the seed and the step:
 a run that goes on writes the same.
