@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -117,7 +118,10 @@ def test_a_student_that_failed_skips_its_points_alone_and_the_rest_is_judged_and
         "against": {"weights": "w8"}, "measure": "ratio", "relation": "at_most", "bound": 100,
     }  # fmt: skip
     chart = {"title": "Share", "axis": "kl_share", "metric": "kl", "points": {"weights": "kd"}}
-    graph, folder = study(hypotheses=[hypothesis], charts=[chart]), folder_of(tmp_path)
+    (tmp_path / "small.yaml").write_text("hidden_size: 64\n")
+    fresh = {name: value for name, value in FEW.items() if name != "keep_layers"} | {"student-config": "small.yaml"}
+    students = STUDENTS["students"] | {"ce": fresh | {"kl_share": 0}}
+    graph, folder = study(hypotheses=[hypothesis], charts=[chart], students=students), folder_of(tmp_path)
     broken = Pretended(folder, lambda step: "no memory" if step.name == "distill ref-7m, ce, seed 0" else "")
     run(progress := look(graph, folder, ["cpu"]), broken, Console(file=io.StringIO()))
     skipped = [graph.steps[key].name for key, state in progress.states.items() if state.status == "skipped"]
@@ -130,7 +134,10 @@ def test_a_student_that_failed_skips_its_points_alone_and_the_rest_is_judged_and
     assert point["settings"] | {"kl_share": 0.3, "recipe": "rtn-w4", "keep_layers": 2} == point["settings"]
     from bench.study.pack import pack
 
-    assert verify(pack(graph, folder, page, tmp_path / "plan.yaml")) == 0
+    packed = pack(graph, folder, page, tmp_path / "plan.yaml")
+    assert verify(packed) == 0
+    with tarfile.open(packed) as tar:
+        assert "try/small.yaml" in tar.getnames()
 
 
 def test_time_grows_with_what_is_learnt_and_on_a_dry_run_it_is_shown(study, tmp_path, capsys):
