@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from bench.study.run import Executor
     from bench.study.steps import Graph
 
-HELP = "carry out a plan: compress, evaluate, serve, load-test; one page with the frontier and the hypotheses' verdicts"
+HELP = "carry out a plan: distill, compress, evaluate, serve, load-test; a page with the frontier and all verdicts"
 DESCRIPTION = """\
-Carry out a study: a plan names models, recipes, KV-cache dtypes, tasks, loads, repeats and hypotheses.
+Carry out a study: a plan names models, students, recipes, KV-cache dtypes, tasks, loads, repeats and hypotheses.
 
 Every step is kept under OUT/steps by what determines its result, and nothing is done twice, not by another plan with
 the same OUT either. Interrupted? The same command goes on. A step that fails is reported with its reason, what needs
@@ -29,7 +29,7 @@ Examples:
   pareto study smoke                                   # a plan that ships: ref-7m, minutes on 2 cores
   pareto study plan.yaml --data ./data --dry-run       # what it would do, what is done, how long the rest may take
   pareto study plan.yaml --data ./data --out study-out
-  pareto study plan.yaml --out study-out --steps compress quality tasks    # what other work on the machine leaves alone
+  pareto study plan.yaml --out study-out --steps distill compress quality tasks    # what other work leaves alone
   pareto study plan.yaml --out study-out --jobs 4      # what is not timed four at once, over this machine's GPUs
   pareto study plan.yaml --out /shared/out --executor ray --ray-address auto      # over GPUs and machines
   pareto study plan.yaml --out study-out --pack        # and everything that another machine needs to check it

@@ -15,7 +15,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.embedded import MODELS
 from quant_methods.model_source import fingerprint, read_config, resolve_model, resolve_shape, weight_files
 
-FILE_FLAGS = ("text", "haystack", "task-data", "prompts", "sensitivity-file")
+FILE_FLAGS = ("text", "data", "student-config", "haystack", "task-data", "prompts", "sensitivity-file")
 """Flags whose values are files or folders of data."""
 BESIDE_TASKS = ("mmlu-test", "mmlu-dev", "gsm8k-test.jsonl", "truthfulqa.csv", "haystack")
 """What tasks also look for beside the folder of --task-data (bench/quality/tasks/sources.py)."""

@@ -96,7 +96,7 @@ def _point(one: Measured) -> PointResult:
         kv=plain_dtype(point.kv),
         hardware=one.hardware,
         is_baseline=point.is_baseline,
-        settings=point.weights.settings if point.weights else {},
+        settings=point.weights.all_settings if point.weights else {},
         runs={key: len(sample.runs) for key, sample in one.samples.items()},
         figures={key: compare.value(sample) for key, sample in one.samples.items()},
     )

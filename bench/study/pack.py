@@ -43,14 +43,16 @@ def pack(graph: Graph, folder: Folder, page: Path, plan_file: Path) -> Path:
         graph: its steps.
         folder: of their results.
         page: as :func:`bench.study.outcome.conclude` wrote it.
-        plan_file: the plan, beside which recipes in files lie.
+        plan_file: the plan, beside which recipes and shapes in files lie.
 
     """
     place = page.parent
     words = ["pareto", "study", PLAN, "--data", "DIR", "--models", "DIR", "--pack"]
     files = {name: (place / name).read_bytes() for name in (PLAN, STUDY, PAGE)}
     recipes = {str(point.weights.settings.get("recipe", "")) for point in graph.points if point.weights}
-    files |= {name: file.read_bytes() for name in recipes if name and (file := plan_file.parent / name).is_file()}
+    shapes = {str(point.weights.setting("student_config") or "") for point in graph.points if point.weights}
+    beside = {name: plan_file.parent / name for name in recipes | shapes if name}
+    files |= {name: file.read_bytes() for name, file in beside.items() if file.is_file()}
     hashes: dict[str, str] = {}
     for key in graph.steps:
         for path in sorted(p for p in folder.of(key).rglob("*") if p.is_file()):

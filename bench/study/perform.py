@@ -20,7 +20,7 @@ from bench.environment import environment, gpu_names
 from bench.files import read_json
 from bench.server import child, serving
 from bench.study.folder import LOG, Folder, Outcome
-from bench.study.step import OUT, Step
+from bench.study.step import CHECKPOINTS, OUT, Step
 from kv_cache.errors import ParetoError
 from kv_cache.user_cache import making
 
@@ -71,7 +71,7 @@ def _do(step: Step, folder: Folder) -> str:
     _check_machine(step)
     result, log = folder.result(step.key), folder.of(step.key) / LOG
     # A checkpoint is renamed into place when it is whole: it is there if only the note of it is missing.
-    if step.kind == "compress" and (result / step.result).is_file():
+    if step.kind in CHECKPOINTS and (result / step.result).is_file():
         return ""
     words = [_word(word, folder, result) for word in step.words]
     partial = ""

@@ -163,7 +163,11 @@ class Plan(Part):
     models: dict[Name, Model] = Field(min_length=1)
     runs: int = Field(1, ge=1)
     seed: int = Field(0, ge=0)
-    vary: list[Literal["calibration", "load", "speed", "text"]] = ["calibration", "load", "speed"]
+    vary: list[Literal["calibration", "training", "load", "speed", "text"]] = [
+        "calibration", "training", "load", "speed",
+    ]  # fmt: skip
+    students: dict[Name, Flags] = {}
+    distill: Flags = {}
     weights: dict[Name, Flags] = {}
     compress: Flags = {}
     points: list[Points] = Field(min_length=1)
@@ -208,6 +212,11 @@ class Plan(Part):
             raise ValueError(f"quality_on: {self.quality_on!r} is none of hardware: {', '.join(self.hardware)}")
         if "none" in self.weights:
             raise ValueError("weights: 'none' stands for the model's own weights; give it another name")
+        for name, settings in self.weights.items():
+            for student in _listed(settings.get("student")) or []:
+                if not isinstance(student, str) or student not in self.students:
+                    there = f"the plan has {', '.join(sorted(self.students))}" if self.students else "the plan has none"
+                    raise ValueError(f"weights.{name}.student: {student!r} is none of students; {there}")
         if not (self.quality or self.tasks or self.loads or self.served or self.speed):
             raise ValueError("nothing to measure: give quality, tasks, loads, served or speed")
         called = [h.name for h in self.hypotheses]

@@ -22,16 +22,40 @@ NONE = "none"
 
 
 @dataclass(frozen=True)
+class Student:
+    """A model that learns from one of the plan's.
+
+    Attributes:
+        group: its name in the plan's ``students``, which several share where a flag lists values.
+        chosen: the values that tell it from the others of its group.
+        settings: flags of ``pareto distill`` as the plan gives them, with ``_`` in their names.
+        flags: the same, and the plan's common ones.
+
+    """
+
+    group: str
+    chosen: dict[str, Any]
+    settings: dict[str, Any]
+    flags: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others of the plan."""
+        return _named(self.group, self.chosen)
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A compression of a model's weights.
+    """A compression of a model's weights, or of a student's in their place.
 
     Attributes:
         name: unique in the plan.
         group: its name in the plan's ``weights``, which several share where a setting lists values.
         settings: as the plan gives them.
-        recipe: with its settings in place; None for a checkpoint that is there already.
+        recipe: with its settings in place; None for a checkpoint that is there already, and for a student as it is.
         checkpoint: folder of such a one.
         flags: further flags of ``pareto compress``, the plan's common ones among them.
+        student: whose weights they are; None: the model's own.
 
     """
 
@@ -41,6 +65,12 @@ class Variant:
     recipe: Recipe | None
     checkpoint: str | None
     flags: dict[str, Any]
+    student: Student | None = None
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings, and those of its student."""
+        return self.settings if self.student is None else {**self.student.settings, **self.settings}
 
     def seeded(self, seed: int) -> Recipe:
         """Return the recipe with a calibration seed."""
@@ -48,9 +78,9 @@ class Variant:
         return override(self.recipe, {"seed": seed})
 
     def setting(self, name: str) -> Any:
-        """Return a setting's value, the recipe's own where the plan does not give it; None if it has none."""
-        if name in self.settings or self.recipe is None:
-            return self.settings.get(name)
+        """Return a setting's or its student's value, else the recipe's own; None if there is none."""
+        if name in self.all_settings or self.recipe is None:
+            return self.all_settings.get(name)
         calibration = {"num_calibration_samples": "num_samples", "calibration_length": "length"}
         if name in calibration:
             return getattr(self.recipe.calibration, calibration[name])
@@ -100,15 +130,43 @@ def variants(plan: Plan, folder: Path) -> dict[str, list[Variant]]:
         ParetoError: a recipe that there is not, or a setting that it does not have.
 
     """
-    made = {}
+    made: dict[str, list[Variant]] = {}
+    known = students(plan)
     for group, settings in plan.weights.items():
-        where = f"weights.{group}"
-        axes = {key: value for key, value in settings.items() if _is_axis(key, value)}
-        combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        made[group] = [
-            _variant(group, settings | chosen, chosen, plan.compress, folder, where) for chosen in combinations
-        ]
+        made[group] = []
+        for chosen in _combinations(settings):
+            own = settings | chosen
+            for student in known[own["student"]] if "student" in own else [None]:
+                made[group].append(_variant(group, own, chosen, plan.compress, folder, student))
     return made
+
+
+def students(plan: Plan) -> dict[str, list[Student]]:
+    """Return the students by their name in the plan.
+
+    Raises:
+        ParetoError: a flag that ``pareto distill`` does not have, or a value that it refuses.
+
+    """
+    made: dict[str, list[Student]] = {}
+    for group, given in plan.students.items():
+        settings, common = _underscored(given), _underscored(plan.distill)
+        made[group] = []
+        for chosen in _combinations(settings):
+            own = settings | chosen
+            words_of("distill", common | own, f"students.{group}")
+            made[group].append(Student(group, chosen, own, common | own))
+    return made
+
+
+def _underscored(flags: Flags) -> Flags:
+    return {str(name).replace("-", "_"): value for name, value in flags.items()}
+
+
+def _combinations(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one of the values of each setting that lists several, in every combination."""
+    axes = {key: value for key, value in settings.items() if _is_axis(key, value)}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def _is_axis(key: str, value: Any) -> bool:
@@ -118,15 +176,18 @@ def _is_axis(key: str, value: Any) -> bool:
 
 
 def _variant(
-    group: str, settings: dict[str, Any], chosen: dict[str, Any], common: Flags, folder: Path, where: str
+    group: str, settings: dict[str, Any], chosen: dict[str, Any], common: Flags, folder: Path, student: Student | None
 ) -> Variant:
-    name = " ".join([group, *(f"{key}={_short(value)}" for key, value in chosen.items())])
+    where = f"weights.{group}"
+    name = _named(group, chosen, student.chosen if student is not None else {})
+    if student is not None and len(settings) == 1:
+        return Variant(name, group, settings, None, None, {}, student)
     if "checkpoint" in settings:
         if len(settings) > 1:
             raise ParetoError(f"{where}: checkpoint is made already and takes no other keys; leave them out")
         return Variant(name, group, settings, None, str(settings["checkpoint"]), {})
     inner = {key: value for key, value in settings.items() if key in POINT_KEYS}
-    flags = {key: value for key, value in settings.items() if key not in POINT_KEYS}
+    flags = {key: value for key, value in settings.items() if key not in (*POINT_KEYS, "student")}
     if "seed" in inner:
         raise ParetoError(f"{where}: 'seed' is set by the study itself (the plan's seed, and runs); leave it out")
     try:
@@ -136,7 +197,11 @@ def _variant(
     words_of("compress", common | flags, where)
     if point.budget is not None:
         flags["budget"] = point.budget.text
-    return Variant(name, group, settings, point.recipe, None, common | flags)
+    return Variant(name, group, settings, point.recipe, None, common | flags, student)
+
+
+def _named(group: str, *chosen: dict[str, Any]) -> str:
+    return " ".join([group, *(f"{key}={_short(value)}" for each in chosen for key, value in each.items())])
 
 
 def _short(value: Any) -> str:
@@ -160,7 +225,7 @@ def make_points(plan: Plan, folder: Path) -> list[Point]:
         for model, variant, kv in itertools.product(named.model or plan.models, weights, named.kv or []):
             words = [model, *([variant.name] if variant else []), f"{plain_dtype(kv)} KV"]
             hardware = tuple(named.hardware or plan.hardware)
-            seeded = variant is not None and variant.recipe is not None
+            seeded = variant is not None and variant.checkpoint is None
             point = Point(", ".join(words), model, variant, kv, hardware, seeded)
             if point.name in found:
                 both = dict.fromkeys((*found[point.name].hardware, *hardware))

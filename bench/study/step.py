@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["compress", "quality", "tasks", "load", "served", "speed"]
-ORDER: tuple[Kind, ...] = ("compress", "quality", "tasks", "load", "served", "speed")
+Kind = Literal["distill", "compress", "quality", "tasks", "load", "served", "speed"]
+ORDER: tuple[Kind, ...] = ("distill", "compress", "quality", "tasks", "load", "served", "speed")
 """Each kind for every point before the next: a study that is stopped early has the same of all its points."""
 OUT = "{out}"
 """Stands in a step's words for the folder of its result."""
 RESULTS = {
-    "compress": "config.json", "quality": "eval.json", "tasks": "eval.json", "load": "summary.json",
-    "served": "serve-bench.json", "speed": "kv-bench.json",
+    "distill": "config.json", "compress": "config.json", "quality": "eval.json", "tasks": "eval.json",
+    "load": "summary.json", "served": "serve-bench.json", "speed": "kv-bench.json",
 }  # fmt: skip
 """The file with which each kind of step is done."""
+CHECKPOINTS: tuple[Kind, ...] = ("distill", "compress")
+"""Kinds whose result is a checkpoint, which appears in one piece when it is whole."""
 SCHEMA = "vllm-pareto/step/1"
 
 
@@ -41,6 +43,7 @@ class Step:
         cpus: cores that it takes.
         resources: further ones of Ray's.
         parameters: of the model, roughly.
+        tokens: that it trains on; 0 for one that trains nothing.
         disk_bytes: what its result takes, roughly.
 
     """
@@ -58,6 +61,7 @@ class Step:
     cpus: float = 1
     resources: dict[str, float] = field(default_factory=dict)
     parameters: float = 0
+    tokens: float = 0
     disk_bytes: float = 0
 
     @property
@@ -78,6 +82,7 @@ class Cell:
         point: its name.
         hardware: label.
         run: 0 to the plan's runs less 1.
+        distill: of the student that its weights are; None where they are the model's own.
         compress: of its checkpoint; None where it needs none, or has one.
         quality: of ``pareto eval`` on texts and needles.
         tasks: of ``pareto eval`` on tasks, one for each group of the plan.
@@ -90,6 +95,7 @@ class Cell:
     point: str
     hardware: str
     run: int
+    distill: str | None = None
     compress: str | None = None
     quality: str | None = None
     tasks: tuple[str, ...] = ()
@@ -99,5 +105,6 @@ class Cell:
 
     def keys(self) -> list[str]:
         """Return all of them."""
-        found = [self.compress, self.quality, *self.tasks, *self.loads.values(), self.served, self.speed]
+        made = [self.distill, self.compress]
+        found = [*made, self.quality, *self.tasks, *self.loads.values(), self.served, self.speed]
         return [key for key in found if key is not None]

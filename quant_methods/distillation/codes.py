@@ -46,10 +46,16 @@ class _Rounded:
 
     def __init__(self, module: nn.Linear, grid: Grid) -> None:
         self.module, self.grid = module, grid
+        self.kept: Tensor | None = None
+        """The rounded weight, while it does not change; None: it is rounded for each call."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = straight(self.module.weight, lambda w: nearest(w.float(), self.grid).to(w.dtype))
+        weight = self.kept if self.kept is not None else straight(self.module.weight, self.rounded)
         return functional.linear(x, weight, self.module.bias)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """Return a weight as its codes read."""
+        return nearest(weight.float(), self.grid).to(weight.dtype)
 
 
 def round_weights(model: Any, bits: int, group_size: int = GROUP) -> int:
@@ -74,6 +80,23 @@ def round_weights(model: Any, bits: int, group_size: int = GROUP) -> int:
         fitting = next((s for s in GROUP_SIZES if s <= group_size and module.in_features % s == 0), -1)
         module.forward = _Rounded(module, Grid(bits, fitting, symmetric=False))
     return len(layers)
+
+
+@contextlib.contextmanager
+def rounded_once(model: Any) -> Iterator[None]:
+    """Round weights once for all that a model computes inside the context, in which they do not change.
+
+    A student that writes computes with every weight for each token; rounded ones take as much memory as the weights.
+    """
+    found = [module.forward for module in model.modules() if isinstance(module.forward, _Rounded)]
+    try:
+        for one in found:
+            with torch.no_grad():
+                one.kept = one.rounded(one.module.weight)
+        yield
+    finally:
+        for one in found:
+            one.kept = None
 
 
 def read_back(even: Tensor, bits: int) -> Tensor:

@@ -14,6 +14,7 @@ from quant_methods.distillation.settings import Settings
 from quant_methods.threads import wait_asleep
 
 if TYPE_CHECKING:
+    from quant_methods.distillation.cut import Sizes
     from quant_methods.distillation.job import Job
 
 HELP = "train a small model to put out what a large one does"
@@ -30,6 +31,7 @@ examples:
   pareto distill ref-7m --student-config shape.yaml --data text.jsonl --kl-share 0.7 --temperature 2 --out small
   pareto distill ref-7m --student ref-7m --kv-bits 3 --data text.jsonl --out ref-7m-kv3    (learns to live with codes)
   pareto distill ref-7m --keep-layers 4 --weight-bits 4 --data text.jsonl --out small-w4   (the same, of weights)
+  pareto distill Qwen/Qwen3-1.7B --student Qwen/Qwen3-0.6B --data chats.jsonl --on-policy 0.5 --out qwen-own-words
   pareto distill Qwen/Qwen3-1.7B --url http://127.0.0.1:8000 --student-config shape.yaml --data text.jsonl --out small
   accelerate launch --num_processes 4 -m vllm_ext.cli distill MODEL --keep-layers 20 --data text.jsonl --out small
 
@@ -76,11 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=default.temperature, help="of both models in the KL (default: %(default)s)"
     )
     loss.add_argument(
-        "--loss", default=default.loss, help="forward, reverse, skew or skew-reverse KL (default: %(default)s)"
+        "--loss", default=default.loss, help="forward, reverse, skew or skew-reverse KL, or jsd (default: %(default)s)"
     )
-    loss.add_argument("--skew", type=float, default=default.skew, help="of the skewed ones (default: %(default)s)")
+    loss.add_argument(
+        "--skew",
+        type=float,
+        default=default.skew,
+        help="of the skewed ones; of jsd the teacher's share of the mixture (default: %(default)s)",
+    )
     loss.add_argument(
         "--hidden", type=float, default=default.hidden, metavar="WEIGHT", help="of hidden states' distance; 0: none"
+    )
+    loss.add_argument(
+        "--on-policy",
+        type=float,
+        default=default.on_policy,
+        metavar="FRACTION",
+        help="of the training in which the student writes itself, and the teacher says what it would have",
+    )
+    loss.add_argument(
+        "--new-tokens", type=int, default=default.new_tokens, help="that it writes at most (default: %(default)s)"
     )
     say = parser.add_argument_group("teacher")
     say.add_argument("--top-k", type=int, default=0, metavar="K", help="keep its K most likely tokens on disk (64)")
@@ -92,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("held-out", int, "more of them, which decide what is kept"),
         ("length", int, "tokens of each"),
         ("epochs", float, "passes over the samples"),
+        ("steps", int, "in all, in the place of --epochs"),
         ("batch", int, "sequences a step, on each device"),
         ("micro-batch", int, "of which so many are in memory at once (default: --batch, at most 8)"),
         ("learning-rate", float, "AdamW's"),
@@ -99,11 +117,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("looks", int, "at the held-out sequences; a checkpoint each"),
         ("seed", int, "of everything that is random"),
     ):
-        given = getattr(default, name.replace("-", "_")) if name != "micro-batch" else None
+        given = getattr(default, name.replace("-", "_")) if name not in ("micro-batch", "steps") else None
         loop.add_argument(
             f"--{name}", type=kind, default=given, help=what + ("" if given is None else " (default: %(default)s)")
         )
     loop.add_argument("--checkpointing", action="store_true", help="less memory: blocks run again on the way back")
+
+
+def checked_settings(args: argparse.Namespace) -> Settings:
+    """Return the settings that the flags say, which name one student.
+
+    Raises:
+        ParetoError: a number makes no training, or there is no student, or several.
+
+    """
+    from quant_methods.distillation.job import check_one_student
+
+    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    values["steps"] = args.steps or 0
+    if values["micro_batch"] is None:
+        values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
+    settings = Settings(**values)
+    settings.check()
+    check_one_student(args.student, args.student_config, _sizes(args))
+    if args.kv_bits is not None:
+        kv_bits(args.kv_bits)
+    return settings
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    from quant_methods.distillation.cut import Sizes
+
+    return Sizes(args.keep_layers, args.keep_heads, args.keep_kv_heads, args.keep_intermediate, args.keep_hidden)
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -116,15 +161,10 @@ def job_of(args: argparse.Namespace) -> Job:
     import torch
 
     from quant_methods.compress import check_device
-    from quant_methods.distillation.cut import Sizes
     from quant_methods.distillation.job import Job
     from quant_methods.model_source import resolve_model
 
-    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    if values["micro_batch"] is None:
-        values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
-    settings = Settings(**values)
-    settings.check()
+    settings = checked_settings(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     return Job(
@@ -134,7 +174,7 @@ def job_of(args: argparse.Namespace) -> Job:
         settings=settings,
         student=None if args.student is None else resolve_model(args.student),
         shape=args.student_config,
-        sizes=Sizes(args.keep_layers, args.keep_heads, args.keep_kv_heads, args.keep_intermediate, args.keep_hidden),
+        sizes=_sizes(args),
         url=args.url,
         cache=args.teacher_cache,
         top_k=args.top_k,

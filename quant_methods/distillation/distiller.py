@@ -22,6 +22,7 @@ from kv_cache.errors import ParetoError
 from quant_methods.distillation.codes import CodedCache
 from quant_methods.distillation.data import Data
 from quant_methods.distillation.heads import Head
+from quant_methods.distillation.on_policy import Writer
 from quant_methods.distillation.settings import Settings
 from quant_methods.distillation.teacher import Targets, Teacher
 from quant_methods.training.arguments import shared_arguments
@@ -46,7 +47,11 @@ class Distiller(Trainer):
         work: folder of the checkpoints.
         device: torch device of a run that no launcher started.
         cache: the codes of its KV cache, or None.
+        writer: lets it write what it learns from, for a share of the training; None: all is text.
         callbacks: of transformers, which show progress.
+
+    Raises:
+        ParetoError: a student whose parameters are spread over devices shall write.
 
     """
 
@@ -60,9 +65,10 @@ class Distiller(Trainer):
         work: Path,
         device: str,
         cache: CodedCache | None = None,
+        writer: Writer | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        steps = max(1, math.ceil(settings.epochs * len(data) / settings.batch))
+        steps = settings.total_steps
         look = max(1, math.ceil(steps / settings.looks))
         cpu = torch.device(device).type == "cpu"
         arguments = TrainingArguments(
@@ -75,6 +81,7 @@ class Distiller(Trainer):
             remove_unused_columns=False,
         )
         self.teacher, self.data, self.settings, self.cache = teacher, data, settings, cache
+        self.writer, self.place = writer, (-1, 0)
         self.measure = divergence(settings.loss, settings.skew)
         if settings.hidden:
             _project(student, teacher, data)
@@ -84,6 +91,8 @@ class Distiller(Trainer):
         )
         # Our loss is a mean over the tokens of a part of a batch; the Trainer divides by the number of parts.
         self.model_accepts_loss_kwargs = False
+        if writer is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ParetoError("--on-policy: a student whose parameters are spread over devices does not write yet")
         self.head = Head(student, bfloat16=not cpu, whole=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.chunk = max(16, NUMBERS // student.config.vocab_size)
 
@@ -98,7 +107,11 @@ class Distiller(Trainer):
             ParetoError: the loss is not finite.
 
         """
+        step, before = self.state.global_step, self.place
+        self.place = step, before[1] + 1 if before[0] == step else 0
         with self.coded():
+            if self.writer is not None and self.writer.due(*self.place):
+                inputs = self._written(self.writer, inputs["sequence"].tolist())
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not loss.isfinite():
             raise ParetoError(
@@ -107,17 +120,27 @@ class Distiller(Trainer):
             )
         return loss
 
+    def _written(self, writer: Writer, sequences: list[int]) -> dict[str, Tensor]:
+        """Return what the student writes in the place of some sequences; the same in a run that goes on."""
+        place = self.place[0] * writer.parts + self.place[1]
+        seed = (
+            self.settings.seed * 1_000_003 + place
+        ) * self.accelerator.num_processes + self.accelerator.process_index
+        with self.autocast_smart_context_manager():
+            return writer.write(self.accelerator.unwrap_model(self.model), sequences, seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of sequences, nats a token."""
+        """Return the loss of sequences, nats a token; of what the student wrote itself, the teacher's alone."""
         settings, tokens, counted = self.settings, inputs["input_ids"], inputs["counted"]
         targets = self._targets(inputs["sequence"], tokens) if settings.kl_share or settings.hidden else None
         with self.head.removed():
             out = model(input_ids=tokens, use_cache=False, output_hidden_states=bool(settings.hidden))
         kl, text = self._sums(out.logits, tokens, counted, targets, settings.temperature, train=True)
         count = counted.sum().clamp_min(1)
-        loss = (settings.kl_share * settings.temperature**2 * kl + (1 - settings.kl_share) * text) / count
+        share = 1.0 if (inputs["sequence"] < 0).all() else settings.kl_share
+        loss = (share * settings.temperature**2 * kl + (1 - share) * text) / count
         if settings.hidden and targets is not None:
             loss = loss + settings.hidden * self._hidden(targets, out.hidden_states, counted)
         return (loss, out) if return_outputs else loss
@@ -190,10 +213,10 @@ class Distiller(Trainer):
         numbers = list(range(len(data), len(data.tokens)))[
             self.accelerator.process_index :: self.accelerator.num_processes
         ]
-        for number in numbers:
-            tokens = data.tokens[number : number + 1].to(self.args.device)
-            counted = data.counted[number : number + 1].to(self.args.device)
-            targets = self._targets(torch.tensor([number]), tokens) if self.settings.kl_share else None
+        each = self.settings.micro_batch
+        for some in (numbers[start : start + each] for start in range(0, len(numbers), each)):
+            tokens, counted = data.tokens[some].to(self.args.device), data.counted[some].to(self.args.device)
+            targets = self._targets(torch.tensor(some), tokens) if self.settings.kl_share else None
             with self.coded(), self.head.removed(), self.autocast_smart_context_manager():
                 out = running(input_ids=tokens, use_cache=False)
             sums = self._sums(out.logits, tokens, counted, targets, 1.0, train=False)

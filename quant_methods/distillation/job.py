@@ -38,6 +38,25 @@ CALIBRATION = 16
 Say = Callable[[str], object]
 
 
+def check_one_student(given: object, shape: object, sizes: Sizes) -> None:
+    """Refuse a job without a student, or with several.
+
+    Args:
+        given: a student that is given, or None.
+        shape: the shape of one, or None.
+        sizes: of one that is cut out of its teacher.
+
+    Raises:
+        ParetoError: not one of the three.
+
+    """
+    if sum([given is not None, shape is not None, sizes != Sizes()]) != 1:
+        raise ParetoError(
+            "give one student: --student MODEL, --student-config FILE, or --keep-layers (and other --keep-...) to cut "
+            "it out of its teacher"
+        )
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be done.
@@ -86,14 +105,14 @@ class Job:
 
         """
         self.settings.check()
-        ways = [self.student is not None, self.shape is not None, self.sizes != Sizes()]
-        if sum(ways) != 1:
-            raise ParetoError(
-                "give one student: --student MODEL, --student-config FILE, or --keep-layers (and other --keep-...) to "
-                "cut it out of its teacher"
-            )
+        check_one_student(self.student, self.shape, self.sizes)
         if self.url and self.sizes != Sizes():
             raise ParetoError("a student cannot be cut out of a teacher that a server runs; give the teacher's folder")
+        if self.settings.on_policy and (self.url or self.top_k):
+            raise ParetoError(
+                "--on-policy: what a student will write nobody can ask a teacher before; leave out --top-k and --url, "
+                "so that it is in memory"
+            )
         check_new(self.out)
         check_apart(self.out, {"the teacher": self.teacher, "the data": self.text})
 
@@ -179,6 +198,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     teacher.check(job.settings.temperatures, hidden=bool(job.settings.hidden))
     from quant_methods.distillation.codes import observe_attention, round_weights
     from quant_methods.distillation.in_memory import load_model
+    from quant_methods.distillation.on_policy import Writer, stop_tokens
 
     student = load_model(start, device).train()
     cache = _cache(job, data, start, device)
@@ -186,8 +206,9 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
         observe_attention(student)
     tokens = job.settings.batch * processes.num_processes * job.settings.length
     log = Log(job.work / LOG, say, tokens)
+    writer = Writer(data, job.settings, stop_tokens(job.teacher)) if job.settings.on_policy else None
     trainer = Distiller(
-        student, teacher, data, job.settings, work=job.work, device=device, cache=cache, callbacks=[log]
+        student, teacher, data, job.settings, work=job.work, device=device, cache=cache, writer=writer, callbacks=[log]
     )
     if job.weight_bits is not None:
         round_weights(student, *job.weight_bits)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer, quiet_transformers
@@ -113,7 +114,12 @@ def save(model: Any, teacher: Path, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy_companions(teacher, folder)
     with quiet_transformers():
-        state = {name: value.detach().to(dtype) for name, value in model.state_dict().items()}
+        # Tensors that are one stay one, which the library stores once; converted each by itself they would be two.
+        made: dict[tuple[int, torch.Size], Tensor] = {}
+        state = {
+            name: made.setdefault((value.data_ptr(), value.shape), value.detach().to(dtype))
+            for name, value in model.state_dict().items()
+        }
         model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
     for path in folder.glob("*.safetensors"):

@@ -26,6 +26,7 @@ examples:
   pareto finetune ref-7m-w4 --data chats.jsonl --lora-rank 16 --out my-adapter
   vllm serve ref-7m-w4 --enable-lora --lora-modules mine=my-adapter
   pareto finetune ref-7m-w3 --data chats.jsonl --start-from ref-7m --merge --out ref-7m-w3-tuned
+  pareto finetune ref-7m-w4 --data chats.jsonl --dora --merge --out ref-7m-w4-tuned
   pareto finetune ref-7m-w4 --data chats.jsonl --pooled --merge --learning-rate 1e-2 --out ref-7m-w4-tuned
   pareto finetune qwen-w4 --data chats.jsonl --device cuda --checkpointing --targets q_proj,v_proj --out my-adapter
   pareto finetune ref-7m-w4 --adapter my-adapter --merge --out ref-7m-w4-tuned                (no training)
@@ -65,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     lora.add_argument("--start-from", metavar="MODEL", help="begin as what quantization took away from this original")
     lora.add_argument(
+        "--dora",
+        action="store_true",
+        help="learn the norm of each output channel too (DoRA); vLLM serves the result merged only (--merge)",
+    )
+    lora.add_argument(
         "--pooled",
         action="store_true",
         help="with --merge: learn what zero-points can hold (QA-LoRA), so that nothing is added to a layer",
@@ -96,7 +102,7 @@ def settings_of(args: argparse.Namespace, model: Path) -> Settings:
     from quant_methods.model_source import read_config
 
     default, values = Settings(), {}
-    for name in ("epochs", "batch", "learning_rate", "dropout", "seed", "checkpointing", "pooled"):
+    for name in ("epochs", "batch", "learning_rate", "dropout", "seed", "checkpointing", "dora", "pooled"):
         values[name] = getattr(args, name)
     context = read_config(model).get("max_position_embeddings")
     longest = min(default.length, context) if isinstance(context, int) else default.length
@@ -169,6 +175,10 @@ def run(args: argparse.Namespace) -> int:
         lines.append(f"{'memory':<13}{outcome.peak_bytes / 2**30:.2f} GiB of the GPU at most")
     if args.merge:
         lines.append(f"{'next':<13}vllm serve {outcome.out}")
+    elif args.dora:
+        lines.append(f"{'note':<13}vLLM adds no DoRA adapters to a checkpoint; merged, this one is served")
+        merged = f"pareto finetune {args.model} --adapter {outcome.out} --merge --out {outcome.out}-merged"
+        lines.append(f"{'next':<13}{merged}")
     else:
         rank = "" if args.lora_rank <= 16 else f" --max-lora-rank {args.lora_rank}"
         lines.append(f"{'next':<13}vllm serve {args.model} --enable-lora{rank} --lora-modules tuned={outcome.out}")

@@ -26,7 +26,7 @@ from quant_methods.model_source import quantization_settings, read_config
 
 ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KNOWN = {"bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
+KNOWN = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
 """What an adapter must not be otherwise, to be a product that is added to each of its layers."""
 OWN = ("README.md", "config.json", "model.safetensors.index.json")
 """Files of a checkpoint that a merged one has of its own."""
@@ -62,6 +62,14 @@ class Adapter:
         self.pooled = bool(self.config.get("use_qalora"))
         """Products are of each layer's groups, and count in steps of its grid (``pooled.py``)."""
         names = {name.rpartition(".lora_")[0] for name in tensors}
+        self.dora = bool(self.config.get("use_dora"))
+        """Each layer's output channels have a size of their own (DoRA)."""
+        self.magnitudes = {
+            name.removeprefix(PREFIX): _of(tensors, f"{name}.lora_magnitude_vector", folder)
+            for name in names
+            if self.dora
+        }
+        """By module, float32 [out], the norm of each output channel of the changed weight; only of DoRA."""
         self.products = {
             name.removeprefix(PREFIX): (
                 self.scaling * _of(tensors, f"{name}.lora_B.weight", folder),
@@ -70,6 +78,19 @@ class Adapter:
             for name in sorted(names)
         }
         """By module, float32 ``up`` [out, rank] and ``down`` [rank, in], whose product is added to the weight."""
+
+    def factors(self, name: str, changed: Tensor) -> Tensor | None:
+        """Return what output channels are multiplied by once the product is added; None: by nothing.
+
+        A channel's norm is learnt apart from its direction (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation"
+        (2024), https://arxiv.org/abs/2402.09353, section 4.1, equation 5).
+
+        Args:
+            name: of the module.
+            changed: its weight with the product, float32 [out, in].
+
+        """
+        return self.magnitudes[name] / changed.norm(dim=1) if self.dora else None
 
     @property
     def scaling(self) -> float:
@@ -88,7 +109,8 @@ def merge(checkpoint: Path, adapter_dir: Path, out: Path) -> None:
     """Write a checkpoint that puts out what another one does with an adapter beside it.
 
     The codes of quantized layers stay as they are, and a layer's product joins its low-rank part; both are stored in 16
-    bits, as an engine that serves the adapter would hold them; a pooled adapter moves zero-points instead. Layers in 16
+    bits, as an engine that serves the adapter would hold them; a pooled adapter moves zero-points instead, and the
+    magnitudes of DoRA multiply what codes are multiplied by, which is rounded to its 16 bits again. Layers in 16
     bits take the product into their weight. Quantized checkpoints are written in our format, whichever they came in;
     the adapter is kept in ``adapter/``.
 
@@ -107,7 +129,9 @@ def merge(checkpoint: Path, adapter_dir: Path, out: Path) -> None:
     adapter, source, settings = Adapter(adapter_dir), Source(checkpoint), quantization_settings(checkpoint)
     layers = stored_layers(source, settings) if settings else None
     if settings and settings.get("quant_method") == "compressed-tensors" and is_sparse(settings):
-        raise ParetoError(f"{checkpoint}: sparse compressed-tensors checkpoints are not merged into; serve the adapter")
+        raise ParetoError(
+            f"{checkpoint}: sparse compressed-tensors checkpoints are not merged into; {_instead(adapter)}"
+        )
     config = AutoConfig.from_pretrained(checkpoint)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -129,9 +153,14 @@ def merge(checkpoint: Path, adapter_dir: Path, out: Path) -> None:
         if stored is not None:
             linear = stored[0]
             if product is not None:
-                linear = with_moved(name, linear, *product) if adapter.pooled else joined(linear, *product, dtype)
+                if adapter.pooled:
+                    linear = with_moved(name, linear, *product)
+                else:
+                    factors = adapter.factors(name, linear.read() + product[0] @ product[1])
+                    linear = joined(linear, *product, dtype)
+                    linear = linear if factors is None else linear.times(factors)
             packed = pack(name, linear)
-            form = _form(name, packed, stored[1])
+            form = _form(name, packed, stored[1], _instead(adapter))
             tensors |= packed
             forms[name] = form
             replaced |= _stored_names(source, name, module)
@@ -142,7 +171,9 @@ def merge(checkpoint: Path, adapter_dir: Path, out: Path) -> None:
             if full not in source:
                 raise ParetoError(f"{checkpoint}: the checkpoint lacks {full}, which {adapter_dir} changes")
             weight = source.read(full)
-            tensors[full] = (weight.float() + product[0] @ product[1]).to(weight.dtype)
+            changed = weight.float() + product[0] @ product[1]
+            factors = adapter.factors(name, changed)
+            tensors[full] = (changed if factors is None else changed * factors[:, None]).to(weight.dtype)
             replaced.add(full)
     _write(checkpoint, source, layers, tensors, forms, replaced, out)
     kept = out / "adapter"
@@ -168,7 +199,14 @@ def joined(linear: QuantizedLinear, up: Tensor, down: Tensor, dtype: torch.dtype
     return linear.having(LowRank(torch.cat([before.up, up.to(stored)], 1), torch.cat([before.down, down.to(stored)])))
 
 
-def _form(name: str, packed: dict[str, Tensor], rounding: Rounding | None) -> Form:
+def _instead(adapter: Adapter) -> str:
+    """Return what to do with an adapter that cannot be merged."""
+    if adapter.dora:
+        return "learn without --dora, whose adapters no server adds, and serve the adapter beside the checkpoint"
+    return "serve the adapter beside the checkpoint, without --merge"
+
+
+def _form(name: str, packed: dict[str, Tensor], rounding: Rounding | None, instead: str) -> Form:
     activations = None
     if rounding is None:
         activations = "none"
@@ -176,10 +214,7 @@ def _form(name: str, packed: dict[str, Tensor], rounding: Rounding | None) -> Fo
         bits = rounding.keywords["bits"]
         activations = next((known for known, value in ACTIVATION_BITS.items() if value == bits), None)
     if activations is None:
-        raise ParetoError(
-            f"{name}: inputs are rounded with a fixed scale, which our format has no word for; serve the adapter "
-            "beside the checkpoint, without --merge"
-        )
+        raise ParetoError(f"{name}: inputs are rounded with a fixed scale, which our format has no word for; {instead}")
     form = form_of({full.removeprefix(f"{name}."): tuple(tensor.shape) for full, tensor in packed.items()}, activations)
     assert form is not None, "what was packed has a bulk"
     return form

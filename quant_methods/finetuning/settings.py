@@ -29,6 +29,7 @@ class Settings:
         learning_rate: AdamW's highest; warmed up over the first 3% of the steps, then down to 0 as a cosine.
         held_out: examples that are not trained on and decide which state is kept.
         save_steps: steps between two looks at them, and between two checkpoints; 0: a tenth of all steps.
+        dora: norms of output channels learn apart from their directions (DoRA).
         pooled: products see one number of each group of inputs, so that zero-points can hold them (``pooled.py``).
         checkpointing: run each block again on the way back instead of keeping what it computed.
         seed: of the adapter's start, of dropout and of the order of examples.
@@ -47,6 +48,7 @@ class Settings:
     learning_rate: float = 2e-4
     held_out: int = 64
     save_steps: int = 0
+    dora: bool = False
     pooled: bool = False
     checkpointing: bool = False
     seed: int = 0
@@ -67,6 +69,8 @@ class Settings:
             raise ParetoError(f"--dropout {self.dropout:g} is not between 0 and 1")
         if self.pooled and self.dropout:
             raise ParetoError("--dropout is for adapters that stay adapters; leave it out with --pooled")
+        if self.pooled and self.dora:
+            raise ParetoError("--pooled moves zero-points, which hold no magnitudes; leave out --dora")
         if self.length < 2:
             raise ParetoError(f"--length {self.length}: expected 2 or more")
         if self.steps < 0 or self.save_steps < 0:

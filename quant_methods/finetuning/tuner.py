@@ -50,6 +50,7 @@ def with_adapter(model: Any, settings: Settings) -> PeftModel:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
     if settings.pooled:
@@ -95,6 +96,10 @@ def start_from_error(model: PeftModel, original: Path) -> float:
         root = values[:rank].sqrt()
         module.lora_A["default"].weight[:rank] = root[:, None] * right[:rank]
         module.lora_B["default"].weight[:, :rank] = left[:, :rank] * root / module.scaling["default"]
+        if "default" in module.lora_magnitude_vector:
+            # DoRA starts from the norms of what the layer is now.
+            changed = base.linear().read() + (left[:, :rank] * values[:rank]) @ right[:rank]
+            module.lora_magnitude_vector["default"].weight.copy_(changed.norm(dim=1))
         before += float(values.square().sum())
         after += float(values[rank:].square().sum())
     if not before:

@@ -81,6 +81,10 @@ class QuantizedLinear:
         kept = [part for part in self.parts if type(part) not in kinds]
         return QuantizedLinear(*kept, *parts, input_scale=self.input_scale)
 
+    def times(self, factors: Tensor) -> QuantizedLinear:
+        """Return the layer with its output channels multiplied by factors, float32 [out]; its codes stay."""
+        return QuantizedLinear(*(part.times(factors) for part in self.parts), input_scale=self.input_scale)
+
     def apart(self) -> Tensor | None:
         """Return the input channels for which the bulk counts as zero, int64 [k]; None if there are none."""
         channels = [own for part in self.additions if (own := part.apart()) is not None]

@@ -97,33 +97,42 @@ class Gradients:
         self._loss, self._parameters, self._capture, self._say = loss, parameters, captured, say
         self._graph: GraphedGradients | None = None
 
-    def __call__(self, parts: list[tuple[Tensor, Tensor | None]]) -> None:
+    def __call__(self, parts: Iterable[tuple[Tensor, Tensor | None]], sequences: int) -> None:
         """Give the parameters the gradients of the mean over sequences, in place of those that they have.
 
         Args:
-            parts: micro-batches, the arguments of the loss; every step has as many sequences in all.
+            parts: micro-batches, the arguments of the loss. Each is asked for when the one before is done with and
+                forgotten, so that the device holds one at a time.
+            sequences: in all of them; every step has as many.
 
         """
-        sequences = sum(len(tokens) for tokens, _ in parts)
 
         def mean(tokens: Tensor, targets: Tensor | None) -> Tensor:
             return self._loss(tokens, targets).div(sequences)
 
-        if self._capture:
-            self._capture = False
-            try:
-                self._graph = GraphedGradients(mean, self._parameters, *parts[0])
-            except RuntimeError as error:
-                # What cannot be captured can still be trained, only slower.
-                torch.cuda.synchronize()
-                self._say(f"without a CUDA graph: {str(error).partition(chr(10))[0]}")
+        first = True
+        for tokens, targets in parts:
+            if self._capture:
+                self._capture = False
+                try:
+                    self._graph = GraphedGradients(mean, self._parameters, tokens, targets)
+                except RuntimeError as error:
+                    # What cannot be captured can still be trained, only slower.
+                    torch.cuda.synchronize()
+                    self._say(f"without a CUDA graph: {str(error).partition(chr(10))[0]}")
+            if first:
+                self._clear()
+                first = False
+            if self._graph is not None and self._graph.fits(tokens):
+                self._graph.add(tokens, targets)
+            else:
+                mean(tokens, targets).backward()
+            del tokens, targets
+
+    def _clear(self) -> None:
+        """Take gradients away; a graph adds to the same tensors for ever, so there they become zero."""
         for parameter in self._parameters:
             if parameter.grad is not None and self._graph is not None:
                 parameter.grad.zero_()
             else:
                 parameter.grad = None
-        for tokens, targets in parts:
-            if self._graph is not None and self._graph.fits(tokens):
-                self._graph.add(tokens, targets)
-            else:
-                mean(tokens, targets).backward()

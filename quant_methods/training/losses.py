@@ -49,6 +49,16 @@ def skew_reverse_kl(teacher: Tensor, student: Tensor, alpha: float = 0.1) -> Ten
     return forward_kl(student, _mixed(student, teacher, alpha))
 
 
+def jsd(teacher: Tensor, student: Tensor, alpha: float = 0.5) -> Tensor:
+    """Return the generalized Jensen-Shannon divergence, ``alpha KL(teacher || m) + (1 - alpha) KL(student || m)``.
+
+    ``m = alpha teacher + (1 - alpha) student``; Agarwal et al., "On-Policy Distillation of Language Models" (GKD,
+    2023), https://arxiv.org/abs/2306.13649, equation 1. Bounded, and the usual one for what a student writes itself.
+    """
+    middle = _mixed(teacher, student, alpha)
+    return alpha * forward_kl(teacher, middle) + (1 - alpha) * forward_kl(student, middle)
+
+
 def _mixed(first: Tensor, second: Tensor, alpha: float) -> Tensor:
     """Return the log of ``alpha exp(first) + (1 - alpha) exp(second)``, 0 < alpha < 1."""
     weights = torch.tensor([alpha, 1 - alpha], dtype=torch.float64).log().tolist()
@@ -61,8 +71,11 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "reverse": reverse_kl,
     "skew": skew_kl,
     "skew-reverse": skew_reverse_kl,
+    "jsd": jsd,
 }
-"""By the name that a user gives; those that are skewed take ``alpha`` too."""
+"""By the name that a user gives; those of ``MIXING`` take ``alpha`` too."""
+MIXING = ("skew", "skew-reverse", "jsd")
+"""Names of those that hold a mixture of both against one or both of them."""
 
 
 def divergence(name: str, alpha: float = 0.1) -> Divergence:
@@ -70,7 +83,7 @@ def divergence(name: str, alpha: float = 0.1) -> Divergence:
 
     Args:
         name: a key of ``DIVERGENCES``.
-        alpha: of those that are skewed.
+        alpha: of those that mix.
 
     Raises:
         ParetoError: there is none of that name, or alpha is not between 0 and 1.
@@ -81,7 +94,7 @@ def divergence(name: str, alpha: float = 0.1) -> Divergence:
     if not 0 < alpha < 1:
         raise ParetoError(f"a skew of {alpha:g} is not between 0 and 1; 0.1 is usual")
     found = DIVERGENCES[name]
-    return (lambda teacher, student: found(teacher, student, alpha)) if name.startswith("skew") else found
+    return (lambda teacher, student: found(teacher, student, alpha)) if name in MIXING else found
 
 
 def total_kl(found: Tensor, expected: Tensor) -> Tensor:

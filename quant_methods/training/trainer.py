@@ -243,7 +243,7 @@ class Trainer:
                 group["lr"] = group["rate"] * step.rate(state.step)
             order = step.order(state.step)
             parts = [order[start : start + self.at_once] for start in range(0, len(order), self.at_once)]
-            gradients([self.batch(part, targets) for part in parts])
+            gradients((self.batch(part, targets) for part in parts), len(order))
             optimizer.step()
             state.step += 1
             best = dict(state.kl)[state.kept]

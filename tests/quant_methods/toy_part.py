@@ -20,6 +20,7 @@ class Offsets(Addition):
     kind: ClassVar[str] = "offsets"
     what: ClassVar[str] = "offsets of rows"
     learns: ClassVar[tuple[str, ...]] = ("values",)
+    of_rows: ClassVar[str] = "values"
 
     values: Tensor
 

@@ -15,12 +15,12 @@ from subprocess import Popen
 from bench.environment import VISIBLE_GPUS, visible_gpus
 from bench.server import child
 from bench.study.folder import Folder, Outcome
-from bench.study.step import ORDER, Step
+from bench.study.step import CHECKPOINTS, ORDER, Step
 
 GRACE_S = 90.0
 """Seconds that an interrupted step may take: it stops its command, then the server beside it, each with a grace."""
 PERFORM, ERRORS = (sys.executable, "-m", "bench.study.perform"), "errors.txt"
-UNTIMED = ("compress", "quality", "tasks")
+UNTIMED = (*CHECKPOINTS, "quality", "tasks")
 """Kinds of steps whose results do not depend on what else the machine does."""
 
 

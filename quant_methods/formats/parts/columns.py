@@ -6,6 +6,7 @@ Stored as ``column_index`` int32 [k], rising, and ``column_weight`` [rows, k] in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -61,6 +62,13 @@ class Columns(Addition):
     def apart(self) -> Tensor | None:
         """Return the channels; see :class:`Addition`."""
         return self.index.long()
+
+    def times(self, factors: Tensor) -> Columns:
+        """Return the part of a weight with other output channels; columns in 16 bits have no scale."""
+        if self.scale is not None:
+            return super().times(factors)
+        weight = self.weight.float() * factors.to(self.weight.device)[:, None]
+        return dataclasses.replace(self, weight=weight.to(self.weight.dtype))
 
     def take_over(self, bulk: Bulk) -> tuple[Bulk, Columns]:
         """Take off again what the bulk's codes mean in the channels, where none means zero."""

@@ -32,6 +32,7 @@ class LowRank(Addition):
     kind: ClassVar[str] = "low_rank"
     what: ClassVar[str] = "a low-rank product"
     learns: ClassVar[tuple[str, ...]] = ("up", "down")
+    of_rows: ClassVar[str] = "up"
 
     up: Tensor
     down: Tensor

@@ -38,6 +38,8 @@ class Part(ABC):
     """What messages call it."""
     learns: ClassVar[tuple[str, ...]] = ()
     """The floating-point tensors that training may move."""
+    of_rows: ClassVar[str] = "scale"
+    """The tensor [out, ...] that all of an output channel's weights are proportional to."""
 
     @abstractmethod
     def pack(self) -> dict[str, Tensor]:
@@ -56,6 +58,16 @@ class Part(ABC):
     @abstractmethod
     def stack(cls, layers: Sequence[QuantizedLinear]) -> Self:
         """Return the part of a layer with the output channels of several, of which at least one has it."""
+
+    def times(self, factors: Tensor) -> Self:
+        """Return the part of a weight whose output channels are multiplied by factors, float32 [out].
+
+        Codes stay; what they are multiplied by is rounded to the dtype that it is stored in.
+        """
+        value: Tensor = getattr(self, self.of_rows)
+        each = factors.to(value.device).view(-1, *[1] * (value.dim() - 1))
+        changed: Any = {self.of_rows: (value.float() * each).to(value.dtype)}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device) -> Self:
         """Return a copy on a device."""

@@ -5,6 +5,7 @@ Stored as ``sparse_starts`` int32 [rows + 1], ``sparse_columns`` int32 [n] and `
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -48,6 +49,11 @@ class Sparse(Addition):
     def add(self, weight: Tensor) -> None:
         """Add the values to a weight; see :class:`Addition`."""
         weight.index_put_((self.rows(), self.columns.long()), self.values.float(), accumulate=True)
+
+    def times(self, factors: Tensor) -> Sparse:
+        """Return the part of a weight with other output channels."""
+        values = self.values.float() * factors.to(self.values.device)[self.rows()]
+        return dataclasses.replace(self, values=values.to(self.values.dtype))
 
     def pack(self) -> dict[str, Tensor]:
         """Return what a checkpoint stores."""

@@ -48,6 +48,7 @@ class TableCodes(Bulk):
     kind: ClassVar[str] = "table"
     what: ClassVar[str] = "a table"
     learns: ClassVar[tuple[str, ...]] = ("table",)
+    of_rows: ClassVar[str] = "table"
 
     codes: Tensor
     table: Tensor

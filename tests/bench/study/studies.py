@@ -49,7 +49,7 @@ def graph_of(tmp_path, **changes):
 
 def kl_of(step):
     """A divergence that grows with every compression, and differs a little between seeds."""
-    compressed = 0.1 if step.determines["weights"].startswith("compress") else 0.0
+    compressed = 0.1 if step.determines["weights"].startswith(("compress", "distill")) else 0.0
     coded = 0.02 if step.determines["kv"] != "bf16" else 0.0
     return compressed + coded + 0.001 * (int(step.key[-2:], 16) % 7) * bool(compressed)
 
@@ -61,7 +61,7 @@ def write_result(step, folder, accuracy=None):
     """
     out = folder.result(step.key)
     out.mkdir(parents=True, exist_ok=True)
-    if step.kind == "compress":
+    if step.kind in ("distill", "compress"):
         (out / "config.json").write_text("{}")
     elif step.kind in ("quality", "tasks"):
         accuracy = accuracy if step.kind == "tasks" else None

@@ -116,6 +116,30 @@ def test_parts_of_a_batch_and_blocks_that_run_again_give_the_same_losses(teacher
         assert a["eval_kl"] == pytest.approx(b["eval_kl"], rel=1e-3)
 
 
+def test_held_out_sequences_are_looked_at_in_parts_of_the_same_size(teacher, text, tmp_path, shape, monkeypatch):
+    from quant_methods.distillation.in_memory import InMemory
+
+    asked, real = [], InMemory.targets
+
+    def targets(self, sequences, tokens):
+        asked.append(sequences.tolist())
+        return real(self, sequences, tokens)
+
+    monkeypatch.setattr(InMemory, "targets", targets)
+    few = f"{shape} --samples 4 --looks 1 --held-out 5"
+    two = looks(distilled(teacher, text, tmp_path / "two", f"{few} --micro-batch 2"))
+    assert asked[:3] == [[4, 5], [6, 7], [8]]
+    asked.clear()
+    one = looks(distilled(teacher, text, tmp_path / "one", f"{few} --micro-batch 1"))
+    assert asked[:5] == [[4], [5], [6], [7], [8]]
+    assert two[0]["eval_kl"] == pytest.approx(one[0]["eval_kl"], rel=1e-4)
+
+
+def test_a_number_of_steps_takes_the_place_of_epochs(teacher, text, tmp_path, shape):
+    log = distilled(teacher, text, tmp_path / "out", f"{shape} --steps 3 --epochs 9")
+    assert max(entry["step"] for entry in log) == 3
+
+
 def test_top_tokens_on_disk_teach_nearly_the_same(teacher, text, tmp_path, shape):
     more = f"{shape} --kl-share 1 --temperature 1.5"
     whole = looks(distilled(teacher, text, tmp_path / "whole", more))
@@ -167,6 +191,14 @@ def test_text_alone_needs_no_teachers_probabilities(teacher, text, tmp_path, sha
         ("--keep-layers 2 --kl-share 1.5", "--kl-share 1.5 is not between 0"),
         ("--keep-layers 2 --loss js", "unknown divergence 'js'"),
         ("--keep-layers 2 --micro-batch 3", "--micro-batch 3 does not divide --batch 4"),
+        ("--keep-layers 2 --on-policy 2", "--on-policy 2 is not between 0"),
+        ("--keep-layers 2 --on-policy 1 --kl-share 0 --new-tokens 4", "only a teacher can judge; raise --kl-share"),
+        ("--keep-layers 2 --on-policy 1 --new-tokens 16", "--new-tokens 16 is not between 1 and 15"),
+        (
+            "--keep-layers 2 --on-policy 1 --new-tokens 4 --top-k 8",
+            "nobody can ask a teacher before; leave out --top-k",
+        ),
+        ("--keep-layers 2 --steps -1", "--steps -1 is negative"),
         ("--keep-layers 2 --temperature 0", "--temperature 0 is not positive"),
         ("--keep-layers 2 --kv-bits x", "--kv-bits x: expected 3, or 4,3"),
         ("--keep-layers 2 --url http://127.0.0.1:9", "cannot be cut out of a teacher that a server runs"),

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kv_cache.errors import ParetoError
 from quant_methods.distillation import student
 from quant_methods.distillation.cut import Sizes, cut, kept_heads
 from quant_methods.distillation.importance import influence, measure
 from quant_methods.distillation.in_memory import load_model
+from tests.quant_methods.distillation.conftest import REF
 
 TOKENS = torch.randint(4, 8000, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -135,3 +137,15 @@ def test_a_student_with_other_tokens_is_refused(teacher, tmp_path):
     with pytest.raises(ParetoError, match=r"another tokenizer than .*: 2 of 8,192 tokens differ"):
         student.check_tokenizer(teacher, tmp_path / "other")
     student.check_tokenizer(teacher, teacher)
+
+
+def test_a_head_that_is_the_embedding_is_stored_once(tmp_path):
+    """In another dtype than the model's too, in which both would be copies."""
+    (tmp_path / "shape.yaml").write_text("hidden_size: 32\nnum_hidden_layers: 1\n")
+    model = student.fresh(REF, tmp_path / "shape.yaml", 0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    student.save(model, REF, tmp_path / "out", torch.bfloat16)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in model.parameters())
+    found = load_model(tmp_path / "out", "cpu")
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight.bfloat16().float())

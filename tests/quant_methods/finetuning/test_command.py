@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.compress import compress
@@ -40,6 +41,30 @@ def test_teaches_the_reference_model_and_merges(w4, chats, tmp_path, capsys):  #
     products = json.loads((tmp_path / "merged/config.json").read_text())["quantization_config"]["groups"]
     assert {part["part"] for group in products for part in group["parts"]} == {"grid", "low_rank"}
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+
+
+def test_dora_over_the_reference_model_says_that_it_is_served_merged(w4, chats, tmp_path, capsys):  # noqa: F811
+    few = ("--steps", 2, "--batch", 4, "--length", 48, "--lora-rank", 4, "--learning-rate", 2e-3, "--device", "cpu")
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert run(w4, "--data", chats, *few, "--dora", "--out", adapter) == 0
+    said = capsys.readouterr().out
+    assert "vLLM adds no DoRA adapters" in said
+    assert f"pareto finetune {w4} --adapter {adapter} --merge --out {adapter}-merged" in said
+    assert run(w4, "--adapter", adapter, "--merge", "--out", merged) == 0
+    from peft import PeftModel
+
+    from quant_methods.checkpoints.reference import load_reference
+    from quant_methods.finetuning.load import load_coded
+
+    tokens = torch.arange(3, 63).reshape(2, 30)
+    tuned = PeftModel.from_pretrained(load_coded(w4), adapter).eval()
+    with torch.no_grad():
+        found, wanted, before = (
+            model(tokens).logits.log_softmax(-1) for model in (load_reference(merged), tuned, load_coded(w4))
+        )
+    lost, learnt = ((wanted.exp() * (wanted - other)).sum(-1).mean() for other in (found, before))
+    assert lost < 5e-4
+    assert lost < 0.2 * learnt
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,61 @@ def test_the_result_says_how_it_came_about(tuned, coded_model):
     assert json.loads((tuned / "adapter_config.json").read_text())["base_model_name_or_path"] == str(coded_model)
 
 
+@pytest.fixture(scope="module")
+def sized(coded_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of DoRA."""
+    out = tmp_path_factory.mktemp("sized") / "adapter"
+    outcome = finetune(Job(coded_model, chats, out, dataclasses.replace(SETTINGS, dora=True)))
+    assert outcome.after < outcome.before - 0.1
+    return out
+
+
+def test_dora_is_merged_into_every_format_by_what_multiplies_its_codes(sized, coded_model, tmp_path):
+    """Each output channel of each layer is what peft's own arithmetic makes of it, as 16 bits hold it."""
+    merge(coded_model, sized, tmp_path / "merged")
+    peft_layers = {
+        name: one for name, one in with_adapter(coded_model, sized).named_modules() if hasattr(one, "lora_A")
+    }
+    was, now = (dict(load_coded(folder).named_modules()) for folder in (coded_model, tmp_path / "merged"))
+    assert len(peft_layers) == 21
+    for full, one in peft_layers.items():
+        name, generator = full.removeprefix("base_model.model."), torch.Generator().manual_seed(0)
+        inputs = torch.randn(8, one.in_features, generator=generator)
+        with torch.no_grad():
+            one.get_base_layer().rounding = None  # Of inputs; the weight is what is looked at.
+            bias = one.get_base_layer().bias
+            wanted = one(inputs) - (0 if bias is None else bias)
+            before = inputs @ was[name].weight.float().T
+            found = inputs @ now[name].weight.float().T
+        # A norm learnt apart changes more than a product of 16 bits loses.
+        assert (found - wanted).norm() < 0.3 * (wanted - before).norm()
+        assert (found - wanted).norm() < 2**-7 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dora_learns_and_is_merged_on_a_gpu_too(coded_model, chats, tmp_path):
+    settings = dataclasses.replace(SETTINGS, dora=True)
+    outcome = finetune(Job(coded_model, chats, tmp_path / "out", settings, merged=True, device="cuda"))
+    assert outcome.after < outcome.before - 0.1
+    merged = logits(load_reference(tmp_path / "out")).log_softmax(-1)
+    beside = logits(with_adapter(coded_model, tmp_path / "out/adapter")).log_softmax(-1)
+    before = logits(load_coded(coded_model)).log_softmax(-1)
+    assert (merged - beside).abs().mean() < 0.25 * (before - beside).abs().mean()
+
+
+def test_dora_starts_from_the_norms_of_what_it_starts_as(tiny_model, text_file, tmp_path):
+    from quant_methods.finetuning.tuner import start_from_error, with_adapter
+
+    recipe = Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False)
+    compress(tiny_model, recipe, tmp_path / "w3", text=text_file)
+    changed = dataclasses.replace(SETTINGS, rank=8, alpha=16)
+    plain, sized = (with_adapter(load_coded(tmp_path / "w3"), dataclasses.replace(changed, dora=d)) for d in (0, 1))
+    for model in (plain, sized):
+        start_from_error(model, tiny_model)
+    torch.testing.assert_close(logits(sized), logits(plain), rtol=1e-3, atol=1e-3)
+
+
 def check_merged(model, adapter, merged):
     """Each layer is what it was and the adapter's product, as 16 bits hold it, and rounds its inputs as before.
 
@@ -149,7 +204,8 @@ def check_went_on(outcome, whole, out):
     assert {1, 2, 3, 4} <= set(steps)
 
 
-def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["tuned", "sized"])
+def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, kind, request, tmp_path, monkeypatch):
     """It is stopped in the middle of the third checkpoint, which is written but not whole."""
 
     def stop(path, data):
@@ -157,7 +213,7 @@ def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_p
             raise KeyboardInterrupt
         write_bytes(path, data)
 
-    job = Job(coded_model, chats, tmp_path / "out", SETTINGS)
+    job = Job(coded_model, chats, tmp_path / "out", dataclasses.replace(SETTINGS, dora=kind == "sized"))
     with monkeypatch.context() as patch:
         patch.setattr("quant_methods.training.checkpoints.write_bytes", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +221,7 @@ def test_a_stopped_run_goes_on_to_the_same_loss(coded_model, chats, tuned, tmp_p
     assert (job.work / "checkpoint-3").is_dir()
     outcome = finetune(job)
     assert outcome.resumed == 2
-    check_went_on(outcome, tuned, job.out)
+    check_went_on(outcome, request.getfixturevalue(kind), job.out)
     assert not job.work.exists()
 
 
@@ -254,6 +310,7 @@ def test_data_of_no_use_is_one_line(tiny_model, tmp_path, lines, message):
         ({"rank": 0}, "--lora-rank 0: expected 1 or more"),
         ({"length": 999}, "--length 999 exceeds the model's context of 256"),
         ({"length": 3}, "--length 3 tokens"),
+        ({"dora": True, "pooled": True}, "--pooled moves zero-points, which hold no magnitudes; leave out --dora"),
     ],
 )
 def test_settings_that_make_no_training_are_one_line(coded_model, chats, tmp_path, changes, message):
@@ -267,8 +324,12 @@ def test_the_adapter_of_another_model_is_one_line(tuned, coded_model, tmp_path):
     config = json.loads((tuned / "adapter_config.json").read_text())
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_model.safetensors").write_bytes((tuned / "adapter_model.safetensors").read_bytes())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ParetoError, match="use_dora True cannot be merged"):
-        merge(coded_model, tmp_path / "adapter", tmp_path / "out")
+    for change, said in (
+        ({"bias": "all"}, "bias 'all' cannot be merged"),
+        ({"use_dora": True}, "it lacks .*magnitude"),
+    ):
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ParetoError, match=said):
+            merge(coded_model, tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(ParetoError, match="is no adapter of peft's"):
         merge(coded_model, coded_model, tmp_path / "out")

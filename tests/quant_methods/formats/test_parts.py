@@ -231,6 +231,18 @@ def test_parts_are_stacked_as_weights_are(part: PartForm) -> None:
 
 
 @each
+def test_output_channels_are_multiplied_and_codes_stay(part: PartForm) -> None:
+    before = layer(part, 2 * TILE)
+    factors = 0.5 + torch.rand(2 * TILE)
+    found, wanted = before.times(factors).read(), factors[:, None] * before.read()
+    # What multiplies codes is stored in 16 bits; columns that are apart add to codes that do not mean zero there.
+    assert ((found - wanted).norm(dim=1) < 2**-7 * wanted.norm(dim=1)).all()
+    for name, value in vars(before.part(part.part)).items():
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            assert torch.equal(getattr(before.times(factors).part(part.part), name), value)
+
+
+@each
 def test_what_may_be_trained_is_floating_point(part: PartForm) -> None:
     own = layer(part).part(part.part)
     for name in own.learns:

@@ -15,6 +15,10 @@ def pair():
 
 def by_hand(name, p, q, alpha):
     """The papers' sums, outcome by outcome, in Python's floats."""
+    if name == "jsd":
+        middle = alpha * p + (1 - alpha) * q
+        halves = by_hand("forward", p, middle, alpha), by_hand("forward", q, middle, alpha)
+        return [alpha * a + (1 - alpha) * b for a, b in zip(*halves, strict=True)]
     mixes = {
         "forward": q,
         "reverse": p,
