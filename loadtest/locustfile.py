@@ -72,16 +72,16 @@ class EndlessStage(Stage):
     def take(self, user: int = 0) -> Ticket | None:
         """Return the next request."""
         ticket = super().take(user)
-        return replace(ticket, warmup=self._warming()) if ticket else None
+        return replace(ticket, warmup=self._in_warmup()) if ticket else None
 
     def arrivals(
         self, warmup: bool, stream_id: int = 0, part: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[float, Ticket]]:
         """Yield the arrivals of one stream, or a part of it."""
         for offset, ticket in super().arrivals(warmup, stream_id, part):
-            yield offset, replace(ticket, warmup=self._warming())
+            yield offset, replace(ticket, warmup=self._in_warmup())
 
-    def _warming(self) -> bool:
+    def _in_warmup(self) -> bool:
         return self.elapsed() < self._warmup_s
 
 

@@ -17,7 +17,7 @@ from loadtest.settings import Settings, load_settings
 
 # What does not change the load, or is not kept in run.json because it is secret.
 MAY_BE_GIVEN = frozenset(
-    {"resume", "api_key", "header", "progress", "exporter_port", "exporter_host", "exporter_linger"}
+    {"resume", "api_key", "header", "processes", "progress", "exporter_port", "exporter_host", "exporter_linger"}
     | {"fail_if", "steady", "report", "csv", "junit"}
 )  # fmt: skip
 DROPPED = "records.dropped.jsonl"

@@ -16,6 +16,7 @@ from loadtest import clock
 from loadtest.endpoint.answer import Answer
 from loadtest.endpoint.apis.registry import APIS
 from loadtest.endpoint.client import Client
+from loadtest.load.counts import share
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage, Ticket
 from loadtest.results import records
@@ -52,8 +53,8 @@ class Session:
         stage: says which request is next.
         sink: takes the records.
         stream_id: sets the prompts and arrivals of this process apart from those of other workers.
-        part: (i, n): this process sends every n-th request of one stream that n processes share. None: each user of an
-            open loop is a stream of its own, at the whole rate.
+        part: (i, n): this process sends every n-th request of one stream that n processes share, and has every n-th
+            user of a closed loop. None: each user of an open loop is a stream of its own, at the whole rate.
 
     """
 
@@ -77,7 +78,7 @@ class Session:
         self._sink = sink
         self._path = APIS[workload.endpoint.name].path
         limit = stage.spec.max_concurrency
-        self._slots: Semaphore | DummySemaphore = Semaphore(limit) if limit else DummySemaphore()
+        self._slots: Semaphore | DummySemaphore = Semaphore(share(limit, part or (0, 1))) if limit else DummySemaphore()
         self._streams = 0
         self._users = 0
 
@@ -87,9 +88,10 @@ class Session:
         return self.stream_id * 1000 + self._streams - 1
 
     def next_user(self) -> int:
-        """Return the number of another user of a closed loop, from 0."""
+        """Return the number of another user of a closed loop, from 0; this process has every n-th of its part."""
+        first, step = self.part or (0, 1)
         self._users += 1
-        return self._users - 1
+        return first + (self._users - 1) * step
 
     def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Prepared:
         """Build a conversation's first request before it is due, so that its making costs no latency."""
@@ -240,9 +242,7 @@ class GenerationUser(User):
             for warmup in (True, False):
                 if warmup and not stage.spec.warmup:
                     continue
-                if not warmup and stage.spec.warmup:
-                    stage.begin_measuring()
-                zero = clock.now()
+                zero = stage.begin(warmup)
                 for offset, ticket in stage.arrivals(warmup, stream_id, part):
                     request = session.prepare(ticket, stream_id)
                     gevent.sleep(max(0.0, zero + offset - clock.now()))

@@ -46,7 +46,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if lag is not None and lag.p99 > 10:
         console.print(
             f"note: the load generator itself ran late (P99 {lag.p99:.0f} ms, {summary.generator.cpu_percent or 0:.0f}"
-            "% CPU), and latencies include that; use fewer users, or Locust's distributed workers",
+            "% CPU), and latencies include that; use fewer users, or more --processes",
             markup=False,
         )
 

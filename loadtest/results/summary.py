@@ -238,7 +238,7 @@ def _too_late(latency: Latency) -> str | None:
         return None
     return (
         f"invalid: the load generator sent its requests {late.p95:.0f} ms late (P95; up to {allowed:.0f} ms are sound)"
-        ", and that is in every latency but TTFT from the send; use a lower rate, a faster machine or Locust's workers"
+        ", and that is in every latency but TTFT from the send; use a lower rate, more --processes or a faster machine"
     )
 
 
