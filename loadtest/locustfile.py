@@ -107,7 +107,7 @@ def add_arguments(parser: Any) -> None:
     add_request_arguments(ui)
     add_load_arguments(ui)
     ui.add_argument("--warmup-s", type=float, default=0.0, metavar="S", help="seconds of warm-up, left out of --out")
-    ui.add_argument("--out", default="", metavar="DIR", help="write records.jsonl and summary.json there")
+    ui.add_argument("--out", default="", metavar="DIR", help="write run.json, records.jsonl and summary.json there")
     ui.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     ui.add_argument("--label", default="", metavar="TEXT", help="name of the run in reports")
     ui.add_argument("--exporter-port", type=int, default=0, metavar="PORT", help="Prometheus metrics; 0 is off")
@@ -153,7 +153,8 @@ class LocustTest:
         if isinstance(runner, MasterRunner):
             self.collector = RecordCollector(runner, self._record, self._add_lags)
         if self.options.out:
-            self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
+            self.report = report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
+            environment.events.spawning_complete.add_listener(lambda user_count, **_: report.note_users(user_count))
         if self.options.exporter_port:
             self.serving = self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
             self.exporter.watch(lambda: self.sink.in_flight)
