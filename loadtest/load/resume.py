@@ -43,8 +43,8 @@ def resume_settings(args: argparse.Namespace, defaults: dict[str, Any]) -> tuple
         )
     require(
         manifest.driver != LOCUST,
-        f"--resume {folder.path}: a test of Locust's, which alone begins and ends its users; start it again, and read this "
-        "one with --summarize",
+        f"--resume {folder.path}: a test of Locust's, which alone begins and ends its users; start it again, and read "
+        "this one with --summarize",
     )
     require(not manifest.complete, f"--resume {folder.path}: all of its {manifest.planned} stages have ended")
     given = {name: value for name, value in vars(args).items() if name not in _NOT_FLAGS}
