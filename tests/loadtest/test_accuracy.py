@@ -14,7 +14,7 @@ from loadtest.results.records import Record
 
 
 def planted(count: int, late_s: float, read_s: float) -> tuple[list[Record], list[Served]]:
-    """A client that sends ``late_s`` late and reads ``read_s`` late, and a mock that answers after 0.2, 0.22, 0.24 s."""
+    """A client that sends and reads late by so much; the mock's tokens leave after 0.2, 0.22 and 0.24 s."""
     records, log = [], []
     for i in range(count):
         due = 1000.0 + i / 10
