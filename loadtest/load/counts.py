@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from multiprocessing.context import BaseContext
+import contextlib
+import fcntl
+import mmap
+import os
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+# Places in the shared memory before those of the processes.
+_WARMUPS, _SENT, _CLOSED, _SHARED = range(4)
 
 
 def share(total: int, part: tuple[int, int]) -> int:
@@ -88,24 +96,36 @@ class Counts:
 
 
 class SharedCounts(Counts):
-    """The same for processes that send a stage together, in memory of all of them.
+    """The same for processes that send a stage together, in memory of all of them (Linux's memfd).
 
-    Numbers of requests come from one counter under a lock, so users of several processes take them as users of one do.
-    The other counts have a place for each process, which alone writes to it, and are added up when they are read. An
-    instance is handed to a process when that is started.
+    Numbers of requests come from one counter under a lock that the kernel takes back from a process that dies, so users
+    of several processes take them as users of one do. The other counts have a place for each process, which alone
+    writes to it, and are added up when they are read. An instance is handed to a process when that is started.
 
     Args:
         processes: how many there are.
-        context: that starts them.
+        descriptor: of the memory, where another process has made it.
 
     """
 
-    def __init__(self, processes: int, context: BaseContext) -> None:
-        self._place = 0
-        self._numbers = context.Array("q", 2)
-        self._flag = context.RawValue("b", 0)
-        self._all_in_flight, self._all_sent, self._all_ended = (context.RawArray("q", processes) for _ in range(3))
-        super().__init__()
+    def __init__(self, processes: int, descriptor: int | None = None) -> None:
+        self._processes, self._place = processes, 0
+        size = _SHARED + 3 * processes
+        self._descriptor = os.memfd_create("loadtest-counts") if descriptor is None else descriptor
+        if descriptor is None:
+            os.ftruncate(self._descriptor, 8 * size)
+        self._all = memoryview(mmap.mmap(self._descriptor, 8 * size)).cast("q")
+        self._all_in_flight, self._all_sent, self._all_ended = (
+            self._all[begin : begin + processes] for begin in range(_SHARED, size, processes)
+        )
+
+    def __reduce__(self) -> Any:
+        """Return how the process that is being started makes its own."""
+        return _attach, (self._processes, DupFd(self._descriptor))
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def take_place(self, number: int) -> None:
         """Be process ``number`` from now on, from 0."""
@@ -119,12 +139,12 @@ class SharedCounts(Counts):
     @property
     def warmups(self) -> int:
         """Warm-up requests begun by all processes, of a closed loop."""
-        return int(self._numbers[0])
+        return self._all[_WARMUPS]
 
     @property
     def sent(self) -> int:
         """Measured requests begun, by all processes."""
-        return int(self._numbers[1]) + sum(self._all_sent)
+        return self._all[_SENT] + sum(self._all_sent)
 
     @property
     def ended(self) -> int:
@@ -134,34 +154,38 @@ class SharedCounts(Counts):
     @property
     def closed(self) -> bool:
         """Whether no further request may begin."""
-        return bool(self._flag.value)
+        return bool(self._all[_CLOSED])
 
     @closed.setter
     def closed(self, value: bool) -> None:
-        self._flag.value = value
+        self._all[_CLOSED] = value
 
     def begin_stage(self) -> None:
         """Count from nothing again; only while no process sends."""
-        self._numbers[:] = [0, 0]
+        for place in range(_SHARED):
+            self._all[place] = 0
         for counts in (self._all_sent, self._all_ended):
-            counts[:] = [0] * len(counts)
-        self._flag.value = 0
+            for place in range(self._processes):
+                counts[place] = 0
 
     def take_warmup(self, limit: int) -> int | None:
         """Return the number of another warm-up request; None where ``limit`` of them were taken."""
-        return self._next(0, limit)
+        return self._next(_WARMUPS, limit)
 
     def take(self, limit: int | None) -> int | None:
         """Return the number of another measured request; None where ``limit`` were taken."""
-        return self._next(1, limit)
+        return self._next(_SENT, limit)
 
     def _next(self, counter: int, limit: int | None) -> int | None:
-        with self._numbers.get_lock():
-            number = int(self._numbers[counter])
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            number = self._all[counter]
             if limit is not None and number >= limit:
                 return None
-            self._numbers[counter] = number + 1
-        return number
+            self._all[counter] = number + 1
+            return number
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
     def note_sent(self) -> None:
         """Count a measured request whose number was known beforehand."""
@@ -178,3 +202,7 @@ class SharedCounts(Counts):
     def forget_in_flight(self, number: int) -> None:
         """Count nothing as in flight of process ``number``, which is gone."""
         self._all_in_flight[number] = 0
+
+
+def _attach(processes: int, descriptor: Any) -> SharedCounts:
+    return SharedCounts(processes, descriptor.detach())

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -41,14 +42,11 @@ _NOTICE_S = 0.05
 _CANCELLED_S, _QUIT_S = 10.0, 5.0
 
 
-def spawning() -> Any:
-    """Return the context that starts the processes; a fork would copy gevent's loop and its descriptors."""
-    return multiprocessing.get_context("spawn")
-
-
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C back, so that processes started meanwhile never see it; this one does afterwards."""
+    # When it starts, Python's own helper of such processes lets Ctrl-C through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -103,6 +101,8 @@ class ProcessLoad:
             if self.error is not None:
                 raise LoadTestError(self.error)
         except BaseException:
+            for member in self._members:
+                member.process.kill()
             self.close()
             raise
         for member in self._members:
@@ -112,7 +112,8 @@ class ProcessLoad:
 
     def _start(self, number: int, order: Order) -> None:
         ours, theirs = socket.socketpair()
-        process = spawning().Process(
+        # A fork would copy gevent's loop and its descriptors.
+        process = multiprocessing.get_context("spawn").Process(
             target=obey,
             args=(theirs, self.counts, replace(order, part=(number, order.part[1]))),
             name=f"loadtest-{number}",

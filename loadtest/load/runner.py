@@ -25,7 +25,7 @@ from loadtest.load.loop_lag import LoopLag
 from loadtest.load.make_workload import make_workload, token_cost
 from loadtest.load.monitor import StageMonitor
 from loadtest.load.order import Order
-from loadtest.load.pool import ProcessLoad, spawning
+from loadtest.load.pool import ProcessLoad
 from loadtest.load.preflight import check_server
 from loadtest.load.progress import Progress
 from loadtest.load.resume import drop_unfinished
@@ -109,7 +109,7 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
         workload, calibration = make_workload(client, server, request, cost)
         settings = replace(settings, stages=tuple(fitted(spec, workload.times) for spec in settings.stages))
         stop = Event()
-        counts = SharedCounts(settings.processes, spawning()) if settings.processes > 1 else Counts()
+        counts = SharedCounts(settings.processes) if settings.processes > 1 else Counts()
         sink = Sink(counts=counts)
         load: LocalLoad | ProcessLoad
         if isinstance(counts, SharedCounts):

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from loadtest.load.counts import Counts, SharedCounts, share
-from loadtest.load.pool import spawning
 from loadtest.load.stage import Stage
 from loadtest.mock_server import MockServer
 from loadtest.results.records import read_records
@@ -56,7 +55,7 @@ def test_things_are_shared_out_evenly_and_completely() -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["one", "shared"])
 def test_users_of_several_stages_take_each_number_once(shared: bool) -> None:
     spec = StageSpec(concurrency=2, warmup=3, requests=5)
-    counts = SharedCounts(2, spawning()) if shared else Counts()
+    counts = SharedCounts(2) if shared else Counts()
     # Two stages on the same counts stand for two processes, one of which has gone far ahead.
     first, second = (Stage(spec, 0, counts=counts) for _ in range(2))
     warm = [first.take(), first.take(), second.take()]
