@@ -221,7 +221,12 @@ def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: di
         search.guess(monitor.throughput())
     else:
         (result,) = summarize(monitor.kept, [spec], slo_ms)
-        search.judge(spec.rate, search.met(result, monitor.rising), result.invalid is not None)
+        search.judge(
+            spec.rate,
+            search.met(result, monitor.rising),
+            result.invalid is not None,
+            search.attained(result, monitor.rising),
+        )
 
 
 def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, append: bool) -> Sampler | None:

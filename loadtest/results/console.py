@@ -62,6 +62,9 @@ def search_line(found: SearchResult) -> str:
     if found.invalid_stages:
         stages += f", of which {found.invalid_stages} invalid: the load generator was late, so do not trust this"
     near = "" if found.converged else "; not yet as near as --find-tolerance asks, give it more --find-stages"
+    if found.estimate is not None:
+        tried = f"by a line through all stages; {found.sustained:.4g} was sustained, {found.refused:.4g} was not"
+        return f"{found.goal}: {found.estimate:.4g} requests/s ({tried}), in {stages}{near}"
     return f"{found.goal}: {found.sustained:.4g} requests/s ({found.refused:.4g} was not sustained), in {stages}{near}"
 
 

@@ -212,6 +212,7 @@ class SearchResult:
         stages: how many were used.
         converged: whether the two are as near to each other as was asked for.
         invalid_stages: how many stages were believed though the load generator was late in them, twice.
+        estimate: the answer of ``max-rate`` by a line through all stages; None where they do not say, and for ``knee``.
 
     """
 
@@ -221,6 +222,7 @@ class SearchResult:
     stages: int
     converged: bool
     invalid_stages: int = 0
+    estimate: float | None = None
 
 
 @dataclass(frozen=True)
