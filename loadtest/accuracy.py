@@ -28,9 +28,9 @@ from loadtest.errors import LoadTestError
 from loadtest.mock_server.process import mock_process
 from loadtest.mock_server.token_log import Served, read_token_log
 from loadtest.results.output import RECORDS, environment_info
+from loadtest.results.percentiles import distribution
 from loadtest.results.records import OK, Record, read_records, write_json_atomically
 from loadtest.results.schema import Distribution, Summary
-from loadtest.results.summary import distribution
 
 SCHEMA = "vllm-pareto/loadtest-accuracy/1"
 FIGURES = ("p50", "p95", "p99", "mean", "max")

@@ -11,9 +11,10 @@ from typing import Any
 from loadtest import clock
 from loadtest.results.manifest import LOCUST, Manifest, RunFile
 from loadtest.results.output import RECORDS, SUMMARY, environment_info, prepare_output
+from loadtest.results.percentiles import distribution
 from loadtest.results.records import Record, RecordWriter, read_records, write_json_atomically
 from loadtest.results.schema import Generator, Server, Summary
-from loadtest.results.summary import distribution, summarize
+from loadtest.results.summary import summarize
 from loadtest.settings import public_flags
 from loadtest.stage_spec import StageSpec
 

@@ -34,8 +34,8 @@ from loadtest.load.link import Link
 from loadtest.load.order import Order, obey
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
+from loadtest.results.percentiles import distribution
 from loadtest.results.schema import Generator
-from loadtest.results.summary import distribution
 
 # So much later than the word is given all begin: it must have reached every process by then.
 _NOTICE_S = 0.05

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,11 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from gevent.event import Event
 
+from loadtest import clock, command
+from loadtest.errors import LoadTestError
 from loadtest.load.counts import Counts, SharedCounts, share
+from loadtest.load.order import Order
+from loadtest.load.pool import ProcessLoad
+from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
 from loadtest.mock_server import MockServer
 from loadtest.results.records import read_records
+from loadtest.results.schema import Server
+from loadtest.settings import load_settings
 from loadtest.stage_spec import StageSpec
 
 Factory = Callable[..., MockServer]
@@ -170,6 +180,20 @@ def test_ctrl_c_cancels_what_all_processes_have_in_flight(mock_server: Factory, 
         None,
         5,
     )
+
+
+def test_a_process_that_cannot_begin_stops_the_run_before_it(mock_server: Factory, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("hello\n")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    request = load_settings(parser.parse_args(["--prompts", str(tmp_path / "prompts.txt")])).request
+    # It was there when the parent looked.
+    (tmp_path / "prompts.txt").unlink()
+    url, counts, stop = mock_server().url, SharedCounts(1), Event()
+    order = Order((0, 1), url, request, Server(url, "mock-model", [], None, True, {}), None, clock.anchor())
+    with pytest.raises(LoadTestError, match=r"load generator process 1 of 1: .*prompts.txt"):
+        ProcessLoad(order, counts, Sink(counts=counts), lambda _: None, stop)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.long
