@@ -113,10 +113,9 @@ def _run_once(settings: Settings, resumed: Manifest | None = None) -> int:
         print("pareto loadtest: interrupted; the results above are partial", file=sys.stderr)
         return INTERRUPTED
     if summary.error is not None:
-        print(
-            f"pareto loadtest: error: {summary.error}; the results above are partial (--resume goes on with the run)",
-            file=sys.stderr,
-        )
+        # A search is not resumed, for what it asks next depends on how its stages went.
+        further = "" if summary.search else " (--resume goes on with the run)"
+        print(f"pareto loadtest: error: {summary.error}; the results above are partial{further}", file=sys.stderr)
         return 1
     if not any(stage.requests.ok for stage in summary.stages):
         print("pareto loadtest: error: no request succeeded", file=sys.stderr)
