@@ -28,6 +28,9 @@ Sweep: several values are several stages, with one row each in the table.
   pareto loadtest --concurrency 1 4 16 64 --requests 200 --label int4_per_head --out results/int4
   pareto loadtest --rate 1 2 4 8 --duration 30 --prompt-tokens lognormal:512:0.8:16:4096 --output-tokens uniform:32:256
 
+More than one core can send: several processes share the load, and it stays what it is with one.
+  pareto loadtest --rate 500 --duration 60 --processes 2
+
 Proof: repeat, compare, and fail on what is shown to be slower (docs/loadtest-comparing.md).
   pareto loadtest --rate 4 --requests 500 --repeat 5 --out after
   pareto loadtest --compare before after --fail-if 'p95_ttft > +5%' --report change.html --junit change.xml
@@ -109,6 +112,11 @@ def _run_once(settings: Settings, resumed: Manifest | None = None) -> int:
     if summary.status == "interrupted":
         print("pareto loadtest: interrupted; the results above are partial", file=sys.stderr)
         return INTERRUPTED
+    if summary.error is not None:
+        # A search is not resumed, for what it asks next depends on how its stages went.
+        further = "" if summary.search else " (--resume goes on with the run)"
+        print(f"pareto loadtest: error: {summary.error}; the results above are partial{further}", file=sys.stderr)
+        return 1
     if not any(stage.requests.ok for stage in summary.stages):
         print("pareto loadtest: error: no request succeeded", file=sys.stderr)
         return 1

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
+from loadtest.mock_server.process import mock_process
 from loadtest.results.output import RECORDS, environment_info
 from loadtest.results.records import read_records, write_json_atomically
 from loadtest.statistics.changes import Difference
@@ -64,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         servers = context.SimpleQueue()
         for _ in range(args.processes):
             factors = (1.0, 1 + plan.planted)
-            servers.put([cleanup.enter_context(_mock(factor)) for factor in factors])
+            delays = [("--ttft-ms", TTFT_MS * each, "--itl-ms", ITL_MS * each) for each in factors]
+            mocks = [cleanup.enter_context(mock_process(*each, "--capacity", CAPACITY)) for each in delays]
+            servers.put([mock.url for mock in mocks])
         pool = cleanup.enter_context(context.Pool(args.processes, _begin, (servers, plan)))
         for triple in pool.imap_unordered(_pair, range(args.pairs)):
             found.append(triple)
@@ -103,17 +104,6 @@ def _pair(_: int) -> Triple:
     """Run A and B on the equal server and C on the slower one."""
     (base, slow), plan = _mine
     return _run(base, plan), _run(base, plan), _run(slow, plan)
-
-
-@contextmanager
-def _mock(factor: float) -> Iterator[str]:
-    """Start a mock server whose delays are multiplied by ``factor``, in a process of its own; yields its address."""
-    words = ["--ttft-ms", TTFT_MS * factor, "--itl-ms", ITL_MS * factor, "--capacity", CAPACITY, "--port", 0]
-    command = [sys.executable, "-m", "loadtest.mock_server", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, ExitStack() as cleanup:
-        cleanup.callback(process.kill)
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[-1]
 
 
 def _run(url: str, plan: Plan) -> Samples:

@@ -72,7 +72,7 @@ class EndlessStage(Stage):
     def take(self, user: int = 0) -> Ticket | None:
         """Return the next request."""
         ticket = super().take(user)
-        return replace(ticket, warmup=self._warming()) if ticket else None
+        return replace(ticket, warmup=self._in_warmup()) if ticket else None
 
     def arrivals(
         self, warmup: bool, stream_id: int = 0, part: tuple[int, int] = (0, 1)
@@ -82,7 +82,7 @@ class EndlessStage(Stage):
         for offset, ticket in super().arrivals(warmup, stream_id, part):
             yield offset, replace(ticket, warmup=begun + offset < self._warmup_s)
 
-    def _warming(self) -> bool:
+    def _in_warmup(self) -> bool:
         return self.elapsed() < self._warmup_s
 
 
@@ -108,7 +108,7 @@ def add_arguments(parser: Any) -> None:
     add_request_arguments(ui)
     add_load_arguments(ui)
     ui.add_argument("--warmup-s", type=float, default=0.0, metavar="S", help="seconds of warm-up, left out of --out")
-    ui.add_argument("--out", default="", metavar="DIR", help="write records.jsonl and summary.json there")
+    ui.add_argument("--out", default="", metavar="DIR", help="write run.json, records.jsonl and summary.json there")
     ui.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     ui.add_argument("--label", default="", metavar="TEXT", help="name of the run in reports")
     ui.add_argument("--exporter-port", type=int, default=0, metavar="PORT", help="Prometheus metrics; 0 is off")
@@ -154,7 +154,8 @@ class LocustTest:
         if isinstance(runner, MasterRunner):
             self.collector = RecordCollector(runner, self._record, self._add_lags)
         if self.options.out:
-            self.report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
+            self.report = report = LocustReport(environment, Path(self.options.out), self.options.overwrite)
+            environment.events.spawning_complete.add_listener(lambda user_count, **_: report.note_users(user_count))
         if self.options.exporter_port:
             self.serving = self.exporter.serve(self.options.exporter_host, self.options.exporter_port)
             self.exporter.watch(lambda: self.sink.in_flight)

@@ -15,6 +15,7 @@ from loadtest.errors import LoadTestError
 from loadtest.report.files import check_files, write_files
 from loadtest.request_settings import require
 from loadtest.results.console import print_summary
+from loadtest.results.manifest import PARETO
 from loadtest.results.offline import open_folder, stored_summary, summarize_folder
 from loadtest.results.output import SUMMARY
 from loadtest.results.records import write_json_atomically
@@ -77,7 +78,9 @@ def _summarize(path: Path, args: argparse.Namespace) -> int:
             raise LoadTestError(f"--summarize {path}: {SUMMARY}: {error.strerror or error}") from error
     print(f"results: {path / SUMMARY}{'' if missing else ' (was there, and is left as it is)'}")
     if summary.status == "interrupted":
-        print("pareto loadtest: note: the run did not end; --resume goes on with it", file=sys.stderr)
+        resumable = folder.manifest is None or folder.manifest.driver == PARETO
+        further = "--resume goes on with it" if resumable else "start it again with Locust"
+        print(f"pareto loadtest: note: the run did not end; {further}", file=sys.stderr)
     return judge(read_side(path, "--summarize"), args) if wants_judgement(args) else 0
 
 

@@ -40,6 +40,7 @@ class Settings:
     search: SearchSettings | None
     stop_over_saturation: bool
     progress: bool
+    processes: int
     flags: dict[str, Any]
 
 
@@ -69,6 +70,13 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--duration", type=float, metavar="S", help="seconds in which requests of a stage may start")
     group.add_argument(
         "--warmup", "--num-warmups", type=int, default=0, metavar="N", help="requests before each stage, not measured"
+    )
+    group.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that send the load together, where one core is too slow for it (default: 1)",
     )
     group.add_argument(
         "--ready-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for the server to answer"
@@ -154,6 +162,12 @@ def load_settings(args: argparse.Namespace) -> Settings:
     rate = args.max_error_rate
     require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
+    require(args.processes >= 1, f"--processes {args.processes}: must be at least 1")
+    limit = args.max_concurrency
+    require(
+        limit is None or limit >= args.processes,
+        f"--max-concurrency {limit}: is shared out to {args.processes} processes, so it must be at least as many",
+    )
     search = _search(args)
     return Settings(
         base_url=normalize_base_url(args.base_url),
@@ -172,6 +186,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         search=search,
         stop_over_saturation=args.stop_over_saturation,
         progress=args.progress,
+        processes=args.processes,
         flags=public_flags(args),
     )
 

@@ -47,13 +47,14 @@ class Ahead(Generic[T]):
             # Answers that have come are read between two.
             gevent.sleep(0)
 
-    def begin(self) -> float:
-        """Let the phase begin now; returns this moment of :mod:`loadtest.clock`."""
-        self._zero = clock.now()
-        return self._zero
+    def due(self, zero: float) -> Iterator[tuple[float, Ticket, T]]:
+        """Yield each request when it is due, with its offset in seconds and its ticket.
 
-    def __iter__(self) -> Iterator[tuple[float, Ticket, T]]:
-        """Yield each request when it is due, with its offset in seconds and its ticket; call :meth:`begin` before."""
+        Args:
+            zero: when the phase begins, in seconds of :mod:`loadtest.clock`.
+
+        """
+        self._zero = zero
         while True:
             self.fill()
             if not self._made:

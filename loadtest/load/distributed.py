@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import gevent
 from gevent.event import Event
 
+from loadtest.load.batches import RecordBatches, take_batch
 from loadtest.results.records import Record
 
 _RECORDS, _FINISH, _FINISHED = "pareto_records", "pareto_finish", "pareto_finished"
@@ -31,7 +32,7 @@ def drain(runner: Any) -> None:
     runner.user_greenlets.kill()
 
 
-class RecordForwarder:
+class RecordForwarder(RecordBatches):
     """The worker's side.
 
     Args:
@@ -41,33 +42,15 @@ class RecordForwarder:
     """
 
     def __init__(self, runner: Any, lags: Callable[[], list[float]]) -> None:
-        self._lags = lags
         self._runner = runner
-        self._pending: list[dict[str, Any]] = []
         runner.register_message(_FINISH, self._finish)
-        gevent.spawn(self._run)
-
-    def add(self, record: Record) -> None:
-        """Queue one record."""
-        self._pending.append(record.to_dict())
-
-    def flush(self) -> None:
-        """Send what is queued."""
-        pending, self._pending = self._pending, []
-        lags = self._lags()
-        if pending or lags:
-            self._runner.send_message(_RECORDS, {"records": pending, "loop_lag_ms": lags})
+        super().__init__(partial(runner.send_message, _RECORDS), lags, _FLUSH_S)
 
     def _finish(self, environment: Any, msg: Any, **_: Any) -> None:
         drain(self._runner)
         self.flush()
         # Messages of one worker keep their order, so the master has every record when it hears this.
         self._runner.send_message(_FINISHED)
-
-    def _run(self) -> None:
-        while True:
-            gevent.sleep(_FLUSH_S)
-            self.flush()
 
 
 class RecordCollector:
@@ -102,9 +85,7 @@ class RecordCollector:
             logger.error("no last records from worker(s) %s", ", ".join(sorted(self._awaited)))
 
     def _take(self, environment: Any, msg: Any, **_: Any) -> None:
-        for data in msg.data["records"]:
-            self._listener(Record.from_dict(data))
-        self._lag_listener(msg.data["loop_lag_ms"])
+        take_batch(msg.data, self._listener, self._lag_listener)
 
     def _note(self, environment: Any, msg: Any, **_: Any) -> None:
         self._awaited.discard(msg.node_id)

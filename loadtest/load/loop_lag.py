@@ -9,8 +9,8 @@ from collections.abc import Callable
 import gevent
 
 from loadtest import clock
+from loadtest.results.percentiles import distribution
 from loadtest.results.schema import Generator
-from loadtest.results.summary import distribution
 
 _PERIOD_S = 0.02
 

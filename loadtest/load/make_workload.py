@@ -19,8 +19,26 @@ from loadtest.workloads.traces.registry import read_trace
 from loadtest.workloads.workload import Workload
 
 
-def make_workload(client: Client, server: Server, settings: RequestSettings) -> tuple[Workload, dict[str, Any]]:
+def token_cost(client: Client, server: Server, settings: RequestSettings, tokenizer: Any = None) -> TokenCost | None:
+    """Return what text costs on the server, or by a ``tokenizer`` that is read; None where no prompt is made of text.
+
+    Raises:
+        LoadTestError: the tokenizer is no good, or the server refuses the calibration.
+
+    """
+    if settings.prompts or settings.prompt_token_ids:
+        return None
+    if tokenizer is None and settings.tokenizer:
+        tokenizer = read_tokenizer(settings.tokenizer)
+    return calibrate(client, server.model, APIS[settings.endpoint], tokenizer)
+
+
+def make_workload(
+    client: Client, server: Server, settings: RequestSettings, cost: TokenCost | None = None
+) -> tuple[Workload, dict[str, Any]]:
     """Return the workload, and how the lengths of its prompts were calibrated.
+
+    ``cost`` is what text costs, where another process has asked the server already.
 
     Raises:
         LoadTestError: a file is no good, or the server refuses the calibration.
@@ -30,14 +48,14 @@ def make_workload(client: Client, server: Server, settings: RequestSettings) -> 
     tokenizer = read_tokenizer(settings.tokenizer) if settings.tokenizer else None
     entries = read_trace(settings.trace, settings.trace_format) if settings.trace else None
     seed, ids = settings.seed, settings.prompt_token_ids
-    cost: TokenCost | None = None
+    cost = cost or token_cost(client, server, settings, tokenizer)
     calibration: dict[str, Any]
     if settings.prompts:
         calibration = {"how": "none: prompts from a data set"}
     elif ids:
         calibration = {"how": "none: prompts are token ids"}
     else:
-        cost = calibrate(client, server.model, api, tokenizer)
+        assert cost is not None
         calibration = {
             "how": cost.how,
             "tokens_per_word": cost.per_word,

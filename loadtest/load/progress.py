@@ -94,7 +94,7 @@ class Progress:
 
     def _words(self, stage: Stage) -> tuple[str, str]:
         sink = self._sink
-        phase = "warm-up" if stage.measured_from is None else load_name(stage.spec)
+        phase = "warm-up" if stage.spec.warmup and stage.measured_from is None else load_name(stage.spec)
         counts = f"{sink.ok} ok, {sink.failed} failed, {sink.in_flight} in flight"
         # A search does not know how many stages it will take.
         count = max(self._count, stage.spec.index + 1)

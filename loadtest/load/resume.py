@@ -9,7 +9,7 @@ from typing import Any
 
 from loadtest.errors import LoadTestError
 from loadtest.request_settings import require
-from loadtest.results.manifest import Manifest
+from loadtest.results.manifest import LOCUST, Manifest
 from loadtest.results.offline import Folder, open_folder
 from loadtest.results.output import RECORDS, RUN, SERVER_METRICS, SUMMARY
 from loadtest.results.records import write_text_atomically
@@ -17,7 +17,7 @@ from loadtest.settings import Settings, load_settings
 
 # What does not change the load, or is not kept in run.json because it is secret.
 MAY_BE_GIVEN = frozenset(
-    {"resume", "api_key", "header", "progress", "exporter_port", "exporter_host", "exporter_linger"}
+    {"resume", "api_key", "header", "processes", "progress", "exporter_port", "exporter_host", "exporter_linger"}
     | {"fail_if", "steady", "report", "csv", "junit"}
 )  # fmt: skip
 DROPPED = "records.dropped.jsonl"
@@ -41,6 +41,11 @@ def resume_settings(args: argparse.Namespace, defaults: dict[str, Any]) -> tuple
         raise LoadTestError(
             f"--resume {folder.path}: no {RUN} in it, which says what was to be run; --summarize reads it"
         )
+    require(
+        manifest.driver != LOCUST,
+        f"--resume {folder.path}: a test of Locust's, which alone begins and ends its users; start it again, and read "
+        "this one with --summarize",
+    )
     require(not manifest.complete, f"--resume {folder.path}: all of its {manifest.planned} stages have ended")
     given = {name: value for name, value in vars(args).items() if name not in _NOT_FLAGS}
     extra = sorted(name for name, value in given.items() if name not in MAY_BE_GIVEN and value != defaults.get(name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,23 +13,25 @@ from types import FrameType
 
 import gevent
 from gevent.event import Event
-from locust.env import Environment
 
 from loadtest import clock
 from loadtest.endpoint.client import Client
 from loadtest.endpoint.descriptors import raise_limit
 from loadtest.errors import LoadTestError
+from loadtest.load.counts import Counts, SharedCounts
 from loadtest.load.error_limit import ErrorLimit
+from loadtest.load.local import LocalLoad
 from loadtest.load.loop_lag import LoopLag
-from loadtest.load.make_workload import make_workload
+from loadtest.load.make_workload import make_workload, token_cost
 from loadtest.load.monitor import StageMonitor
+from loadtest.load.order import Order
+from loadtest.load.pool import ProcessLoad
 from loadtest.load.preflight import check_server
 from loadtest.load.progress import Progress
 from loadtest.load.resume import drop_unfinished
 from loadtest.load.search import RateSearch
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
-from loadtest.load.users import GenerationUser, Session
 from loadtest.results.manifest import Manifest, RunFile
 from loadtest.results.offline import Folder
 from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
@@ -49,10 +50,6 @@ OVER_SATURATED = (
     "over-saturated: the server's queue grew as long as requests came, so latencies depend on the stage's length; "
     "lower the rate"
 )
-
-
-class RunUser(GenerationUser):
-    """The user that ``pareto loadtest`` starts."""
 
 
 @contextmanager
@@ -108,8 +105,19 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
         if settings.exporter_port is not None:
             serving = exporter.serve(settings.exporter_host, settings.exporter_port)
             cleanup.callback(serving.stop)
-        workload, calibration = make_workload(client, server, request)
+        cost = token_cost(client, server, request)
+        workload, calibration = make_workload(client, server, request, cost)
         settings = replace(settings, stages=tuple(fitted(spec, workload.times) for spec in settings.stages))
+        stop = Event()
+        counts = SharedCounts(settings.processes) if settings.processes > 1 else Counts()
+        sink = Sink(counts=counts)
+        load: LocalLoad | ProcessLoad
+        if isinstance(counts, SharedCounts):
+            order = Order((0, settings.processes), settings.base_url, request, server, cost, clock.anchor())
+            load = ProcessLoad(order, counts, sink, exporter.observe_loop_lag, stop)
+        else:
+            load = LocalLoad(client, workload, sink, counts, LoopLag(exporter.observe_loop_lag))
+        cleanup.callback(load.close)
         if resumed is None:
             prepare_output(settings.out, settings.overwrite)
         elif server.model != resumed.server.model:
@@ -118,17 +126,11 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             drop_unfinished(Folder(settings.out, resumed))
         writer = RecordWriter(settings.out / RECORDS, append=resumed is not None)
         cleanup.callback(writer.close)
-        stop = Event()
         errors = ErrorLimit(settings.max_error_rate, stop, conversations=request.turns is not None)
-        sink = Sink(writer.write, exporter.observe, errors.observe)
+        for listener in (writer.write, exporter.observe, errors.observe):
+            sink.listen(listener)
         exporter.watch(lambda: sink.in_flight)
         sampler = _start_sampler(settings, client, cleanup, resumed is not None)
-
-        # Locust warns about spawn rates and CPU on a log that nobody configured; the summary has better numbers.
-        logging.getLogger("locust").setLevel(logging.ERROR)
-        environment = Environment(user_classes=[RunUser], host=settings.base_url)
-        environment.create_local_runner()
-        cleanup.callback(environment.runner.quit)
         manifest = resumed or Manifest(
             label=label,
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -140,7 +142,6 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             planned=settings.search.max_stages if settings.search else len(settings.stages),
         )
         run_file, began = RunFile(settings.out, manifest), clock.now()
-        lag = LoopLag(exporter.observe_loop_lag)
         saturated: set[int] = set()
         search = RateSearch(settings.search, settings.stages[0]) if settings.search else None
         plan: Iterator[StageSpec] = iter(search.next_stage, None) if search else iter(settings.stages)
@@ -152,17 +153,15 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             run_file.begin(spec)
             errors.begin_stage(spec)
             exporter.begin_stage(spec.index, spec.concurrency, spec.rate)
-            entering = partial(sampler.enter, spec.index) if sampler else None
-            stage = Stage(spec, request.seed, entering, make_shape(spec, workload.times))
-            environment.loadtest_session = Session(environment, client, workload, stage, sink)
+            counts.begin_stage()
+            gate = partial(_enter, spec, sampler, load)
+            stage = Stage(spec, request.seed, gate, make_shape(spec, workload.times), counts)
             progress.show(stage)
             monitor = StageMonitor(stage, sink, early=bool(search) or settings.stop_over_saturation)
             sink.listen(monitor.observe)
-            _run_stage(environment, spec, stop)
+            load.run(stage, stop)
             monitor.stop()
             sink.forget(monitor.observe)
-            # The next stage, and the files of the results, need the descriptors of this one's connections.
-            client.close_idle()
             if stop.is_set():
                 break
             if monitor.saturated or (search and monitor.rising):
@@ -173,7 +172,7 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
                 sampler.leave()
             if search or not monitor.cut_short:
                 run_file.finish(spec)
-        duration, generator = clock.now() - began, lag.stop()
+        duration, generator = clock.now() - began, load.health()
         stages = summarize(
             read_records(settings.out / RECORDS),
             manifest.stages,
@@ -186,7 +185,11 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
                 result.notes.append(OVER_SATURATED)
         summary = Summary(
             label=manifest.label,
-            status="interrupted" if interrupted.is_set() else "stopped" if errors.exceeded else "complete",
+            status="interrupted"
+            if interrupted.is_set()
+            else "stopped"
+            if errors.exceeded or load.error
+            else "complete",
             started_at=manifest.started_at,
             duration_s=duration,
             settings=settings.flags,
@@ -197,11 +200,19 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
             generator=generator,
             files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if sampler else {})},
             search=search.result() if search else None,
+            error=load.error,
         )
         write_json_atomically(settings.out / SUMMARY, summary.to_dict())
         if serving is not None and not interrupted.is_set():
             await_last_scrape(serving, settings.exporter_linger, interrupted.wait)
         return summary
+
+
+def _enter(spec: StageSpec, sampler: Sampler | None, load: LocalLoad | ProcessLoad) -> float:
+    """Let the measured phase of a stage begin; returns when it does."""
+    if sampler:
+        sampler.enter(spec.index)
+    return load.begin_measuring()
 
 
 def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: dict[str, float]) -> None:
@@ -210,7 +221,12 @@ def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: di
         search.guess(monitor.throughput())
     else:
         (result,) = summarize(monitor.kept, [spec], slo_ms)
-        search.judge(spec.rate, search.met(result, monitor.rising), result.invalid is not None)
+        search.judge(
+            spec.rate,
+            search.met(result, monitor.rising),
+            result.invalid is not None,
+            search.attained(result, monitor.rising),
+        )
 
 
 def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, append: bool) -> Sampler | None:
@@ -227,21 +243,3 @@ def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, appen
     sampler.start()
     cleanup.callback(sampler.stop)
     return sampler
-
-
-def _run_stage(environment: Environment, spec: StageSpec, stop: Event) -> None:
-    """Start the stage's users and wait until all have ended by themselves, or until ``stop``."""
-    runner = environment.runner
-    users = spec.concurrency or 1
-    runner.start(users, spawn_rate=users)
-
-    def await_users() -> None:
-        runner.spawning_greenlet.join()
-        runner.user_greenlets.join()
-
-    waiting = gevent.spawn(await_users)
-    gevent.wait([waiting, stop], count=1)
-    # Locust takes its time over stopping, and what is read from the sockets after that would look slow: so first this.
-    runner.user_greenlets.kill()
-    waiting.kill()
-    runner.stop()

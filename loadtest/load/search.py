@@ -2,7 +2,8 @@
 
 The first stage is a closed loop of many users, whose throughput is a first guess of what the server can do, as in the
 sweeps of guidellm. Stages at single rates follow: just below and just above the guess, which mostly settles it, and
-else halfway, by ratio, between the highest rate that was sustained and the lowest that was not.
+else halfway, by ratio, between the highest rate that was sustained and the lowest that was not. Of ``max-rate``, where
+stages tell how near they came, each is where a line through all before it says the answer is.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from loadtest.load.attainment import Attained, bounds, crossing
 from loadtest.results.schema import SearchResult, StageResult
 from loadtest.stage_spec import SearchSettings, StageSpec
 
 _BELOW, _ABOVE = 0.98, 1.02
 # Where nothing is known yet of one side, the answer is taken to lie within these parts of the guess.
 _FLOOR, _CEILING = 0.2, 1.6
+# As far as a line through stages is trusted beyond them.
+_FARTHEST_DOWN, _FARTHEST_UP = 0.5, 1.3
 
 
 class RateSearch:
@@ -38,6 +42,7 @@ class RateSearch:
         self._ceiling: float | None = None
         self._invalid = 0
         self._repeated: set[float] = set()
+        self._attained: list[Attained] = []
 
     def next_stage(self) -> StageSpec | None:
         """Return the next stage; None when the answer is near enough, or all stages are used."""
@@ -55,11 +60,14 @@ class RateSearch:
         self._next = throughput * _BELOW if throughput > 0 else None
         self._floor = throughput * _FLOOR
 
-    def judge(self, rate: float, sustained: bool, invalid: bool = False) -> None:
+    def judge(
+        self, rate: float, sustained: bool, invalid: bool = False, attained: tuple[int, int] | None = None
+    ) -> None:
         """Take how a stage at ``rate`` went.
 
         A stage that failed while the load generator itself was late (``invalid``) says nothing of the server: it is
-        repeated once, and believed only if that comes to the same.
+        repeated once, and believed only if that comes to the same. ``attained`` are the good requests and all that
+        ended, where being good is what is searched for.
         """
         if invalid and not sustained:
             if rate not in self._repeated:
@@ -67,6 +75,8 @@ class RateSearch:
                 self._next = rate
                 return
             self._invalid += 1
+        if attained is not None:
+            self._attained.append(Attained(rate, *attained))
         if sustained:
             self._sustained = rate if self._sustained is None else max(rate, self._sustained)
         else:
@@ -80,7 +90,17 @@ class RateSearch:
                 self._ceiling *= _CEILING
         elif not sustained and self._sustained is None and rate <= self._floor * (1 + self.settings.tolerance):
             self._floor *= _FLOOR
-        self._next = math.sqrt((self._sustained or self._floor) * (self._refused or self._ceiling or rate))
+        self._next = self._by_line() or math.sqrt(
+            (self._sustained or self._floor) * (self._refused or self._ceiling or rate)
+        )
+
+    def _by_line(self) -> float | None:
+        """Return where the stages so far say the answer is, not too far from them; None where they do not say."""
+        if not self._attained:
+            return None
+        rates = [each.rate for each in self._attained]
+        found, _ = crossing(self._attained, self.settings.attainment)
+        return min(max(found, min(rates) * _FARTHEST_DOWN), max(rates) * _FARTHEST_UP)
 
     def met(self, result: StageResult, rising: bool) -> bool:
         """Whether a stage was sustained: its queue did not grow, and enough of its requests were good.
@@ -95,11 +115,32 @@ class RateSearch:
             attained = result.goodput.fraction
         return attained >= self.settings.attainment
 
+    def attained(self, result: StageResult, rising: bool) -> tuple[int, int] | None:
+        """Return the good requests of a stage and all that ended; None where being good is not what is searched for."""
+        if self.settings.goal != "max-rate" or result.goodput is None:
+            return None
+        good, ended = result.goodput.good, result.requests.ok + result.requests.failed
+        # A queue that grows would soon spoil the rest, so the stage counts as one that missed twice what is allowed.
+        return min(good, int(ended * max(0.0, 2 * self.settings.attainment - 1))) if rising else good, ended
+
     def result(self) -> SearchResult:
         """Return what is known now."""
         low, high = self._sustained, self._refused
-        return SearchResult(self.settings.goal, low, high, self._stages, self._converged(), self._invalid)
+        found = crossing(self._attained, self.settings.attainment)[0] if self._attained else None
+        return SearchResult(
+            self.settings.goal,
+            low,
+            high,
+            self._stages,
+            self._converged(),
+            self._invalid,
+            found,
+        )
 
     def _converged(self) -> bool:
         low, high = self._sustained, self._refused
+        if self._attained:
+            _, error = crossing(self._attained, self.settings.attainment)
+            low, high = bounds(self._attained, self.settings.attainment)
+            return 2 * error <= self.settings.tolerance or high <= low * (1 + self.settings.tolerance)
         return low is not None and high is not None and high <= low * (1 + self.settings.tolerance)

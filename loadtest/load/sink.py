@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from loadtest.load.counts import Counts
 from loadtest.results.records import Record
 
 
@@ -12,14 +13,20 @@ class Sink:
 
     Args:
         listeners: called with every record, in this order.
+        counts: where those in flight are counted, by default in the sink alone.
 
     """
 
-    def __init__(self, *listeners: Callable[[Record], None]) -> None:
+    def __init__(self, *listeners: Callable[[Record], None], counts: Counts | None = None) -> None:
         self._listeners = list(listeners)
-        self.in_flight = 0
+        self._counts = counts or Counts()
         self.ok = 0
         self.failed = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are due and have not ended."""
+        return self._counts.in_flight
 
     def listen(self, listener: Callable[[Record], None]) -> None:
         """Pass records on to one more."""
@@ -31,11 +38,15 @@ class Sink:
 
     def begin(self) -> None:
         """Note that a request has become due."""
-        self.in_flight += 1
+        self._counts.change_in_flight(1)
 
     def end(self, record: Record) -> None:
         """Note that it has ended, and pass its record on."""
-        self.in_flight -= 1
+        self._counts.change_in_flight(-1)
+        self.take(record)
+
+    def take(self, record: Record) -> None:
+        """Pass on the record of a request that another process sent."""
         if record.outcome == "ok":
             self.ok += 1
         elif record.outcome == "error":

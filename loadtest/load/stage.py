@@ -11,6 +11,7 @@ import numpy as np
 from gevent.event import Event
 
 from loadtest import clock
+from loadtest.load.counts import Counts
 from loadtest.shapes.arrivals import ARRIVALS
 from loadtest.shapes.registry import make_shape
 from loadtest.shapes.shape import Shape, hold
@@ -30,13 +31,15 @@ class Stage:
 
     Closed loop: users call :meth:`take` for each request and :meth:`done` after it. Warm-up requests come first; the
     measured phase begins when the last of them has ended, so that none of them overlaps it. Open loop: the scheduler
-    asks :meth:`arrivals` for the offsets of each phase.
+    calls :meth:`begin` for each phase and asks :meth:`arrivals` for its offsets.
 
     Args:
         spec: what to do.
         seed: of the arrivals.
+        gate: called once, when no warm-up request of this process is in flight any more and no measured one was sent
+            yet; returns the moment at which the measured phase begins, which has come then.
         shape: how the load goes over time; by default the one that ``spec`` names.
-        before_measuring: called when no warm-up request is in flight any more and no measured one was sent yet.
+        counts: how far it has come; several processes that send the stage together share them.
 
     """
 
@@ -44,48 +47,61 @@ class Stage:
         self,
         spec: StageSpec,
         seed: int,
-        before_measuring: Callable[[], None] | None = None,
+        gate: Callable[[], float] = clock.now,
         shape: Shape | None = None,
+        counts: Counts | None = None,
     ) -> None:
         self.spec = spec
         self.shape = shape or make_shape(spec)
-        self.sent = 0
-        self.ended = 0
-        self.closed = False
         self.measured_from: float | None = None
+        self._counts = counts or Counts()
         self._seed = seed
-        self._before_measuring = before_measuring
-        self._warmups_taken = 0
-        self._warmups_ended = 0
+        self._gate = gate
+        self._warming = 0
+        self._begun = False
         self._warm = Event()
-        if spec.warmup == 0:
-            self.begin_measuring()
+
+    @property
+    def closed(self) -> bool:
+        """Whether no further request may begin, whatever the limits say."""
+        return self._counts.closed
+
+    @closed.setter
+    def closed(self, value: bool) -> None:
+        self._counts.closed = value
 
     def elapsed(self) -> float:
         """Return the seconds since measuring began; 0 before."""
         return 0.0 if self.measured_from is None else clock.now() - self.measured_from
 
+    def begin(self, warmup: bool) -> float:
+        """Begin a phase of an open loop; returns the moment from which the offsets of its requests count."""
+        if not warmup:
+            self.begin_measuring()
+        return clock.now() if self.measured_from is None else self.measured_from
+
     def begin_measuring(self) -> None:
-        """Start the measured phase, after ``before_measuring``: ``duration_s`` counts from here."""
-        if self._before_measuring is not None:
-            self._before_measuring()
-        self.measured_from = clock.now()
-        self._warm.set()
+        """Start the measured phase as soon as the gate opens: ``duration_s`` counts from then."""
+        if not self._begun:
+            self._begun = True
+            self.measured_from = self._gate()
+            self._warm.set()
 
     def take(self, user: int = 0) -> Ticket | None:
         """Return the next request of a closed loop; None when there is no more.
 
         Waits for the end of the warm-up, and until the shape has room for user number ``user``, from 0.
         """
-        if self._warmups_taken < self.spec.warmup:
-            self._warmups_taken += 1
-            return Ticket(self._warmups_taken - 1, warmup=True)
+        number = self._counts.take_warmup(self.spec.warmup)
+        if number is not None:
+            self._warming += 1
+            return Ticket(number, warmup=True)
+        if not self._warming:
+            self.begin_measuring()
         self._warm.wait()
         self._await_turn(user)
-        if self.exhausted():
-            return None
-        self.sent += 1
-        return Ticket(self.sent - 1, warmup=False)
+        number = None if self.exhausted() else self._counts.take(self.spec.requests)
+        return None if number is None else Ticket(number, warmup=False)
 
     def _await_turn(self, user: int) -> None:
         while not self.exhausted():
@@ -99,18 +115,18 @@ class Stage:
     def done(self, ticket: Ticket) -> None:
         """Note that a request has ended, however it did."""
         if not ticket.warmup:
-            self.ended += 1
-            return
-        self._warmups_ended += 1
-        if self._warmups_ended == self.spec.warmup and self.measured_from is None and self.spec.mode == "closed":
-            self.begin_measuring()
+            self._counts.note_ended()
+        elif self.spec.mode == "closed":
+            self._warming -= 1
+            if not self._warming and self._counts.warmups >= self.spec.warmup:
+                self.begin_measuring()
 
     def exhausted(self) -> bool:
         """Whether no further measured request may start."""
         spec = self.spec
         if self.closed:
             return True
-        if spec.requests is not None and self.sent >= spec.requests:
+        if spec.requests is not None and self._counts.sent >= spec.requests:
             return True
         return spec.duration_s is not None and self.elapsed() >= spec.duration_s
 
@@ -134,7 +150,7 @@ class Stage:
             if not warmup and spec.duration_s is not None and offset >= spec.duration_s:
                 return
             if not warmup:
-                self.sent += 1
+                self._counts.note_sent()
             yield offset, Ticket(index, warmup)
 
     def progress(self) -> float:
@@ -143,7 +159,7 @@ class Stage:
             return 0.0
         spec, parts = self.spec, [0.0]
         if spec.requests:
-            parts.append(self.ended / spec.requests)
+            parts.append(self._counts.ended / spec.requests)
         if spec.duration_s:
             parts.append(self.elapsed() / spec.duration_s)
         return min(1.0, max(parts))

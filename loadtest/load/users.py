@@ -18,6 +18,7 @@ from loadtest.endpoint.answer import Answer
 from loadtest.endpoint.apis.registry import APIS
 from loadtest.endpoint.client import Client
 from loadtest.load.ahead import Ahead
+from loadtest.load.counts import share
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage, Ticket
 from loadtest.results import records
@@ -54,8 +55,8 @@ class Session:
         stage: says which request is next.
         sink: takes the records.
         stream_id: sets the prompts and arrivals of this process apart from those of other workers.
-        part: (i, n): this process sends every n-th request of one stream that n processes share. None: each user of an
-            open loop is a stream of its own, at the whole rate.
+        part: (i, n): this process sends every n-th request of one stream that n processes share, and has every n-th
+            user of a closed loop. None: each user of an open loop is a stream of its own, at the whole rate.
 
     """
 
@@ -79,7 +80,7 @@ class Session:
         self._sink = sink
         self._path = APIS[workload.endpoint.name].path
         limit = stage.spec.max_concurrency
-        self._slots: Semaphore | DummySemaphore = Semaphore(limit) if limit else DummySemaphore()
+        self._slots: Semaphore | DummySemaphore = Semaphore(share(limit, part or (0, 1))) if limit else DummySemaphore()
         self._streams = 0
         self._users = 0
 
@@ -89,9 +90,10 @@ class Session:
         return self.stream_id * 1000 + self._streams - 1
 
     def next_user(self) -> int:
-        """Return the number of another user of a closed loop, from 0."""
+        """Return the number of another user of a closed loop, from 0; this process has every n-th of its part."""
+        first, step = self.part or (0, 1)
         self._users += 1
-        return self._users - 1
+        return first + (self._users - 1) * step
 
     def prepare(self, ticket: Ticket, stream_id: int | None = None) -> Prepared:
         """Build a conversation's first request before it is due, so that its making costs no latency."""
@@ -244,10 +246,8 @@ class GenerationUser(User):
                     continue
                 made = Ahead(stage.arrivals(warmup, stream_id, part), partial(session.prepare, stream_id=stream_id))
                 made.fill()
-                if not warmup and stage.spec.warmup:
-                    stage.begin_measuring()
-                zero = made.begin()
-                for offset, ticket, request in made:
+                zero = stage.begin(warmup)
+                for offset, ticket, request in made.due(zero):
                     if stage.closed:
                         break
                     in_flight.spawn(session.send, ticket, request, zero + offset)

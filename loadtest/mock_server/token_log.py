@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -77,7 +77,7 @@ class TokenLog:
         """Note that nothing more is written for it."""
         served.ended_unix_s = _now()
         if self._file is not None:
-            self._file.write(json.dumps(asdict(served), separators=(",", ":")) + "\n")
+            self._file.write(json.dumps(vars(served), separators=(",", ":")) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if lag is not None and lag.p99 > 10:
         console.print(
             f"note: the load generator itself ran late (P99 {lag.p99:.0f} ms, {summary.generator.cpu_percent or 0:.0f}"
-            "% CPU), and latencies include that; use fewer users, or Locust's distributed workers",
+            "% CPU), and latencies include that; use fewer users, or more --processes",
             markup=False,
         )
 
@@ -62,6 +62,9 @@ def search_line(found: SearchResult) -> str:
     if found.invalid_stages:
         stages += f", of which {found.invalid_stages} invalid: the load generator was late, so do not trust this"
     near = "" if found.converged else "; not yet as near as --find-tolerance asks, give it more --find-stages"
+    if found.estimate is not None:
+        tried = f"by a line through all stages; {found.sustained:.4g} was sustained, {found.refused:.4g} was not"
+        return f"{found.goal}: {found.estimate:.4g} requests/s ({tried}), in {stages}{near}"
     return f"{found.goal}: {found.sustained:.4g} requests/s ({found.refused:.4g} was not sustained), in {stages}{near}"
 
 

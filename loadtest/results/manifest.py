@@ -20,6 +20,7 @@ from loadtest.results.schema import Server
 from loadtest.stage_spec import StageSpec
 
 SCHEMA = "vllm-pareto/loadtest-run/1"
+PARETO, LOCUST = "pareto loadtest", "locust"
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Manifest:
         planned: number of stages of the whole run.
         stages: those that were begun.
         finished: indices of those that ran to their end.
+        driver: what began and ended the stages: ``pareto loadtest`` or ``locust``.
         schema: names this format.
 
     """
@@ -51,6 +53,7 @@ class Manifest:
     planned: int
     stages: list[StageSpec] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
+    driver: str = PARETO
     schema: str = SCHEMA
 
     @property
@@ -89,7 +92,8 @@ class RunFile:
 
     def finish(self, spec: StageSpec) -> None:
         """Note that it ran to its end."""
-        self.manifest.finished.append(spec.index)
+        if spec.index not in self.manifest.finished:
+            self.manifest.finished.append(spec.index)
         self._write()
 
     def _write(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,7 +24,7 @@ class Folder:
 
     Attributes:
         path: of the folder.
-        manifest: its ``run.json``; None for records without one, of Locust or of an older version.
+        manifest: its ``run.json``; None for records without one, of an older version.
 
     """
 
@@ -58,25 +58,37 @@ def open_folder(path: Path, flag: str) -> Folder:
 def stage_specs(folder: Folder) -> list[StageSpec]:
     """Return what the stages of a run were asked to do.
 
-    Without ``run.json`` the records do not say what the load was: each of their stages is taken for a closed loop of as
-    many users as there were requests in flight at once.
+    Where nothing says what the load was, for want of ``run.json`` or because Locust's users came and went, a stage is
+    taken for a closed loop of as many users as there were requests in flight at once.
     """
-    if folder.manifest is not None:
-        return sorted(folder.manifest.stages, key=lambda spec: spec.index)
+    if folder.manifest is None:
+        return [StageSpec(index, concurrency=users) for index, users in sorted(_peaks(folder.records).items())]
+    specs = sorted(folder.manifest.stages, key=lambda spec: spec.index)
+    if all(spec.mode == "open" or spec.concurrency for spec in specs):
+        return specs
+    peaks = _peaks(folder.records)
+    return [
+        spec if spec.mode == "open" or spec.concurrency else replace(spec, concurrency=peaks.get(spec.index, 1))
+        for spec in specs
+    ]
+
+
+def _peaks(path: Path) -> dict[int, int]:
+    """Return the most requests that were in flight at once, by stage."""
     events: dict[int, list[tuple[float, int]]] = {}
-    for record in read_records(folder.records):
+    for record in read_records(path):
         if not record.warmup and record.outcome != CANCELLED:
             begin = record.intended_unix_s + (record.start_s or 0.0)
             ends = (record.intended_unix_s + record.end_s, -1)
             events.setdefault(record.stage, []).extend([(begin, 1), ends])
-    specs = []
-    for index, changes in sorted(events.items()):
+    peaks = {}
+    for index, changes in events.items():
         in_flight = peak = 0
         for _, change in sorted(changes):
             in_flight += change
             peak = max(peak, in_flight)
-        specs.append(StageSpec(index, concurrency=max(peak, 1)))
-    return specs
+        peaks[index] = max(peak, 1)
+    return peaks
 
 
 def stored_summary(path: Path) -> Summary | None:
@@ -137,6 +149,8 @@ def summarize_folder(folder: Folder) -> Summary:
         stages=summarize(read_records(folder.records), specs, slo, read_series(samples), unfinished),
         generator=stored.generator if stored else Generator(None, None),
         files={"records": RECORDS, **({"server_metrics": SERVER_METRICS} if samples.exists() else {})},
+        search=stored.search if stored else None,
+        error=stored.error if stored else None,
     )
 
 

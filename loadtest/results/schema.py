@@ -212,6 +212,7 @@ class SearchResult:
         stages: how many were used.
         converged: whether the two are as near to each other as was asked for.
         invalid_stages: how many stages were believed though the load generator was late in them, twice.
+        estimate: the answer of ``max-rate`` by a line through all stages; None where they do not say, and for ``knee``.
 
     """
 
@@ -221,14 +222,15 @@ class SearchResult:
     stages: int
     converged: bool
     invalid_stages: int = 0
+    estimate: float | None = None
 
 
 @dataclass(frozen=True)
 class Generator:
     """Health of the load generator itself: a late event loop makes every latency look larger than it was.
 
-    ``loop_lag_ms`` is by how much a 20 ms sleep overslept; ``cpu_percent`` is of one core; both
-    are None where a killed run was summarized afterwards.
+    ``loop_lag_ms`` is by how much a 20 ms sleep overslept, in every process that sends; ``cpu_percent`` is what all
+    processes used, of one core; both are None where a killed run was summarized afterwards.
     """
 
     loop_lag_ms: Distribution | None
@@ -249,7 +251,10 @@ class Server:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run. ``status``: ``complete``, or ``interrupted`` or ``stopped`` (then stages are partial or missing)."""
+    """A whole run. ``status``: ``complete``, or ``interrupted`` or ``stopped`` (then stages are partial or missing).
+
+    ``error`` says what broke the load generator itself; None where nothing did.
+    """
 
     label: str
     status: str
@@ -263,6 +268,7 @@ class Summary:
     generator: Generator
     files: dict[str, str]
     search: SearchResult | None = None
+    error: str | None = None
     schema: str = field(default=SCHEMA)
 
     def to_dict(self) -> dict[str, Any]:

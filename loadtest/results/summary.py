@@ -11,9 +11,9 @@ import numpy as np
 
 from loadtest.results import records
 from loadtest.results.intervals import with_intervals
+from loadtest.results.percentiles import distribution
 from loadtest.results.records import Record
 from loadtest.results.schema import (
-    Distribution,
     Goodput,
     Latency,
     MetricSeries,
@@ -30,16 +30,6 @@ _LAG_WORTH_A_NOTE_MS = 10.0
 _ALWAYS_ALLOWED_MS, _ALLOWED_SHARE_OF_TTFT = 10.0, 0.05
 _CACHED_WORTH_A_NOTE = 0.02
 _HITS, _QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"
-
-
-def distribution(values: Sequence[float] | array[float]) -> Distribution | None:
-    """Return exact statistics of ``values`` (linear interpolation between ranks), or None when there are none."""
-    if len(values) == 0:
-        return None
-    data = np.asarray(values, dtype=np.float64)
-    p50, p90, p95, p99 = np.percentile(data, (50, 90, 95, 99))
-    numbers = (data.mean(), data.std(), data.min(), p50, p90, p95, p99, data.max())
-    return Distribution(len(data), *(round(float(number), 4) for number in numbers))
 
 
 class StageAccumulator:
@@ -238,7 +228,7 @@ def _too_late(latency: Latency) -> str | None:
         return None
     return (
         f"invalid: the load generator sent its requests {late.p95:.0f} ms late (P95; up to {allowed:.0f} ms are sound)"
-        ", and that is in every latency but TTFT from the send; use a lower rate, a faster machine or Locust's workers"
+        ", and that is in every latency but TTFT from the send; use a lower rate, more --processes or a faster machine"
     )
 
 

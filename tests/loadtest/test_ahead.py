@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 
+from loadtest import clock
 from loadtest.load.ahead import MOST, SECONDS, Ahead
 from loadtest.load.stage import Ticket
 
@@ -18,9 +19,8 @@ def test_requests_of_one_moment_do_not_wait_for_each_other_to_be_made() -> None:
 
     ahead = Ahead(((offset, Ticket(i, False)) for i, offset in enumerate(offsets)), make)
     ahead.fill()
-    ahead.begin()
     yielded = []
-    for number, (offset, ticket, request) in enumerate(ahead):
+    for number, (offset, ticket, request) in enumerate(ahead.due(clock.now())):
         yielded.append(len(made))
         assert request == ticket.index == number
         assert offset == offsets[number]

@@ -94,6 +94,10 @@ def test_what_contradicts_a_search_is_refused(tmp_path: Path, words: str, why: s
         (SearchResult("knee", 39.2, None, 8, False), "at least 39.2"),
         (SearchResult("knee", None, 2.0, 8, False), "not even 2 requests/s"),
         (SearchResult("max-rate", 1.0, 2.0, 8, False), "--find-stages"),
+        (
+            SearchResult("max-rate", 28.0, 34.0, 6, True, 0, 32.13),
+            "32.13 requests/s (by a line through all stages",
+        ),
         (SearchResult("knee", 39.2, 40.8, 3, True, 2), "3 stages, of which 2 invalid"),
     ],
 )

@@ -18,10 +18,12 @@ import pytest
 
 import loadtest
 from loadtest.mock_server import MockServer
+from loadtest.results.manifest import read_manifest
 from loadtest.results.records import read_records
 
 Factory = Callable[..., MockServer]
 ROOM = Path(loadtest.__file__).parent
+PARETO = [sys.executable, "-m", "vllm_ext.cli", "loadtest"]
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOM / "locustfile.py")]
 
 
@@ -48,6 +50,9 @@ def test_headless_writes_records_and_summary(mock_server: Factory, tmp_path: Pat
     assert stage["requests"]["ok"] >= 6
     assert stage["requests"]["warmup"] >= 3
     assert stage["latency"]["ttft_ms"]["min"] >= 58
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert (manifest.driver, manifest.complete, manifest.stages[0].concurrency) == ("locust", True, 3)
     records = list(read_records(out / "records.jsonl"))
     finished = sum(record.outcome == "ok" for record in records)
     # Locust's own statistics count what ended, warm-up and all.
@@ -159,6 +164,34 @@ def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path:
     (stage,) = json.loads((out / "summary.json").read_text())["stages"]
     assert stage["requests"]["cancelled"] == 0
     assert stage["requests"]["ok"] == len(server.requests) >= 4
+
+
+@pytest.mark.parametrize(("load", "mode", "rate"), [("-u 3", "closed", None), ("-u 2 --request-rate 15", "open", 30.0)])
+def test_a_killed_test_is_summarized_and_not_resumed(
+    mock_server: Factory, tmp_path: Path, load: str, mode: str, rate: float | None
+) -> None:
+    server, out = mock_server(ttft_ms=100), tmp_path / "out"
+    words = f"--host {server.url} --headless -r 3 -t 60s {load} --output-tokens 2 --out {out} --label dead"
+    process = start(*words.split(), "--goodput", "ttft:5000")
+    deadline = time.monotonic() + 60
+    while len(server.requests) < 30 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    summarize, resume = (
+        subprocess.run([*PARETO, flag, str(out)], capture_output=True, text=True, timeout=60, check=False)
+        for flag in ("--summarize", "--resume")
+    )
+    assert summarize.returncode == 0, summarize.stderr
+    assert "the run did not end; start it again with Locust" in summarize.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    (stage,) = summary["stages"]
+    assert (summary["status"], summary["label"], summary["server"]["model"]) == ("interrupted", "dead", "mock-model")
+    assert (stage["mode"], stage["rate"], stage["concurrency"]) == (mode, rate, None if rate else 3)
+    assert stage["requests"]["ok"] >= 20
+    assert stage["goodput"]["fraction"] == 1.0
+    assert (resume.returncode, len(resume.stderr.splitlines())) == (2, 1)
+    assert "a test of Locust's" in resume.stderr
 
 
 def test_the_exporter_waits_for_its_last_scrape(mock_server: Factory, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from loadtest.errors import LoadTestError
+from loadtest.results.percentiles import distribution
 from loadtest.results.records import CANCELLED, ERROR_CLASSES, Record, RecordWriter, read_records, write_json_atomically
 from loadtest.results.schema import MetricSeries
-from loadtest.results.summary import distribution, summarize
+from loadtest.results.summary import summarize
 from loadtest.stage_spec import StageSpec
 
 SPEC = StageSpec(0, concurrency=2)
