@@ -6,8 +6,8 @@ which every tool's figures are held against. Processor time is that of all proce
 to the last answer. Tools take turns, so that what else the machine does meets all of them.
 
 The first round has every load and servers that misbehave, further rounds the loads only; medians count. No run starts
-after --minutes. The file is written after every run, and the same command goes on where it stopped: give it once more for
-the rounds that are missing.
+after --minutes. The file is written after every run, and the same command goes on where it stopped: give it once more
+for the rounds that are missing.
 
 The tools of others live in environments of their own, one folder each:
 
@@ -83,7 +83,7 @@ def planned(rounds: int, tools: Sequence[str], loads: Sequence[str]) -> Iterator
 
 
 def batches(todo: Sequence[Run]) -> Iterator[list[Run]]:
-    """Yield what runs at one time: loads alone, servers that misbehave by twos, since no processor time is taken there."""
+    """Yield what runs at one time: loads alone; servers that misbehave by twos, as nothing is timed closely there."""
     batch: list[Run] = []
     for one in todo:
         if batch and (one[1] in LOADS or batch[0][1] in LOADS or len(batch) == BESIDE):
