@@ -30,6 +30,11 @@ class Load:
     mock: tuple[str, ...] = ()
     users_instead: int | None = None
 
+    def planted(self, requests: int) -> int:
+        """Return how many of so many requests the mock server fails on purpose."""
+        every = next((word.partition(":")[2] for word in self.mock if ":" in word), None)
+        return requests // int(every) if every else 0
+
 
 LONG = "16 users, 128 tokens"
 SHORT = "16 users"

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.lab.load_testers.load import ITL_MS, TTFT_MS, Load
 from bench.lab.load_testers.process import Ran, run
+from bench.lab.load_testers.table import COMPARED
 from bench.lab.load_testers.tools.tool import Said, Target, Tool
 from bench.lab.load_testers.truth import Truth, read_truth
 from bench.server import serving
@@ -27,7 +28,6 @@ QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 """Variables for every tool: nothing leaves the machine."""
-COMPARED = ("ttft_p50_ms", "ttft_p95_ms", "tpot_ms", "e2e_p50_ms")
 
 
 def measure(tool: Tool, load: Load, tools: Path, tokenizer: Path) -> dict[str, Any]:

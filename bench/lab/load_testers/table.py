@@ -9,12 +9,15 @@ from typing import Any
 from bench.lab.load_testers.load import CASES, LOADS, LONG, SHORT
 
 Record = Mapping[str, Any]
+NOTHING = "-"
+COMPARED = ("ttft_p50_ms", "ttft_p95_ms", "tpot_ms", "e2e_p50_ms")
 
 
 def tables(runs: Sequence[Record]) -> str:
-    """Return exactness and cost by load, and what each tool says of a server that misbehaves."""
-    tools = list(dict.fromkeys(run["tool"] for run in runs))
-    parts = [_exactness(runs, tools), _cost(runs, tools), _behaviour(runs, tools)]
+    """Return exactness, evenness and cost by load, and what each tool says of a server that misbehaves."""
+    known = [run for run in runs if run.get("truth")]
+    tools = list(dict.fromkeys(run["tool"] for run in known))
+    parts = [_exactness(known, tools), _evenness(known, tools), _cost(known, tools), _behaviour(known, tools)]
     return "\n".join(part for part in parts if part)
 
 
@@ -63,82 +66,82 @@ def _error(name: str) -> Callable[[Record], float | None]:
     return figure
 
 
-def _exactness(runs: Sequence[Record], tools: Sequence[str]) -> str:
-    lines = [
-        "| load | tool | TTFT P50, ms off | P95 | TPOT | E2E | rate | uneven P95, ms | said / came | runs |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, load in LOADS.items():
-        for tool in tools:
-            mine = [run for run in runs if (run["tool"], run["load"]) == (tool, name) and run.get("truth")]
-            if not mine:
-                continue
-            off = [
-                _signed(median(runs, tool, name, _error(which)))
-                for which in ("ttft_p50_ms", "ttft_p95_ms", "tpot_ms", "e2e_p50_ms")
-            ]
-            rate = median(runs, tool, name, lambda run: run["truth"]["rate"]) if load.rate else None
-            uneven = median(runs, tool, name, lambda run: run["truth"]["uneven_p95_ms"]) if load.rate else None
-            last = mine[-1]
-            counted = last["said"]["ok"] + (last["said"]["failed"] or 0) if last["said"] else "none"
-            lines.append(
-                f"| {name} | {tool} | {' | '.join(off)} | {_plain(rate, 1)} | {_plain(uneven, 1)} | "
-                f"{counted} / {last['truth']['requests']} | {len(mine)} |"
-            )
+Cell = Callable[[str, str], str]
+
+
+def _table(title: str, rows: Sequence[str], tools: Sequence[str], cell: Cell) -> str:
+    """Return a table with a line a row and a column a tool, without rows that nobody has anything in."""
+    lines = [f"| {title} | {' | '.join(tools)} |", "| --- " * (1 + len(tools)) + "|"]
+    for row in rows:
+        cells = [cell(row, tool) for tool in tools]
+        if any(text != NOTHING for text in cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _exactness(runs: Sequence[Record], tools: Sequence[str]) -> str:
+    def cell(load: str, tool: str) -> str:
+        off = [median(runs, tool, load, _error(name)) for name in COMPARED]
+        return NOTHING if off == [None] * len(off) else " / ".join(_signed(value) for value in off)
+
+    return _table("TTFT P50 / P95 / TPOT / end to end, ms off the server's log", list(LOADS), tools, cell)
+
+
+def _evenness(runs: Sequence[Record], tools: Sequence[str]) -> str:
+    def cell(load: str, tool: str) -> str:
+        rate = median(runs, tool, load, lambda run: run["truth"]["rate"])
+        uneven = median(runs, tool, load, lambda run: run["truth"]["uneven_p95_ms"])
+        return NOTHING if rate is None else f"{rate:.1f}/s, {_plain(uneven, 1)} ms"
+
+    rates = [name for name, load in LOADS.items() if load.rate]
+    return _table("rate that arrived, and P95 of how far from even", rates, tools, cell)
 
 
 def _cost(runs: Sequence[Record], tools: Sequence[str]) -> str:
-    lines = [
-        "| tool | start-up, s | its CPU, s | CPU a request, ms: "
-        + " | ".join(LOADS)
-        + " | CPU a chunk, µs | highest rate held |",
-        "| --- " * (5 + len(LOADS)) + "|",
-    ]
-    for tool in tools:
-        if not any(run["tool"] == tool and run["load"] in LOADS and run.get("truth") for run in runs):
-            continue
-        startup, cpu = (
-            statistics.median(run[name] for run in runs if run["tool"] == tool and run.get("truth"))
-            for name in ("startup_s", "cpu_startup_s")
-        )
-        costs = [_plain(median(runs, tool, name, _of("per_request_ms")), 2) for name in LOADS]
-        rate = held(runs, tool)
-        lines.append(
-            f"| {tool} | {startup:.1f} | {cpu:.1f} | {' | '.join(costs)} | {_plain(chunk_us(runs, tool), 0)} | "
-            f"{f'{rate}/s' if rate else '-'} |"
-        )
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+    def over_all(tool: str, name: str) -> str:
+        # Of the loads alone: servers that misbehave have two tools at one time.
+        values = [run[name] for run in runs if run["tool"] == tool and run["load"] in LOADS]
+        return f"{statistics.median(values):.1f}" if values else NOTHING
+
+    figures: dict[str, Callable[[str], str]] = {
+        "start-up until the first request, s": lambda tool: over_all(tool, "startup_s"),
+        "CPU of the start-up, s": lambda tool: over_all(tool, "cpu_startup_s"),
+        **{f"CPU a request, ms: {name}": _costing(runs, name) for name in LOADS},
+        "CPU a chunk, µs": lambda tool: _plain(chunk_us(runs, tool), 0),
+        "highest rate that arrived": lambda tool: f"{rate}/s" if (rate := held(runs, tool)) else NOTHING,
+    }
+    return _table("cost", list(figures), tools, lambda row, tool: figures[row](tool))
+
+
+def _costing(runs: Sequence[Record], load: str) -> Callable[[str], str]:
+    return lambda tool: _plain(median(runs, tool, load, _of("per_request_ms")), 2)
 
 
 def _behaviour(runs: Sequence[Record], tools: Sequence[str]) -> str:
-    lines = [
-        "| server | tool | ok said / true | failed said / true | TTFT P95, ms off | TPOT, ms off | tokens said / true "
-        "| exit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for case in CASES:
-        for tool in tools:
-            run = next((one for one in runs if (one["tool"], one["load"]) == (tool, case)), None)
-            if run is None or run["truth"] is None:
-                continue
-            said, truth = run["said"] or {}, run["truth"]
-            lines.append(
-                f"| {case} | {tool} | {_or_none(said.get('ok'))} / {truth['complete']} | "
-                f"{_or_none(said.get('failed'))} / {truth['requests'] - truth['complete']} | "
-                f"{_signed(run['error'].get('ttft_p95_ms'))} | {_signed(run['error'].get('tpot_ms'))} | "
-                f"{_or_none(said.get('output_tokens'))} / {truth['output_tokens']} | {run['exit_status']} |"
-            )
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+    def cell(case: str, tool: str) -> str:
+        run = next((one for one in runs if (one["tool"], one["load"]) == (tool, case)), None)
+        if run is None:
+            return NOTHING
+        said, truth = run["said"], run["truth"]
+        if said is None:
+            return f"no results, exit {run['exit_status']}"
+        counted = f"{said['ok']} ok, {'?' if said['failed'] is None else said['failed']} failed"
+        failures = CASES[case].planted(truth["requests"])
+        true = f"{truth['complete']} ok, {failures} failed"
+        words = [counted if counted == true else f"{counted} (true: {true})"]
+        if not failures:
+            # Nothing fails there: what matters is what becomes of the times.
+            off = run["error"]
+            words += [f"TTFT P95 {_signed(off.get('ttft_p95_ms'))} ms", f"TPOT {_signed(off.get('tpot_ms'))} ms"]
+        return ", ".join([*words, f"exit {run['exit_status']}"])
+
+    return _table("server", list(CASES), tools, cell)
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
+    # A minus before a rounded zero would look like a meaning.
+    return NOTHING if value is None else f"{round(value, 1) + 0.0:+.1f}"
 
 
 def _plain(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _or_none(value: float | None) -> str:
-    return "none" if value is None else f"{value:.0f}"
+    return NOTHING if value is None else f"{value:.{digits}f}"

@@ -61,7 +61,7 @@ def test_the_same_command_goes_on(bench, capsys):
     found = json.loads(out.read_text())
     assert len(found["runs"]) == 5
     assert set(found["tools"]) == {"pareto", "vllm", "aiperf"}
-    assert f"| {SHORT} | aiperf | +2.0 | +3.0 | +0.0 |" in out.with_suffix(".md").read_text()
+    assert f"| {SHORT} | +2.0 / +3.0 / +0.0 / - |" in out.with_suffix(".md").read_text()
 
 
 def test_what_was_measured_with_something_else_is_left_alone(bench, monkeypatch, capsys):
@@ -127,14 +127,23 @@ def test_the_tables_figures():
         {"tool": "a", "load": "100/s", "round": 0, **record(rate=99.0)},
         {"tool": "a", "load": "300/s", "round": 0, **record(rate=250.0)},
         {"tool": "a", "load": "every 10th answer empty", "round": 0, **record(complete=9)},
+        {"tool": "a", "load": "an outage of 2 s", "round": 0, **record()},
     ]
     assert median(runs, "a", SHORT, lambda run: run["per_request_ms"]) == 1.2
     # 0.112 ms more for 112 chunks more.
     assert chunk_us(runs, "a") == pytest.approx(1.0)
     assert held(runs, "a") == 100
-    text = tables(runs)
-    assert "| every 10th answer empty | a | 10 / 9 | none / 1 | +3.0 | +0.0 | 160 / 144 | 0 |" in text
-    assert "| a | 1.0 | 0.5 | - | 1.20 | - | 1.31 | 1.00 | 1.00 | 1.00 | 1 | 100/s |" in text
+    lines = tables(runs).splitlines()
+    assert f"| {SHORT} | +2.0 / +3.0 / +0.0 / - |" in lines
+    assert "| 300/s | 250.0/s, 1.0 ms |" in lines
+    assert f"| CPU a request, ms: {SHORT} | 1.20 |" in lines
+    assert "| CPU a chunk, µs | 1 |" in lines
+    assert "| highest rate that arrived | 100/s |" in lines
+    assert "| every 10th answer empty | 10 ok, ? failed (true: 9 ok, 1 failed), exit 0 |" in lines
+    counted = "10 ok, ? failed (true: 10 ok, 0 failed)"
+    assert f"| an outage of 2 s | {counted}, TTFT P95 +3.0 ms, TPOT +0.0 ms, exit 0 |" in lines
+    # What nobody was asked has no line.
+    assert not any("64 users" in line for line in lines)
 
 
 def test_a_run_without_a_request_is_in_no_table():
@@ -145,3 +154,8 @@ def test_a_run_without_a_request_is_in_no_table():
 def test_every_load_is_open_or_closed():
     for name, load in (LOADS | CASES).items():
         assert (load.users is None) != (load.rate is None), name
+
+
+def test_planted_failures_are_known():
+    planted = {name: case.planted(105) for name, case in CASES.items()}
+    assert list(planted.values()) == [10, 10, 21, 0, 0]
