@@ -178,6 +178,8 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     tools = before["tools"] | found
     unavailable = {name: why for name, why in (before["unavailable"] | missing).items() if name not in tools}
     head = about | {"tools": tools, "unavailable": unavailable, "command": sys.argv[1:]}
+    # A place that cannot be written is better known before the first run than after it.
+    write_json(args.out, head | {"runs": runs})
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="load-testers-") as work:
         tokenizer = Path(work) / "tokenizer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -60,7 +61,7 @@ def measure(tool: Tool, load: Load, tools: Path, tokenizer: Path) -> dict[str, A
             problem = f"{problem or 'exit status'}; {_last_words(text)}"
         shown = [word.replace(server.base_url, "URL").replace(str(out), "OUT") for word in words]
         return {
-            "command": [tool.name, *(word.replace(str(tokenizer), "TOKENIZER") for word in shown)],
+            "command": shlex.join([tool.name, *(word.replace(str(tokenizer), "TOKENIZER") for word in shown)]),
             "exit_status": "hung" if ran.stopped else ran.exit_status,
             "problem": problem,
             **assess(ran, said, truth),

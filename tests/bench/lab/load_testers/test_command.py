@@ -100,6 +100,14 @@ def test_time_is_up(bench, capsys):
     assert "3 runs are left" in capsys.readouterr().out
 
 
+def test_a_place_that_cannot_be_written_is_known_before_the_first_run(bench, tmp_path, capsys):
+    run, done, _ = bench
+    (tmp_path / "file").touch()
+    assert run("--only", "pareto", "--loads", SHORT, "--out", str(tmp_path / "file" / "peers.json")) == 2
+    assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert not done
+
+
 @pytest.mark.parametrize("flags", [("--rounds", "0"), ("--minutes", "0")])
 def test_bad_numbers_are_refused(bench, flags, capsys):
     run, done, out = bench
