@@ -42,6 +42,8 @@ from bench.lab.load_testers.tools.tool import Tool
 from kv_cache.errors import ParetoError
 
 SCHEMA = "vllm-pareto/load-testers/1"
+MARK = "<!-- python -m bench.lab.load_testers --page -->\n"
+"""Stands before and after the tables on a page."""
 BESIDE = 2
 """Runs at one time against servers that misbehave."""
 Run = tuple[int, str, str]
@@ -102,7 +104,7 @@ def earlier(out: Path, about: dict[str, Any]) -> dict[str, Any]:
 
     """
     if not out.exists():
-        return {"tools": {}, "unavailable": {}, "runs": []}
+        return {"tools": {}, "unavailable": {}, "commands": {}, "runs": []}
     found = read_json(out)
     for key in ("schema", "mock", "loads", "environment", "tools"):
         then, now = (found.get(key) if isinstance(found, dict) else None), about[key]
@@ -112,6 +114,22 @@ def earlier(out: Path, about: dict[str, Any]) -> dict[str, Any]:
         if then != now:
             raise ParetoError(f"{out} was measured with another {key}: name another file, or remove it")
     return dict(found)
+
+
+def with_tables(page: Path, text: str) -> str:
+    """Return a page with ``text`` between its marks.
+
+    Raises:
+        ParetoError: it cannot be read, or has no marks.
+
+    """
+    try:
+        parts = page.read_text(encoding="utf-8").split(MARK)
+    except OSError as error:
+        raise ParetoError(f"--page {page}: {error.strerror}") from error
+    if len(parts) != 3:
+        raise ParetoError(f"--page {page}: expected two lines {MARK.strip()}, with the tables between them")
+    return f"{parts[0]}{MARK}{text}{MARK}{parts[2]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,8 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="at most (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=12, help="start no run after that (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; tables go beside it as .md")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="put the tables between this page's marks, too")
     args = parser.parse_args(argv)
     try:
+        if args.page:
+            with_tables(args.page, "")
         if args.rounds < 1 or args.minutes <= 0:
             raise ParetoError("--rounds and --minutes must be above 0")
         runs = _run(args)
@@ -145,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     text = tables(runs)
     write_text(args.out.with_suffix(".md"), text)
+    if args.page:
+        write_text(args.page, with_tables(args.page, text))
     print(text, end="")
     return 0
 
@@ -177,7 +200,8 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]  # fmt: skip
     tools = before["tools"] | found
     unavailable = {name: why for name, why in (before["unavailable"] | missing).items() if name not in tools}
-    head = about | {"tools": tools, "unavailable": unavailable, "command": sys.argv[1:]}
+    commands: dict[str, dict[str, str]] = before["commands"]
+    head = about | {"tools": tools, "unavailable": unavailable, "command": sys.argv[1:], "commands": commands}
     # A place that cannot be written is better known before the first run than after it.
     write_json(args.out, head | {"runs": runs})
     began = time.monotonic()
@@ -195,6 +219,7 @@ def _run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 )
             left -= len(batch)
             for (number, name, tool), record in zip(batch, records, strict=True):
+                commands.setdefault(tool, {})[name] = record.pop("command")
                 runs.append({"tool": tool, "load": name, "round": number, **record})
                 print(f"{left} left; {tool}, {name}: {_in_words(record)}", flush=True)
             write_json(args.out, head | {"runs": runs})

@@ -108,6 +108,7 @@ def _cost(runs: Sequence[Record], tools: Sequence[str]) -> str:
         "CPU of the start-up, s": lambda tool: over_all(tool, "cpu_startup_s"),
         **{f"CPU a request, ms: {name}": _costing(runs, name) for name in LOADS},
         "CPU a chunk, µs": lambda tool: _plain(chunk_us(runs, tool), 0),
+        "requests counted / that came": lambda tool: _counted(runs, tool),
         "highest rate that arrived": lambda tool: f"{rate}/s" if (rate := held(runs, tool)) else NOTHING,
     }
     return _table("cost", list(figures), tools, lambda row, tool: figures[row](tool))
@@ -115,6 +116,12 @@ def _cost(runs: Sequence[Record], tools: Sequence[str]) -> str:
 
 def _costing(runs: Sequence[Record], load: str) -> Callable[[str], str]:
     return lambda tool: _plain(median(runs, tool, load, _of("per_request_ms")), 2)
+
+
+def _counted(runs: Sequence[Record], tool: str) -> str:
+    mine = [run for run in runs if run["tool"] == tool and run["load"] in LOADS and run["said"]]
+    counted = sum(run["said"]["ok"] + (run["said"]["failed"] or 0) for run in mine)
+    return f"{counted} / {sum(run['truth']['requests'] for run in mine)}" if mine else NOTHING
 
 
 def _behaviour(runs: Sequence[Record], tools: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The order of runs, going on where a file stopped, tables, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +9,12 @@ from bench.lab.load_testers import __main__ as command
 from bench.lab.load_testers.load import CASES, LOADS, LONG, SHORT
 from bench.lab.load_testers.table import chunk_us, held, median, tables
 
+ROOT = Path(__file__).parents[4]
+
 
 def record(per_request_ms=1.0, rate=None, error=2.0, complete=10):
     return {
-        "exit_status": 0, "seconds": 3.0, "problem": None, "startup_s": 1.0, "cpu_startup_s": 0.5,
+        "command": "tool --flag", "exit_status": 0, "seconds": 3.0, "problem": None, "startup_s": 1.0, "cpu_startup_s": 0.5,
         "per_request_ms": per_request_ms, "said": {"ok": 10, "failed": None, "output_tokens": 160},
         "error": {"ttft_p50_ms": error, "ttft_p95_ms": error + 1, "tpot_ms": 0.0},
         "truth": {
@@ -61,6 +64,9 @@ def test_the_same_command_goes_on(bench, capsys):
     found = json.loads(out.read_text())
     assert len(found["runs"]) == 5
     assert set(found["tools"]) == {"pareto", "vllm", "aiperf"}
+    # Once for all rounds.
+    assert found["commands"] == {tool: {SHORT: "tool --flag"} for tool in ("pareto", "vllm", "aiperf")}
+    assert not any("command" in run for run in found["runs"])
     assert f"| {SHORT} | +2.0 / +3.0 / +0.0 / - |" in out.with_suffix(".md").read_text()
 
 
@@ -147,6 +153,7 @@ def test_the_tables_figures():
     assert f"| CPU a request, ms: {SHORT} | 1.20 |" in lines
     assert "| CPU a chunk, µs | 1 |" in lines
     assert "| highest rate that arrived | 100/s |" in lines
+    assert "| requests counted / that came | 70 / 70 |" in lines
     assert "| every 10th answer empty | 10 ok, ? failed (true: 9 ok, 1 failed), exit 0 |" in lines
     counted = "10 ok, ? failed (true: 10 ok, 0 failed)"
     assert f"| an outage of 2 s | {counted}, TTFT P95 +3.0 ms, TPOT +0.0 ms, exit 0 |" in lines
@@ -162,6 +169,26 @@ def test_a_run_without_a_request_is_in_no_table():
 def test_every_load_is_open_or_closed():
     for name, load in (LOADS | CASES).items():
         assert (load.users is None) != (load.rate is None), name
+
+
+def test_the_tables_go_between_the_marks_of_a_page(bench, tmp_path, capsys):
+    run, done, out = bench
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{command.MARK}old\n{command.MARK}after\n")
+    assert run("--only", "pareto", "--rounds", "1", "--loads", SHORT, "--page", str(page)) == 0
+    text = out.with_suffix(".md").read_text()
+    assert "+2.0" in text
+    assert page.read_text() == f"before\n{command.MARK}{text}{command.MARK}after\n"
+    page.write_text("no marks\n")
+    assert run("--only", "pareto", "--rounds", "2", "--loads", SHORT, "--page", str(page)) == 2
+    assert "expected two lines" in capsys.readouterr().err.splitlines()[-1]
+    assert (len(done), page.read_text()) == (1, "no marks\n")
+
+
+def test_the_projects_page_has_the_tables_of_its_results():
+    results = json.loads((ROOT / "results/loadtest-peers/peers.json").read_text())
+    page = ROOT / "docs/loadtest.md"
+    assert command.with_tables(page, tables(results["runs"])) == page.read_text(), "run with --page docs/loadtest.md"
 
 
 def test_planted_failures_are_known():
