@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[4]
 
 def record(per_request_ms=1.0, rate=None, error=2.0, complete=10):
     return {
-        "command": "tool --flag", "exit_status": 0, "seconds": 3.0, "problem": None, "startup_s": 1.0, "cpu_startup_s": 0.5,
-        "per_request_ms": per_request_ms, "said": {"ok": 10, "failed": None, "output_tokens": 160},
+        "command": "tool --flag", "exit_status": 0, "seconds": 3.0, "problem": None, "startup_s": 1.0,
+        "cpu_startup_s": 0.5, "per_request_ms": per_request_ms,
+        "said": {"ok": 10, "failed": None, "output_tokens": 160},
         "error": {"ttft_p50_ms": error, "ttft_p95_ms": error + 1, "tpot_ms": 0.0},
         "truth": {
             "requests": 10, "complete": complete, "rate": rate, "uneven_p95_ms": 1.0, "output_tokens": 16 * complete
