@@ -51,8 +51,14 @@ class RateSweep(RateSearch):
             # A server that many users slow down, or that serves nothing, leaves no rates between.
             self._rates = [rate for rate in rates if rate > one]
 
-    def judge(self, rate: float, sustained: bool, invalid: bool = False) -> None:
-        """Take how a stage at ``rate`` went. The generator's own lateness counts, but is named in the result."""
+    def judge(
+        self, rate: float, sustained: bool, invalid: bool = False, attained: tuple[int, int] | None = None
+    ) -> None:
+        """Take how a stage at ``rate`` went.
+
+        The generator's own lateness counts, but is named in the result. How many requests were good (``attained``) is
+        in the stage's row and decides nothing here.
+        """
         if sustained:
             self._sustained = rate
             return
