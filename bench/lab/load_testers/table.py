@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.lab.load_testers.load import CASES, LOADS, LONG, SHORT
+from bench.lab.load_testers.load import CASES, LOADS, LONG
 
 Record = Mapping[str, Any]
 NOTHING = "-"
@@ -26,17 +26,6 @@ def median(runs: Sequence[Record], tool: str, load: str, figure: Callable[[Recor
     values = [figure(run) for run in runs if run["tool"] == tool and run["load"] == load and run.get("truth")]
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def chunk_us(runs: Sequence[Record], tool: str) -> float | None:
-    """Return the processor time of a chunk alone, in microseconds.
-
-    It is what a request costs more with long answers than with short ones, over the chunks that it has more, with the
-    same number of users.
-    """
-    short, long = (median(runs, tool, load, _of("per_request_ms")) for load in (SHORT, LONG))
-    more = LOADS[LONG].output_tokens - LOADS[SHORT].output_tokens
-    return None if short is None or long is None else (long - short) / more * 1000
 
 
 def held(runs: Sequence[Record], tool: str) -> int | None:
@@ -107,7 +96,7 @@ def _cost(runs: Sequence[Record], tools: Sequence[str]) -> str:
         "start-up until the first request, s": lambda tool: over_all(tool, "startup_s"),
         "CPU of the start-up, s": lambda tool: over_all(tool, "cpu_startup_s"),
         **{f"CPU a request, ms: {name}": _costing(runs, name) for name in LOADS},
-        "CPU a chunk, µs": lambda tool: _plain(chunk_us(runs, tool), 0),
+        f"CPU a chunk, µs: {LONG}": lambda tool: _plain(median(runs, tool, LONG, _of("per_chunk_us")), 0),
         "requests counted / that came": lambda tool: _counted(runs, tool),
         "highest rate that arrived": lambda tool: f"{rate}/s" if (rate := held(runs, tool)) else NOTHING,
     }
