@@ -10,8 +10,6 @@ from bench.lab.load_testers.load import CASES, LOADS, LONG
 from bench.lab.load_testers.table import held, median, tables
 
 ROOT = Path(__file__).parents[4]
-
-
 SHORT = "16 users"
 
 
@@ -160,7 +158,7 @@ def test_the_tables_figures():
     counted = "10 ok, ? failed (true: 10 ok, 0 failed)"
     assert f"| an outage of 2 s | {counted}, TTFT P95 +3.0 ms, TPOT +0.0 ms, exit 0 |" in lines
     # What nobody was asked has no line.
-    assert not any("64 users" in line for line in lines)
+    assert not any("1 user" in line for line in lines)
 
 
 def test_a_run_without_a_request_is_in_no_table():
