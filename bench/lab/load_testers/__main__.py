@@ -108,12 +108,21 @@ def earlier(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     found = read_json(out)
     for key in ("schema", "mock", "loads", "environment", "tools"):
         then, now = (found.get(key) if isinstance(found, dict) else None), about[key]
+        if key == "environment":
+            then, now = _unmarked(then), _unmarked(now)
         if key == "tools" and isinstance(then, dict):
             # A tool that joins later is no difference; another version of one is.
             then, now = ({name: side[name] for name in sorted(then.keys() & now)} for side in (then, now))
         if then != now:
             raise ParetoError(f"{out} was measured with another {key}: name another file, or remove it")
     return dict(found)
+
+
+def _unmarked(environment: Any) -> Any:
+    """Return an environment without the mark of changed files: the file of results and the page are such themselves."""
+    if not isinstance(environment, dict):
+        return environment
+    return environment | {"commit": str(environment.get("commit")).removesuffix("+changes")}
 
 
 def with_tables(page: Path, text: str) -> str:
