@@ -98,9 +98,11 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--find",
         choices=GOALS,
         help="search the highest rate at which the server's queue does not grow (knee), or at which besides --goodput "
-        "is met (max-rate)",
+        "is met (max-rate); or measure at rates from one request at a time to all at once (sweep)",
     )
-    group.add_argument("--find-stages", type=int, default=8, metavar="N", help="stages at most (default: 8)")
+    group.add_argument(
+        "--find-stages", type=int, default=8, metavar="N", help="stages at most; of a sweep all (default: 8)"
+    )
     group.add_argument(
         "--find-tolerance",
         type=float,
@@ -120,7 +122,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="users of the first stage, whose throughput is the first guess (default: 256)",
+        help="users of the stage whose throughput is the first guess, or the end of the sweep (default: 256)",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--out", metavar="DIR", default="loadtest-results", help="default: loadtest-results")
@@ -205,7 +207,7 @@ def _search(args: argparse.Namespace) -> SearchSettings | None:
     for flag in ("rate", "concurrency", "ramp", "steps"):
         require(not vars(args)[flag], f"{goal} chooses the rates itself: leave out --{flag}")
     require(not args.requests, f"{goal} needs stages of equal time: give --duration in place of --requests")
-    require(args.find == "knee" or bool(args.goodput), f"{goal} needs limits: --goodput ttft:500 tpot:50")
+    require(args.find != "max-rate" or bool(args.goodput), f"{goal} needs limits: --goodput ttft:500 tpot:50")
     require(args.find_stages >= 3, f"--find-stages {args.find_stages}: must be at least 3")
     require(0 < args.find_tolerance < 1, f"--find-tolerance {args.find_tolerance:g}: expected a fraction, 0 to 1")
     require(0 < args.find_attainment <= 1, f"--find-attainment {args.find_attainment:g}: expected a fraction, 0 to 1")

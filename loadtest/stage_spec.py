@@ -50,7 +50,8 @@ class StageSpec:
         return "closed" if self.rate is None and self.shape != TRACE else "open"
 
 
-GOALS = ("knee", "max-rate")
+SWEEP = "sweep"
+GOALS = ("knee", "max-rate", SWEEP)
 """What ``--find`` can search for."""
 
 
@@ -60,11 +61,12 @@ class SearchSettings:
 
     Attributes:
         goal: ``knee``: the highest rate at which the server's queue does not grow. ``max-rate``: the highest at which
-            besides enough requests meet the limits of ``--goodput``.
+            besides enough requests meet the limits of ``--goodput``. ``sweep``: no one rate, but how the server does at
+            several between one request at a time and all at once.
         max_stages: stages at most, the first one included.
         tolerance: stop when the lowest rate not sustained is at most this fraction above the highest one that was.
         attainment: fraction of the requests that must be good.
-        users: of the closed loop that comes first.
+        users: of the closed loop that comes first, or in a sweep after that of one user.
 
     """
 

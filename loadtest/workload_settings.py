@@ -10,6 +10,7 @@ from typing import Any
 from loadtest.errors import LoadTestError
 from loadtest.workloads.datasets import Columns
 from loadtest.workloads.distributions import GRAMMAR, TokenDistribution, parse_distribution
+from loadtest.workloads.made_up_images import Images, parse_images
 from loadtest.workloads.prefixes import PrefixPool, parse_prefix_pool
 from loadtest.workloads.prompt import BodyFormat
 from loadtest.workloads.prompts import parse_token_id_range
@@ -33,6 +34,7 @@ class WorkloadSettings:
     turns: TokenDistribution | None
     turn_tokens: TokenDistribution
     think_ms: TokenDistribution | None
+    images: Images | None
 
 
 def require(holds: bool, message: str) -> None:
@@ -66,6 +68,11 @@ def add_workload_arguments(parser: Any) -> None:
         "--prompt-token-ids",
         metavar="[LOW:]HIGH",
         help="send random token ids below HIGH in place of words: exact lengths, completions and embeddings only",
+    )
+    group.add_argument(
+        "--images",
+        metavar="COUNT:WxH",
+        help="made-up images in front of each prompt, as 1:512x512; chat and responses only",
     )
     group.add_argument(
         "--prompts",
@@ -122,6 +129,9 @@ def workload_settings(args: argparse.Namespace, endpoint: BodyFormat) -> Workloa
         ("--trace", "--prefix-pool"),
         ("--trace", "--turns"),
         ("--prefix-tokens", "--prefix-pool"),
+        ("--images", "--prompts"),
+        ("--images", "--trace"),
+        ("--images", "--prompt-token-ids"),
         # What the server answers comes as text, whose ids nobody here knows.
         ("--turns", "--prompt-token-ids"),
     ):
@@ -135,6 +145,8 @@ def workload_settings(args: argparse.Namespace, endpoint: BodyFormat) -> Workloa
     ):
         require(not _given(args, flag) or _given(args, needed), f"{flag} needs {needed}")
     require(not args.turns or endpoint.generates, f"--turns: --endpoint {endpoint.name} has no conversations")
+    images = parse_images(args.images) if args.images else None
+    require(images is None or endpoint.takes_messages, "--images needs --endpoint chat or responses")
     require(args.trace_format == "auto" or bool(args.trace), "--trace-format needs --trace")
     lengths = parse_distribution(args.prompt_tokens, "--prompt-tokens")
     return WorkloadSettings(
@@ -151,6 +163,7 @@ def workload_settings(args: argparse.Namespace, endpoint: BodyFormat) -> Workloa
         turns=parse_distribution(args.turns, "--turns") if args.turns else None,
         turn_tokens=parse_distribution(args.turn_tokens, "--turn-tokens") if args.turn_tokens else lengths,
         think_ms=parse_distribution(args.think_time_ms, "--think-time-ms") if args.think_time_ms else None,
+        images=images,
     )
 
 

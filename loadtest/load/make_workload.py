@@ -12,6 +12,7 @@ from loadtest.endpoint.token_count import LocalCounter, ServerCounter, read_toke
 from loadtest.request_settings import RequestSettings
 from loadtest.results.schema import Server
 from loadtest.workloads.datasets import DatasetPrompts, load_prompts
+from loadtest.workloads.made_up_images import PicturedPrompts
 from loadtest.workloads.prompt import PromptSource
 from loadtest.workloads.prompts import ConversationPrompts, TokenCost, TokenIdPrompts, WordPrompts
 from loadtest.workloads.traces.prompts import TracePrompts
@@ -84,6 +85,8 @@ def make_workload(
         source = words = WordPrompts(settings.prompt_tokens, settings.prefixes, cost, seed)
         if settings.turns:
             source = ConversationPrompts(words, settings.turns, settings.turn_tokens, settings.think_ms)
+        if settings.images:
+            source = PicturedPrompts(source, settings.images, api)
     ignore_eos = server.is_vllm if settings.ignore_eos is None else settings.ignore_eos
     counter: Callable[[str], int | None] = LocalCounter(tokenizer) if tokenizer else ServerCounter(client, server.model)
     workload = Workload(

@@ -32,6 +32,7 @@ from loadtest.load.resume import drop_unfinished
 from loadtest.load.search import RateSearch
 from loadtest.load.sink import Sink
 from loadtest.load.stage import Stage
+from loadtest.load.sweep import make_search
 from loadtest.results.manifest import Manifest, RunFile
 from loadtest.results.offline import Folder
 from loadtest.results.output import RECORDS, SERVER_METRICS, SUMMARY, check_output, environment_info, prepare_output
@@ -143,7 +144,7 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
         )
         run_file, began = RunFile(settings.out, manifest), clock.now()
         saturated: set[int] = set()
-        search = RateSearch(settings.search, settings.stages[0]) if settings.search else None
+        search = make_search(settings.search, settings.stages[0]) if settings.search else None
         plan: Iterator[StageSpec] = iter(search.next_stage, None) if search else iter(settings.stages)
         interrupted = cleanup.enter_context(_stop_on_signals(stop))
         progress = cleanup.enter_context(Progress(settings.stages, sink, settings.progress))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 FAULTS = (
     *("http_400", "http_404", "http_429", "http_500", "http_503"),
-    *("reset", "hang", "cut", "malformed", "error_event"),
+    *("reset", "hang", "cut", "malformed", "error_event", "empty"),
 )
 LONG_WORD = 8
 
@@ -24,6 +24,7 @@ class MockConfig:
         tokens_per_chunk: tokens sent together.
         capacity: requests served at once; later ones wait in a queue, first come first served. 0 is no limit.
         faults: fault -> every how many streamed requests it strikes; one that is due strikes instead of the answer.
+            ``empty`` is an answer whose first token ended it: a proper stream without any text.
         stall_at_s: seconds after the first streamed request at which the whole server freezes. Negative: never.
         stall_s: for how long.
         models: names of the served models.

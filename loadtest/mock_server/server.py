@@ -11,6 +11,7 @@ import contextlib
 import json
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
@@ -257,7 +258,7 @@ class MockServer:
         self, data: dict[str, Any], chat: bool, writer: asyncio.StreamWriter, fault: str | None, served: Served
     ) -> bool:
         config = self.config
-        tokens = int(data.get("max_tokens") or 16)
+        tokens = 1 if fault == "empty" else int(data.get("max_tokens") or 16)
         prompt_tokens = self._prompt_cost(data)
         self._prompt_tokens += prompt_tokens
         usage = {
@@ -270,7 +271,7 @@ class MockServer:
             await self._sleep_until(first + (tokens - 1) * config.itl_ms / 1000)
             text = " ".join(_WORDS[i % len(_WORDS)] for i in range(tokens))
             answer = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-            whole: dict[str, Any] = {"id": "mock", "choices": [{"index": 0, "finish_reason": "length", **answer}]}
+            whole = self._head(chat) | {"choices": [{"index": 0, "finish_reason": "length", **answer}]}
             whole["usage"] = usage if config.usage else None
             self.log.token(served, tokens)
             self._send(writer, 200, json.dumps(whole).encode(), "application/json")
@@ -279,27 +280,35 @@ class MockServer:
         writer.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
+        head = self._head(chat, "chunk")
         if chat:
-            self._event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+            self._event(writer, head | {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         await writer.drain()
         for sent in range(0, tokens, config.tokens_per_chunk):
             count = min(config.tokens_per_chunk, tokens - sent)
             await self._sleep_until(first + (sent + count - 1) * config.itl_ms / 1000)
-            if fault and sent >= tokens // 2 and not self._strike(writer, fault):
+            empty = fault == "empty"
+            if fault and not empty and sent >= tokens // 2 and not self._strike(writer, fault):
                 return False
-            text = "".join(f" {_WORDS[(sent + i) % len(_WORDS)]}" for i in range(count))
+            text = "" if empty else "".join(f" {_WORDS[(sent + i) % len(_WORDS)]}" for i in range(count))
             self._output_tokens += count
-            choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if sent + count == tokens else None}
-            choice |= {"delta": {"content": text}} if chat else {"text": text}
-            self.log.token(served, count)
-            self._event(writer, {"id": "mock", "choices": [choice]})
+            reason = "stop" if empty else "length" if sent + count == tokens else None
+            choice = {"index": 0, "finish_reason": reason} | ({"delta": {"content": text}} if chat else {"text": text})
+            if not empty:
+                self.log.token(served, count)
+            self._event(writer, head | {"choices": [choice]})
             await writer.drain()
         if config.usage and (data.get("stream_options") or {}).get("include_usage"):
-            self._event(writer, {"id": "mock", "choices": [], "usage": usage})
+            self._event(writer, head | {"choices": [], "usage": usage})
         self._chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True
+
+    def _head(self, chat: bool, part: str = "") -> dict[str, Any]:
+        """Return the fields in front of every answer, or of each ``part`` of one; some clients go by ``object``."""
+        kind = ("chat.completion" if chat else "text_completion") + (f".{part}" if chat and part else "")
+        return {"id": "mock", "object": kind, "created": int(time.time()), "model": self.config.models[0]}
 
     def _strike(self, writer: asyncio.StreamWriter, fault: str) -> bool:
         """Commit a fault in the middle of a stream; whether the connection survives it."""

@@ -206,12 +206,12 @@ class SearchResult:
     """What ``--find`` found, in requests per second.
 
     Attributes:
-        goal: ``knee`` or ``max-rate``.
+        goal: ``knee``, ``max-rate`` or ``sweep``.
         sustained: the highest rate that the server sustained; None when it sustained none of those tried.
         refused: the lowest that it did not; None when it sustained all.
         stages: how many were used.
-        converged: whether the two are as near to each other as was asked for.
-        invalid_stages: how many stages were believed though the load generator was late in them, twice.
+        converged: whether the two are as near to each other as was asked for; of a sweep whether it came to its end.
+        invalid_stages: how many stages were believed though the load generator was late in them, in a search twice.
         estimate: the answer of ``max-rate`` by a line through all stages; None where they do not say, and for ``knee``.
 
     """

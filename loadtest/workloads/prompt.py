@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -76,3 +77,6 @@ class BodyFormat(Protocol):
 
     def body(self, content: Content) -> dict[str, Any]:
         """Return the fields of the request's body that hold the prompt and ask for a stream."""
+
+    def parts(self, text: str, images: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the content of a message of images, given by their URLs, and text; where messages can be sent."""

@@ -122,6 +122,7 @@ def test_without_usage_the_record_says_so(mock_server: Callable[..., MockServer]
         ("cut", "stream_cut", 200),
         ("malformed", "malformed_sse", 200),
         ("error_event", "stream_error", 200),
+        ("empty", "empty_response", 200),
     ],
 )
 def test_every_planted_fault_has_its_class(

@@ -48,6 +48,23 @@ def test_the_knee_of_a_server_is_found(mock_server: Factory, tmp_path: Path) -> 
     assert json.loads((tmp_path / "summary.json").read_text())["search"]["sustained"] == found.sustained
 
 
+def test_a_sweep_measures_between_one_user_and_many(mock_server: Factory, tmp_path: Path) -> None:
+    server = mock_server(ttft_ms=200, capacity=4)
+    words = "--find sweep --find-stages 3 --duration 2 --arrival constant --find-users 8 --prompt-tokens 8"
+    summary = run(server.url, tmp_path, words)
+    one, many, *rates = summary.stages
+    assert (one.concurrency, many.concurrency) == (1, 8)
+    assert one.throughput is not None
+    assert many.throughput is not None
+    # Four slots serve four times as much as one user asks for; timers fire late on a loaded machine.
+    assert many.throughput.requests_per_s > 2 * one.throughput.requests_per_s
+    assert len(rates) == 1
+    assert rates[0].rate is not None
+    assert rates[0].rate > 2 * one.throughput.requests_per_s
+    assert summary.search is not None
+    assert summary.search.goal == "sweep"
+
+
 def test_a_stage_far_too_fast_is_cut_short_and_says_so(mock_server: Factory, tmp_path: Path) -> None:
     server = mock_server(ttft_ms=200, capacity=2)
     words = "--rate 40 --arrival constant --duration 60 --stop-over-saturation --prompt-tokens 8"
@@ -75,6 +92,8 @@ def test_a_ramp_is_not_called_over_saturated(mock_server: Factory, tmp_path: Pat
         ("--find knee --steps 4:5", "leave out --steps"),
         ("--find knee --requests 4", "give --duration"),
         ("--find max-rate", "needs limits: --goodput"),
+        ("--find sweep --rate 4", "leave out --rate"),
+        ("--find sweep --find-stages 2", "--find-stages 2"),
         ("--find knee --find-stages 2", "--find-stages 2"),
         ("--find knee --find-tolerance 0", "--find-tolerance 0"),
         ("--find knee --find-attainment 1.5", "--find-attainment 1.5"),

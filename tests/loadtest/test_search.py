@@ -11,6 +11,7 @@ import pytest
 from loadtest.load.attainment import Attained, bounds, crossing
 from loadtest.load.saturation import SaturationWatch
 from loadtest.load.search import RateSearch
+from loadtest.load.sweep import RateSweep, make_search
 from loadtest.results.records import Record
 from loadtest.shapes.arrivals import ARRIVALS
 from loadtest.stage_spec import SearchSettings, StageSpec
@@ -177,3 +178,61 @@ def test_a_server_that_serves_nothing_ends_the_search() -> None:
     assert search.next_stage() is None
     assert search.result().sustained is None
     assert not search.result().converged
+
+
+def sweep(one: float, all_at_once: float, sustained: float, stages: int = 8) -> tuple[RateSweep, list[StageSpec]]:
+    """Sweep a server that serves so much to one user and to many, and sustains so much."""
+    search = make_search(SearchSettings("sweep", stages, users=64), StageSpec(duration_s=5.0, arrival="constant"))
+    assert isinstance(search, RateSweep)
+    specs = []
+    while (spec := search.next_stage()) is not None:
+        specs.append(spec)
+        if spec.rate is None:
+            search.guess(one if spec.concurrency == 1 else all_at_once)
+        else:
+            search.judge(spec.rate, spec.rate <= sustained)
+    return search, specs
+
+
+def test_a_sweep_goes_from_one_at_a_time_to_all_at_once() -> None:
+    search, specs = sweep(2.0, 38.0, 40.0)
+    assert [spec.concurrency for spec in specs] == [1, 64, *[None] * 6]
+    assert [spec.rate for spec in specs[2:]] == pytest.approx([8, 14, 20, 26, 32, 38])
+    assert [spec.index for spec in specs] == list(range(8))
+    assert {(spec.duration_s, spec.arrival) for spec in specs} == {(5.0, "constant")}
+    assert (search.result().sustained, search.result().refused) == (38.0, None)
+    assert search.result().converged
+
+
+def test_a_sweep_ends_at_the_first_rate_that_is_too_much() -> None:
+    search, specs = sweep(2.0, 38.0, 21.0)
+    assert specs[-1].rate == pytest.approx(26)
+    found = search.result()
+    assert (found.goal, found.stages, found.converged) == ("sweep", 6, True)
+    assert (found.sustained, found.refused) == (pytest.approx(20), pytest.approx(26))
+
+
+def test_a_sweep_of_three_stages_has_one_rate() -> None:
+    _, specs = sweep(2.0, 38.0, 40.0, stages=3)
+    assert [spec.rate for spec in specs] == [None, None, 38.0]
+
+
+@pytest.mark.parametrize(("one", "all_at_once"), [(0.0, 0.0), (5.0, 5.0), (5.0, 4.0)])
+def test_a_sweep_without_rates_between_ends_after_its_closed_loops(one: float, all_at_once: float) -> None:
+    search, specs = sweep(one, all_at_once, 100.0)
+    assert len(specs) == 2
+    assert search.result().sustained is None
+    assert not search.result().converged
+
+
+def test_a_sweep_names_a_late_generator() -> None:
+    search = make_search(SearchSettings("sweep", 8), StageSpec())
+    for throughput in (1.0, 13.0):
+        search.next_stage()
+        search.guess(throughput)
+    spec = search.next_stage()
+    assert spec is not None
+    assert spec.rate == 3.0
+    search.judge(3.0, sustained=False, invalid=True)
+    assert search.next_stage() is None
+    assert search.result().invalid_stages == 1

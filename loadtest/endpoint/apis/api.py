@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from loadtest.endpoint.answer import Answer
@@ -34,6 +35,10 @@ class Api(ABC):
     @abstractmethod
     def body(self, content: Content) -> dict[str, Any]:
         """Return the fields of the request's body that hold the prompt, and ask for a stream with usage."""
+
+    def parts(self, text: str, images: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the content of a message of images, given by their URLs, and text; where messages can be sent."""
+        raise NotImplementedError
 
     @abstractmethod
     def take(self, kind: str, data: dict[str, Any], answer: Answer, arrived: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from loadtest.endpoint.answer import Answer
@@ -21,6 +22,10 @@ class Chat(Completions):
         """Return the messages, as they are where they are given, and the stream's options."""
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         return {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+
+    def parts(self, text: str, images: Sequence[str]) -> list[dict[str, Any]]:
+        """Return images and text in the form of chats."""
+        return [*({"type": "image_url", "image_url": {"url": url}} for url in images), {"type": "text", "text": text}]
 
     def piece(self, choice: dict[str, Any], answer: Answer, arrived: float) -> None:
         """Take a delta: text, visible reasoning, or a part of the call of a tool."""

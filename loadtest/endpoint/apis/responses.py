@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from loadtest.endpoint.answer import Answer
@@ -32,6 +33,10 @@ class Responses(Api):
     def body(self, content: Content) -> dict[str, Any]:
         """Return the input; nothing is stored, because every request brings all that was said before."""
         return {"input": content, "stream": True, "store": False}
+
+    def parts(self, text: str, images: Sequence[str]) -> list[dict[str, Any]]:
+        """Return images and text in the form of responses."""
+        return [*({"type": "input_image", "image_url": url} for url in images), {"type": "input_text", "text": text}]
 
     def take(self, kind: str, data: dict[str, Any], answer: Answer, arrived: float) -> None:
         """Take an event."""
