@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from loadtest.endpoint.client import normalize_base_url
 from loadtest.request_settings import RequestSettings, request_settings, require
@@ -35,6 +36,7 @@ class Settings:
     exporter_linger: float
     server_metrics: bool
     metrics_interval: float
+    gpu_metrics: str | None
     ready_timeout: float
     max_error_rate: float | None
     search: SearchSettings | None
@@ -144,6 +146,11 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="sample the server's /metrics (default: on)",
     )
+    group.add_argument(
+        "--gpu-metrics",
+        metavar="URL",
+        help="page of a dcgm-exporter beside the server, such as http://node:9400: energy a token, power",
+    )
     group.add_argument("--metrics-interval", type=float, default=1.0, metavar="S", help="between samples (default: 1)")
     group.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bar (default: on)"
@@ -183,6 +190,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
         exporter_linger=linger,
         server_metrics=args.server_metrics,
         metrics_interval=args.metrics_interval,
+        gpu_metrics=_page(args.gpu_metrics) if args.gpu_metrics else None,
         ready_timeout=args.ready_timeout,
         max_error_rate=args.max_error_rate,
         search=search,
@@ -191,6 +199,16 @@ def load_settings(args: argparse.Namespace) -> Settings:
         processes=args.processes,
         flags=public_flags(args),
     )
+
+
+def _page(url: str) -> str:
+    """Return the address of an exporter's page; without a path it is ``/metrics``."""
+    parts = urlsplit(url)
+    require(
+        parts.scheme in ("http", "https") and bool(parts.netloc) and not parts.username,
+        f"--gpu-metrics {url}: expected an address such as http://node:9400/metrics",
+    )
+    return f"{parts.scheme}://{parts.netloc}{parts.path if parts.path not in ('', '/') else '/metrics'}"
 
 
 def public_flags(args: argparse.Namespace) -> dict[str, Any]:

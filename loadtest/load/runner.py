@@ -44,6 +44,7 @@ from loadtest.settings import Settings
 from loadtest.shapes.registry import fitted, make_shape
 from loadtest.stage_spec import StageSpec
 from loadtest.watching.exporter import Exporter
+from loadtest.watching.gpu_metrics import GPUMetrics
 from loadtest.watching.server_metrics import Sampler
 from loadtest.watching.serving import Serving, await_last_scrape
 
@@ -106,6 +107,9 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
         if settings.exporter_port is not None:
             serving = exporter.serve(settings.exporter_host, settings.exporter_port)
             cleanup.callback(serving.stop)
+        gpus = GPUMetrics(settings.gpu_metrics) if settings.gpu_metrics else None
+        if gpus is not None:
+            cleanup.callback(gpus.close)
         cost = token_cost(client, server, request)
         workload, calibration = make_workload(client, server, request, cost)
         settings = replace(settings, stages=tuple(fitted(spec, workload.times) for spec in settings.stages))
@@ -131,7 +135,7 @@ def run_load_test(settings: Settings, resumed: Manifest | None = None) -> Summar
         for listener in (writer.write, exporter.observe, errors.observe):
             sink.listen(listener)
         exporter.watch(lambda: sink.in_flight)
-        sampler = _start_sampler(settings, client, cleanup, resumed is not None)
+        sampler = _start_sampler(settings, client, gpus, cleanup, resumed is not None)
         manifest = resumed or Manifest(
             label=label,
             started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -230,11 +234,13 @@ def _tell(search: RateSearch, spec: StageSpec, monitor: StageMonitor, slo_ms: di
         )
 
 
-def _start_sampler(settings: Settings, client: Client, cleanup: ExitStack, append: bool) -> Sampler | None:
-    if not settings.server_metrics:
+def _start_sampler(
+    settings: Settings, client: Client, gpus: GPUMetrics | None, cleanup: ExitStack, append: bool
+) -> Sampler | None:
+    if not settings.server_metrics and gpus is None:
         return None
-    path = settings.out / SERVER_METRICS
-    sampler = Sampler(client, path, settings.metrics_interval, append=append)
+    path, of_server = settings.out / SERVER_METRICS, client if settings.server_metrics else None
+    sampler = Sampler(of_server, path, settings.metrics_interval, append=append, gpus=gpus)
     sampler.sample()
     if not sampler.found():
         sampler.stop()

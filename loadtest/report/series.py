@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.comparison.side import Run
+from loadtest.results.energy import POWER
 from loadtest.results.output import SERVER_METRICS
 from loadtest.results.server_samples import merged, read_samples
 from loadtest.statistics.samples import Floats
@@ -16,6 +17,7 @@ from loadtest.statistics.samples import Floats
 _BINS = 80
 _GAUGES = (
     ("server, requests", ("vllm:num_requests_running", "running"), ("vllm:num_requests_waiting", "waiting")),
+    ("GPU power, W", (POWER, "all GPUs")),
     ("cache, %", ("vllm:kv_cache_usage_perc", "KV cache used"),),
 )  # fmt: skip
 _HITS, _QUERIES = "vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"

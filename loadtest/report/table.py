@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import asdict
 
 from loadtest.comparison.compare import Comparison
 from loadtest.comparison.side import Side
@@ -38,10 +39,14 @@ def _lines(stage: StageResult) -> list[list[str]]:
     parts: list[tuple[str, dict[str, Interval]]] = [("all", stage.intervals)]
     if stage.steady is not None:
         parts.append(("steady", stage.steady.figures))
+    energy = asdict(stage.energy) if stage.energy else {}
     return [
-        [part, name, parse_figure(name).unit, _text(found.value), _text(found.low), _text(found.high)]
-        for part, figures in parts
-        for name, found in figures.items()
+        *(
+            [part, name, parse_figure(name).unit, _text(found.value), _text(found.low), _text(found.high)]
+            for part, figures in parts
+            for name, found in figures.items()
+        ),
+        *(["all", name, "W" if "watts" in name else "J", _text(value), "", ""] for name, value in energy.items()),
     ]
 
 

@@ -77,6 +77,10 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
     if with_goodput:
         table.add_column("good/s", justify="right", no_wrap=True)
         table.add_column("good", justify="right", no_wrap=True)
+    with_energy = any(stage.energy for stage in stages)
+    if with_energy:
+        table.add_column("J/token", justify="right", no_wrap=True)
+        table.add_column("W", justify="right", no_wrap=True)
     for stage in stages:
         rates, good = stage.throughput, stage.goodput
         cells = [_marked(stage), str(stage.requests.ok), str(stage.requests.failed)]
@@ -87,6 +91,10 @@ def _throughput_table(stages: Sequence[StageResult]) -> Table:
             cells += ["-"] * 3
         if with_goodput:
             cells += [f"{good.requests_per_s:.2f}", f"{good.fraction:.0%}"] if good else ["-", "-"]
+        if with_energy:
+            energy = stage.energy
+            numbers = (energy.joules_per_output_token, energy.mean_watts) if energy else (None, None)
+            cells += ["-" if number is None else f"{number:.3g}" for number in numbers]
         table.add_row(*cells)
     return table
 

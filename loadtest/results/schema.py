@@ -165,6 +165,22 @@ class SteadyState:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """Energy of all GPUs that ``--gpu-metrics`` watches, from the begin of the measured requests to their end.
+
+    Attributes:
+        joules: of the whole boards, idle power included.
+        mean_watts: by samples of power; None where the exporter has none.
+        joules_per_output_token: None where not all tokens were counted.
+
+    """
+
+    joules: float
+    mean_watts: float | None
+    joules_per_output_token: float | None
+
+
+@dataclass(frozen=True)
 class StageResult:
     """One stage: one concurrency (closed loop) or one arrival rate (open loop).
 
@@ -199,6 +215,7 @@ class StageResult:
     invalid: str | None = None
     shape: str = "hold"
     profile: str = ""
+    energy: Energy | None = None
 
 
 @dataclass(frozen=True)

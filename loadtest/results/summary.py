@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from loadtest.results import records
+from loadtest.results.energy import energy_of
 from loadtest.results.intervals import with_intervals
 from loadtest.results.percentiles import distribution
 from loadtest.results.records import Record
@@ -133,6 +134,7 @@ class StageAccumulator:
         if self._slo and throughput is not None:
             goodput = Goodput(dict(self._slo), self._good, self._good / (ok + failed), self._good / throughput.window_s)
         open_loop = spec.mode == "open"
+        energy, energy_notes = energy_of(server_metrics, output.total if output else None)
         return StageResult(
             index=spec.index,
             mode=spec.mode,
@@ -164,10 +166,12 @@ class StageAccumulator:
             invalid=invalid,
             shape=spec.shape,
             profile=spec.profile,
+            energy=energy,
             notes=[
                 *([invalid] if invalid else []),
                 *self._notes(spec, latency, per_chunk, finished),
                 *_cache_notes(self._cached_tokens, sum(self._prompt_tokens), server_metrics),
+                *energy_notes,
             ],
         )
 
