@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,10 @@ def load_settings(args: argparse.Namespace) -> Settings:
     require(rate is None or 0 <= rate <= 1, f"--max-error-rate {rate}: expected a fraction from 0 to 1")
     require(args.metrics_interval > 0, f"--metrics-interval {args.metrics_interval:g}: must be above 0")
     require(args.processes >= 1, f"--processes {args.processes}: must be at least 1")
+    require(
+        args.processes == 1 or hasattr(os, "memfd_create"),
+        f"--processes {args.processes}: needs Linux; elsewhere run Locust's workers (docs/loadtest.md)",
+    )
     limit = args.max_concurrency
     require(
         limit is None or limit >= args.processes,
