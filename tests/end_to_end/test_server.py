@@ -78,6 +78,7 @@ def test_serve_load_metrics_and_stop(ref_7m, tmp_path):
         log.close()
 
 
+@pytest.mark.long
 def test_a_head_size_that_no_kernel_serves_is_refused_in_one_line(tmp_path):
     from tests.end_to_end.engines import write_model
 

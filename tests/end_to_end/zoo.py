@@ -100,7 +100,7 @@ FAMILIES = [
     Family("Cohere2", "Command R7B, Command A", f"{WINDOWS}, no positions in others", {"sliding_window": 100}),
     Family("StableLm", "StableLM 2", "a quarter of the channels turned", {"partial_rotary_factor": 0.25}),
     Family("Starcoder2", "StarCoder2", GROUPED),
-    Family("SmolLM3", "SmolLM3", "no positions in every fourth layer", quick=True),
+    Family("SmolLM3", "SmolLM3", "no positions in every fourth layer"),
     Family("Glm4", "GLM-4", "half of the channels turned, interleaved", {"head_dim": 64}),
     Family("Exaone4", "EXAONE 4", f"{WINDOWS}, no positions in others", {"sliding_window": 100}),
     Family("Ernie4_5", "ERNIE 4.5", "interleaved rotary embedding"),

@@ -112,7 +112,14 @@ on_cpu = pytest.mark.skipif(CUDA, reason="vLLM serves on the CUDA device here")
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 PROCESSES = max(4, len(os.sched_getaffinity(0)) // 3) if CUDA else 1
 """That compress at once, and that serve at once, with the plugin and without."""
+# Of the formats and kernels that others have too: compressed and served on CPUs only where long tests run.
+ALIKE = {
+    "gptq-w4-g32", "gptq-w4-g64", "movement-50", "rtn-w3", "rtn-w8", "sparsegpt-2of4", "sparsegpt-2of4-recovered",
+    "sparsegpt-2of4-w4-recovered", "sparsegpt-50-recovered", "squeezellm-w3", "trellis-w2", "trellis-w4",
+    "trellis-w4-tuned", "wanda-2of4", "wanda-50",
+}  # fmt: skip
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
+NAMED_ON_CPU = [pytest.param(name, marks=pytest.mark.long) if name in ALIKE else name for name in ON_CPU]
 CUDA_ONLY = [name for name in CASES if name not in ON_CPU]
 STATIC = [name for name in CASES if any(step.static for step in CASES[name].rounding)]
 # Checkpoints that are damaged before they are served: 8 bits for stock vLLM, 6 in the format of ours.
@@ -154,17 +161,24 @@ def planted(two_blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compressed(
-    two_blocks: Path, planted: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+    two_blocks: Path,
+    planted: Path,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    one_thread: None,
+    request: pytest.FixtureRequest,
 ) -> dict[str, Compressed]:
-    """Compress by every recipe two blocks of ref-7m, and by layouts all six."""
+    """Compress by every recipe that is tested two blocks of ref-7m, and by layouts all six."""
+    tested = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    cases = {name: recipe for name, recipe in CASES.items() if name not in ALIKE or name in tested}
     folder = tmp_path_factory.mktemp("compressed")
     models = dict.fromkeys(CASES, two_blocks) | dict.fromkeys(LAYOUTS, resolve_model("ref-7m"))
     models |= dict.fromkeys(ON_OUTLIERS, planted)
-    jobs = [(models[name], recipe, folder / name, text_file) for name, recipe in CASES.items()]
+    jobs = [(models[name], recipe, folder / name, text_file) for name, recipe in cases.items()]
     if PROCESSES == 1:
-        return dict(zip(CASES, map(compress_case, jobs), strict=True))
+        return dict(zip(cases, map(compress_case, jobs), strict=True))
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compress_case, jobs), strict=True))
+        return dict(zip(cases, pool.map(compress_case, jobs), strict=True))
 
 
 def compress_case(job: tuple[Path, Recipe, Path, Path]) -> Compressed:
@@ -322,7 +336,7 @@ def check_served(name: str, compressed: dict[str, Compressed], served: Served, e
 
 
 @on_cpu
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", NAMED_ON_CPU)
 def test_vllm_computes_what_the_dequantized_model_computes(
     name: str, compressed: dict[str, Compressed], served: Served, expected: Expected
 ) -> None:
@@ -364,7 +378,7 @@ def test_a_few_channels_with_the_scales_of_others_are_noticed(
 
 
 @on_cpu
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", NAMED_ON_CPU)
 def test_layers_stay_quantized_where_the_documentation_says_so(
     name: str, compressed: dict[str, Compressed], served: Served
 ) -> None:
@@ -453,6 +467,8 @@ def test_without_the_plugin_vllm_refuses_the_format_of_ours(compressed: dict[str
 
 def test_tuned_recipes_are_served_as_tuned(compressed: dict[str, Compressed]) -> None:
     """Else they were those without tuning."""
-    for name in [name for name, recipe in RECIPES.items() if any(isinstance(step, Tune) for step in recipe.steps)]:
-        recipe = json.loads((compressed[name].out / "pareto_recipe.json").read_text())
+    tuned = [case for case in compressed.values() if any(isinstance(step, Tune) for step in case.recipe.steps)]
+    assert tuned
+    for case in tuned:
+        recipe = json.loads((case.out / "pareto_recipe.json").read_text())
         assert recipe["tuned"]["kept_step"] > 0
