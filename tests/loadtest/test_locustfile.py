@@ -152,7 +152,8 @@ def test_bad_input_ends_locust_with_status_2(words: str, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "load", ["", "--processes 2", pytest.param("--request-rate 4 --processes 2", marks=pytest.mark.long)]
+    "load",
+    ["", *(pytest.param(load, marks=pytest.mark.long) for load in ("--processes 2", "--request-rate 4 --processes 2"))],
 )
 def test_what_is_in_flight_at_the_end_is_awaited(mock_server: Factory, tmp_path: Path, load: str) -> None:
     server, out = mock_server(ttft_ms=900), tmp_path / "out"

@@ -280,6 +280,7 @@ def test_lines_say_what_is_going_on_and_end_with_it():
     assert len(lines) == ended
 
 
+@pytest.mark.long
 def test_it_runs_from_a_bare_checkout(tmp_path):
     """Without vLLM, the compiled extension, rich and matplotlib, as on a machine with PyTorch and transformers only."""
     missing = ("vllm", "matplotlib", "rich", "kv_cache._cpu", "compressed_tensors", "locust", "jinja2")

@@ -14,6 +14,7 @@ CONFIG = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_cut_shape_is_compressed_and_what_it_cost_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
