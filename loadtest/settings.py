@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from loadtest.endpoint.client import normalize_base_url
+from loadtest.endpoint.client import is_http_url, normalize_base_url
 from loadtest.request_settings import RequestSettings, request_settings, require
 from loadtest.shapes.flags import add_shape_arguments, shaped_stage
 from loadtest.stage_spec import DEFAULT_MAX_ERROR_RATE, GOALS, SearchSettings, StageSpec
@@ -208,11 +208,11 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 def _page(url: str) -> str:
     """Return the address of an exporter's page; without a path it is ``/metrics``."""
-    parts = urlsplit(url)
     require(
-        parts.scheme in ("http", "https") and bool(parts.netloc) and not parts.username,
+        is_http_url(url) and not urlsplit(url).username,
         f"--gpu-metrics {url}: expected an address such as http://node:9400/metrics",
     )
+    parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}{parts.path if parts.path not in ('', '/') else '/metrics'}"
 
 

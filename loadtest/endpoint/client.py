@@ -67,6 +67,16 @@ def retry_after(text: str) -> float | None:
         return None
 
 
+def is_http_url(url: str) -> bool:
+    """Return whether ``url`` is the address of an HTTP or HTTPS server."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return bool(valid)
+
+
 def normalize_base_url(url: str) -> str:
     """Return ``url`` without a trailing slash or ``/v1``.
 
@@ -74,12 +84,7 @@ def normalize_base_url(url: str) -> str:
         LoadTestError: it is no http or https URL.
 
     """
-    parts = urlsplit(url)
-    try:
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        valid = False
-    if not valid:
+    if not is_http_url(url):
         raise LoadTestError(f"--base-url {url}: expected http://HOST:PORT or https://HOST:PORT")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 

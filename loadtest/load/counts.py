@@ -24,7 +24,7 @@ class Counts:
     Attributes:
         in_flight: requests that are due and have not ended.
         warmups: warm-up requests of a closed loop whose numbers were taken.
-        sent: measured requests, or conversations, that were begun.
+        sent: measured requests, or conversations, of a closed loop that were begun.
         ended: those of them that are over.
         closed: whether no further one may begin.
 
@@ -46,7 +46,7 @@ class Counts:
 
     @property
     def sent(self) -> int:
-        """Measured requests begun."""
+        """Measured requests begun, of a closed loop."""
         return self._sent
 
     @property
@@ -76,15 +76,11 @@ class Counts:
         return self._warmups - 1
 
     def take(self, limit: int | None) -> int | None:
-        """Return the number of another measured request, which counts as sent; None where ``limit`` were."""
+        """Return the number of another measured request of a closed loop; None where ``limit`` were."""
         if limit is not None and self._sent >= limit:
             return None
         self._sent += 1
         return self._sent - 1
-
-    def note_sent(self) -> None:
-        """Count a measured request whose number was known beforehand."""
-        self._sent += 1
 
     def note_ended(self) -> None:
         """Count the end of a measured request."""
@@ -110,12 +106,12 @@ class SharedCounts(Counts):
 
     def __init__(self, processes: int, descriptor: int | None = None) -> None:
         self._processes, self._place = processes, 0
-        size = _SHARED + 3 * processes
+        size = _SHARED + 2 * processes
         self._descriptor = os.memfd_create("loadtest-counts") if descriptor is None else descriptor
         if descriptor is None:
             os.ftruncate(self._descriptor, 8 * size)
         self._all = memoryview(mmap.mmap(self._descriptor, 8 * size)).cast("q")
-        self._all_in_flight, self._all_sent, self._all_ended = (
+        self._all_in_flight, self._all_ended = (
             self._all[begin : begin + processes] for begin in range(_SHARED, size, processes)
         )
 
@@ -143,8 +139,8 @@ class SharedCounts(Counts):
 
     @property
     def sent(self) -> int:
-        """Measured requests begun, by all processes."""
-        return self._all[_SENT] + sum(self._all_sent)
+        """Measured requests begun by all processes, of a closed loop."""
+        return self._all[_SENT]
 
     @property
     def ended(self) -> int:
@@ -164,9 +160,8 @@ class SharedCounts(Counts):
         """Count from nothing again; only while no process sends."""
         for place in range(_SHARED):
             self._all[place] = 0
-        for counts in (self._all_sent, self._all_ended):
-            for place in range(self._processes):
-                counts[place] = 0
+        for place in range(self._processes):
+            self._all_ended[place] = 0
 
     def take_warmup(self, limit: int) -> int | None:
         """Return the number of another warm-up request; None where ``limit`` of them were taken."""
@@ -186,10 +181,6 @@ class SharedCounts(Counts):
             return number
         finally:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
-
-    def note_sent(self) -> None:
-        """Count a measured request whose number was known beforehand."""
-        self._all_sent[self._place] += 1
 
     def note_ended(self) -> None:
         """Count the end of a measured request."""

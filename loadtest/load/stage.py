@@ -149,8 +149,6 @@ class Stage:
         for index, offset in islice(starts, part[0], limit, part[1]):
             if not warmup and spec.duration_s is not None and offset >= spec.duration_s:
                 return
-            if not warmup:
-                self._counts.note_sent()
             yield offset, Ticket(index, warmup)
 
     def progress(self) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from loadtest.endpoint.client import Client, HTTPStatusError
 from loadtest.errors import LoadTestError
 from loadtest.results.energy import COUNTER, GPU_METRICS
@@ -24,9 +22,7 @@ class GPUMetrics:
     """
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._client = Client(f"{parts.scheme}://{parts.netloc}", _TIMEOUT_S)
-        self._path = parts.path
+        self._client = Client(url, _TIMEOUT_S)
         try:
             found = self()
         except (OSError, HTTPStatusError, ValueError) as error:
@@ -43,7 +39,7 @@ class GPUMetrics:
             OSError, HTTPStatusError, ValueError: the page cannot be read.
 
         """
-        return parse_metrics(self._client.get(self._path, _TIMEOUT_S).decode("utf-8", "replace"), GPU_METRICS)
+        return parse_metrics(self._client.get("", _TIMEOUT_S).decode("utf-8", "replace"), GPU_METRICS)
 
     def close(self) -> None:
         """Close the connection."""

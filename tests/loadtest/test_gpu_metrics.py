@@ -85,6 +85,7 @@ def test_energy_of_a_stage(mock_server: Factory, exporter: Exporter, tmp_path: P
 def test_what_is_no_such_page_ends_with_one_line(mock_server: Factory, exporter: Exporter, tmp_path: Path) -> None:
     server, out = mock_server().url, tmp_path / "out"
     for address, why in (
+        ("http://node:port", "expected an address such as http://node:9400/metrics"),
         ("node:9400", "expected an address such as http://node:9400/metrics"),
         (f"{url(exporter)}/nothing", "cannot be read (HTTP 404"),
         (f"{server}/metrics", f"has no {COUNTER}; expected the page of NVIDIA's dcgm-exporter"),
