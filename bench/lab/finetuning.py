@@ -33,6 +33,7 @@ from quant_methods.finetuning.examples import Examples, read_examples
 from quant_methods.finetuning.load import load_coded
 from quant_methods.finetuning.settings import Settings
 from quant_methods.model_source import fingerprint, name_of, resolve_model
+from quant_methods.training.arguments import products_dtype
 from quant_methods.training.checkpoints import last_whole
 from quant_methods.training.log import Log
 
@@ -122,15 +123,16 @@ def main(words: list[str] | None = None) -> int:
     names = ("steps", "rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "seed")
     settings = dataclasses.replace(Settings(), alpha=2.0 * args.rank, **{name: getattr(args, name) for name in names})
     settings.check()
+    dtype = products_dtype(settings, args.device)
     examples = read_examples(original, args.data, settings.held_out, settings.seed)
     runs: dict[str, tuple[Callable[[], Any], Path | None, Path]] = {
-        "lora-16bit": (partial(load_coded, original, args.device), None, original)
+        "lora-16bit": (partial(load_coded, original, args.device, dtype), None, original)
     }
     for text in args.coded:
         coded = resolve_model(text, quantized=True)
-        runs[coded.name] = partial(load_coded, coded, args.device), None, coded
+        runs[coded.name] = partial(load_coded, coded, args.device, dtype), None, coded
         if args.start_from_error:
-            runs[f"{coded.name}-from-error"] = partial(load_coded, coded, args.device), original, coded
+            runs[f"{coded.name}-from-error"] = partial(load_coded, coded, args.device, dtype), original, coded
     if args.device.startswith("cuda") and importlib.util.find_spec("bitsandbytes"):
         runs[NF4] = partial(nf4, original, args.device), None, original
     about = {"data": examples.describe(), "settings": settings.as_json()}

@@ -12,6 +12,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.terminal import console as plain_console
 from quant_methods.distillation.settings import Settings
 from quant_methods.threads import wait_asleep
+from quant_methods.training.flags import add_shared_flags
 
 if TYPE_CHECKING:
     from quant_methods.distillation.cut import Sizes
@@ -121,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         loop.add_argument(
             f"--{name}", type=kind, default=given, help=what + ("" if given is None else " (default: %(default)s)")
         )
-    loop.add_argument("--checkpointing", action="store_true", help="less memory: blocks run again on the way back")
+    add_shared_flags(loop)
 
 
 def checked_settings(args: argparse.Namespace) -> Settings:

@@ -25,7 +25,7 @@ from quant_methods.distillation.heads import Head
 from quant_methods.distillation.on_policy import Writer
 from quant_methods.distillation.settings import Settings
 from quant_methods.distillation.teacher import Targets, Teacher
-from quant_methods.training.arguments import shared_arguments
+from quant_methods.training.arguments import products_dtype, shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.losses import divergence, forward_kl, hidden_loss, over_chunks, text_loss
 
@@ -70,9 +70,8 @@ class Distiller(Trainer):
     ) -> None:
         steps = settings.total_steps
         look = max(1, math.ceil(steps / settings.looks))
-        cpu = torch.device(device).type == "cpu"
         arguments = TrainingArguments(
-            **shared_arguments(settings, work, steps=steps, look=look, cpu=cpu),
+            **shared_arguments(settings, work, steps=steps, look=look, device=device),
             weight_decay=settings.weight_decay,
             adam_beta2=0.95,
             warmup_steps=math.ceil(WARM_UP * steps),
@@ -91,9 +90,10 @@ class Distiller(Trainer):
         )
         # Our loss is a mean over the tokens of a part of a batch; the Trainer divides by the number of parts.
         self.model_accepts_loss_kwargs = False
-        if writer is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if writer is not None and spread:
             raise ParetoError("--on-policy: a student whose parameters are spread over devices does not write yet")
-        self.head = Head(student, bfloat16=not cpu, whole=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        self.head = Head(student, bfloat16=products_dtype(settings, device) == torch.bfloat16, whole=spread)
         self.chunk = max(16, NUMBERS // student.config.vocab_size)
 
     def coded(self) -> contextlib.AbstractContextManager[None]:

@@ -39,14 +39,13 @@ class InMemory:
     Args:
         folder: of its checkpoint, compressed or not.
         device: torch device.
-        bfloat16: keep and run it in bfloat16, else in float32.
+        dtype: of its weights and products.
         hidden: return hidden states too.
 
     """
 
-    def __init__(self, folder: Path, device: str, *, bfloat16: bool = False, hidden: bool = False) -> None:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype = torch.float32, *, hidden: bool = False) -> None:
         self.folder, self.hidden = folder, hidden
-        dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.model = load_model(folder, device, dtype).eval().requires_grad_(False)
         self.head = Head(self.model)
         self.dtype = dtype

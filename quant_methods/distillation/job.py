@@ -22,6 +22,7 @@ from quant_methods.distillation.cut import Sizes
 from quant_methods.distillation.data import Data, load
 from quant_methods.distillation.settings import Settings
 from quant_methods.model_source import fingerprint, read_config
+from quant_methods.training.arguments import products_dtype
 from quant_methods.training.card import table, write_card
 from quant_methods.training.memory import memory_explained
 from quant_methods.training.unfinished import CHECKPOINTS, LOG, alone, check_new, finish, same_job, versions
@@ -240,6 +241,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
             "steps": trainer.state.max_steps,
             "before": outcome.start,
             "after": outcome.best,
+            "products": str(products_dtype(job.settings, job.device)).removeprefix("torch."),
             "versions": versions(),
         }
         _write_card(made, about)
@@ -295,8 +297,8 @@ def _teacher(job: Job, data: Data, device: str, say: Say) -> Teacher:
         served = Served(job.url)
         producer, described = served, served.description
     else:
-        on_gpu = torch.device(device).type != "cpu"
-        memory = InMemory(job.teacher, device, bfloat16=on_gpu, hidden=bool(job.settings.hidden))
+        dtype = products_dtype(job.settings, device)
+        memory = InMemory(job.teacher, device, dtype, hidden=bool(job.settings.hidden))
         if not job.top_k:
             return memory
         producer, described = FromModel(memory, fingerprint(job.teacher)), memory.description

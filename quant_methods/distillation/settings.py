@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kv_cache.errors import ParetoError
-from quant_methods.training.losses import divergence
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Settings:
         new_tokens: that it writes at most, from a prompt of a chat, or from the beginning of a window of text.
         looks: times that the held-out sequences are looked at and a checkpoint is written.
         checkpointing: run each block again on the way back instead of keeping what it computed.
+        bfloat16: multiply in bfloat16 where the device is quick at it; weights and steps stay float32.
         seed: of the order of sequences, of weights that are drawn, and of calibration.
 
     """
@@ -57,6 +57,7 @@ class Settings:
     new_tokens: int = 128
     looks: int = 10
     checkpointing: bool = False
+    bfloat16: bool = True
     seed: int = 0
 
     def check(self) -> None:
@@ -66,6 +67,9 @@ class Settings:
             ParetoError: such a number.
 
         """
+        # Imported late: the command reads these settings before PyTorch, whose threads read once how they wait.
+        from quant_methods.training.losses import divergence
+
         divergence(self.loss, self.skew)
         if not 0 <= self.kl_share <= 1:
             raise ParetoError(f"--kl-share {self.kl_share:g} is not between 0 (text alone) and 1 (the teacher alone)")

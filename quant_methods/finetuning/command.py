@@ -11,6 +11,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.terminal import console as plain_console
 from quant_methods.finetuning.settings import Settings
 from quant_methods.threads import wait_asleep
+from quant_methods.training.flags import add_shared_flags
 
 HELP = "fine-tune a compressed model with adapters (QLoRA)"
 USER_ERRORS = (ParetoError,)
@@ -93,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         loop.add_argument(
             f"--{name}", type=kind, default=given, help=what + ("" if given is None else " (default: %(default)s)")
         )
-    loop.add_argument("--checkpointing", action="store_true", help="less memory: blocks run again on the way back")
+    add_shared_flags(loop)
 
 
 def settings_of(args: argparse.Namespace, model: Path) -> Settings:
@@ -102,7 +103,7 @@ def settings_of(args: argparse.Namespace, model: Path) -> Settings:
     from quant_methods.model_source import read_config
 
     default, values = Settings(), {}
-    for name in ("epochs", "batch", "learning_rate", "dropout", "seed", "checkpointing", "dora", "pooled"):
+    for name in ("epochs", "batch", "learning_rate", "dropout", "seed", "checkpointing", "bfloat16", "dora", "pooled"):
         values[name] = getattr(args, name)
     context = read_config(model).get("max_position_embeddings")
     longest = min(default.length, context) if isinstance(context, int) else default.length

@@ -22,6 +22,7 @@ from quant_methods.finetuning.examples import Examples, read_examples
 from quant_methods.finetuning.merge import merge
 from quant_methods.finetuning.settings import Settings
 from quant_methods.model_source import fingerprint, name_of, read_config
+from quant_methods.training.arguments import products_dtype
 from quant_methods.training.card import write_card
 from quant_methods.training.memory import memory_explained
 from quant_methods.training.unfinished import LOG, alone, check_new, finish, same_job, versions
@@ -154,7 +155,7 @@ def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome
         device = str(processes.device)
         torch.cuda.reset_peak_memory_stats()
     log = job.work / LOG
-    model = with_adapter(load_coded(job.model, device), job.settings)
+    model = with_adapter(load_coded(job.model, device, products_dtype(job.settings, device)), job.settings)
     if job.start_from is not None:
         share = start_from_error(model, job.start_from)
         say(f"the adapter starts as {share:.1%} of what quantization took away")
@@ -195,6 +196,7 @@ def _finish(job: Job, examples: Examples, trainer: Any, outcome: Outcome) -> Non
         "before": outcome.before,
         "after": outcome.after,
         "peak_gpu_bytes": outcome.peak_bytes,
+        "products": str(products_dtype(job.settings, job.device)).removeprefix("torch."),
         "versions": versions("peft", "trl"),
     }
     _write_card(made, about)

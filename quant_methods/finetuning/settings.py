@@ -32,6 +32,7 @@ class Settings:
         dora: norms of output channels learn apart from their directions (DoRA).
         pooled: products see one number of each group of inputs, so that zero-points can hold them (``pooled.py``).
         checkpointing: run each block again on the way back instead of keeping what it computed.
+        bfloat16: multiply in bfloat16 where the device is quick at it; weights and steps stay float32.
         seed: of the adapter's start, of dropout and of the order of examples.
 
     """
@@ -51,6 +52,7 @@ class Settings:
     dora: bool = False
     pooled: bool = False
     checkpointing: bool = False
+    bfloat16: bool = True
     seed: int = 0
 
     def check(self) -> None:

@@ -122,12 +122,11 @@ def tuner(
         log: what is told.
 
     """
-    cpu = torch.device(device).type == "cpu"
     each = max(1, len(examples.training) // settings.batch)
     steps = settings.steps or max(1, math.ceil(settings.epochs * each))
     look = min(steps, settings.save_steps or max(1, steps // 10))
     arguments = SFTConfig(
-        **shared_arguments(settings, work, steps=steps, look=look, cpu=cpu),
+        **shared_arguments(settings, work, steps=steps, look=look, device=device),
         max_length=settings.length,
         per_device_eval_batch_size=settings.micro_batch,
         warmup_steps=math.ceil(WARM_UP * steps),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from quant_methods.calibration.calibrator import quick_dtype
+
 
 class TrainerSettings(Protocol):
     """The settings of a training that the Trainer is told; see the rooms' own for what each means."""
@@ -18,10 +22,17 @@ class TrainerSettings(Protocol):
     @property
     def checkpointing(self) -> bool: ...  # noqa: D102
     @property
+    def bfloat16(self) -> bool: ...  # noqa: D102
+    @property
     def seed(self) -> int: ...  # noqa: D102
 
 
-def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look: int, cpu: bool) -> dict[str, Any]:
+def products_dtype(settings: TrainerSettings, device: str) -> torch.dtype:
+    """Return what a training multiplies in: bfloat16 where its settings allow it and the device is quick at it."""
+    return quick_dtype(torch.device(device)) if settings.bfloat16 else torch.float32
+
+
+def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look: int, device: str) -> dict[str, Any]:
     """Return arguments of ``TrainingArguments``: looks at held-out data with a checkpoint each, the best one kept.
 
     Args:
@@ -29,9 +40,10 @@ def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look:
         work: folder of the checkpoints.
         steps: in all.
         look: steps between two looks.
-        cpu: whether it runs on the CPU, in float32; on a GPU products are in bfloat16.
+        device: torch device.
 
     """
+    cpu = torch.device(device).type == "cpu"
     return {
         "output_dir": str(work),
         "max_steps": steps,
@@ -40,7 +52,7 @@ def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look:
         "gradient_checkpointing": settings.checkpointing,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",
-        "bf16": not cpu,
+        "bf16": products_dtype(settings, device) == torch.bfloat16,
         "use_cpu": cpu,
         "eval_strategy": "steps",
         "eval_steps": look,

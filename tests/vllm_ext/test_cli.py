@@ -1,4 +1,6 @@
 import argparse
+import subprocess
+import sys
 import types
 
 import pytest
@@ -127,3 +129,15 @@ def test_a_list_in_the_file_does_not_swallow_what_follows(front_door, tmp_path):
     assert cli.main(["try", "--config", str(config), "mine"]) == 0
     assert cli.main(["try", "mine", "--config", str(config)]) == 0
     assert (seen["model"], seen["sizes"]) == ("mine", [1, 2])
+
+
+def test_commands_that_say_how_threads_wait_say_so_before_pytorch_is_there():
+    # PyTorch's threads read that once, when it is imported (quant_methods/threads.py).
+    program = (
+        "import sys; from vllm_ext import cli\n"
+        "for name in ('compress', 'finetune', 'distill'):\n"
+        "    cli.commands()[name].load()\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert not told.returncode, told.stderr

@@ -17,6 +17,7 @@ from quant_methods.distillation import command, job
 from quant_methods.distillation.in_memory import load_model
 from quant_methods.overrides import override
 from quant_methods.recipe_file import load_recipe
+from quant_methods.training import arguments as arguments_of_training
 from vllm_ext.cli import build_parser
 
 pytest.importorskip("accelerate")
@@ -67,6 +68,29 @@ def test_a_fresh_student_comes_nearer_to_its_teacher_and_can_be_compressed(teach
     recipe = override(load_recipe("rtn-w4"), {"num_calibration_samples": 1, "calibration_length": 16, "group_size": 32})
     compress(out, recipe, tmp_path / "packed", text=text)
     assert load_reference(tmp_path / "packed")(torch.tensor([[4, 5]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("more", "wanted"), [("", "bfloat16"), ("--float32", "float32")])
+def test_products_are_in_bfloat16_where_the_device_is_quick_at_it(
+    teacher, text, tmp_path, shape, monkeypatch, more, wanted
+):
+    multiplied, real = set(), torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        # Autocast casts inside; the result tells in which dtype it was multiplied.
+        out = real(x, weight, bias)
+        multiplied.add(str(out.dtype).removeprefix("torch."))
+        return out
+
+    monkeypatch.setattr(arguments_of_training, "quick_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    out = tmp_path / "student"
+    distilled(teacher, text, out, f"{shape} --steps 1 {more}")
+    about = json.loads((out / job.RESULT).read_text())
+    assert (about["products"], about["teacher"]["dtype"]) == (wanted, wanted)
+    assert wanted in multiplied
+    assert ("bfloat16" in multiplied) is (wanted == "bfloat16")
+    assert {p.dtype for p in load_model(out, "cpu").parameters()} == {torch.float32}
 
 
 KILLED = """

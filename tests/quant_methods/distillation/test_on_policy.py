@@ -133,7 +133,7 @@ def test_the_loss_of_what_it_wrote_is_trls_and_no_text_counts(teacher, text, tmp
         return loss
 
     monkeypatch.setattr(Distiller, "compute_loss", compute_loss)
-    distilled(teacher, text, tmp_path / "out", f"{OWN} --loss jsd --skew 0.4 --kl-share 0.3 --steps 2")
+    distilled(teacher, text, tmp_path / "out", f"{OWN} --loss jsd --skew 0.4 --kl-share 0.3 --steps 2 --float32")
     assert len(seen) == 2
     for found, wanted in seen:
         assert found == pytest.approx(wanted, rel=1e-4)

@@ -25,6 +25,7 @@ from quant_methods.finetuning.settings import Settings
 from quant_methods.methods.rtn import RTN
 from quant_methods.model_source import read_config
 from quant_methods.recipe import Recipe
+from quant_methods.training import arguments
 from quant_methods.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +76,26 @@ def test_the_result_says_how_it_came_about(tuned, coded_model):
     assert about["data"]["training"] == 20
     assert not list(tuned.parent.glob(".*"))
     assert json.loads((tuned / "adapter_config.json").read_text())["base_model_name_or_path"] == str(coded_model)
+
+
+@pytest.mark.parametrize(("allowed", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_in_bfloat16_where_the_device_is_quick_at_it(
+    coded_model, chats, tmp_path, monkeypatch, allowed, wanted
+):
+    seen, real = set(), CodedLinear.forward
+
+    def forward(self, x):
+        out = real(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(arguments, "quick_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(CodedLinear, "forward", forward)
+    out = tmp_path / "adapter"
+    outcome = finetune(Job(coded_model, chats, out, dataclasses.replace(SETTINGS, bfloat16=allowed)))
+    assert outcome.after < outcome.before - 0.1
+    assert seen == {wanted}
+    assert json.loads((out / RESULT).read_text())["products"] == str(wanted).removeprefix("torch.")
 
 
 @pytest.fixture(scope="module")
