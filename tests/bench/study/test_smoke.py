@@ -17,7 +17,9 @@ def test_the_smoke_plan_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "out"
     # Not through the entry point, which an older installation of this package does not have.
     command = [sys.executable, "-c", RUN + "sys.exit(c.run(p.parse_args()))", "smoke", "--out", str(out), "--pack"]
-    environment = os.environ | {"PARETO_CACHE": str(tmp_path / "cache")}
+    # Engines in the process of whoever asks them start in half the time.
+    quick = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = os.environ | quick | {"PARETO_CACHE": str(tmp_path / "cache")}
     first = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "5 of 5 steps done" in first.stdout

@@ -29,7 +29,7 @@ def few_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
-@pytest.mark.parametrize("bits", [(4, 4), (8, 8)])
+@pytest.mark.parametrize("bits", [(4, 4), pytest.param((8, 8), marks=pytest.mark.long)])
 def test_every_head_size(bits, dim):
     for (tokens, dtype), output in zip(STORES[:2], (torch.float16, torch.bfloat16), strict=True):
         check_store(KVFormat("these bits", *bits), dim, DEVICE, tokens, dtype)

@@ -52,7 +52,7 @@ def test_emulated_arrangements(shape, emulated):
     check_arrangement(4, rows, channels // 32 * 32, *others, emulated, kind="bitmap")
 
 
-@pytest.mark.parametrize("tokens", [1, 70, 140])
+@pytest.mark.parametrize("tokens", [1, pytest.param(140, marks=pytest.mark.long), 70])
 def test_emulated_with_what_lies_beside(tokens, emulated):
     check_with_beside(tokens, *BESIDE[-1], emulated, kind="bitmap")
     check_with_beside(tokens, *BESIDE[1], emulated, kind="bitmap", rows=500, channels=1024)
@@ -158,7 +158,7 @@ def test_groups_that_no_kernel_serves_run_in_pytorch(emulated):
 
 
 @pytest.mark.parametrize("capability", SHARED, ids=str)
-@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 64, *(pytest.param(tokens, marks=pytest.mark.long) for tokens in (8, 16, 32))])
 def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
     """For devices that are not there, and blocks without zeros, whose codes take the most room."""
     monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))

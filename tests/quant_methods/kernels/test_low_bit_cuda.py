@@ -126,7 +126,7 @@ def test_emulated_arrangements(bits, shape, emulated):
     check_arrangement(bits, *shape, emulated, kind="table" if bits == 4 else "grid")
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, pytest.param(4, marks=pytest.mark.long)])
 def test_emulated_tables(bits, emulated):
     check(bits, 40, 256, -1, 6, torch.bfloat16, emulated, kind="table")
     check(bits, 16, 264, -1, 1, torch.float16, emulated, kind="table")
@@ -212,7 +212,7 @@ def test_arrangements_of_trellis(bits, shape):
 
 
 @pytest.mark.parametrize("capability", SHARED, ids=str)
-@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 64, *(pytest.param(tokens, marks=pytest.mark.long) for tokens in (8, 16, 32))])
 def test_what_is_chosen_compiles_and_fits(tokens, capability, emulated, monkeypatch):
     """For devices that are not there: every width fits, and one of them compiles."""
     monkeypatch.setattr(low_bit_matrix, "device_limits", lambda device: (132, SHARED[capability], capability >= (9, 0)))
