@@ -9,7 +9,7 @@ scales against the same after it learnt with those codes. Both are measured on t
     python -m bench.lab.distillation kv ref-27m --bits 3 2 --data train.jsonl --text heldout.jsonl --work DIR \\
         --out kv.json
 
-Stopped? The same command goes on. On a GPU give ``--device cuda``.
+What is measured is written at once. Stopped? The same command goes on. On a GPU give ``--device cuda``.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ def trained(job: Job) -> float:
     return time.monotonic() - began
 
 
-def scratch(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) -> dict[str, Any]:
-    """Return the figures of both students, in 16 bits and compressed."""
+Figures = Iterator[tuple[str, dict[str, Any]]]
+
+
+def scratch(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) -> Figures:
+    """Yield the shape of the students, then the figures of teacher and students, in 16 bits and compressed."""
     shape = args.work / "shape.yaml"
     config = read_config(resolve_model(args.like))
     shape.write_text(yaml.safe_dump({name: config[name] for name in SHAPE if name in config}))
-    results: dict[str, Any] = {"shape": yaml.safe_load(shape.read_text()), "teacher": row(yardstick.original())}
+    yield "shape", yaml.safe_load(shape.read_text())
+    yield "teacher", row(yardstick.original())
     for name, share in (("ce", 0.0), ("kd", args.kl_share)):
         out = args.work / name
         job = Job(args.model, args.data, out, replace(settings, kl_share=share), shape=shape, device=args.device)
@@ -71,30 +75,33 @@ def scratch(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) 
         packed = args.work / f"{name}-{args.recipe}"
         if not packed.is_dir():
             compress(str(out), load_recipe(args.recipe), packed, text=args.data, device=args.device)
-        results[name] = {
-            "kl_share": share,
-            "seconds_of_this_run": seconds,
-            "student": row(yardstick.measure(out)[0]),
-            args.recipe: row(yardstick.measure(packed)[0]),
-        }
-    return results
+        yield (
+            name,
+            {
+                "kl_share": share,
+                "seconds_of_this_run": seconds,
+                "student": row(yardstick.measure(out)[0]),
+                args.recipe: row(yardstick.measure(packed)[0]),
+            },
+        )
 
 
-def kv(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) -> dict[str, Any]:
-    """Return, by bits, the figures of the cache with calibrated scales, before and after learning with the codes."""
+def kv(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) -> Figures:
+    """Yield, by bits, the figures of the cache with calibrated scales, before and after learning with the codes."""
     calibration = load_sequences(args.model, args.data, 16, settings.length)
-    results: dict[str, Any] = {}
     for bits in args.bits:
         out = args.work / f"kv{bits}"
         job = Job(args.model, args.data, out, settings, student=args.model, kv_bits=(bits, bits), device=args.device)
         seconds = trained(job)
-        results[str(bits)] = {
-            "seconds_of_this_run": seconds,
-            "calibrated": coded(args.model, bits, calibration, yardstick, args.device),
-            "learnt": coded(out, bits, calibration, yardstick, args.device),
-            "learnt, cache in 16 bits": row(yardstick.measure(out)[0]),
-        }
-    return results
+        yield (
+            str(bits),
+            {
+                "seconds_of_this_run": seconds,
+                "calibrated": coded(args.model, bits, calibration, yardstick, args.device),
+                "learnt": coded(out, bits, calibration, yardstick, args.device),
+                "learnt, cache in 16 bits": row(yardstick.measure(out)[0]),
+            },
+        )
 
 
 def coded(folder: Path, bits: int, calibration: Tensor, yardstick: Yardstick, device: str) -> dict[str, Any]:
@@ -150,22 +157,21 @@ def main(argv: list[str] | None = None) -> int:
         )
         windows = load_sequences(args.model, args.text, args.windows, args.length, split="evaluation")
         yardstick = Yardstick(args.model, windows, args.device)
-        results = (scratch if args.what == "scratch" else kv)(args, settings, yardstick)
-    except ParetoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_json(
-        args.out,
-        {
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        document: dict[str, Any] = {
             "schema": SCHEMA,
             "arguments": told | {"model": args.model.name},
             "settings": asdict(settings),
             "tokens": args.samples * args.length,
             "environment": environment(),
-            "results": results,
-        },
-    )
+            "results": {},
+        }
+        for name, figures in (scratch if args.what == "scratch" else kv)(args, settings, yardstick):
+            document["results"][name] = figures
+            write_json(args.out, document)
+    except ParetoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"written to {args.out}")
     return 0
 
