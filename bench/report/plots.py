@@ -1,12 +1,7 @@
-"""Inline SVG plots that follow the page's light or dark colours.
-
-matplotlib writes fixed colours; each is a marker that is replaced by a CSS variable afterwards, so one plot serves both
-colour schemes. Text stays text: it scales, can be searched and is read aloud.
-"""
+"""Plots of the report and of a study."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +9,9 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.report.rows import Ends, Frontier, stage_label
+from loadtest.report.page_svg import BACKGROUND, FOREGROUND, GRID, MUTED, SERIES, style, svg
 from loadtest.results.schema import Distribution, Summary
 
-FOREGROUND = "#010101"
-MUTED = "#020202"
-GRID = "#030303"
-BACKGROUND = "#040404"
-SERIES = tuple(f"#0500{i:02x}" for i in range(8))
-_VARIABLES = {FOREGROUND: "var(--fg)", MUTED: "var(--muted)", GRID: "var(--grid)", BACKGROUND: "var(--bg)"} | {
-    colour: f"var(--s{i})" for i, colour in enumerate(SERIES)
-}
 WIDTH = 5.6
 MARKERS = "osD^vPX*"
 
@@ -52,7 +40,7 @@ def frontier_plot(frontier: Frontier) -> str:
     axes.set_ylabel(frontier.y_label)
     axes.margins(x=0.12)
     _legend(axes, len(frontier.points))
-    return _svg(figure, f"frontier-{frontier.key}")
+    return svg(figure, f"frontier-{frontier.key}")
 
 
 def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Distribution]]) -> str:
@@ -79,7 +67,7 @@ def percentile_plot(title: str, unit: str, lines: Sequence[tuple[str, Distributi
     axes.set_xlabel(f"{title}, {unit}")
     axes.grid(axis="y", visible=False)
     _legend(axes, 4, columns=4)
-    return _svg(figure, re.sub(r"\W+", "-", title.lower()))
+    return svg(figure, re.sub(r"\W+", "-", title.lower()))
 
 
 def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
@@ -118,7 +106,7 @@ def sweep_plot(tests: Sequence[tuple[str, Summary]]) -> str | None:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.1, y=0.2)
     _legend(axes, len(curves))
-    return _svg(figure, "sweep")
+    return svg(figure, "sweep")
 
 
 Place = tuple[float | str, float, float | None, float | None]
@@ -149,7 +137,7 @@ def line_plot(name: str, x_label: str, y_label: str, lines: Sequence[tuple[str, 
     axes.set_ylabel(y_label)
     axes.margins(x=0.1, y=0.2)
     _legend(axes, len(lines))
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def _bars(axes: Any, x: float, y: float, ends: tuple[Ends, Ends] | None, colour: str) -> None:
@@ -176,17 +164,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.tick_params(which="both", color=MUTED, labelcolor=FOREGROUND, labelsize=8)
-    axes.xaxis.label.set(color=FOREGROUND, size=9)
-    axes.yaxis.label.set(color=FOREGROUND, size=9)
+    style(axes)
     return figure, axes
 
 
@@ -201,26 +179,3 @@ def _legend(axes: Any, count: int, columns: int = 2) -> None:
             loc="outside upper left", ncols=columns, frameon=False, fontsize=8, labelcolor=FOREGROUND, numpoints=1,
             handletextpad=0.3, columnspacing=1.2,
         )  # fmt: skip
-
-
-def _svg(figure: Any, name: str) -> str:
-    """Return the figure as an ``<svg>`` element whose colours are CSS variables."""
-    buffer = io.StringIO()
-    # Element ids are hashes of this salt: plots of one page must not share them.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Group ids such as "axes_1" repeat in every plot and nothing refers to them.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    # The page's own font, and a size that follows the page's width.
-    text = re.sub(r"font(-family)?: ([\d.]+px)? ?[^;\"]*sans-serif[^;\"]*", _font, text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'role="img"', text, count=1)
-
-
-def _font(match: re.Match[str]) -> str:
-    size = match.group(2)
-    return f"font: {size} var(--font)" if size else "font-family: var(--font)"

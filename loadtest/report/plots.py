@@ -1,25 +1,17 @@
-"""Plots as SVG whose colours are the page's, so that one plot serves its light and its dark scheme."""
+"""Plots of a load test."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from loadtest.report.page_svg import FOREGROUND, MUTED, SERIES, style, svg
 from loadtest.report.series import Panel
 from loadtest.statistics.samples import Floats
 
-# matplotlib writes fixed colours; each of these is replaced by a CSS variable afterwards.
-FOREGROUND, MUTED, GRID = "#010101", "#020202", "#030303"
-SERIES = tuple(f"#0500{i:02x}" for i in range(8))
-_VARIABLES = {FOREGROUND: "var(--fg)", MUTED: "var(--muted)", GRID: "var(--grid)"} | {
-    colour: f"var(--s{i})" for i, colour in enumerate(SERIES)
-}
 _DASHES = ("-", "--", ":", "-.")
 _POINTS = 150
 
@@ -29,7 +21,7 @@ def timeline(panels: Sequence[Panel], stages: Sequence[tuple[float, str]], name:
     figure = Figure(figsize=(9.0, 0.5 + 1.25 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(rows, panels, strict=True):
-        _style(axes)
+        style(axes)
         for number, line in enumerate(panel.lines):
             axes.plot(line.x, line.y, color=SERIES[number], linewidth=1.3, label=line.name, drawstyle=line.style)
         for begin, _ in stages:
@@ -45,7 +37,7 @@ def timeline(panels: Sequence[Panel], stages: Sequence[tuple[float, str]], name:
             text, (begin, 1.02), xycoords=("data", "axes fraction"), fontsize=8, color=MUTED, ha="left", va="bottom"
         )
     rows[-1].set_xlabel("seconds")
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def distributions(curves: Sequence[tuple[str, Floats]], title: str, name: str) -> str:
@@ -65,7 +57,7 @@ def distributions(curves: Sequence[tuple[str, Floats]], title: str, name: str) -
     axes.set_xlabel(f"{title}, ms")
     axes.set_ylabel("% of values at most")
     axes.legend(loc="lower right", frameon=False, fontsize=8, labelcolor=FOREGROUND)
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def over_load(
@@ -85,40 +77,11 @@ def over_load(
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     axes.legend(frameon=False, fontsize=8, labelcolor=FOREGROUND)
-    return _svg(figure, name)
+    return svg(figure, name)
 
 
 def _one(height: float) -> tuple[Any, Any]:
     figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     return figure, axes
-
-
-def _style(axes: Any) -> None:
-    axes.figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-    axes.tick_params(which="both", color=MUTED, labelcolor=FOREGROUND, labelsize=8)
-    axes.xaxis.label.set(color=FOREGROUND, size=9)
-    axes.yaxis.label.set(color=FOREGROUND, size=9)
-
-
-def _svg(figure: Any, name: str) -> str:
-    """Return the figure as an ``<svg>`` element with CSS variables for colours and the page's font."""
-    buffer = io.StringIO()
-    # Ids within a plot are hashes of this salt; those of several plots of a page must differ.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*sans-serif[^;\"]*", r"font: \1 var(--font)", text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'role="img"', text, count=1)
