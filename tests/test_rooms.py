@@ -110,7 +110,7 @@ def test_imports_point_downwards(room, path):
     if room not in MAY_IMPORT_ENGINE:
         assert not tops & ENGINE
     if room == "bench":
-        # What a load test writes; not what runs it, which patches sockets for Locust.
+        # What a load test writes and how plots look; not what runs it, which patches sockets for Locust.
         assert {name for name in found if name.startswith("loadtest")} <= {
             "loadtest.report.page_svg",
             "loadtest.results.schema",
