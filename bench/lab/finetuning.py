@@ -110,7 +110,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
-    for name in ("rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "seed"):
+    for name in ("rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "save_steps", "seed"):
         given = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(given), default=given)
     return parser.parse_args(words)
@@ -120,7 +120,7 @@ def main(words: list[str] | None = None) -> int:
     """Do the runs that are not done yet; returns the exit status."""
     args = parse(words)
     original = resolve_model(args.model)
-    names = ("steps", "rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "seed")
+    names = ("steps", "rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "save_steps", "seed")
     settings = dataclasses.replace(Settings(), alpha=2.0 * args.rank, **{name: getattr(args, name) for name in names})
     settings.check()
     dtype = products_dtype(settings, args.device)

@@ -17,6 +17,7 @@ where each block's begin, and how many there are), and ``weight_scale`` and ``we
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -212,10 +213,7 @@ class BitmapCodes(Bulk):
         for part in parts:
             starts.append(part.starts[1:] + first)
             first += len(part.kept)
-        bitmap, kept, scale, zero = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("bitmap", "kept", "scale", "zero_point")
-        )
-        return cls(bitmap, kept, torch.cat(starts).int(), scale, zero, all(part.symmetric for part in parts))
+        return dataclasses.replace(super().stack(layers), starts=torch.cat(starts).int())
 
 
 def _some_tiles(tiles: int, width: int) -> Iterator[slice]:

@@ -6,9 +6,9 @@ with zero-points, ``weight_zero_point`` int8 [rows, groups], in the numbering of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,9 +34,6 @@ from quant_methods.formats.parts.planes import (
     plane_widths,
     unpacked_planes,
 )
-
-if TYPE_CHECKING:
-    from quant_methods.formats.quantized import QuantizedLinear
 
 
 @dataclass
@@ -109,18 +106,6 @@ class GridCodes(Bulk):
             self.zero_point[top:bottom, groups],
             self.bits,
             self.symmetric,
-        )
-
-    @classmethod
-    def stack(cls, layers: Sequence[QuantizedLinear]) -> GridCodes:
-        """Return the codes of layers on top of each other, whose grids have the same bits and groups."""
-        grids = [layer.part(cls) for layer in layers]
-        return cls(
-            torch.cat([grid.codes for grid in grids]),
-            torch.cat([grid.scale for grid in grids]),
-            torch.cat([grid.zero_point for grid in grids]),
-            grids[0].bits,
-            all(grid.symmetric for grid in grids),
         )
 
 

@@ -81,6 +81,22 @@ class Bulk(Part):
     bits: int
     """Of a code."""
 
+    @classmethod
+    def stack(cls, layers: Sequence[QuantizedLinear]) -> Self:
+        """Return the codes of layers on top of each other, of which each stacks with the others.
+
+        What a subclass does not say otherwise: its tensors begin with output channels, or with tiles of them; and it is
+        symmetric where all are.
+        """
+        parts = [layer.part(cls) for layer in layers]
+        of_each = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
+        joined: dict[str, Any] = {
+            name: torch.cat(values) if isinstance(values[0], Tensor) else all(values)
+            for name, values in of_each.items()
+            if isinstance(values[0], Tensor | bool)
+        }
+        return dataclasses.replace(parts[0], **joined)
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:

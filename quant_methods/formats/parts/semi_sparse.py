@@ -11,9 +11,9 @@ sparse tensor cores take (PTX ISA, ``mma.sp``). Scales and zero-points are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,9 +33,6 @@ from quant_methods.formats.parts.part import (
     slow_on_cuda,
 )
 from quant_methods.formats.parts.planes import INPUT_MULTIPLE, pack_codes, unpack_codes
-
-if TYPE_CHECKING:
-    from quant_methods.formats.quantized import QuantizedLinear
 
 BITS = (4,)
 """A kept code's."""
@@ -174,19 +171,6 @@ class SemiSparseCodes(Bulk):
             self.zero_point[top:bottom, groups],
             self.bits,
             self.symmetric,
-        )
-
-    @classmethod
-    def stack(cls, layers: Sequence[QuantizedLinear]) -> SemiSparseCodes:
-        """Return the codes of layers on top of each other, which have the same groups."""
-        parts = [layer.part(cls) for layer in layers]
-        return cls(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.places for part in parts]),
-            torch.cat([part.scale for part in parts]),
-            torch.cat([part.zero_point for part in parts]),
-            parts[0].bits,
-            all(part.symmetric for part in parts),
         )
 
 

@@ -5,9 +5,9 @@ Stored as bit planes (``planes.py``) and ``weight_table`` [rows, 2^bits] in 16 b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from quant_methods.formats.parts.planes import (
     plane_widths,
     unpacked_planes,
 )
-
-if TYPE_CHECKING:
-    from quant_methods.formats.quantized import QuantizedLinear
 
 
 @dataclass
@@ -87,12 +84,6 @@ class TableCodes(Bulk):
     def cut(self, rows: Range, inputs: Range) -> TableCodes:
         """Return the codes of some channels."""
         return TableCodes(self.codes[slice(*rows), slice(*inputs)], self.table[slice(*rows)])
-
-    @classmethod
-    def stack(cls, layers: Sequence[QuantizedLinear]) -> TableCodes:
-        """Return the codes of layers on top of each other, whose tables have the same bits."""
-        tables = [layer.part(cls) for layer in layers]
-        return cls(torch.cat([table.codes for table in tables]), torch.cat([table.table for table in tables]))
 
 
 @dataclass(frozen=True)

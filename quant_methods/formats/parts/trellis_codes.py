@@ -6,9 +6,9 @@ Rows that do not fill the last tiles have no scales, and what their weights mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from quant_methods.formats.parts.part import (
     slow_on_cuda,
 )
 from quant_methods.formats.parts.trellis import TILE_CHANNELS, TILE_ROWS, matrix_of, pair_values, states_of
-
-if TYPE_CHECKING:
-    from quant_methods.formats.quantized import QuantizedLinear
 
 BITS = (2, 3, 4)
 """A weight's, of which there are streams."""
@@ -120,12 +117,6 @@ class TrellisCodes(Bulk):
         words = self.words[top // TILE_ROWS : -(-bottom // TILE_ROWS), left // TILE_CHANNELS : right // TILE_CHANNELS]
         kept = slice(0, 1) if groups == 1 else slice(left // size, right // size)
         return TrellisCodes(words, self.scale[top:bottom, kept])
-
-    @classmethod
-    def stack(cls, layers: Sequence[QuantizedLinear]) -> TrellisCodes:
-        """Return the codes of layers on top of each other, of which each stacks with each."""
-        codes = [layer.part(cls) for layer in layers]
-        return cls(torch.cat([one.words for one in codes]), torch.cat([one.scale for one in codes]))
 
 
 @dataclass(frozen=True)
