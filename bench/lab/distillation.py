@@ -15,9 +15,10 @@ What is measured is written at once. Stopped? The same command goes on. On a GPU
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,16 @@ def kv(args: argparse.Namespace, settings: Settings, yardstick: Yardstick) -> Fi
 
 
 def coded(folder: Path, bits: int, calibration: Tensor, yardstick: Yardstick, device: str) -> dict[str, Any]:
-    """Return the figures of a model that reads its KV cache from codes, with scales calibrated on it."""
+    """Return the figures of a model that reads its KV cache from codes, with scales calibrated on it.
+
+    ``energy_lost`` is the share of the squares of keys and values, as they are coded, that rounding takes: its mean
+    over tokens, heads, keys and values.
+    """
     cache = CodedCache((bits, bits), folder, calibration, 0, device)
+    lost: list[float] = []
+    for codes in cache.codes:
+        if codes is not None:
+            codes.read_back = watched(codes.read_back, lost)
     model = load_model(folder, device).eval()
     observe_attention(model)
 
@@ -115,7 +124,19 @@ def coded(folder: Path, bits: int, calibration: Tensor, yardstick: Yardstick, de
             with cache.on():
                 yield log_probabilities(model, window)
 
-    return row(compare(tested(), yardstick.windows, yardstick.base))
+    found = row(compare(tested(), yardstick.windows, yardstick.base))
+    return found | {"energy_lost": statistics.fmean(lost)}
+
+
+def watched(read_back: Callable[[Tensor, int], Tensor], lost: list[float]) -> Callable[[Tensor, int], Tensor]:
+    """Return a way to read codes back that notes the mean share of the squares of what is coded that rounding takes."""
+
+    def read(even: Tensor, bits: int) -> Tensor:
+        found = read_back(even, bits)
+        lost.append(float(((found - even).square().sum(-1) / even.square().sum(-1).clamp_min(1e-12)).mean()))
+        return found
+
+    return read
 
 
 def main(argv: list[str] | None = None) -> int:
