@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="(default: scratch 1e-3, kv 1e-4)")
+    parser.add_argument("--targets", nargs="+", default=[], help="layers that learn, as k_proj v_proj (default: all)")
     parser.add_argument("--looks", type=int, default=10, help="at held-out text (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=16, help="of text to measure on (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             weight_decay=0.1 if args.what == "scratch" else 0.0,
             kl_share=1.0,
             looks=args.looks,
+            targets=tuple(args.targets),
         )
         windows = load_sequences(args.model, args.text, args.windows, args.length, split="evaluation")
         yardstick = Yardstick(args.model, windows, args.device)

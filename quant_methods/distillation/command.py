@@ -30,8 +30,8 @@ teacher, what does most being kept (--keep-layers, --keep-heads, --keep-intermed
 examples:
   pareto distill Qwen/Qwen3-1.7B --keep-layers 20 --data text.jsonl --device cuda --out qwen-20
   pareto distill ref-7m --student-config shape.yaml --data text.jsonl --kl-share 0.7 --temperature 2 --out small
-  pareto distill ref-7m --student ref-7m --kv-bits 3 --data text.jsonl --out ref-7m-kv3    (learns to live with codes)
-  pareto distill ref-7m --keep-layers 4 --weight-bits 4 --data text.jsonl --out small-w4   (the same, of weights)
+  pareto distill ref-7m --student ref-7m --kv-bits 3 --targets k_proj,v_proj --data text.jsonl --out ref-7m-kv3
+  pareto distill ref-7m --keep-layers 4 --weight-bits 4 --data text.jsonl --out small-w4   (learns to live with codes)
   pareto distill Qwen/Qwen3-1.7B --student Qwen/Qwen3-0.6B --data chats.jsonl --on-policy 0.5 --out qwen-own-words
   pareto distill Qwen/Qwen3-1.7B --url http://127.0.0.1:8000 --student-config shape.yaml --data text.jsonl --out small
   accelerate launch --num_processes 4 -m vllm_ext.cli distill MODEL --keep-layers 20 --data text.jsonl --out small
@@ -90,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--hidden", type=float, default=default.hidden, metavar="WEIGHT", help="of hidden states' distance; 0: none"
     )
+    who.add_argument(
+        "--targets", default="", metavar="NAMES", help="layers that learn, as k_proj,v_proj (default: all)"
+    )
     loss.add_argument(
         "--on-policy",
         type=float,
@@ -136,6 +139,7 @@ def checked_settings(args: argparse.Namespace) -> Settings:
 
     values = {field.name: getattr(args, field.name) for field in fields(Settings)}
     values["steps"] = args.steps or 0
+    values["targets"] = tuple(name.strip() for name in args.targets.split(",") if name.strip())
     if values["micro_batch"] is None:
         values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
     settings = Settings(**values)

@@ -185,7 +185,7 @@ def distill(job: Job, say: Say = lambda line: None) -> Outcome:
 
 def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     from quant_methods.distillation.distiller import Distiller
-    from quant_methods.distillation.student import save
+    from quant_methods.distillation.student import let_learn, save
     from quant_methods.training.checkpoints import last_whole, step_of
     from quant_methods.training.log import Log, read_looks
 
@@ -202,6 +202,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     from quant_methods.distillation.on_policy import Writer, stop_tokens
 
     student = load_model(start, device).train()
+    let_learn(student, job.settings.targets)
     cache = _cache(job, data, start, device)
     if cache is not None:
         observe_attention(student)

@@ -29,6 +29,7 @@ class Settings:
         loss: which divergence, a name of ``losses.DIVERGENCES``.
         skew: of those that are skewed.
         hidden: weight of the distance between hidden states; 0: none.
+        targets: last names of the layers that learn, as ``k_proj``; none: all do.
         on_policy: share of the training in which the student writes itself, and learns from the teacher alone what that
             would have said there (``on_policy.py``).
         new_tokens: that it writes at most, from a prompt of a chat, or from the beginning of a window of text.
@@ -53,6 +54,7 @@ class Settings:
     loss: str = "forward"
     skew: float = 0.1
     hidden: float = 0.0
+    targets: tuple[str, ...] = ()
     on_policy: float = 0.0
     new_tokens: int = 128
     looks: int = 10
@@ -112,4 +114,4 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """Return them as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "targets": list(self.targets)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,30 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def let_learn(model: Any, targets: Sequence[str]) -> None:
+    """Let some layers of a student learn, and the others stay as they are.
+
+    A student that is its teacher at the start, and has only codes to learn to live with, comes nearer to it by few
+    layers than by all: AdamW moves every weight by about its learning rate, whatever there is to gain.
+
+    Args:
+        model: the student.
+        targets: last names of the layers; none: all learn.
+
+    Raises:
+        ParetoError: no layer has one of the names.
+
+    """
+    if not targets:
+        return
+    layers = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if module._parameters]
+    names = {name for name, _ in layers}
+    if wrong := [target for target in targets if target not in names]:
+        raise ParetoError(f"--targets: no layer is called {wrong[0]!r}; layers: {', '.join(sorted(names))}")
+    model.requires_grad_(False)
+    # After that: parameters that two layers share learn where one of them shall.
+    for name, module in layers:
+        if name in targets:
+            module.requires_grad_(True)

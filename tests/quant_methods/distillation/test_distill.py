@@ -13,7 +13,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.scales import KVScales
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
-from quant_methods.distillation import command, job
+from quant_methods.distillation import command, job, student
 from quant_methods.distillation.in_memory import load_model
 from quant_methods.overrides import override
 from quant_methods.recipe_file import load_recipe
@@ -185,6 +185,26 @@ def test_a_student_that_learns_with_codes_brings_scales_and_is_cut(teacher, text
     assert KVScales.load(out).num_layers == 2
     assert json.loads((out / job.RESULT).read_text())["kv_bits"] == [3, 2]
     assert "codes of 3 and 2 bits" in (out / "README.md").read_text()
+
+
+def test_only_the_layers_that_are_named_learn(teacher, text, tmp_path):
+    out = tmp_path / "student"
+    distilled(teacher, text, out, f"--student {teacher} --kv-bits 2 --targets k_proj,norm --kl-share 1 --epochs 2")
+    before, after = (dict(load_model(folder, "cpu").named_parameters()) for folder in (teacher, out))
+    changed = {name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())}
+    assert changed
+    assert {name.removesuffix(".weight").rpartition(".")[2] for name in changed} <= {"k_proj", "norm"}
+    assert json.loads((out / job.RESULT).read_text())["settings"]["targets"] == ["k_proj", "norm"]
+    with pytest.raises(ParetoError, match=r"--targets: no layer is called 'key_proj'; layers: .*k_proj, .*norm"):
+        distilled(teacher, text, tmp_path / "other", f"--student {teacher} --targets key_proj")
+
+
+def test_layers_that_share_a_weight_learn_together(teacher):
+    model = load_model(teacher, "cpu")
+    shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    student.let_learn(model, ["embed_tokens"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"model.embed_tokens.weight"}
+    assert model.get_output_embeddings().weight.requires_grad is shared
 
 
 def test_a_student_that_no_step_improved_stays_as_it_was(teacher, text, tmp_path, capsys):
