@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         windows = load_sequences(args.model, args.text, args.windows, args.length, split="evaluation")
         yardstick = Yardstick(args.model, windows, args.device)
-        told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        told = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "arguments": told | {"model": args.model.name},
