@@ -38,6 +38,8 @@ from quant_methods.training.checkpoints import last_whole
 from quant_methods.training.log import Log
 
 NF4 = "bitsandbytes-nf4"
+AS_BY_DEFAULT = ("rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "save_steps", "seed")
+"""Settings that have a flag here, with the default that ``pareto finetune`` has."""
 
 
 def nf4(model: Path, device: str) -> Any:
@@ -110,7 +112,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
-    for name in ("rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "save_steps", "seed"):
+    for name in AS_BY_DEFAULT:
         given = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(given), default=given)
     return parser.parse_args(words)
@@ -120,8 +122,8 @@ def main(words: list[str] | None = None) -> int:
     """Do the runs that are not done yet; returns the exit status."""
     args = parse(words)
     original = resolve_model(args.model)
-    names = ("steps", "rank", "batch", "micro_batch", "length", "learning_rate", "held_out", "save_steps", "seed")
-    settings = dataclasses.replace(Settings(), alpha=2.0 * args.rank, **{name: getattr(args, name) for name in names})
+    given = {name: getattr(args, name) for name in ("steps", *AS_BY_DEFAULT)}
+    settings = dataclasses.replace(Settings(), alpha=2.0 * args.rank, **given)
     settings.check()
     dtype = products_dtype(settings, args.device)
     examples = read_examples(original, args.data, settings.held_out, settings.seed)

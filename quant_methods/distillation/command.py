@@ -12,7 +12,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.terminal import console as plain_console
 from quant_methods.distillation.settings import Settings
 from quant_methods.threads import wait_asleep
-from quant_methods.training.flags import add_shared_flags
+from quant_methods.training.flags import add_shared_flags, names_in
 
 if TYPE_CHECKING:
     from quant_methods.distillation.cut import Sizes
@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--kv-bits", metavar="BITS", help="learn with a KV cache in codes: 3, or 4,3 for keys and values apart"
     )
+    who.add_argument(
+        "--targets", default="", metavar="NAMES", help="layers that learn, as k_proj,v_proj (default: all)"
+    )
     loss = parser.add_argument_group("loss")
     loss.add_argument(
         "--kl-share",
@@ -89,9 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     loss.add_argument(
         "--hidden", type=float, default=default.hidden, metavar="WEIGHT", help="of hidden states' distance; 0: none"
-    )
-    who.add_argument(
-        "--targets", default="", metavar="NAMES", help="layers that learn, as k_proj,v_proj (default: all)"
     )
     loss.add_argument(
         "--on-policy",
@@ -139,7 +139,7 @@ def checked_settings(args: argparse.Namespace) -> Settings:
 
     values = {field.name: getattr(args, field.name) for field in fields(Settings)}
     values["steps"] = args.steps or 0
-    values["targets"] = tuple(name.strip() for name in args.targets.split(",") if name.strip())
+    values["targets"] = names_in(args.targets)
     if values["micro_batch"] is None:
         values["micro_batch"] = max(size for size in range(1, 9) if args.batch % size == 0) if args.batch > 0 else 1
     settings = Settings(**values)

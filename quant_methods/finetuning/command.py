@@ -11,7 +11,7 @@ from kv_cache.errors import ParetoError
 from kv_cache.terminal import console as plain_console
 from quant_methods.finetuning.settings import Settings
 from quant_methods.threads import wait_asleep
-from quant_methods.training.flags import add_shared_flags
+from quant_methods.training.flags import add_shared_flags, names_in
 
 HELP = "fine-tune a compressed model with adapters (QLoRA)"
 USER_ERRORS = (ParetoError,)
@@ -117,7 +117,7 @@ def settings_of(args: argparse.Namespace, model: Path) -> Settings:
     return Settings(
         rank=args.lora_rank,
         alpha=2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
-        targets=tuple(name.strip() for name in args.targets.split(",") if name.strip()),
+        targets=names_in(args.targets),
         steps=args.steps or 0,
         micro_batch=micro,
         length=longest if args.length is None else args.length,

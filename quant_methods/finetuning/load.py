@@ -16,7 +16,7 @@ from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.model_source import quantization_settings
 
 
-def load_coded(checkpoint: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_coded(checkpoint: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """Return a checkpoint's model, of which nothing learns yet.
 
     It reads what ``checkpoints/stored_layers.py`` reads: our format with all its parts, compressed-tensors, GPTQ and
@@ -25,7 +25,7 @@ def load_coded(checkpoint: Path, device: str = "cpu", dtype: torch.dtype = torch
     Args:
         checkpoint: directory.
         device: torch device.
-        dtype: of what is not quantized, and of activations.
+        dtype: of what is not quantized, and of activations; None: bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
         ParetoError: it is quantized in a way that this does not read, lacks a tensor, or is a mixture of experts.
@@ -34,6 +34,8 @@ def load_coded(checkpoint: Path, device: str = "cpu", dtype: torch.dtype = torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    if dtype is None:
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     source, settings = Source(checkpoint), quantization_settings(checkpoint)
     layers = stored_layers(source, settings) if settings else None
     config = AutoConfig.from_pretrained(checkpoint)

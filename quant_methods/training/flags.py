@@ -14,3 +14,8 @@ def add_shared_flags(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="multiply in float32 also where the device is quick at bfloat16 (GPUs, CPUs with AMX or AVX512-BF16)",
     )
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """Return the names that a flag lists with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
