@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("length", int, "tokens of each"),
         ("epochs", float, "passes over the samples"),
         ("steps", int, "in all, in the place of --epochs"),
-        ("batch", int, "sequences a step, on each device"),
+        ("batch", int, "sequences a step, of all devices together"),
         ("micro-batch", int, "of which so many are in memory at once (default: --batch, at most 8)"),
         ("learning-rate", float, "AdamW's"),
         ("weight-decay", float, "AdamW's"),

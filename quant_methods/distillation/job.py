@@ -206,7 +206,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     cache = _cache(job, data, start, device)
     if cache is not None:
         observe_attention(student)
-    tokens = job.settings.batch * processes.num_processes * job.settings.length
+    tokens = job.settings.batch * job.settings.length
     log = Log(job.work / LOG, say, tokens)
     writer = Writer(data, job.settings, stop_tokens(job.teacher)) if job.settings.on_policy else None
     trainer = Distiller(

@@ -21,6 +21,7 @@ from torch import Tensor
 from quant_methods.distillation.codes import rounded_once
 from quant_methods.distillation.data import Data
 from quant_methods.distillation.settings import Settings
+from quant_methods.training.arguments import process_share
 
 PADDING = 0
 """Behind what is shorter than others: nothing before it sees it."""
@@ -49,7 +50,7 @@ class Writer:
 
     def __init__(self, data: Data, settings: Settings, stop: list[int]) -> None:
         self.data, self.settings, self.stop = data, settings, stop
-        self.parts = settings.batch // settings.micro_batch
+        self.parts = process_share(settings)[1]
 
     def due(self, step: int, part: int) -> bool:
         """Return whether a part of a step's batch is written by the student; spread evenly over the training."""

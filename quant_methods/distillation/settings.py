@@ -19,8 +19,8 @@ class Settings:
         length: tokens of each.
         epochs: passes over the samples; not used where ``steps`` says how long.
         steps: in all; 0: as many as the epochs have.
-        batch: sequences a step, on each device.
-        micro_batch: of which so many are in memory at once.
+        batch: sequences a step, of all devices together.
+        micro_batch: of which so many are in memory at once, on a device.
         learning_rate: AdamW's highest; warmed up over the first 5% of the steps, then down to 0 as a cosine.
         weight_decay: AdamW's.
         kl_share: lambda: the loss is ``lambda T^2 KL + (1 - lambda) CE``; 0 is training on text alone.

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, kind, what in (
         ("epochs", float, "passes over the examples"),
         ("steps", int, "in all, in the place of --epochs"),
-        ("batch", int, "examples a step, on each device"),
+        ("batch", int, "examples a step, of all devices together"),
         ("micro-batch", int, "of which so many are in memory at once (default: --batch, at most 4)"),
         ("length", int, "tokens of an example; longer ones are cut (default: 1024, or the model's context)"),
         ("learning-rate", float, "AdamW's"),

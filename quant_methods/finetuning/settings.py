@@ -23,8 +23,8 @@ class Settings:
         targets: last names of the layers that get one; (ALL,): all linear layers of the blocks.
         epochs: passes over the examples; not used where ``steps`` says how long.
         steps: in all; 0: as many as the epochs have.
-        batch: examples a step, on each device.
-        micro_batch: of which so many are in memory at once.
+        batch: examples a step, of all devices together.
+        micro_batch: of which so many are in memory at once, on a device.
         length: tokens of an example; what is longer is cut at its end.
         learning_rate: AdamW's highest; warmed up over the first 3% of the steps, then down to 0 as a cosine.
         held_out: examples that are not trained on and decide which state is kept.

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kv_cache.errors import ParetoError
 from quant_methods.calibration.calibrator import quick_dtype
 
 
@@ -32,6 +33,26 @@ def products_dtype(settings: TrainerSettings, device: str) -> torch.dtype:
     return quick_dtype(torch.device(device)) if settings.bfloat16 else torch.float32
 
 
+def process_share(settings: TrainerSettings) -> tuple[int, int]:
+    """Return what each process of a launcher does of a step: sequences in memory at once, and how often so many.
+
+    The processes share a step's batch, so that several devices learn what one would, and sooner.
+
+    Raises:
+        ParetoError: the batch cannot be shared evenly.
+
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    each, over = divmod(settings.batch, processes)
+    if over:
+        raise ParetoError(
+            f"--batch {settings.batch} is shared by {processes} processes; give a multiple of {processes}, or start "
+            "fewer"
+        )
+    at_once = max(size for size in range(1, settings.micro_batch + 1) if each % size == 0)
+    return at_once, each // at_once
+
+
 def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look: int, device: str) -> dict[str, Any]:
     """Return arguments of ``TrainingArguments``: looks at held-out data with a checkpoint each, the best one kept.
 
@@ -42,13 +63,17 @@ def shared_arguments(settings: TrainerSettings, work: Path, *, steps: int, look:
         look: steps between two looks.
         device: torch device.
 
+    Raises:
+        ParetoError: the processes of a launcher cannot share a batch evenly.
+
     """
+    at_once, times = process_share(settings)
     cpu = torch.device(device).type == "cpu"
     return {
         "output_dir": str(work),
         "max_steps": steps,
-        "per_device_train_batch_size": settings.micro_batch,
-        "gradient_accumulation_steps": settings.batch // settings.micro_batch,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": times,
         "gradient_checkpointing": settings.checkpointing,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "cosine",

@@ -18,6 +18,7 @@ from quant_methods.distillation.in_memory import load_model
 from quant_methods.overrides import override
 from quant_methods.recipe_file import load_recipe
 from quant_methods.training import arguments as arguments_of_training
+from tests.quant_methods.launched import DEVICES, in_two_processes
 from vllm_ext.cli import build_parser
 
 pytest.importorskip("accelerate")
@@ -138,6 +139,19 @@ def test_parts_of_a_batch_and_blocks_that_run_again_give_the_same_losses(teacher
     two = distilled(teacher, text, tmp_path / "two", f"{shape} --micro-batch 2 --checkpointing")
     for a, b in zip(looks(one).values(), looks(two).values(), strict=True):
         assert a["eval_kl"] == pytest.approx(b["eval_kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_learn_what_one_does(teacher, text, tmp_path, shape, device):
+    """They share each step's batch, so that neither the steps nor the tokens of each depend on how many there are."""
+    more = f"{shape} --float32 --micro-batch 2 --device {device}"
+    one = distilled(teacher, text, tmp_path / "one", more)
+    words = [*SMALL.split(), *more.split()]
+    in_two_processes(device, "distill", teacher, "--data", text, "--out", tmp_path / "two", *words)
+    two = [json.loads(line) for line in (tmp_path / "two" / "training_log.jsonl").read_text().splitlines()]
+    assert list(looks(two)) == list(looks(one))
+    for a, b in zip(looks(two).values(), looks(one).values(), strict=True):
+        assert a["eval_kl"] == pytest.approx(b["eval_kl"], rel=1e-4)
 
 
 def test_held_out_sequences_are_looked_at_in_parts_of_the_same_size(teacher, text, tmp_path, shape, monkeypatch):

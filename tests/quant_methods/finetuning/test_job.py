@@ -27,6 +27,7 @@ from quant_methods.model_source import read_config
 from quant_methods.recipe import Recipe
 from quant_methods.training import arguments
 from quant_methods.training.log import read_log
+from tests.quant_methods.launched import DEVICES, in_two_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(3, 63).reshape(2, 30)
@@ -127,6 +128,21 @@ def test_dora_is_merged_into_every_format_by_what_multiplies_its_codes(sized, co
         # A norm learnt apart changes more than a product of 16 bits loses.
         assert (found - wanted).norm() < 0.3 * (wanted - before).norm()
         assert (found - wanted).norm() < 2**-7 * wanted.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_processes_learn_what_one_does(coded_model, chats, tmp_path, device):
+    settings = dataclasses.replace(SETTINGS, bfloat16=False)
+    finetune(Job(coded_model, chats, tmp_path / "one", settings, device=device))
+    words = "--lora-rank 4 --lora-alpha 8 --steps 4 --batch 4 --micro-batch 2 --length 64 --held-out 4 --save-steps 1"
+    words += " --learning-rate 5e-3 --float32"
+    in_two_processes(device, "finetune", coded_model, "--data", chats, "--out", tmp_path / "two", *words.split())
+    found = [
+        [line["eval_loss"] for line in read_log(tmp_path / name / "training_log.jsonl") if "eval_loss" in line]
+        for name in ("one", "two")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert len(found[0]) == 5
 
 
 @pytest.mark.gpu
