@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -93,7 +92,9 @@ class Attention(Protocol):
         """Return attention's output, [sequences, tokens, num_heads, head_dim]."""
 
 
-_observer: ContextVar[tuple[Observer | Attention, Callable[[], object]] | None] = ContextVar("observer", default=None)
+_observers: list[tuple[Observer | Attention, Callable[[], object]] | None] = [None]
+"""Those of the contexts that are entered, the newest last. All threads see them: on a GPU, blocks that run again on the
+way back do so in a thread of autograd's."""
 
 
 @contextlib.contextmanager
@@ -105,11 +106,11 @@ def observing(observer: Observer | Attention | None, after: Callable[[], object]
         after: called when a batch has been shown to an observer, before its attention is computed.
 
     """
-    token = _observer.set(None if observer is None else (observer, after))
+    _observers.append(None if observer is None else (observer, after))
     try:
         yield
     finally:
-        _observer.reset(token)
+        _observers.pop()
 
 
 def _sdpa(
@@ -174,7 +175,7 @@ def _observed_attention(
     """Compute ``sdpa`` attention, with sinks; tensors are [batch, heads, tokens, head_dim]."""
     if getattr(module, "sinks", None) is not None and kwargs.get(SINKS) is None:
         raise ParetoError(f"{type(module).__name__} has attention sinks and does not say so to its attention function")
-    if (found := _observer.get()) is not None:
+    if (found := _observers[-1]) is not None:
         observer, after = found
         layer = getattr(module, "layer_idx", None)
         if layer is None:

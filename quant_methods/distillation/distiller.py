@@ -25,7 +25,7 @@ from quant_methods.distillation.heads import Head
 from quant_methods.distillation.on_policy import Writer
 from quant_methods.distillation.settings import Settings
 from quant_methods.distillation.teacher import Targets, Teacher
-from quant_methods.training.arguments import products_dtype, shared_arguments
+from quant_methods.training.arguments import on_one_device, products_dtype, shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.losses import divergence, forward_kl, hidden_loss, over_chunks, text_loss
 
@@ -70,14 +70,16 @@ class Distiller(Trainer):
     ) -> None:
         steps = settings.total_steps
         look = max(1, math.ceil(steps / settings.looks))
-        arguments = TrainingArguments(
-            **shared_arguments(settings, work, steps=steps, look=look, device=device),
-            weight_decay=settings.weight_decay,
-            adam_beta2=0.95,
-            warmup_steps=math.ceil(WARM_UP * steps),
-            metric_for_best_model="eval_kl" if settings.kl_share else "eval_loss",
-            dataloader_drop_last=True,
-            remove_unused_columns=False,
+        arguments = on_one_device(
+            TrainingArguments(
+                **shared_arguments(settings, work, steps=steps, look=look, device=device),
+                weight_decay=settings.weight_decay,
+                adam_beta2=0.95,
+                warmup_steps=math.ceil(WARM_UP * steps),
+                metric_for_best_model="eval_kl" if settings.kl_share else "eval_loss",
+                dataloader_drop_last=True,
+                remove_unused_columns=False,
+            )
         )
         self.teacher, self.data, self.settings, self.cache = teacher, data, settings, cache
         self.writer, self.place = writer, (-1, 0)

@@ -223,6 +223,7 @@ def _distill(job: Job, data: Data, processes: Any, say: Say) -> Outcome:
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
     looks = read_looks(log.path)
+    processes.wait_for_everyone()  # What all read here goes with the work folder when the first one ends.
     kept = _best_step(looks, trainer)
     outcome = Outcome(job.out, _figures(looks[kept]), _figures(looks[min(looks)]), kept, resumed)
     if first:

@@ -166,6 +166,7 @@ def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=None if before is None else str(before))
     looks = read_looks(log)
+    processes.wait_for_everyone()  # What all read here goes with the work folder when the first one ends.
     # A start that no step improved on is not kept: an adapter that does nothing is of no use.
     kept = trainer.state.best_global_step or trainer.state.global_step
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0

@@ -21,7 +21,7 @@ from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.finetuning.examples import Examples
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.finetuning.settings import ALL, Settings
-from quant_methods.training.arguments import shared_arguments
+from quant_methods.training.arguments import on_one_device, shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.log import Log
 
@@ -125,12 +125,14 @@ def tuner(
     each = max(1, len(examples.training) // settings.batch)
     steps = settings.steps or max(1, math.ceil(settings.epochs * each))
     look = min(steps, settings.save_steps or max(1, steps // 10))
-    arguments = SFTConfig(
-        **shared_arguments(settings, work, steps=steps, look=look, device=device),
-        max_length=settings.length,
-        per_device_eval_batch_size=settings.micro_batch,
-        warmup_steps=math.ceil(WARM_UP * steps),
-        metric_for_best_model="eval_loss",
+    arguments = on_one_device(
+        SFTConfig(
+            **shared_arguments(settings, work, steps=steps, look=look, device=device),
+            max_length=settings.length,
+            per_device_eval_batch_size=settings.micro_batch,
+            warmup_steps=math.ceil(WARM_UP * steps),
+            metric_for_best_model="eval_loss",
+        )
     )
     disable_progress_bars()  # Of preparing the data, which the command's own lines do not need.
     with quiet_transformers():

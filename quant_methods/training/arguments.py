@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +31,19 @@ class TrainerSettings(Protocol):
 def products_dtype(settings: TrainerSettings, device: str) -> torch.dtype:
     """Return what a training multiplies in: bfloat16 where its settings allow it and the device is quick at it."""
     return quick_dtype(torch.device(device)) if settings.bfloat16 else torch.float32
+
+
+Told = TypeVar("Told")
+
+
+def on_one_device(arguments: Told) -> Told:
+    """Return arguments of the Trainer that let a process use its own device alone.
+
+    A process that sees several GPUs would share its parts among them (``nn.DataParallel``): slower than a process for
+    each, with another batch, and nothing that trl or codes could stand.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # type: ignore[attr-defined]
+    return arguments
 
 
 def process_share(settings: TrainerSettings) -> tuple[int, int]:

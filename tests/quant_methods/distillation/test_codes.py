@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -75,6 +77,23 @@ def test_attention_reads_what_the_codec_reads_and_gradients_pass(teacher, cache)
     found = cache.attend(again)
     torch.testing.assert_close(found, call.sdpa(*read))
     assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(found.square().sum(), (key, value)))
+
+
+def test_blocks_that_run_again_in_another_thread_read_codes_too(teacher, cache):
+    """A GPU's way back is a thread of its own."""
+
+    def gradients(checkpointing):
+        model = load_model(teacher, "cpu").train()
+        observe_attention(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with cache.on(), ThreadPoolExecutor(1) as other:
+            loss = model(TOKENS, use_cache=False).logits.logsumexp(-1).mean()
+            other.submit(loss.backward).result()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for found, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

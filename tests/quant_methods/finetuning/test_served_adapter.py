@@ -37,9 +37,9 @@ def test_vllm_puts_out_what_the_training_model_does(coded_model, chats, tmp_path
     settings = dataclasses.replace(SETTINGS, steps=8, save_steps=4)
     finetune(Job(coded_model, chats, out, settings, merged=merged, device=device))
     adapter = out / "adapter" if merged else out
-    served = {"enable_lora": True, "max_lora_rank": 8} if not merged else {}
-    if CUDA:
-        served |= {"gpu_memory_utilization": 0.05}
+    more = {} if merged else {"enable_lora": True, "max_lora_rank": 8}
+    if CUDA:  # So little that others may use the device too.
+        more |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 128 << 20}
     texts = prompts(4, 48, seed=3, vocabulary=8192)
     with (
         environment(VLLM_CPU_INT4_W4A8="0"),
@@ -49,7 +49,7 @@ def test_vllm_puts_out_what_the_training_model_does(coded_model, chats, tmp_path
             dtype="bfloat16",
             max_num_batched_tokens=96,
             max_model_len=128,
-            **served,
+            **more,
         ) as llm,
     ):  # fmt: skip
         outputs = llm.generate(

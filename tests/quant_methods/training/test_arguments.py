@@ -5,7 +5,7 @@ import torch
 
 from kv_cache.errors import ParetoError
 from quant_methods.distillation.settings import Settings
-from quant_methods.training.arguments import process_share
+from quant_methods.training.arguments import on_one_device, process_share, shared_arguments
 
 
 @pytest.fixture
@@ -37,3 +37,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(processes):
 
 def test_alone_a_process_does_the_whole_batch():
     assert process_share(Settings(batch=8, micro_batch=4)) == (4, 2)
+
+
+def test_a_process_that_sees_several_gpus_uses_its_own_alone(tmp_path):
+    """transformers would share each part of a batch among them, which neither trl nor a model in codes stands."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(**shared_arguments(Settings(), tmp_path, steps=2, look=1, device="cpu"))
+    arguments._n_gpu = 2
+    assert on_one_device(arguments).n_gpu == 1
+    assert arguments.train_batch_size == Settings().micro_batch
