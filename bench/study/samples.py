@@ -191,7 +191,13 @@ def _add_evaluation(one: Measured, folder: Path) -> None:
     report = _document(folder, EvalReport)
     result = _tested(report, one.point)
     one.machines.append(report.environment)
-    kept_units = read_json(folder / UNITS) or {}
+    kept_units = read_json(folder / UNITS)
+    if kept_units is None:
+        one.notes.append(
+            f"{one.point.name}: {folder.parent.name}/{folder.name}/{UNITS} is missing or damaged; what it kept of single "
+            "windows and answers has no interval, or no figure"
+        )
+        kept_units = {}
     units = (kept_units.get("configurations") or {}).get(result.name) or {}
     documents = (kept_units.get("documents") or {}).get(result.name) or {}
     for metric in METRICS:
@@ -295,6 +301,10 @@ def _add_accuracy(one: Measured, graph: Graph) -> None:
         values = [(part, part.runs[min(run, len(part.runs) - 1)]) for part in parts]
         means = [sum(found.values()) / len(found) for _, found in values]
         whole = sum(means) / len(means)
+        if any(set(found) == {"run"} for _, found in values):
+            # Without the single answers of a task nothing is known of the mean's error.
+            _add(one, ACCURACY, MORE, {"run": whole})
+            continue
         made = {
             f"{part.key}:{unit}": total / (len(parts) * part.units) * (value - mean) + whole
             for (part, found), mean in zip(values, means, strict=True)

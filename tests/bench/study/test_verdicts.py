@@ -240,6 +240,20 @@ def test_accuracy_is_the_mean_of_tasks_and_not_of_questions(tmp_path):
     assert found.standard_error == pytest.approx(np.sqrt(sum(variances)) / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("text", [None, '{"schema": "vllm-par'])
+def test_a_mean_of_tasks_whose_answers_are_lost_has_no_error_and_the_page_says_so(tmp_path, text):
+    """What a copy that broke off left of the answers is no answer: a table without intervals, not one with narrow ones."""
+    _, graph, folder, progress = judged(tmp_path, tasks=TASKS)
+    step = next(step for step in graph.steps if step.kind == "tasks" and step.determines["kv"] != "bf16")
+    units = folder.result(step.key) / "units.json"
+    units.unlink() if text is None else units.write_text(text)
+    study, _ = judge(graph, finder(graph, folder, progress.states), folder, progress.states, "")
+    point = next(point for point in study.points if f"{point.name}: " in study.notes[0])
+    found = point.figures["accuracy"]
+    assert (found.standard_error, found.low, found.high) == (None, None, None)
+    assert f"{step.key}/out/units.json is missing or damaged" in study.notes[0]
+
+
 def test_the_page_holds_what_was_found_and_nothing_from_outside(tmp_path):
     weights = {"w4": {"recipe": "rtn-w4"}, "groups": {"recipe": "rtn-w4", "group_size": [32, 64]}}
     points = [{"weights": ["none", "w4", "groups"], "kv": ["auto", "int4_per_head"]}]
