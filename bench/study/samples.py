@@ -194,8 +194,8 @@ def _add_evaluation(one: Measured, folder: Path) -> None:
     kept_units = read_json(folder / UNITS)
     if kept_units is None:
         one.notes.append(
-            f"{one.point.name}: {folder.parent.name}/{folder.name}/{UNITS} is missing or damaged; what it kept of single "
-            "windows and answers has no interval, or no figure"
+            f"{one.point.name}: {folder.parent.name}/{folder.name}/{UNITS} is missing or damaged; what it kept of "
+            "single windows and answers has no interval, or no figure"
         )
         kept_units = {}
     units = (kept_units.get("configurations") or {}).get(result.name) or {}

@@ -242,9 +242,9 @@ def test_accuracy_is_the_mean_of_tasks_and_not_of_questions(tmp_path):
 
 @pytest.mark.parametrize("text", [None, '{"schema": "vllm-par'])
 def test_a_mean_of_tasks_whose_answers_are_lost_has_no_error_and_the_page_says_so(tmp_path, text):
-    """What a copy that broke off left of the answers is no answer: a table without intervals, not one with narrow ones."""
+    """What is left of a broken copy is no answer: its tasks stand without intervals, not with narrow ones."""
     _, graph, folder, progress = judged(tmp_path, tasks=TASKS)
-    step = next(step for step in graph.steps if step.kind == "tasks" and step.determines["kv"] != "bf16")
+    step = next(step for step in graph.steps.values() if step.kind == "tasks" and step.determines["kv"] != "bf16")
     units = folder.result(step.key) / "units.json"
     units.unlink() if text is None else units.write_text(text)
     study, _ = judge(graph, finder(graph, folder, progress.states), folder, progress.states, "")
