@@ -70,7 +70,8 @@ def run(
     start_from: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one adapter, or what is left of it, and return its figures."""
-    from quant_methods.finetuning.tuner import start_from_error, tuner, with_adapter
+    from quant_methods.finetuning.start import start_from_error
+    from quant_methods.finetuning.tuner import first_tokens, tuner, with_adapter
 
     gpu = device.startswith("cuda")
     if gpu:
@@ -80,10 +81,12 @@ def run(
     base: nn.Module = load()
     weights = weight_bytes(base)
     adapted = with_adapter(base, settings)
-    share = start_from_error(adapted, start_from) if start_from is not None else None
     log = work / "log.jsonl"
     trainer = tuner(adapted, model, examples, settings, work, device, Log(log, lambda line: print(line, flush=True)))
-    before, began = last_whole(work), time.monotonic()
+    before, share = last_whole(work), None
+    if start_from is not None and before is None:
+        share = start_from_error(adapted, start_from, first_tokens(trainer))
+    began = time.monotonic()
     trainer.train(resume_from_checkpoint=None if before is None else str(before))
     seconds = time.monotonic() - began
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -107,7 +110,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the original, in 16 bits")
     parser.add_argument("--coded", action="append", default=[], metavar="DIR", help="the same, compressed; repeat")
-    parser.add_argument("--start-from-error", action="store_true", help="coded ones also with LoftQ's start")
+    parser.add_argument(
+        "--start-from-error", action="store_true", help="coded ones also with an adapter that starts as the error"
+    )
     parser.add_argument("--data", type=Path, required=True, help=".jsonl with 'messages' or 'text'")
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

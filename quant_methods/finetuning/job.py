@@ -142,7 +142,8 @@ def finetune(job: Job, say: Say = lambda line: None) -> Outcome:
 
 def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome:
     from quant_methods.finetuning.load import load_coded
-    from quant_methods.finetuning.tuner import start_from_error, tuner, with_adapter
+    from quant_methods.finetuning.start import start_from_error
+    from quant_methods.finetuning.tuner import first_tokens, tuner, with_adapter
     from quant_methods.training.checkpoints import last_whole, step_of
     from quant_methods.training.log import Log, read_looks
 
@@ -156,10 +157,10 @@ def _finetune(job: Job, examples: Examples, processes: Any, say: Say) -> Outcome
         torch.cuda.reset_peak_memory_stats()
     log = job.work / LOG
     model = with_adapter(load_coded(job.model, device, products_dtype(job.settings, device)), job.settings)
-    if job.start_from is not None:
-        share = start_from_error(model, job.start_from)
-        say(f"the adapter starts as {share:.1%} of what quantization took away")
     trainer = tuner(model, job.model, examples, job.settings, job.work, device, Log(log, say))
+    if job.start_from is not None and before is None:
+        share = start_from_error(model, job.start_from, first_tokens(trainer))
+        say(f"the adapter takes back {share:.1%} of the error of layers' outputs at its start")
     resumed = step_of(before)
     if resumed:
         say(f"goes on from step {resumed}")

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -16,11 +15,11 @@ from trl import SFTConfig, SFTTrainer
 
 from kv_cache.errors import ParetoError
 from quant_methods.calibration.text_source import load_tokenizer, quiet_transformers
-from quant_methods.checkpoints.checkpoint import Source
 from quant_methods.finetuning.coded_linear import CodedLinear
 from quant_methods.finetuning.examples import Examples
 from quant_methods.finetuning.pooled import use_pooled
 from quant_methods.finetuning.settings import ALL, Settings
+from quant_methods.finetuning.start import EXAMPLES
 from quant_methods.training.arguments import on_one_device, shared_arguments
 from quant_methods.training.checkpoints import MarkWhole
 from quant_methods.training.log import Log
@@ -58,53 +57,6 @@ def with_adapter(model: Any, settings: Settings) -> PeftModel:
             raise ParetoError("--pooled moves zero-points of codes, and the model is not quantized; leave it out")
         use_pooled(config)
     return get_peft_model(model, config)
-
-
-@torch.no_grad()
-def start_from_error(model: PeftModel, original: Path) -> float:
-    """Let the adapter start as what quantization took away, as far as its rank goes.
-
-    For each layer that is the best product of its rank for the original weight less what the codes read as: one step of
-    LoftQ's alternation, the codes being as they are (Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large
-    Language Models" (2023), https://arxiv.org/abs/2310.08659, section 3).
-
-    Args:
-        model: with an adapter.
-        original: folder of the model that was quantized, in 16 or 32 bits.
-
-    Returns:
-        How much of the squared error of the layers' weights the products take back, 0 to 1.
-
-    Raises:
-        ParetoError: the original lacks a layer, or has it in another size.
-
-    """
-    source = Source(original)
-    before = after = 0.0
-    for full, module in model.base_model.model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if not isinstance(base, CodedLinear) or "default" not in module.lora_A:
-            continue
-        weight = source.read(f"{full}.weight").to(base.weight.device).float()
-        if tuple(weight.shape) != (base.out_features, base.in_features):
-            raise ParetoError(
-                f"{original}: {full}.weight is {list(weight.shape)}, the model's {list(base.weight.shape)}"
-            )
-        error = weight - base.linear().read()
-        left, values, right = torch.linalg.svd(error, full_matrices=False)
-        rank = module.r["default"]
-        root = values[:rank].sqrt()
-        module.lora_A["default"].weight[:rank] = root[:, None] * right[:rank]
-        module.lora_B["default"].weight[:, :rank] = left[:, :rank] * root / module.scaling["default"]
-        if "default" in module.lora_magnitude_vector:
-            # DoRA starts from the norms of what the layer is now.
-            changed = base.linear().read() + (left[:, :rank] * values[:rank]) @ right[:rank]
-            module.lora_magnitude_vector["default"].weight.copy_(changed.norm(dim=1))
-        before += float(values.square().sum())
-        after += float(values[rank:].square().sum())
-    if not before:
-        raise ParetoError("--start-from: the model has no quantized layers whose error could be taken back")
-    return 1 - after / before
 
 
 def tuner(
@@ -147,6 +99,12 @@ def tuner(
     made.remove_callback(PrinterCallback)
     _check_learnt(made, settings)
     return made
+
+
+def first_tokens(trainer: SFTTrainer) -> list[list[int]]:
+    """Return the tokens of the first examples that will be learnt from, as ``start_from_error`` reads them."""
+    rows = trainer.train_dataset[:EXAMPLES]["input_ids"]
+    return [row[: trainer.args.max_length] for row in rows]
 
 
 def _check_learnt(made: SFTTrainer, settings: Settings) -> None:
