@@ -39,7 +39,8 @@ or plain text, all of which is learnt:
   {"text": "..."}
 
 Some documents are held out; the state that does best on them is kept. --start-from lets the adapter begin as what
-quantization took away from the original (LoftQ's start), which its authors found to help most at 2 and 3 bits.
+quantization took from each layer's outputs on the first examples (CLoQ's start): for weights that were rounded to
+nearest. GPTQ's of pareto compress make up for errors of earlier layers, which such a start takes back: none is better.
 
 Interrupted? The same command goes on from the last checkpoint, to the same loss.
 """
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lora.add_argument(
         "--targets", default=",".join(default.targets), metavar="NAMES", help="layers, as q_proj,v_proj (default: all)"
     )
-    lora.add_argument("--start-from", metavar="MODEL", help="begin as what quantization took away from this original")
+    lora.add_argument("--start-from", metavar="MODEL", help="begin as what quantization took from this original's outputs")
     lora.add_argument(
         "--dora",
         action="store_true",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,6 +265,17 @@ def test_the_start_is_the_best_of_its_rank_for_outputs(tiny_model, text_file, tm
         found = (product(model, name), product(again, name), of_the_weight)
         lost = [(seen[name] @ (error - one).T).square().sum() for one in found]
         assert max(lost[:2]) < lost[2], name
+
+
+def test_a_job_starts_from_the_error_on_its_own_examples(tiny_model, text_file, chats, tmp_path):
+    recipe = Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False)
+    compress(tiny_model, recipe, tmp_path / "w3", text=text_file)
+    said, settings = [], dataclasses.replace(SETTINGS, steps=1)
+    job = Job(tmp_path / "w3", chats, tmp_path / "out", settings, start_from=tiny_model)
+    started = finetune(job, said.append)
+    plain = finetune(Job(tmp_path / "w3", chats, tmp_path / "plain", settings))
+    assert re.search(r"takes back \d\d\.\d% of the error of layers' outputs", "\n".join(said))
+    assert started.before != plain.before
 
 
 def check_went_on(outcome, whole, out):
