@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lora.add_argument(
         "--targets", default=",".join(default.targets), metavar="NAMES", help="layers, as q_proj,v_proj (default: all)"
     )
-    lora.add_argument("--start-from", metavar="MODEL", help="begin as what quantization took from this original's outputs")
+    lora.add_argument("--start-from", metavar="MODEL", help="begin as what quantization took from its outputs")
     lora.add_argument(
         "--dora",
         action="store_true",
