@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -158,19 +157,6 @@ def test_dora_learns_and_is_merged_on_a_gpu_too(coded_model, chats, tmp_path):
     assert (merged - beside).abs().mean() < 0.25 * (before - beside).abs().mean()
 
 
-def test_dora_starts_from_the_norms_of_what_it_starts_as(tiny_model, text_file, tmp_path):
-    from quant_methods.finetuning.start import start_from_error
-    from quant_methods.finetuning.tuner import with_adapter
-
-    recipe = Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False)
-    compress(tiny_model, recipe, tmp_path / "w3", text=text_file)
-    changed = dataclasses.replace(SETTINGS, rank=8, alpha=16)
-    plain, sized = (with_adapter(load_coded(tmp_path / "w3"), dataclasses.replace(changed, dora=d)) for d in (0, 1))
-    for model in (plain, sized):
-        start_from_error(model, tiny_model, TOKENS.tolist())
-    torch.testing.assert_close(logits(sized), logits(plain), rtol=1e-3, atol=1e-3)
-
-
 def check_merged(model, adapter, merged):
     """Each layer is what it was and the adapter's product, as 16 bits hold it, and rounds its inputs as before.
 
@@ -214,68 +200,6 @@ def test_what_others_wrote_is_merged_too(tiny_model, text_file, chats, tmp_path,
     if bits == 4:
         found, wanted = logits(load_reference(tmp_path / "out")), logits(with_adapter(model, tmp_path / "out/adapter"))
         assert (found - wanted).abs().mean() < 0.05 * (wanted - logits(load_coded(model))).abs().mean()
-
-
-def test_a_start_from_the_error_is_nearer_to_the_original(tiny_model, text_file, tmp_path):
-    from quant_methods.finetuning.start import start_from_error
-    from quant_methods.finetuning.tuner import with_adapter
-
-    compress(
-        tiny_model,
-        Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False),
-        tmp_path / "w3",
-        text=text_file,
-    )
-    wanted = logits(load_reference(tiny_model))
-    model = with_adapter(load_coded(tmp_path / "w3"), dataclasses.replace(SETTINGS, rank=32, alpha=64))
-    before = logits(model)
-    share = start_from_error(model, tiny_model, TOKENS.tolist())
-    after = logits(model)
-    assert 0.3 < share < 1
-    assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
-
-
-def test_the_start_is_the_best_of_its_rank_for_outputs(tiny_model, text_file, tmp_path, monkeypatch):
-    """Nearer in what layers put out than the product nearest to the weight's error, whatever is held at once."""
-    from quant_methods.finetuning import start
-    from quant_methods.finetuning.tuner import with_adapter
-
-    recipe = Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False)
-    compress(tiny_model, recipe, tmp_path / "w3", text=text_file)
-    settings = dataclasses.replace(SETTINGS, rank=4, alpha=4)
-    model, again = (with_adapter(load_coded(tmp_path / "w3"), settings) for _ in range(2))
-    start.start_from_error(model, tiny_model, TOKENS.tolist())
-    monkeypatch.setattr(start, "HELD_BYTES", 1)  # A pass for each layer, whose inputs come of what was started before.
-    start.start_from_error(again, tiny_model, TOKENS.tolist())
-    original, seen = load_reference(tiny_model), {}
-    plain = with_adapter(load_coded(tmp_path / "w3"), settings).base_model.model
-    layers = {name: one for name, one in plain.named_modules() if hasattr(one, "lora_A")}
-    for name, one in layers.items():
-        one.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].flatten(0, -2)}))
-    logits(plain)
-
-    def product(of, name):
-        module = dict(of.base_model.model.named_modules())[name]
-        return module.scaling["default"] * module.lora_B["default"].weight @ module.lora_A["default"].weight
-
-    for name, module in layers.items():
-        error = original.get_submodule(name).weight.float() - module.base_layer.linear().read()
-        left, sizes, right = torch.linalg.svd(error)
-        of_the_weight = (left[:, :4] * sizes[:4]) @ right[:4]
-        found = (product(model, name), product(again, name), of_the_weight)
-        lost = [(seen[name] @ (error - one).T).square().sum() for one in found]
-        assert max(lost[:2]) < lost[2], name
-
-
-def test_a_job_starts_from_the_error_on_its_own_examples(tiny_model, text_file, chats, tmp_path):
-    recipe = Recipe("test", steps=(RTN(bits=3, group_size=32),), kv_scales=False)
-    compress(tiny_model, recipe, tmp_path / "w3", text=text_file)
-    said, settings = [], dataclasses.replace(SETTINGS, steps=1)
-    job = Job(tmp_path / "w3", chats, tmp_path / "out", settings, start_from=tiny_model)
-    started = finetune(job, said.append)
-    plain = finetune(Job(tmp_path / "w3", chats, tmp_path / "plain", settings))
-    assert re.search(r"takes back \d\d\.\d% of the error of layers' outputs", "\n".join(said))
-    assert started.before != plain.before
 
 
 def check_went_on(outcome, whole, out):
