@@ -51,8 +51,6 @@ def start_from_error(model: PeftModel, original: Path, examples: Sequence[Sequen
         for name, module in model.base_model.model.named_modules()
         if isinstance(getattr(module, "base_layer", None), CodedLinear) and "default" in module.lora_A
     }
-    if not layers:
-        raise ParetoError("--start-from: the model has no quantized layers whose error could be taken back")
     before = after = 0.0
     for some in _groups(layers):
         moments = _second_moments(model, some, examples[:EXAMPLES])
@@ -68,6 +66,8 @@ def start_from_error(model: PeftModel, original: Path, examples: Sequence[Sequen
             _put(module, product.up, product.down)
             before += float((error.double() @ factor).square().sum())
             after += float(((error - product.up @ product.down).double() @ factor).square().sum())
+    if not before:
+        raise ParetoError("--start-from: the model has no quantized layers whose error could be taken back")
     return 1 - after / before
 
 
@@ -82,7 +82,8 @@ def _groups(layers: dict[str, Any]) -> Iterator[dict[str, Any]]:
             some, held = {}, 0
         some[name] = module
         held += size
-    yield some
+    if some:
+        yield some
 
 
 def _second_moments(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kv_cache.errors import ParetoError
 from quant_methods.checkpoints.reference import load_reference
 from quant_methods.compress import compress
 from quant_methods.finetuning import start
@@ -72,6 +73,20 @@ def test_the_start_is_the_best_of_its_rank_for_outputs(tiny_model, three_bits, m
         found = (product(model, name), product(again, name), of_the_weight)
         lost = [(seen[name] @ (error - one).T).square().sum() for one in found]
         assert max(lost[:2]) < lost[2], name
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_without_an_error_is_one_line(tiny_model, three_bits, monkeypatch, quantized):
+    """One in 16 bits, and one whose original is what its codes read as."""
+    model = with_adapter(load_coded(three_bits if quantized else tiny_model), SETTINGS)
+    layers = dict(model.base_model.model.named_modules())
+
+    def read(self, name):
+        return layers[name.removesuffix(".weight")].base_layer.linear().read()
+
+    monkeypatch.setattr(start.Source, "read", read)
+    with pytest.raises(ParetoError, match="no quantized layers whose error could be taken back"):
+        start_from_error(model, tiny_model, TOKENS.tolist())
 
 
 def test_a_job_starts_from_the_error_on_its_own_examples(tiny_model, three_bits, chats, tmp_path):  # noqa: F811
